@@ -1,0 +1,14 @@
+"""Score: the same as `subspace evaluate`, in a form that `deepspeed` and `torchrun` can start."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Python puts this folder first on its path, where evaluate.py would hide a package of that name. The root belongs there.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from subspace.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=subspace
+# Train or evaluate in a SLURM job: srun starts the processes, no ssh is used.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh train CONFIG [key=value ...]
+       sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh evaluate RUN [key=value ...]
+
+To be submitted from the repository's root, or called inside an allocation. One process for each task; the first node is the
+master. With --dry-run it prints the exact command instead of running it. Let every task see all GPUs of its node, so no
+--gpus-per-task. The folder, .venv and prepared data included, must be there on every node.
+
+examples:
+  sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 launch/slurm.sh train launch/recipes/commonsense-smollm2.yaml
+  salloc --nodes 1 --ntasks-per-node 4 --gpus-per-node 4 bash launch/slurm.sh evaluate runs/quickstart
+  SLURM_JOB_ID=1 SLURM_JOB_NODELIST='node[01-02]' SLURM_NNODES=2 SLURM_NTASKS_PER_NODE=8 \
+      bash launch/slurm.sh train launch/recipes/quickstart.yaml --dry-run
+TEXT
+}
+
+case "${1-}" in -h | --help | "") usage; exit 0 ;; esac
+
+dry_run=no
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --dry-run ]; then dry_run=yes; else arguments+=("$argument"); fi
+done
+
+if [ -z "${SLURM_JOB_NODELIST-}" ]; then
+    echo "error: this is not a SLURM job (SLURM_JOB_NODELIST is not set). Submit it with sbatch, or use launch/local.sh" >&2
+    exit 2
+fi
+
+# The first of 'node[01-04,07],other3'.
+first_node() {
+    if command -v scontrol > /dev/null; then
+        scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p
+    else
+        sed -E 's/^([^,[]*)\[([^],-]*)[^]]*\].*$/\1\2/; s/,.*$//' <<< "$SLURM_JOB_NODELIST"
+    fi
+}
+
+tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+MASTER_ADDR=$(first_node)
+MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 20000)) # jobs that share a node differ in their number
+python=$PWD/.venv/bin/python
+[ -x "$python" ] || python=python3
+
+# What a launcher would set for each rank, SLURM knows under other names. It is looked up where the task runs.
+# shellcheck disable=SC2016
+rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+command=(
+    env MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" LOCAL_SIZE="$tasks"
+    srun --nodes="${SLURM_NNODES:-1}" --ntasks-per-node="$tasks" --kill-on-bad-exit=1
+    bash -c "$rank" rank "$python" -m subspace "${arguments[@]}"
+)
+if [ "$dry_run" = yes ]; then
+    printf '%q ' "${command[@]}"
+    echo
+else
+    exec "${command[@]}"
+fi

@@ -1,0 +1,8 @@
+"""``python -m subspace`` is the command ``subspace``."""
+
+import sys
+
+from subspace.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Adapter files: what training leaves behind, in safetensors, with everything needed to put it into a fresh model.
+
+A folder holds ``adapter.safetensors`` (every adapter's trained tensors and persistent buffers, by their names in the
+model, float32) and ``adapter.json`` (method, settings and sites of each group, and the base model). Nothing is
+pickled. Writing is collective, because under ZeRO-3 each rank holds a part; rank 0 writes, and what it wrote is read
+back and compared before the call returns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from subspace.distributed import barrier, is_main, share_object
+from subspace.errors import UserError
+from subspace.inject import adapters, groups, inject
+from subspace.zero import full_shape, whole_copies
+
+TENSORS = "adapter.safetensors"
+SETTINGS = "adapter.json"
+FORMAT = 1
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], /, **about: Any) -> Path:
+    """Write the model's adapters into a folder, whole or not at all; ``about`` goes into ``adapter.json``. Collective.
+
+    Raises:
+        UserError: a tensor that is not finite, or a disk that does not take the file. An older file in the folder
+        stays as it was.
+    """
+    folder = Path(folder)
+    tensors = whole_copies(_named_tensors(model).items())
+    problem = _write(folder, tensors, model, about) if is_main() else None
+    problem = share_object(problem)
+    barrier()
+    if problem:
+        raise UserError(problem)
+    return folder
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trained: bool = False) -> dict[str, Any]:
+    """Inject the adapters that a folder describes into a fresh model, and fill them. Returns the file's description.
+
+    The adapters are frozen unless ``trained``.
+
+    Raises:
+        UserError: no adapter there, or one that does not fit the model.
+    """
+    folder = Path(folder)
+    description, tensors = read_adapter(folder)
+    for group in description["adapters"]:
+        targets = [re.escape(site) for site in group["sites"]]
+        try:
+            inject(model, group["method"], group["settings"], targets=targets, start=False)
+        except UserError as error:
+            trained_on = description["about"].get("model", "another model")
+            raise UserError(
+                f"the adapter in {folder} (trained on {trained_on}) does not fit this model: {error}"
+            ) from None
+    own = _named_tensors(model)
+    misfits = [f"{name} is missing from the file" for name in own.keys() - tensors.keys()]
+    misfits += [f"{name} has no place in the model" for name in tensors.keys() - own.keys()]
+    misfits += [
+        f"{name} is {tuple(tensors[name].shape)}, the model takes {tuple(full_shape(own[name]))}"
+        for name in own.keys() & tensors.keys()
+        if tensors[name].shape != full_shape(own[name])
+    ]
+    if misfits:
+        listed = "; ".join(sorted(misfits)[:3])
+        raise UserError(f"the adapter in {folder} does not fit this model in {len(misfits)} tensors: {listed}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+            tensor.requires_grad_(trained and isinstance(tensor, nn.Parameter))
+    return description
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter folder's description and tensors."""
+    try:
+        description: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
+        return description, load_file(folder / TENSORS)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no adapter in {folder}: {Path(str(error.filename or TENSORS)).name} is not there. "
+            f"A run keeps its adapter in runs/NAME/adapter ({SETTINGS} and {TENSORS})"
+        ) from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"the adapter in {folder} is damaged: {error}. Train again, or copy the file again") from None
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{site}.{name}": tensor
+        for site, adapter in adapters(model).items()
+        for name, tensor in adapter.own_tensors().items()
+    }
+
+
+def _describe(model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
+    names = {id(adapter): site for site, adapter in adapters(model).items()}
+    return {
+        "format": FORMAT,
+        "about": about,
+        "adapters": [
+            {
+                "method": group[0].name,
+                "settings": asdict(group[0].config),
+                "sites": [names[id(adapter)] for adapter in group],
+            }
+            for group in groups(model)
+        ],
+    }
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], model: nn.Module, about: dict[str, Any]) -> str | None:
+    """Write through a neighbouring folder that is renamed when it is whole and read back; return what went wrong."""
+    if not tensors:
+        return f"nothing to save in {folder}: the model has no adapters"
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        return (
+            f"the adapter was not saved in {folder}: {broken[0]} is not finite, in all {len(broken)} of {len(tensors)}"
+        )
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        float32 = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+        save_file(float32, partial / TENSORS, metadata={"format": "pt"})
+        (partial / SETTINGS).write_text(json.dumps(_describe(model, about), indent=2, default=str) + "\n")
+        for file in partial.iterdir():
+            _flush(file)
+        different = _differing(partial / TENSORS, float32)
+        if different:
+            return (
+                f"the adapter was written to {partial} but reads back differently ({different[0]}): is the disk sound?"
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror or error
+        return f"the adapter could not be saved in {folder}: {reason}. Free some space or choose another folder"
+    return None
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _differing(file: Path, expected: dict[str, Tensor]) -> list[str]:
+    with safe_open(file, framework="pt") as stored:
+        if set(stored.keys()) != set(expected):
+            return sorted(set(stored.keys()) ^ set(expected))
+        return [name for name, tensor in expected.items() if not torch.equal(stored.get_tensor(name), tensor)]

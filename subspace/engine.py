@@ -1,0 +1,188 @@
+"""DeepSpeed's engine: started from its own JSON, in which "auto" is filled from the run and contradictions are refused.
+
+Precision. The frozen base has the model's dtype; adapters are float32 whatever the base is, with no ``bf16`` section,
+so that small steps are not rounded away and the saved adapter is what the optimizer holds. float16 needs a loss
+scale, hence DeepSpeed's ``fp16`` section, which casts the adapters too and keeps float32 copies in the optimizer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from subspace.errors import UserError, nearest
+
+Json = dict[str, Any]
+OFFLOAD = "offload_optimizer"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of one optimizer step are spread: ``batch = micro_batch * accumulate * ranks``."""
+
+    batch: int
+    micro_batch: int
+    accumulate: int
+    ranks: int
+
+
+def lay_out(batch: int, micro_batch: int | None, ranks: int) -> Layout:
+    """Spread a step's rows over ranks and micro-batches; without ``micro_batch``, a rank takes its share at once."""
+    if batch % ranks:
+        fits = ", ".join(str(n) for n in (batch // ranks * ranks, -(-batch // ranks) * ranks) if n)
+        raise UserError(f"train.batch is {batch} rows a step, which {ranks} processes cannot share evenly. Try {fits}")
+    share = batch // ranks
+    micro_batch = micro_batch or share
+    if share % micro_batch:
+        divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        raise UserError(
+            f"train.micro_batch is {micro_batch}, which does not divide the {share} rows that each of {ranks} "
+            f"processes takes of train.batch {batch}. Take one of {divisors}"
+        )
+    return Layout(batch, micro_batch, share // micro_batch, ranks)
+
+
+def start_processes(minutes: float = 30) -> None:
+    """Join the other processes of the launch, or be the only one. A rank that waits over ``minutes`` gives up."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # On CPU DeepSpeed would compile an op that training never calls: a minute of waiting, a compiler that must be
+        # there, and a lock that hangs for ever once a build was killed. It asks this table whether the machine can
+        # build it.
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
+
+
+def read_engine_file(path: str | Path) -> Json:
+    """Read DeepSpeed's JSON."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"engine: no file {path}. Ready ones lie in ds_configs/, as ds_configs/zero2.json") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"engine: {path}, line {error.lineno} is not JSON: {error.msg}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"engine: {path} should hold one JSON object, as ds_configs/zero2.json does")
+    return content
+
+
+def fill(
+    engine: Mapping[str, Any],
+    layout: Layout,
+    *,
+    dtype: str,
+    clip: float,
+    largest_adapter: int = 0,
+    source: str = "the engine's JSON",
+) -> tuple[Json, list[str]]:
+    """Return the engine's configuration with numbers for every "auto", and notices of what was changed.
+
+    Raises:
+        UserError: a number that contradicts the run's, or a section for what the run's configuration decides.
+    """
+    filled: Json = json.loads(json.dumps(engine))
+    notices: list[str] = []
+    for section in ("optimizer", "scheduler"):
+        if section in filled:
+            raise UserError(
+                f"{source} has a section '{section}', which the run's `train` settings decide. Take it out there"
+            )
+
+    ours = {
+        "train_batch_size": (layout.batch, "train.batch"),
+        "train_micro_batch_size_per_gpu": (layout.micro_batch, "train.micro_batch"),
+        "gradient_accumulation_steps": (layout.accumulate, "train.batch / (train.micro_batch x processes)"),
+        "gradient_clipping": (clip, "train.clip"),
+    }
+    for key, (value, name) in ours.items():
+        if filled.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f'{source} sets {key} to {filled[key]}, but {name} is {value}. Write "auto" there, or change {name}'
+            )
+        filled[key] = value
+
+    zero = filled.setdefault("zero_optimization", {})
+    stage = zero.setdefault("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{source} sets zero_optimization.stage to {stage!r}. There are 0, 1, 2, 3")
+    for name, wanted in (("fp16", "float16"), ("bf16", "bfloat16")):
+        section = filled.setdefault(name, {})
+        if section.get("enabled", "auto") == "auto":
+            section["enabled"] = name == "fp16" and dtype == "float16"
+        if section["enabled"] and dtype != wanted:
+            raise UserError(
+                f'{source} enables {name}, but model.dtype is {dtype}. Set model.dtype={wanted}, or "auto" there'
+            )
+    if filled["fp16"]["enabled"] is False and dtype == "float16":
+        raise UserError(
+            f'{source} disables fp16, but model.dtype is float16, which needs its loss scale. Write "auto" there'
+        )
+    if stage == 0 and (filled["fp16"]["enabled"] or filled["bf16"]["enabled"]):
+        # At stage 0 DeepSpeed's 16-bit optimizers take a step with zero gradients before the first: weight decay and
+        # Adam's step count are wrong from then on. Stage 1 holds the same numbers and does not.
+        zero["stage"] = 1
+        notices.append("ZeRO stage 0 with 16-bit adapters runs as stage 1, whose numbers are right")
+    if zero["stage"] == 3 and zero.get("stage3_param_persistence_threshold", "auto") == "auto":
+        # Adapters are small and used at every layer: gathering them for each use costs more than holding them.
+        zero["stage3_param_persistence_threshold"] = max(100_000, largest_adapter)
+    if OFFLOAD in zero:
+        filled.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's own AdamW works there and needs no compiler
+    filled.setdefault("zero_allow_untested_optimizer", True)
+    filled.setdefault("steps_per_print", 10**9)  # the run prints for itself
+
+    left = [key for key, value in _flat(filled) if value == "auto"]
+    if left:
+        raise UserError(f'{source} leaves {left[0]} "auto", which is not filled here. {nearest(left[0], ours)}')
+    return filled, notices
+
+
+def start_engine(
+    model: nn.Module, config: Json, optimizer: torch.optim.Optimizer, schedule: Callable[[int], float]
+) -> Any:
+    """Hand the model and its optimizer to DeepSpeed; return the engine.
+
+    ``schedule`` gives the factor on each group's learning rate for the optimizer step of that number, 0 being the
+    first.
+    """
+    import deepspeed
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=trained,
+        optimizer=optimizer,
+        config=config,
+        lr_scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, schedule),
+    )
+    return engine
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return pairs

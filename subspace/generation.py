@@ -1,0 +1,172 @@
+"""Protocol ``llm-adapters``: the model answers the prompt it was trained with; the first answer word it writes counts.
+
+It is the published LLM-Adapters protocol without its defects: one prompt in training and in scoring, an attention mask,
+eval mode, and so an answer that does not depend on what else is in the batch. Text without an answer word is wrong.
+
+Decoding is greedy, where the published evaluator searches with four beams. That costs four times as much, and a model
+that was trained on one short form of answer is sure of every token but the one that decides, and that one is the
+likeliest either way.
+
+A row ends at its end token, after 32 tokens, or as soon as it holds an answer word: what follows the first never counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from subspace.declarations import Item, Task, prompt, render
+from subspace.encoding import encode_prompt
+from subspace.errors import UserError
+from subspace.results import digest
+from subspace.zero import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = "1"
+MAX_NEW_TOKENS = 32
+
+
+class Generation:
+    """The items of a task, ready to be scored by this protocol."""
+
+    name = "llm-adapters"
+    metrics = ("acc",)
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item], prompt_name: str
+    ) -> None:
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            raise UserError(
+                "protocol llm-adapters was asked for under ZeRO-3, where every rank would have to write equally many "
+                "tokens. Use evaluate.protocol=likelihood, or score the finished run: subspace evaluate RUN"
+            )
+        self.tokenizer, self.task, self.items = tokenizer, task, items
+        self.extractor = AnswerWords(task.answer_words)
+        self.template = prompt(prompt_name)
+        texts = [render(self.template, {"instruction": task.instruction(item), "input": ""}) for item in items]
+        self.hashes = [digest(text) for text in texts]
+        self.ends = _end_tokens(model, tokenizer)
+
+        config: Any = model.config
+        window = config.max_position_embeddings - MAX_NEW_TOKENS
+        encoded = [encode_prompt(tokenizer, text) for text in texts]
+        self.truncated = sum(len(ids) > window for ids in encoded)
+        self.prompts = [ids[-window:] for ids in encoded]
+        # For each item how many rows it is in a batch, and how many tokens it comes to at most.
+        self.sizes = [(1, len(ids) + MAX_NEW_TOKENS) for ids in self.prompts]
+
+    @property
+    def ingredients(self) -> dict[str, str]:
+        """What this protocol's numbers depend on besides task, items and tokenizer."""
+        return {
+            "protocol": f"{self.name} {VERSION}",
+            "template": digest([self.template, self.task.instruction_template, self.task.answer_template]),
+            "decoding": f"greedy, {MAX_NEW_TOKENS} tokens, first of {'|'.join(self.task.answer_words)}",
+        }
+
+    def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
+        """Let the model answer the items of these numbers together; return the record of each."""
+        written = decode_greedily(model, [self.prompts[number] for number in batch], self._finished)
+        return [self._record(number, tokens) for number, tokens in zip(batch, written, strict=True)]
+
+    def _finished(self, tokens: list[int]) -> bool:
+        return tokens[-1] in self.ends or self.extractor.settled(self._text(tokens))
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _record(self, number: int, tokens: list[int]) -> dict[str, Any]:
+        item, text = self.items[number], self._text(tokens)
+        prediction, label = self.extractor.first(text), self.task.answer(item)
+        return {
+            "id": item["id"],
+            "prompt": self.hashes[number],
+            "text": text,
+            "prediction": prediction,
+            "label": label,
+            "correct": {"acc": prediction == label},
+        }
+
+
+class AnswerWords:
+    """Finds the first answer word in a text, as the published evaluator does: case counts, parts of words match too."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.pattern = re.compile("|".join(map(re.escape, words)))
+        # A word that is part of another ("answer1" of "answer10") may yet turn out to be that one.
+        self.final = {word for word in words if not any(word in other for other in words if other != word)}
+
+    def first(self, text: str) -> str:
+        """Return the first answer word, or nothing."""
+        found = self.pattern.search(text)
+        return found[0] if found else ""
+
+    def settled(self, text: str) -> bool:
+        """Tell whether the first answer word is there and stays what it is whatever is written behind it."""
+        return self.first(text) in self.final
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    declared = model.generation_config.eos_token_id
+    several = declared if isinstance(declared, list) else [declared]
+    return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
+
+
+def decode_greedily(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    finished: Callable[[list[int]], bool],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[list[int]]:
+    """Return what the model writes after each prompt. The prompts are one batch, padded on the left.
+
+    Args:
+        model: the model.
+        prompts: token ids.
+        finished: tells by what a row has written, the last token included, whether to go on with it.
+        max_new_tokens: where a row ends at the latest.
+    """
+    device = next(model.parameters()).device
+    length = max(map(len, prompts))
+    padding = [length - len(prompt) for prompt in prompts]
+    inputs = torch.tensor(
+        [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device
+    )
+    mask = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding], device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache: Any = None
+    written: list[list[int]] = [[] for _ in prompts]
+    unfinished = list(range(len(prompts)))
+
+    for _ in range(max_new_tokens):
+        out = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        tokens = out.logits[:, -1].argmax(-1)
+        for row, token in zip(unfinished, tokens.tolist(), strict=True):
+            written[row].append(token)
+
+        going_on = [i for i, row in enumerate(unfinished) if not finished(written[row])]
+        if not going_on:
+            break
+        if len(going_on) < len(unfinished):
+            unfinished = [unfinished[i] for i in going_on]
+            kept = torch.tensor(going_on, device=device)
+            tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
+            cache.batch_select_indices(kept)
+        inputs = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return written

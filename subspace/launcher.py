@@ -1,0 +1,276 @@
+"""Start a verb in several processes by DeepSpeed's own launcher, and end with the run's own status.
+
+That launcher has four habits that a run cannot live with, so it is started inside a wrapper:
+
+- SIGTERM or SIGINT to its first process leaves the ranks running. The wrapper gives the launch a process group of its
+  own, passes signals on to all of it, and ends what is left of it afterwards.
+- A launcher that is killed leaves the ranks running and ends with status 0. So status 0 counts only together with a
+  marker that the run itself leaves at its end (:func:`mark_finished`).
+- Two launches take the same port. The wrapper picks a free one.
+- ``--num_gpus`` overrides CUDA_VISIBLE_DEVICES. The wrapper names the visible devices.
+
+A run of one process needs no launcher: it becomes rank 0 of 1 (:func:`become_rank`) and goes through the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from subspace.errors import UserError
+
+STATUS_FILE = "SUBSPACE_STATUS_FILE"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Seconds that a rank other than the first waits before it reports a failure. The launcher looks every second.
+TURN = 5.0
+#: Seconds between asking a process group to end and ending it. The launcher gives its ranks 30.
+PATIENCE = 35.0
+
+
+def under_launcher() -> bool:
+    """Tell whether a launcher started this process: ours, ``deepspeed``, ``torchrun`` or ``launch/slurm.sh``."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def become_rank() -> None:
+    """Prepare this process to be a rank, the only one unless a launcher said otherwise. Before torch is imported."""
+    if not under_launcher():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    ranks_here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
+    if not visible_devices():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def mark_finished() -> None:
+    """Leave the marker that the run reached its end: a verb's last act in the ranks."""
+    if os.environ["RANK"] == "0":
+        _write_status(0)
+
+
+def may_report(status: int) -> bool:
+    """Decide whether this rank is the one that tells the user about the failure it is about to end with.
+
+    Often every rank fails, from the same cause or because another did. The first rank speaks at once. Another waits its
+    turn, in which the launcher ends it if the first has spoken; until then it holds its connections, so that the first
+    does not fail of it.
+    """
+    if under_launcher() and os.environ["RANK"] != "0":
+        end = time.monotonic() + TURN
+        while time.monotonic() < end:
+            if _read_status(os.environ.get(STATUS_FILE)) is not None:
+                return False
+            time.sleep(0.1)
+    _write_status(status)
+    return True
+
+
+def _write_status(status: int) -> None:
+    if file := os.environ.get(STATUS_FILE):
+        Path(file).write_text(str(status))
+
+
+def _read_status(file: str | Path | None) -> int | None:
+    if not file or not Path(file).exists():
+        return None
+    return int(Path(file).read_text() or 1)
+
+
+def free_port() -> int:
+    """Return a TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def visible_devices() -> list[str]:
+    """Return the GPUs this process may use, under the numbers that the launcher takes; none where there are none."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    count = torch.cuda.device_count()
+    return visible.split(",")[:count] if re.fullmatch(r"\d+(,\d+)*", visible) else [str(i) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a verb in several processes."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]  # set for the ranks beyond what they inherit
+    #: Whether the ranks inherit the environment, and with it the place of their marker. Over ssh they do not; there the
+    #: shells' own status tells of a launcher that was killed.
+    marked: bool = True
+
+    def __str__(self) -> str:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.command)])
+
+    def run(self) -> int:
+        """Start it, pass signals on, wait, and return the run's status with nothing left behind."""
+        if not self.marked and shutil.which("pdsh") is None:
+            raise UserError(
+                "the hosts of a hostfile are reached by pdsh, which is not installed. Install it "
+                "(apt-get install pdsh), or use launch/slurm.sh, which needs no ssh"
+            )
+        with tempfile.TemporaryDirectory(prefix="subspace-") as folder:
+            return _supervise(self, Path(folder) / "status")
+
+
+def plan(
+    arguments: Sequence[str],
+    processes: int | None = None,
+    hostfile: str | None = None,
+    program: Sequence[str] = ("--module", "subspace"),
+) -> Launch | None:
+    """Work out how to start ``subspace ARGUMENTS``; None where this process alone is enough.
+
+    Args:
+        arguments: The verb and what follows it.
+        processes: Ranks, on each host where there is a hostfile; None for one a device, or one where there is none.
+        hostfile: File with lines ``HOST slots=N``, hosts reached by ssh; None for this machine.
+        program: What takes the arguments, as the launcher wants it: a module or a script.
+    """
+    environment = {}
+    if hostfile:
+        _check_hostfile(hostfile)
+        where = ["--hostfile", hostfile, *(["--num_gpus", str(processes)] if processes else [])]
+    else:
+        devices = visible_devices()
+        count = processes or max(len(devices), 1)
+        if devices and count > len(devices):
+            raise UserError(
+                f"{count} processes were asked for, but each needs a device and this machine shows {len(devices)}. "
+                f"Use --processes {len(devices)}"
+            )
+        if count == 1:
+            return None
+        where = ["--include", f"localhost:{','.join(devices[:count])}"] if devices else ["--num_gpus", str(count)]
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or _threads(count)
+        if not devices:
+            environment["DS_ACCELERATOR"] = "cpu"  # else the launcher says three times that it found no accelerator
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(free_port())]
+    # Only the ranks have something to say: the launcher would repeat the command of one that ends badly.
+    launcher += ["--log_level", "critical", "--no_local_rank"]
+    return Launch((*launcher, *program, *arguments), environment, marked=not hostfile)
+
+
+def _threads(ranks: int) -> str:
+    """Share out this machine's cores: threads a rank."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return str(max(cores // ranks, 1))
+
+
+def _check_hostfile(path: str) -> None:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"hostfile '{path}': {error.strerror}. launch/hostfile.example shows one") from None
+    entries = [
+        (n, line.strip()) for n, line in enumerate(lines, 1) if line.strip() and not line.strip().startswith("#")
+    ]
+    for number, line in entries:
+        if not re.match(r"\S+\s+slots=\d+", line):
+            raise UserError(f"hostfile '{path}', line {number} is '{line}', but should be 'HOST slots=NUMBER'")
+    if not entries:
+        raise UserError(f"hostfile '{path}' names no host. Its lines are 'HOST slots=NUMBER'")
+
+
+def _supervise(launch: Launch, status_file: Path) -> int:
+    environment = {**os.environ, **launch.environment, STATUS_FILE: str(status_file)}
+    # DeepSpeed looks for ninja on the path, which lacks the virtual environment's folder unless that is activated.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    if not visible_devices():
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # means nothing then, and the launcher would comment on it
+
+    received: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        # On SIGTERM ranks and launcher end quietly; on SIGINT each would print a traceback. Twice means at once.
+        received.append(number)
+        if process is not None:
+            _signal_group(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        process = subprocess.Popen(launch.command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        if received:  # between the handlers and the start
+            _signal_group(process.pid, signal.SIGTERM)
+        returned = process.wait()
+        leftovers = _end_group(process.pid)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    said = _read_status(status_file)
+    if received:
+        return 128 + received[0]
+    if said:
+        return said
+    if returned:
+        return _explain(returned)
+    if launch.marked and said is None:
+        ended = f" Its {leftovers} processes that still ran were ended." if leftovers else ""
+        print(f"error: the launcher ended, but the run did not reach its end.{ended}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _end_group(group: int) -> int:
+    """End what is left of a process group, and return how many processes that were."""
+    found = _count_group(group)
+    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, 5.0)):
+        end = time.monotonic() + patience
+        if _count_group(group):
+            _signal_group(group, number)
+        while _count_group(group) and time.monotonic() < end:
+            time.sleep(0.1)
+    return found
+
+
+def _count_group(group: int) -> int:
+    """Count a group's living processes. A dead one that nobody has waited for is none: its parent may never do it."""
+    import psutil
+
+    count = 0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            count += os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    return count
+
+
+def _explain(status: int) -> int:
+    """Return the status of a run that failed, as a shell gives it, and say which signal ended a rank."""
+    # A rank that signal 9 ended makes the launcher end with -9, which is seen as 247.
+    number = -status if status < 0 else 256 - status
+    if 0 < number < 65:
+        hint = ". Often that is the machine, out of memory" if number == signal.SIGKILL else ""
+        print(
+            f"error: a process of the run was ended by signal {number} ({signal.strsignal(number)}){hint}",
+            file=sys.stderr,
+        )
+        return 128 + number
+    return status

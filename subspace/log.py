@@ -1,0 +1,134 @@
+"""What a training run tells while it runs: a progress bar or plain lines, ``log.jsonl``, and trackers."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from subspace import progress
+from subspace.distributed import is_main
+from subspace.errors import UserError, nearest
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+def peak_memory() -> int:
+    """Return the most bytes this process has held: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Recorder:
+    """Records a run's steps. On ranks other than the first it is silent."""
+
+    def __init__(
+        self, folder: Path, steps: int, *, every: int, trackers: Sequence[str] = (), config: Any = None
+    ) -> None:
+        self.folder, self.steps, self.every = folder, steps, every
+        self.tokens = self.all_tokens = 0
+        self.began = self.last = time.perf_counter()
+        self.active = is_main()
+        self.bar = progress.shown("training", steps, "steps") if self.active else progress.silent("training")
+        self.at: progress.At
+        self.trackers: list[Any] = []
+        for name in trackers:
+            if name not in TRACKERS:
+                raise UserError(f"train.trackers names '{name}'. {nearest(name, TRACKERS)}")
+            if self.active:
+                self.trackers.append(_tracker(name, folder, config))
+
+    def __enter__(self) -> Self:
+        self.at = self.bar.__enter__()
+        self.began = self.last = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.__exit__(kind, error, trace)
+        for tracker in self.trackers:
+            tracker.close()
+
+    def step(self, step: int, *, loss: float, learning_rate: float, norm: Any, tokens: int) -> None:
+        """Record an optimizer step; ``tokens`` were read in it, over all ranks."""
+        self.tokens += tokens
+        self.all_tokens += tokens
+        if not self.active:
+            return
+        speed = self.all_tokens / (time.perf_counter() - self.began)
+        self.at(step, f"loss {loss:.4f}  {speed:,.0f} tok/s")
+        if step % self.every == 0 or step in (1, self.steps):
+            now = time.perf_counter()
+            line = {
+                "step": step,
+                "loss": loss,
+                "learning_rate": learning_rate,
+                "gradient_norm": None if norm is None else float(norm),
+                "tokens_per_second": self.tokens / (now - self.last),
+                "seconds": now - self.began,
+                "peak_memory": peak_memory(),
+            }
+            self.tokens, self.last = 0, now
+            self._write(line)
+
+    def validation(self, step: int, loss: float) -> None:
+        """Record the loss on the held-out rows."""
+        if self.active:
+            self._write({"step": step, "validation_loss": loss})
+            self.note(f"step {step}: validation loss {loss:.4f}")
+
+    def note(self, text: str) -> None:
+        """Tell the user something that is worth a line."""
+        if self.active:
+            print(text, file=sys.stderr, flush=True)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for tracker in self.trackers:
+            tracker.write(line)
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, line: dict[str, Any]) -> None:
+        for key, value in line.items():
+            if key != "step" and value is not None:
+                self.writer.add_scalar(key, value, line["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    def __init__(self, folder: Path, config: Any) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "train.trackers asks for wandb, which is not installed here. Run: pip install wandb"
+            ) from None
+        self.run = wandb.init(project="subspace", name=folder.name, dir=str(folder), config=config)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.run.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _tracker(name: str, folder: Path, config: Any) -> Any:
+    return _TensorBoard(folder) if name == "tensorboard" else _Wandb(folder, config)

@@ -1,0 +1,1 @@
+"""One file a method. Importing a file registers it; nothing is listed here."""

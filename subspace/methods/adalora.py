@@ -1,0 +1,99 @@
+r"""AdaLoRA: a low-rank update in the form of an SVD, whose rank moves to the layers that need it.
+
+Paper: Zhang et al., "AdaLoRA: Adaptive Budget Allocation ...", ICLR 2023, arXiv:2303.10512, eqs. 3-11.
+
+.. math:: W' = W + s\,B\,\mathrm{diag}(E)\,A,\qquad B \in R^{out \times r},\ A \in R^{r \times in},\ s=\alpha / r
+
+Trains r * (in + out + 1) numbers per layer. E starts at zero: training starts from the frozen model. Mergeable. Reads W
+only to merge. The budget falls by a cubic; the least important E become zero, and may come back until the last phase.
+Departs from the paper, with its authors' code: the penalty for factors that are not orthonormal is not squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspace.linalg import orthogonality_gap
+from subspace.method import Access, Clock, LinearAdapter, MethodConfig, register
+from subspace.settings import setting
+
+
+@register("adalora", family="extension", trains="r * (n_in + n_out + 1)")
+class AdaLoRA(LinearAdapter):
+    """See the module's docstring."""
+
+    roles: ClassVar = {"A": "down", "E": "core", "B": "up"}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MethodConfig):
+        """AdaLoRA's settings."""
+
+        r: int = setting(12, "rank at the start", min=1)
+        target_r: int = setting(8, "mean rank of the updates at the end", min=0)
+        alpha: float = setting(32.0, "the update is scaled by alpha / r", min=0)
+        warm_up: float = setting(0.1, "share of the run before the budget falls", min=0, max=1)
+        cool_down: float = setting(0.3, "share of the run, at its end, with the pattern fixed", min=0, max=1)
+        every: int = setting(10, "optimizer steps from one allocation to the next", min=1)
+        beta1: float = setting(0.85, "smoothing of a value's importance", min=0, max=1)
+        beta2: float = setting(0.85, "smoothing of how far it strays", min=0, max=1)
+        orthogonality: float = setting(0.1, "weight of the penalty", min=0)
+
+    def __init__(self, base: nn.Module, config: Config) -> None:
+        super().__init__(base, config)
+        self.scale = config.alpha / config.r
+        self.A = nn.Parameter(torch.empty(config.r, self.in_features).normal_(std=0.02))
+        self.B = nn.Parameter(torch.empty(self.out_features, config.r).normal_(std=0.02))
+        self.E = nn.Parameter(torch.zeros(config.r))
+        self.gradients: dict[str, Tensor] = {}
+        self.history = {key: torch.zeros(2, *p.shape) for key, p in self.trained().items()}
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.scale * (self.B * self.E) @ self.A
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.A.to(x.dtype)) * (self.scale * self.E).to(x.dtype)
+        return self.frozen(x) + F.linear(hidden, self.B.to(x.dtype))
+
+    def penalty(self) -> Tensor:
+        weight: float = self.config.orthogonality / self.num_siblings
+        return weight * orthogonality_gap(self.A, self.B.T)
+
+    def scores(self, access: Access) -> Tensor:
+        """Take in this step's importances (eqs. 8, 9); return those of (B_j, E_j, A_j), (r,) (eqs. 7, 10)."""
+        for key, gradient in self.gradients.items():
+            importance = (
+                access.value(self.trained()[key]) * gradient
+            ).abs()  # as in the authors' code, p is after the step
+            mean, waver = self.history[key].to(importance.device)
+            mean = importance.lerp(mean, self.config.beta1)
+            self.history[key] = torch.stack([mean, (importance - mean).abs().lerp(waver, self.config.beta2)])
+        A, E, B = (self.history[key].prod(0) for key in "AEB")
+        return E + A.mean(1) + B.mean(0)
+
+    @classmethod
+    def before_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
+        watching = clock.through(adapters[0].config.warm_up, adapters[0].config.cool_down) < 1
+        for adapter in adapters:
+            adapter.gradients = {key: access.grad(p) for key, p in adapter.trained().items()} if watching else {}
+
+    @classmethod
+    def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
+        scores = torch.stack([adapter.scores(access) for adapter in adapters])
+        if (pruned := scores.numel() - budget(adapters[0].config, clock, len(adapters))) > 0:
+            kept = scores > scores.flatten().kthvalue(pruned).values
+            for adapter, keep in zip(adapters, kept, strict=True):
+                access.write(adapter.E, access.value(adapter.E) * keep)
+
+
+def budget(config: AdaLoRA.Config, clock: Clock, num_layers: int) -> int:
+    """Return how many E may stay after this step (eq. 11); all of them at a step that allocates nothing."""
+    passed = clock.through(config.warm_up, config.cool_down)
+    if passed <= 0 or (passed <= 1 and clock.step % config.every):
+        return num_layers * config.r
+    return int(num_layers * (config.target_r + (config.r - config.target_r) * max(0.0, 1 - passed) ** 3))

@@ -1,0 +1,44 @@
+r"""SSL: scale the subspace in which a weight reads its input.
+
+Paper: Si, Yang, Shen, "See Further for Parameter Efficient Fine-tuning by Standing on the Shoulders of Matrix
+Decomposition", arXiv:2407.05417, section on subspace reconstruction ("scaling the left singular vectors").
+
+.. math:: W' = W\,\mathrm{diag}(d),\qquad W \in R^{out \times in},\ d \in R^{in}
+
+Trains in numbers per layer. d starts at one, so training starts from the frozen model. Mergeable. Reads W only to
+merge.
+
+Orientation: the paper writes weights (in, out), so its left singular vectors are the input side of the (out, in)
+weight used here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from subspace.method import LinearAdapter, MethodConfig, register
+
+
+@register("ssl", family="reconstruction", trains="n_in")
+class SSL(LinearAdapter):
+    """See the module's docstring."""
+
+    roles: ClassVar = {"d": "scale"}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MethodConfig):
+        """SSL has no settings."""
+
+    def __init__(self, base: nn.Module, config: Config) -> None:
+        super().__init__(base, config)
+        self.d = nn.Parameter(torch.ones(self.in_features))
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W * self.d
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x * self.d.to(x.dtype))

@@ -1,0 +1,150 @@
+"""A model's files on this machine: whether they are all there, and whether they are what this project can open.
+
+Also the two wrappers round every call that reads them: one makes its errors clear, the other keeps it quiet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from subspace.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
+WORKING = "LLaMA, Mistral, Qwen2, Qwen3, Gemma and Phi-3 checkpoints work"
+
+NOT_A_MODEL = {
+    "adapter.json": "it holds an adapter. Give the model that it was trained on",
+    # transformers would silently load this adapter's base, and the adapter into it
+    "adapter_config.json": "it holds another library's adapter. Give the model that it was trained on",
+    "config.yaml": "it is the folder of a run. Its config.yaml names the model",
+}
+
+# What transformers says over a file that it cannot open, and what helps.
+ADVICE = {
+    "flash": "`attention: sdpa` works everywhere",
+    "bitsandbytes": "`pip install bitsandbytes accelerate`, or use `quantize: none`",
+    "trust_remote_code": "`trust_remote_code: true` runs it, if you trust its author",
+    "deserializ": "A weight file is cut or damaged: download the folder again",
+    "model type": WORKING,
+    "": "Is the folder complete?",
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files: their folder, and the name of the one GGUF file where that is the model."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+
+    @classmethod
+    def at(cls, name: str, path: Path) -> Self:
+        """Take the model in a folder, or a GGUF file; refuse a folder that holds something else."""
+        if path.suffix == ".gguf" and path.is_file():
+            return cls(name, path.parent, path.name)
+        for file, what in NOT_A_MODEL.items():
+            if (path / file).is_file():
+                raise UserError(f"cannot open model {name!r}: {what}")
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        if (path / "config.json").is_file():
+            return cls(name, path)
+        if len(ggufs) == 1:
+            return cls(name, path, ggufs[0])
+        found = f"has several GGUF files; name one of {', '.join(ggufs)}" if ggufs else "has no config.json"
+        raise UserError(
+            f"cannot open model {name!r}: {path} {found}. What works: a folder with config.json, *.safetensors and a "
+            "tokenizer; one GGUF file; a name that `subspace prepare` brought here"
+        )
+
+    def architecture(self, *, trust_remote_code: bool) -> PreTrainedConfig:
+        """Read the architecture's configuration, and refuse what is no decoder."""
+        from transformers import AutoConfig
+        from transformers.models.auto import modeling_auto as auto
+
+        with explained(f"cannot read the configuration of model {self.name!r} in {self.folder}"), quiet():
+            described: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.folder, gguf_file=self.gguf, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        kind = described.model_type
+        decodes = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or trust_remote_code
+        # BERT and its kin can be read as decoders, but were trained to look both ways.
+        encodes = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(described, "is_decoder", False)
+        if described.is_encoder_decoder or encodes or not decodes:
+            what = "an encoder-decoder" if described.is_encoder_decoder else "an encoder" if encodes else "no decoder"
+            raise UserError(
+                f"model {self.name!r} is {what} ({kind}), and this project adapts decoder language models. {WORKING}"
+            )
+        return described
+
+    def check_weights(self) -> None:
+        """Refuse a folder whose weight files are not all there."""
+        if self.gguf:
+            return
+        present = [name for name in WEIGHTS if (self.folder / name).is_file()]
+        if not present:
+            raise UserError(
+                f"model {self.name!r} has no weights: none of {', '.join(WEIGHTS)} is in {self.folder}. "
+                "Download the folder again"
+            )
+        if present[0].endswith(".index.json"):
+            with explained(f"cannot read {self.folder / present[0]}"):
+                index = json.loads((self.folder / present[0]).read_text(encoding="utf-8"))
+                shards = set(index["weight_map"].values())
+            absent = sorted(name for name in shards if not (self.folder / name).is_file())
+            if absent:
+                raise UserError(
+                    f"model {self.name!r} lacks {len(absent)} of the {len(shards)} weight files in its index, "
+                    f"e.g. {absent[0]}, in {self.folder}. Download the folder again"
+                )
+
+    def check_tokenizer(self) -> None:
+        """Refuse a folder without any tokenizer's file."""
+        if not self.gguf and not any((self.folder / name).is_file() for name in TOKENIZERS):
+            raise UserError(
+                f"model {self.name!r} has no tokenizer: none of {', '.join(TOKENIZERS)} is in {self.folder}. "
+                "Copy the files of the original model's tokenizer there"
+            )
+
+
+@contextlib.contextmanager
+def explained(request: str) -> Iterator[None]:
+    """Turn whatever transformers and its parts raise over a user's files into one message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        advice = next(advice for key, advice in ADVICE.items() if key in text.lower())
+        raise UserError(f"{request}: {text.splitlines()[0].rstrip('.')}. {advice}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and advice about internals off the terminal; errors still come as exceptions."""
+    from transformers.utils import logging as messages
+
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    messages.set_verbosity(logging.ERROR)
+    messages.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()  # type: ignore[no-untyped-call]

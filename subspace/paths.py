@@ -1,0 +1,18 @@
+"""Where things lie on this machine: the declarations that ship with the repository, and the cache of prepared files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def declarations() -> Path:
+    """Return the folder of the declarations of tasks, mixtures and models: ``$SUBSPACE_DATA``, else ``data``."""
+    return Path(os.environ.get("SUBSPACE_DATA") or REPOSITORY / "data")
+
+
+def cache() -> Path:
+    """Return the folder of prepared models and data: ``$SUBSPACE_CACHE``, else ``data/cache`` beside the package."""
+    return Path(os.environ.get("SUBSPACE_CACHE") or REPOSITORY / "data" / "cache")

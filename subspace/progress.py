@@ -1,0 +1,87 @@
+"""Say what is being done and how far it is: a bar in a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+
+class At(Protocol):
+    """Told how much of the stage is done, and what else is worth knowing there."""
+
+    def __call__(self, done: float, detail: str = "") -> None: ...
+
+
+Progress = Callable[[str, float, str], AbstractContextManager[At]]
+"""Opens a stage: what is being done, how much there is to do (0: not known), and its unit (``bytes``, ``rows``)."""
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def silent(title: str, total: float = 0, unit: str = "") -> AbstractContextManager[At]:
+    """Show nothing: what a library call and every process but the first does."""
+    return nullcontext(lambda done, detail="": None)
+
+
+def shown(title: str, total: float = 0, unit: str = "") -> AbstractContextManager[At]:
+    """Show the stage on standard error, so that standard output stays clean for ``--json``."""
+    return _bar(title, total, unit) if sys.stderr.isatty() else _lines(title, total, unit)
+
+
+@contextmanager
+def _bar(title: str, total: float, unit: str) -> Iterator[At]:
+    from rich import progress
+    from rich.console import Console
+
+    amount = {"bytes": progress.DownloadColumn(), "": progress.TextColumn("")}.get(unit, progress.MofNCompleteColumn())
+    bars = progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        amount,
+        progress.TextColumn("{task.fields[detail]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        console=Console(file=sys.stderr),  # itself, whatever others redirect meanwhile
+    )
+    with bars:
+        stage = bars.add_task(title, total=total or None, detail="")
+        yield lambda done, detail="": bars.update(stage, completed=done, detail=detail)
+        bars.update(stage, total=total or 1, completed=total or 1)
+
+
+@contextmanager
+def _lines(title: str, total: float, unit: str) -> Iterator[At]:
+    begun = last = time.monotonic()
+
+    def at(done: float, detail: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            left = f", {_clock((now - begun) / done * (total - done))} left" if total and done else ""
+            _say(f"{title}: {_amount(done, total, unit)}{left}{f'  {detail}' if detail else ''}")
+
+    _say(f"{title} ...")
+    yield at
+    _say(f"{title}: done in {_clock(time.monotonic() - begun)}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _amount(done: float, total: float, unit: str) -> str:
+    if unit == "bytes":
+        done, total, unit = done / 1e6, total / 1e6, "MB"
+    of = f" of {total:,.0f}" if total else ""
+    return f"{done:,.0f}{of} {unit}".rstrip() if unit else "still at it"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,169 @@
+"""What a scoring leaves behind: a line an item in ``evaluation/PROTOCOL/TASK.jsonl``, a row a task in ``results.json``.
+
+A row says what its numbers mean: the *ingredients* (protocol and its version, task version, templates, items, decoding,
+metrics, tokenizer) and a fingerprint of them. Two numbers can be compared exactly when their fingerprints are equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from subspace.errors import UserError
+
+RESULTS = "results.json"
+
+
+class Score(NamedTuple):
+    """A share of items, between 0 and 1, and its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One task scored by one protocol. ``metrics`` has the metric that is usually reported first."""
+
+    model: str
+    adapter: str
+    dtype: str
+    protocol: str
+    task: str
+    metrics: Mapping[str, Score]
+    n: int
+    majority: float
+    truncated: int
+    seconds: float
+    ingredients: Mapping[str, str]
+    items: Path | None = field(default=None, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that are equal where the ingredients are."""
+        return digest(dict(self.ingredients))
+
+    @property
+    def version(self) -> str:
+        """The task's version."""
+        return self.ingredients["task version"]
+
+    @property
+    def items_hash(self) -> str:
+        """A fingerprint of the items that were scored."""
+        return self.ingredients["items"]
+
+
+def digest(value: Any) -> str:
+    """Return twelve hexadecimal digits of a value that JSON can hold. The order of a mapping's keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def accuracy(correct: Sequence[bool]) -> Score:
+    """Return the share of items that are right, with its binomial standard error, sqrt(p (1 - p) / n)."""
+    p = sum(correct) / len(correct)
+    return Score(p, math.sqrt(p * (1 - p) / len(correct)))
+
+
+def mean(scores: Sequence[Score]) -> Score:
+    """Return the unweighted mean of independent scores: its variance is the sum of theirs over k squared."""
+    k = len(scores)
+    return Score(sum(score.value for score in scores) / k, math.sqrt(sum(score.error**2 for score in scores)) / k)
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Score:
+    """Return how much larger a share became on the same items, and the standard error of that difference.
+
+    It is the standard error of the mean of the items' differences. Most items are answered alike before and after, so
+    it is a good deal smaller than that of a difference of independent shares.
+    """
+    n = len(before)
+    changes = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+    difference = sum(changes) / n
+    variance = sum(change**2 for change in changes) / n - difference**2
+    return Score(difference, math.sqrt(max(variance, 0.0) / n))
+
+
+def items_file(folder: Path, protocol: str, task: str) -> Path:
+    """Return where a run's folder keeps a task's items."""
+    return folder / "evaluation" / protocol / f"{task}.jsonl"
+
+
+def write_items(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one line an item; the file is there whole or not at all."""
+    _write(file, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
+
+
+def read_items(file: Path) -> list[dict[str, Any]]:
+    """Read the items back."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}. Score the run again: subspace evaluate") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{file}, line {number} is damaged: {error}. Score the run again: subspace evaluate"
+            ) from None
+    return records
+
+
+def correct(file: Path, metric: str) -> list[bool]:
+    """Return for each item of a file whether it was right by a metric."""
+    return [bool(record["correct"][metric]) for record in read_items(file)]
+
+
+def write_results(folder: Path, results: Iterable[TaskResult]) -> None:
+    """Put results into a run's ``results.json``. What it holds of other protocols and tasks stays."""
+    file = folder / RESULTS
+    kept = {(row.protocol, row.task): row for row in (read_results(folder) if file.exists() else [])}
+    kept.update({(row.protocol, row.task): row for row in results})
+    _write(file, json.dumps([_row(kept[key], folder) for key in sorted(kept)], indent=2, ensure_ascii=False) + "\n")
+
+
+def read_results(folder: Path) -> list[TaskResult]:
+    """Read a run's results."""
+    file = folder / RESULTS
+    try:
+        return [_result(row, folder) for row in json.loads(file.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {RESULTS}: it was not scored. Run: subspace evaluate {folder}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error!r}). Remove it and score again: subspace evaluate {folder}"
+        ) from None
+
+
+def _row(result: TaskResult, folder: Path) -> dict[str, Any]:
+    row = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    row["metrics"] = {name: {"value": score.value, "error": score.error} for name, score in result.metrics.items()}
+    row["ingredients"] = dict(result.ingredients)
+    row["items"] = None if result.items is None else os.path.relpath(result.items, folder)
+    return {**row, "fingerprint": result.fingerprint}
+
+
+def _result(row: Mapping[str, Any], folder: Path) -> TaskResult:
+    values = {name: value for name, value in row.items() if name != "fingerprint"}
+    values["metrics"] = {name: Score(score["value"], score["error"]) for name, score in row["metrics"].items()}
+    values["items"] = None if row["items"] is None else folder / row["items"]
+    result = TaskResult(**values)
+    if result.fingerprint != row["fingerprint"]:
+        raise ValueError(f"fingerprint of {result.protocol}/{result.task}")
+    return result
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

@@ -1,0 +1,125 @@
+"""Where adapters can go: the one table of what decoder architectures call their parts, and the search in a model.
+
+A *site* is a module that an adapter can wrap. There are four kinds:
+
+=============  =====================================================================================================
+``linear``     a linear layer, chosen by ``targets``
+``sublayer``   the linear that ends a sub-layer (attention or MLP); what it returns is what the sub-layer returns
+``attention``  a whole attention module, whose keys and values a method may extend
+``embedding``  the token embedding
+=============  =====================================================================================================
+
+Nothing else in the project names a module of a model. An architecture that is not in the table has LLaMA's names.
+Phi-3 fuses several projections into one linear; the usual name of each still finds it there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from subspace.errors import UserError, nearest
+
+Kind = Literal["linear", "sublayer", "attention", "embedding"]
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What one architecture calls its parts, each by the last component of a module's name.
+
+    ``fused`` maps a linear that holds several projections to the usual names of those: each of them, as a target,
+    means the fused linear.
+    """
+
+    attention: str = "self_attn"
+    ends: tuple[str, ...] = ("o_proj", "down_proj")
+    embedding: str = "embed_tokens"
+    head: str = "lm_head"
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+# Keyed by transformers' ``config.model_type``.
+ARCHITECTURES = {
+    "phi3": Names(fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}),
+}
+LLAMA_LIKE = Names()
+
+
+def names_of(model: nn.Module) -> Names:
+    """Return what a model's architecture calls its parts."""
+    return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""), LLAMA_LIKE)
+
+
+def find(model: nn.Module, kind: Kind, targets: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    r"""Return the sites of a kind in a model, by name, in the model's order.
+
+    Each target is a regular expression for a whole module name, or for its end after a dot: ``q_proj``,
+    ``self_attn\.(q|v)_proj``, ``layers\.[0-3]\..*``. Without targets, ``linear`` means ``DEFAULT_TARGETS`` and another
+    kind all of its sites. The output head is a site only for a target that names it. Every target must have a site.
+    """
+    names = names_of(model)
+    sites = {name: module for name, module in _outside_adapters(model) if _is(kind, name, module, names)}
+    if targets is None and kind != "linear":
+        targets = [".*"]
+    elif targets is None:
+        targets = DEFAULT_TARGETS
+    elif not targets:
+        raise UserError(f"targets is empty, so no {kind} would be adapted. {_known(sites, names)}")
+
+    found: set[str] = set()
+    for target in targets:
+        pattern = _pattern(target)
+        reach = [name for name in sites if name.rpartition(".")[2] != names.head or names.head in target]
+        matches = {name for name in reach if any(pattern.fullmatch(alias) for alias in _aliases(name, names))}
+        if not matches:
+            adapted = any(name.endswith(".base") and pattern.fullmatch(name[:-5]) for name, _ in model.named_modules())
+            reason = "already holds an adapter" if adapted else f"matches no {kind} of {type(model).__name__}"
+            raise UserError(f"target {target!r} {reason}. {_known(sites, names, target)}")
+        found |= matches
+    return {name: module for name, module in sites.items() if name in found}
+
+
+def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Walk a model's modules, but not into adapters: those keep what they wrap as their child ``base``."""
+    children = dict(module.named_children())
+    if "base" in children:
+        return
+    yield name, module
+    for child_name, child in children.items():
+        yield from _outside_adapters(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _is(kind: Kind, name: str, module: nn.Module, names: Names) -> bool:
+    last = name.rpartition(".")[2]
+    if kind == "linear":
+        return isinstance(module, nn.Linear)  # bitsandbytes' quantized layers derive from it
+    if kind == "sublayer":
+        return isinstance(module, nn.Linear) and last in names.ends
+    return last == (names.attention if kind == "attention" else names.embedding)
+
+
+def _pattern(target: str) -> re.Pattern[str]:
+    try:
+        re.compile(target)  # by itself first: "q)|(v" would be valid inside the brackets below
+        return re.compile(rf"(?:.*\.)?(?:{target})")
+    except re.error as error:
+        plain = ", ".join(DEFAULT_TARGETS)
+        raise UserError(f"target {target!r} is no regular expression: {error}. Plain names work: {plain}") from None
+
+
+def _known(sites: Mapping[str, nn.Module], names: Names, word: str = "") -> str:
+    """Say which targets would match."""
+    known = {alias.rpartition(".")[2] for name in sites for alias in _aliases(name, names)}
+    return nearest(word, known) if known else "No such site is left in it."
+
+
+def _aliases(name: str, names: Names) -> list[str]:
+    """Return the names that a module answers to: its own, and those of the projections that it fuses."""
+    stem, dot, last = name.rpartition(".")
+    return [name, *(f"{stem}{dot}{projection}" for projection in names.fused.get(last, ()))]

@@ -1,0 +1,311 @@
+"""Bring files to this machine: wheels from PyPI, data sets and models from the Hugging Face hub.
+
+What arrives is checked, and takes its place in one move, so that a folder or file is whole or not there: a cut
+download, a full disk, a killed process or two processes at once leave nothing behind that could be taken for the real
+thing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from subspace import paths
+from subspace.declarations import Hub, Wheel
+from subspace.errors import UserError
+from subspace.progress import Progress, silent
+
+MANIFEST = "prepared.json"
+HUB_SECONDS = 10.0
+_MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+# A folder that is whole or not there.
+
+
+def make_folder(folder: Path, is_good: Callable[[Path], bool], build: Callable[[Path], Mapping[str, Any]]) -> bool:
+    """Make a folder unless it is there and good, and tell whether it was made.
+
+    ``build`` fills an empty folder beside it and returns facts for its manifest. Processes that come at the same time
+    wait for the first and find the work done.
+    """
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if is_good(folder):
+                return False
+            # The lock is ours, so what others left half-made here is nobody's any more.
+            for remains in folder.parent.glob(f".{folder.name}.tmp-*"):
+                shutil.rmtree(remains, ignore_errors=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
+            try:
+                _seal(work, build(work))
+                if folder.exists():
+                    folder.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent)) / "old")
+                work.rename(folder)
+            finally:
+                for remains in folder.parent.glob(f".{folder.name}.tmp-*"):
+                    shutil.rmtree(remains, ignore_errors=True)
+    return True
+
+
+def sealed(folder: Path, *, thorough: bool = False) -> dict[str, Any] | None:
+    """Return the manifest's facts of a folder that ``make_folder`` made, or None if a file in it is not as it was.
+
+    Sizes are always compared; checksums where ``thorough``.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, checksum) in manifest.pop("files").items():
+            if (folder / name).stat().st_size != size or (thorough and sha256_of(folder / name) != checksum):
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest
+
+
+def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {str(path.relative_to(folder)): [path.stat().st_size, sha256_of(path)] for path in files}
+    (folder / MANIFEST).write_text(json.dumps({**facts, "files": listed}, indent=1) + "\n", encoding="utf-8")
+    # Whoever wrote through a temporary file left it readable by its owner only; a cache may be shared.
+    for path in (folder, *files):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's checksum."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        # A file system without locks costs double work at worst: the last move is atomic with or without one.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def explained(place: Path) -> Iterator[None]:
+    """Turn a full disk, or one that may not be written, into words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Some libraries wrap the operating system's error in one of their own, and only the text survives.
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            free = shutil.disk_usage(_existing(place)).free
+            raise UserError(
+                f"{place} was to be written, but the disk is full ({free / 1e6:,.0f} MB are free; model and data "
+                "need 1,500). Nothing half-written was kept. Free some space, or set SUBSPACE_CACHE to another disk"
+            ) from None
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"{place} was to be written, but may not be. Set SUBSPACE_CACHE to a folder of your own"
+            ) from None
+        raise
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+# Wheels from PyPI.
+
+
+def fetch_wheel(wheel: Wheel, progress: Progress = silent) -> Path:
+    """Return the wheel's file, downloaded by pip unless it is there and whole."""
+    target = paths.cache() / "downloads" / wheel.file
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            if not target.is_file() or sha256_of(target) != wheel.sha256:
+                _download(wheel, target, progress)
+    return target
+
+
+def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
+    wanted = f"{wheel.name}=={wheel.version}"
+    with tempfile.TemporaryDirectory(prefix=f".{wheel.file}.tmp-", dir=target.parent) as work:
+        with progress(f"downloading {wanted} from PyPI", wheel.bytes, "bytes") as at:
+            status, said = _pip_download(wanted, Path(work), lambda size: at(min(size, wheel.bytes)))
+
+        arrived = Path(work, "whole", wheel.file)
+        if status != 0 or not arrived.is_file():
+            if "No space left on device" in said:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            raise UserError(
+                f"{wanted} was asked of PyPI by 'pip download' and did not come: {_reason(said)}. Check the network "
+                f"and pip's index ('pip config list'), or bring {wheel.file} yourself and put it into {target.parent}"
+            )
+        if (found := sha256_of(arrived)) != wheel.sha256:
+            raise UserError(
+                f"{wanted} was downloaded, but its sha256 is {found[:16]}... where {wheel.sha256[:16]}... is declared: "
+                "it was cut, or pip's index ('pip config list') serves another file. It was thrown away: try again"
+            )
+        arrived.replace(target)
+
+
+def _pip_download(wanted: str, work: Path, at: Callable[[int], None]) -> tuple[int, str]:
+    """Run ``pip download`` into ``work/whole``; return its status and what it said."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        wanted,
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        f"{work}/whole",
+    ]
+    command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--timeout=20"]
+    with (work / "log").open("w+b") as log:
+        # pip writes what has come so far under TMPDIR: its size is the progress.
+        with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(work)}, stdout=log, stderr=log) as pip:
+            try:
+                while pip.poll() is None:
+                    time.sleep(0.2)
+                    at(_size(work))
+            finally:
+                pip.kill()
+        log.seek(0)
+        return pip.returncode, log.read().decode(errors="replace")
+
+
+def _reason(said: str) -> str:
+    if "No module named pip" in said:
+        return f"this Python has no pip ('{sys.executable} -m ensurepip' brings it)"
+    errors = re.findall(r"^ERROR: (.*)", said, re.MULTILINE)
+    return errors[0] if errors else (said.strip().splitlines() or ["pip said nothing"])[-1]
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # pip moves its files about while we look
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def extract(wheel: Path, file: str, target: Path) -> None:
+    """Copy one file out of a wheel."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(file) as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy, length=1 << 20)
+
+
+def wheel_records(wheel: Path, file: str) -> Iterable[dict[str, Any]]:
+    """Read the records of one split out of a wheel: an Arrow file, or the requests of an evaluation harness."""
+    with zipfile.ZipFile(wheel) as archive:
+        if file.endswith(".arrow"):
+            import pyarrow
+
+            records: list[dict[str, Any]] = pyarrow.ipc.open_stream(archive.read(file)).read_all().to_pylist()
+            return records
+        with archive.open(file) as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
+            return list(_questions(lines))
+
+
+def _questions(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield each question of a file of requests once.
+
+    There is one line for each choice of a question, and the questions come a second time, with other few-shot examples,
+    as ``doc_id`` 1,000,000 and up. Only first choices are parsed: quotes inside a JSON text are escaped, so no text can
+    hold the mark.
+    """
+    for line in lines:
+        if '"idx": 0, "task_name"' in line:
+            request = json.loads(line)
+            if request["doc_id"] < 1_000_000:
+                yield request["doc"]
+
+
+# The Hugging Face hub.
+
+
+def hub_revision(repo: str, kind: str) -> str:
+    """Return the commit that a repository of the hub stands at. ``kind`` is ``dataset`` or ``model``."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(repo, kind):
+        return str(HfApi().repo_info(repo, repo_type=kind, timeout=HUB_SECONDS).sha)
+
+
+def hub_records(hub: Hub, revision: str) -> Iterable[dict[str, Any]]:
+    """Return the records of one split of a data set on the hub."""
+    import datasets
+
+    with _hub_errors(hub.repo, "dataset"):
+        records: Iterable[dict[str, Any]] = datasets.load_dataset(
+            hub.repo, hub.config, split=hub.split, revision=revision
+        )
+        return records
+
+
+def hub_model(repo: str, revision: str | None = None, *, every_file: bool = False) -> Path:
+    """Download a model into the hub's own cache, which resumes what was cut, and check the files against the hub."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _hub_errors(repo, "model"):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
+        patterns = None if every_file else _MODEL_FILES
+        folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=patterns))
+    for file in info.siblings or ():
+        path = folder / file.rfilename
+        if path.is_file() and file.lfs and sha256_of(path) != file.lfs.sha256:
+            path.resolve().unlink()
+            raise UserError(f"{repo} came from the hub with a broken {file.rfilename}. It was thrown away: try again")
+    return folder
+
+
+def hub_model_here(repo: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a model of the hub that is on this machine already, without asking the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError):
+        return None
+
+
+@contextmanager
+def _hub_errors(repo: str, kind: str) -> Iterator[None]:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except GatedRepoError:
+        raise UserError(
+            f"the hub's {kind} {repo} is gated: accept its terms on the hub, then 'hf auth login'"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise UserError(
+            f"the hub has no {kind} {repo} in this revision, or not for you: 'hf auth login' if it is private"
+        ) from None
+    except Exception as error:
+        # Whatever else goes wrong on the way (names, proxies, certificates, time limits, the offline switch).
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"the hub was asked for the {kind} {repo} and did not answer ({reason})") from None

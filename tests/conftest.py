@@ -1,0 +1,35 @@
+"""What every test stands on: a quiet machine without a network, and tests that are left out where they cannot run."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch or transformers is imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from subspace import paths
+from subspace.launcher import STATUS_FILE
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what this machine cannot run; say how it could."""
+    if "gpu" in item.keywords and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if "model" in item.keywords and not paths.cache().is_dir():
+        pytest.skip("needs the prepared model and data: subspace prepare")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every test the environment of a process that no launcher started; what a run sets goes away with it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", STATUS_FILE):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)

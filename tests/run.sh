@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Checks and tests, in an environment that it makes: see usage() below.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+    cat <<'TEXT'
+usage: bash tests/run.sh [--help] [PYTEST_ARGUMENT ...]
+
+Needs Python 3.11 or newer; no GPU. Takes less than 30 minutes on 2 cores.
+
+  1. makes .venv and installs requirements.txt and tests/requirements.txt into it
+  2. ruff and mypy
+  3. prepares SmolLM2-135M and the eight commonsense suites in data/cache
+  4. pytest, without the tests that take minutes (-m long) or need a GPU (-m gpu); arguments are passed on to it
+
+examples:
+  bash tests/run.sh                        everything
+  bash tests/run.sh -k lora                the tests whose names speak of lora
+  bash tests/run.sh -m gpu                 the tests that need a GPU
+TEXT
+}
+
+case "${1-}" in -h | --help) usage; exit 0 ;; esac
+
+. launch/environment.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # several ranks share the cores
+export PYTHONDONTWRITEBYTECODE=1
+
+step "1/4 install"
+make_environment requirements.txt tests/requirements.txt
+step "2/4 ruff, mypy"
+supervise ruff check .
+supervise ruff format --check .
+supervise mypy
+step "3/4 prepare the model and the data"
+supervise subspace prepare
+step "4/4 pytest"
+supervise python -m pytest --durations=10 -m "not long and not gpu" "$@"

@@ -1,0 +1,202 @@
+"""The command: help at once, one message and status 2 for what the user can mend, and no traceback."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from subspace import catalogue, cli, launcher
+from subspace.method import methods
+
+ROOT = Path(__file__).resolve().parent.parent
+VERBS = [verb.name for verb in cli.VERBS]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.processes
+def test_help_comes_at_once() -> None:
+    listed = run("-X", "importtime", "-m", "subspace", "--help")
+    assert [verb for verb in VERBS if verb not in listed.stdout] == []
+    assert "torch" not in listed.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_helps_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([verb, "--help"])
+    assert f"subspace {verb}" in capsys.readouterr().out.partition("examples:")[2]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_speaks_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([verb, "--help"])
+    assert "--json" in capsys.readouterr().out
+
+
+def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    told = capsys.readouterr().out
+    assert "train.learning_rate=" in told
+    assert "orthogonality=" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["train"], "required: CONFIG"),
+        (["train", "x.yaml", "--proceses", "2"], "Did you mean '--processes'?"),
+        (["train", "x.yaml", "--processes", "none"], "'none' is no number of processes"),
+        (["train", "no-such.yaml"], "no configuration file 'no-such.yaml'"),
+        (["train", "launch/recipes/quickstart.yaml", "train.lr=1"], "train has no setting 'lr'"),
+        (["train", "launch/recipes/quickstart.yaml", "engine=none.json"], "no file none.json"),
+        (["evaluate", "evaluate.limit=2"], "nothing to score"),
+        (["evaluate", "runs/no-such-run"], "is no run's folder"),
+        (["merge", "runs/no-such-run", "--out", "x"], "is no run's folder"),
+        (["merge", "runs/no-such-run"], "required: --out"),
+        (["methods", "lroa"], "Did you mean 'lora'?"),
+        (["prepare", "--source", "hbu"], "Did you mean 'hub'?"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert complaint in said.err
+
+
+def _failing(error: BaseException) -> list[cli.Verb]:
+    def fail(_: object) -> int:
+        raise error
+
+    return [cli.Verb("fail", "", "", lambda parser: None, fail)]
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "VERBS", _failing(KeyboardInterrupt()))
+    assert cli.main(["fail"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "VERBS", _failing(OSError(errno.ENOSPC, "No space left on device", "runs/x")))
+    assert cli.main(["fail"]) == 2
+    assert "no space is left on the disk for 'runs/x'" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "VERBS", _failing(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fail"])
+
+
+def test_a_rank_leaves_a_failure_to_the_one_that_told_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(launcher.STATUS_FILE, str(tmp_path / "status"))
+    (tmp_path / "status").write_text("2")
+    monkeypatch.setattr(cli, "VERBS", _failing(ConnectionError()))
+    assert cli.main(["fail"]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(launcher, "visible_devices", list)
+    arguments = ["launch/recipes/quickstart.yaml", "name=x"]
+    assert cli.main(["train", *arguments, "--processes", "2", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "-m deepspeed.launcher.runner --num_gpus 2" in printed
+    assert printed.endswith(f"--module subspace train {' '.join(arguments)}\n")
+    assert cli.main(["train", *arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"{sys.executable} -m subspace train {' '.join(arguments)}\n"
+
+
+def test_a_rank_refuses_another_number_of_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "launch/recipes/quickstart.yaml", "--processes", "3", "--local_rank=0"]) == 2
+    assert "--processes 3 was given to one of 2 processes" in capsys.readouterr().err
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "--json"]) == 0
+    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == list(methods())
+    assert cli.main(["methods"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == list(methods())
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_method_has_its_page(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", name]) == 0
+    page = capsys.readouterr().out
+    assert all(f"  {setting}=" in page for setting in catalogue.entry(methods()[name]).settings)
+    assert "Paper:" in page
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["train", "evaluate", "merge"])
+def test_entry_points_are_verbs(name: str) -> None:
+    assert f"usage: subspace {name}" in run(f"launch/{name}.py", "--help").stdout
+
+
+@pytest.mark.processes
+def test_a_reader_that_leaves_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m subspace methods --json | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("[\n", "")
+
+
+@pytest.mark.processes
+def test_sigint_ends_a_verb(tmp_path: Path) -> None:
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import sys, time\n"
+        "from subspace import cli\n"
+        "def wait(_):\n    print('here', flush=True)\n    time.sleep(60)\n"
+        "cli.VERBS = [cli.Verb('wait', '', '', lambda parser: None, wait)]\n"
+        "sys.exit(cli.main(['wait']))\n"
+    )
+    waiting = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert waiting.stdout
+    waiting.stdout.readline()
+    time.sleep(0.1)
+    waiting.send_signal(signal.SIGINT)
+    _, said = waiting.communicate(timeout=10)
+    assert (waiting.returncode, said) == (130, b"error: interrupted\n")

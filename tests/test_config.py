@@ -1,0 +1,185 @@
+"""A run's configuration: what the file and the command line say arrives typed, and what cannot be meant is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from subspace import config
+from subspace.errors import UserError
+from subspace.method import find_method, methods
+from subspace.paths import REPOSITORY
+
+EXAMPLE = """
+model:  {path: smollm2-135m, dtype: bfloat16, quantize: nf4}
+method: {name: dora, r: 8, alpha: 64}
+targets: [q_proj, k_proj]
+data:   {mixture: commonsense, max_length: 128, loss_on: answer}
+train:  {epochs: 3, batch: 8, learning_rate: 2e-4, warmup_steps: 7, seed: 3}
+engine: ds_configs/zero2.json
+evaluate: {protocol: likelihood, tasks: [boolq]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "example.yaml"
+    path.write_text(EXAMPLE)
+    return path
+
+
+def values(key: config.Key) -> Any:
+    """Return a value that a setting may have and that is not its default."""
+    if key.choices:
+        return next(choice for choice in key.choices if choice != key.default)
+    changed = {bool: not key.default, int: 3, float: 0.75, str: "other", list: ["other"]}
+    wanted = "a list" if "a list" in key.takes and "text" not in key.takes else key.takes.split(" or null")[0]
+    kinds = {"true or false": bool, "a whole number": int, "a number": float, "text": str, "a list": list}
+    return changed[kinds.get(wanted, str)]
+
+
+def test_the_file_arrives_typed(file: Path) -> None:
+    run = config.read(file)
+    assert run.model.quantize == "nf4"
+    assert run.method == config.MethodChoice("dora", find_method("dora").Config(r=8, alpha=64.0))  # type: ignore[call-arg]
+    assert run.targets == ["q_proj", "k_proj"]
+    assert (run.train.learning_rate, run.train.batch) == (2e-4, 8)
+    assert run.evaluate.tasks == ["boolq"]
+    assert run.name == "example"
+    assert run.folder == Path("runs/example")
+    assert Path(run.engine) == REPOSITORY / "ds_configs" / "zero2.json"
+
+
+def test_what_is_written_is_read_again(file: Path, tmp_path: Path) -> None:
+    run = config.read(file, ["train.steps=5", "targets=null", "data.limit=9"])
+    written = tmp_path / "runs" / "example" / "config.yaml"
+    config.write(run, written)
+    assert config.read(written) == run
+    assert str(REPOSITORY) not in written.read_text()
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_setting_arrives_from_file_and_command_line(method: str, tmp_path: Path) -> None:
+    known = {name: key for name, key in config.keys(find_method(method)).items() if name != "method.name"}
+    given = {name: values(key) for name, key in known.items()}
+    nested: dict[str, Any] = {"method": {"name": method}}
+    for name, value in given.items():
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = value
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(nested))
+    (tmp_path / "none.yaml").write_text("model:\n")
+
+    from_file = config.read(tmp_path / "all.yaml")
+    overrides = [
+        f"{name}={yaml.safe_dump(value, default_flow_style=True)[:80].splitlines()[0]}" for name, value in given.items()
+    ]
+    assert config.read(tmp_path / "none.yaml", [f"method={method}", *overrides]) == from_file
+
+    plain = from_file.as_dict()
+    for name, value in given.items():
+        section, _, key = name.rpartition(".")
+        assert (plain[section] if section else plain)[key] == value
+
+
+def test_overrides_win_and_take_yaml(file: Path) -> None:
+    run = config.read(file, ["targets=v_proj,o_proj", "train.learning_rate=1e-3", "train.steps=null", "name=other"])
+    assert run.targets == ["v_proj", "o_proj"]
+    assert (run.train.learning_rate, run.train.steps, run.name) == (1e-3, None, "other")
+    assert config.read(file, ["targets=[v_proj]"]).targets == ["v_proj"]
+
+
+def test_another_method_leaves_the_old_ones_settings(file: Path) -> None:
+    assert config.read(file, ["method=ssl"]).method == config.MethodChoice("ssl", find_method("ssl").Config())
+    with pytest.raises(UserError, match=r"sets 'method\.r', but method ssl has no setting 'r'"):
+        config.read(file, ["method.name=ssl"])
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("train.step=4", r"sets 'train\.step', but train has no setting 'step'. Did you mean 'steps'\?"),
+        ("steps=4", r"no such setting\. Did you mean 'train\.steps'\?"),
+        ("trian.lr=4", r"no such setting\. Did you mean 'train'\?"),
+        ("train=4", r"train is a section"),
+        ("train.steps", r"as key=value"),
+        ("train.steps=many", r"train\.steps to 'many', but it takes a whole number or null: optimizer steps"),
+        ("train.steps=0", r"^train\.steps is 0, but must lie in \[1, inf\]"),
+        ("train.schedule=liner", r"^train\.schedule is 'liner'.*Did you mean 'linear'\?"),
+        ("method=lroa", r"no method is called 'lroa'\. Did you mean 'lora'\?"),
+        ("method.rank=4", r"method dora has no setting 'rank'"),
+        ("method.r=0", r"^method\.r is 0"),
+        ("name=a/b", r"name is 'a/b'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(file: Path, override: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        config.read(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("train:\n  steps: 1\n  steps: 2\n", r"line 3 .*'steps' stands here twice"),
+        ("train: [1\n", r"line 2 .*expected"),
+        ("train: 5\n", r"train is 5, but is a section"),
+        ("just words\n", r"holds no settings"),
+        ("", r"holds no settings"),
+        ("train: {steps: 2.5}\n", r"example\.yaml sets train\.steps to 2\.5, but it takes a whole number or null"),
+        ("train: {learning_rate: true}\n", r"it takes a number"),
+        ("model: {path: 12}\n", r"it takes text"),
+        ("targets: {a: b}\n", r"it takes a list or null"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(file: Path, text: str, complaint: str) -> None:
+    file.write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        config.read(file)
+
+
+def test_a_missing_file_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no configuration file .*Did you mean 'launch/recipes/quickstart\.yaml'\?"):
+        config.read("launch/recipes/quickstrat.yaml")
+
+
+def test_the_engine_is_found_beside_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file.parent / "own.json").write_text("{}")
+    monkeypatch.chdir(REPOSITORY)
+    assert config.read(file, ["engine=own.json"]).engine == str(file.parent / "own.json")
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_recipe_is_good(recipe: Path) -> None:
+    assert Path(config.read(recipe).engine).is_file()
+
+
+def test_every_setting_is_explained() -> None:
+    told = config.manual()
+    assert not [name for name, key in config.keys(find_method("lora")).items() if not key.doc]
+    assert all(f"  {name}=" in told for name in config.keys(find_method("ssl")))
+    assert all(f.name in told for method in methods().values() for f in dataclasses.fields(method.Config))
+
+
+def test_what_is_scored_is_a_run_a_configuration_or_a_model(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = config.read(file)
+    config.write(run, run.folder / "config.yaml")
+    with pytest.raises(UserError, match="has no adapter"):
+        config.read_subject("runs/example")
+    (run.folder / "adapter").mkdir()
+    trained = config.read_subject("runs/example", ["evaluate.limit=5"])
+    assert (trained.folder, trained.adapter) == (run.folder, run.folder / "adapter")
+    assert (trained.model, trained.evaluate.limit) == (run.model, 5)
+
+    base = config.read_subject(str(file))
+    assert (base.folder, base.adapter, base.model) == (Path("runs/smollm2-135m"), None, run.model)
+    assert config.read_subject("some/model").folder == Path("runs/some-model")
+    with pytest.raises(UserError, match="Did you mean 'runs/example'"):
+        config.read_subject("runs/exmple")

@@ -1,0 +1,100 @@
+"""DeepSpeed's configuration: filled from the run, refused where it contradicts it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from subspace.engine import fill, lay_out, read_engine_file
+from subspace.errors import UserError
+from subspace.paths import REPOSITORY
+
+LAYOUT = lay_out(16, 4, 2)
+ALL = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def filled(engine: dict[str, Any], dtype: str = "bfloat16", **more: Any) -> dict[str, Any]:
+    return fill(engine, LAYOUT, dtype=dtype, clip=1.0, **more)[0]
+
+
+def test_layout() -> None:
+    assert (LAYOUT.micro_batch, LAYOUT.accumulate, LAYOUT.ranks) == (4, 2, 2)
+    assert lay_out(16, None, 2).micro_batch == 8
+
+
+def test_batch_that_the_processes_cannot_share() -> None:
+    with pytest.raises(
+        UserError, match=r"train\.batch is 16 rows a step, which 3 processes cannot share evenly\. Try 15, 18"
+    ):
+        lay_out(16, None, 3)
+
+
+def test_micro_batch_that_does_not_divide() -> None:
+    with pytest.raises(UserError, match=r"does not divide the 8 rows .* Take one of 1, 2, 4, 8"):
+        lay_out(16, 3, 2)
+
+
+@pytest.mark.parametrize("file", ALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_ready_files_are_filled(file: Path, dtype: str) -> None:
+    engine = filled(read_engine_file(file), dtype)
+    assert engine["train_batch_size"] == 16
+    assert engine["train_micro_batch_size_per_gpu"] * engine["gradient_accumulation_steps"] * 2 == 16
+    assert engine["fp16"]["enabled"] == (dtype == "float16")
+    assert not engine["bf16"]["enabled"]
+    assert "auto" not in json.dumps(engine)
+
+
+def test_stage_0_in_16_bits_runs_as_stage_1() -> None:
+    engine, notices = fill({"zero_optimization": {"stage": 0}}, LAYOUT, dtype="float16", clip=1.0)
+    assert engine["zero_optimization"]["stage"] == 1
+    assert "runs as stage 1" in notices[0]
+
+
+def test_stage_0_in_full_precision_stays() -> None:
+    engine, notices = fill({"zero_optimization": {"stage": 0}}, LAYOUT, dtype="bfloat16", clip=1.0)
+    assert engine["zero_optimization"]["stage"] == 0
+    assert not notices
+
+
+def test_adapters_are_held_whole_at_stage_3() -> None:
+    engine = filled({"zero_optimization": {"stage": 3}}, largest_adapter=352_256)
+    assert engine["zero_optimization"]["stage3_param_persistence_threshold"] == 352_256
+
+
+def test_a_given_threshold_stays() -> None:
+    engine = filled(
+        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}, largest_adapter=352_256
+    )
+    assert engine["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "message"),
+    [
+        ({"train_batch_size": 32}, "bfloat16", r"sets train_batch_size to 32, but train\.batch is 16"),
+        ({"gradient_clipping": 5.0}, "bfloat16", r"gradient_clipping to 5\.0, but train\.clip is 1\.0"),
+        ({"optimizer": {"type": "AdamW"}}, "bfloat16", "section 'optimizer', which the run's `train` settings decide"),
+        ({"bf16": {"enabled": True}}, "float32", "enables bf16, but model.dtype is float32"),
+        ({"fp16": {"enabled": False}}, "float16", "disables fp16, but model.dtype is float16"),
+        ({"zero_optimization": {"stage": 4}}, "bfloat16", "stage to 4. There are 0, 1, 2, 3"),
+        ({"wall_clock_breakdown": "auto"}, "bfloat16", 'leaves wall_clock_breakdown "auto"'),
+    ],
+)
+def test_contradictions_are_refused(engine: dict[str, Any], dtype: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        filled(engine, dtype)
+
+
+def test_broken_file_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{\n  "a": 1,\n  "b" 2\n}')
+    with pytest.raises(UserError, match=r"x\.json, line 3 is not JSON"):
+        read_engine_file(tmp_path / "x.json")
+
+
+def test_missing_file() -> None:
+    with pytest.raises(UserError, match=r"no file nowhere\.json"):
+        read_engine_file("nowhere.json")

@@ -1,0 +1,231 @@
+"""The wrapper round DeepSpeed's launcher: what it starts, that signals reach all of it, that nothing stays behind.
+
+The ranks run a small script that does what a run does with the launcher, and then what its argument says.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from subspace import launcher
+from subspace.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RANK = """
+import os, pathlib, sys, time
+from subspace import launcher
+what, folder = sys.argv[1:]
+launcher.become_rank()
+pathlib.Path(folder, os.environ["RANK"]).write_text(f"{os.getpid()} {os.getppid()}")
+mine = what == "fails" or (what == "second-fails" and os.environ["RANK"] == "1")
+if mine:
+    if launcher.may_report(2):
+        print("error: rank", os.environ["RANK"], file=sys.stderr, flush=True)
+    sys.exit(2)
+if what != "ends":
+    time.sleep(100)
+"""
+
+FINISHES = RANK.replace('if what != "ends"', 'if what == "ends": launcher.mark_finished()\nelse')
+
+WRAPPER = """
+import sys
+from subspace import launcher
+script, *arguments = sys.argv[1:]
+sys.exit(launcher.plan(arguments, 2, program=[script]).run())
+"""
+
+
+class Run:
+    """A wrapper with two ranks that have begun."""
+
+    def __init__(self, folder: Path, what: str, script: str = FINISHES) -> None:
+        self.folder = folder
+        (folder / "rank.py").write_text(script)
+        (folder / "wrapper.py").write_text(WRAPPER)
+        self.wrapper = subprocess.Popen(
+            [sys.executable, folder / "wrapper.py", folder / "rank.py", what, folder],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def pids(self, rank: int) -> tuple[int, int]:
+        """Return the process of a rank and its parent, once they are there."""
+        file = self.folder / str(rank)
+        for _ in range(600):
+            if file.exists() and (text := file.read_text()):
+                pid, parent = text.split()
+                return int(pid), int(parent)
+            time.sleep(0.1)
+        raise AssertionError("the ranks did not start within a minute")
+
+    def end(self) -> tuple[int, str]:
+        """Wait; return status and what was said on standard error, after a check that the ranks are gone."""
+        _, said = self.wrapper.communicate(timeout=60)
+        assert [rank for rank in (0, 1) if _alive(self.pids(rank)[0])] == []
+        return self.wrapper.returncode, said
+
+
+def _alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def begin(*arguments: str) -> Run:
+        runs.append(Run(tmp_path, *arguments))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.wrapper.kill()
+        for rank in (0, 1):
+            for pid in run.pids(rank):
+                if _alive(pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.processes
+def test_a_run_that_reaches_its_end_succeeds(start: Callable[..., Run]) -> None:
+    assert start("ends").end() == (0, "")
+
+
+@pytest.mark.processes
+def test_a_run_that_ends_without_its_marker_fails(start: Callable[..., Run]) -> None:
+    status, said = start("ends", RANK).end()
+    assert status == 1
+    assert "did not reach its end" in said
+
+
+@pytest.mark.processes
+def test_a_failure_of_all_ranks_is_told_once(start: Callable[..., Run]) -> None:
+    assert start("fails").end() == (2, "error: rank 0\n")
+
+
+@pytest.mark.processes
+def test_a_failure_of_one_rank_is_told_by_it(start: Callable[..., Run]) -> None:
+    assert start("second-fails").end() == (2, "error: rank 1\n")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", launcher.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_ends_all(start: Callable[..., Run], number: signal.Signals) -> None:
+    run = start("waits")
+    run.pids(0), run.pids(1)
+    run.wrapper.send_signal(number)
+    assert run.end() == (128 + number, "")
+
+
+@pytest.mark.processes
+def test_a_killed_rank_ends_all(start: Callable[..., Run]) -> None:
+    run = start("waits")
+    run.pids(0)
+    os.kill(run.pids(1)[0], signal.SIGKILL)
+    status, said = run.end()
+    assert status == 128 + signal.SIGKILL
+    assert "signal 9" in said
+
+
+@pytest.mark.processes
+def test_a_killed_launcher_is_no_success(start: Callable[..., Run]) -> None:
+    run = start("waits")
+    run.pids(0)
+    os.kill(run.pids(1)[1], signal.SIGKILL)
+    status, said = run.end()
+    assert status == 1
+    assert "2 processes that still ran were ended" in said
+
+
+def _plan(**given: object) -> launcher.Launch:
+    launch = launcher.plan(["train", "x.yaml", "name=a b"], **given)  # type: ignore[arg-type]
+    assert launch is not None
+    return launch
+
+
+def test_the_command_is_deepspeeds_own_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "visible_devices", list)
+    launch = _plan(processes=3)
+    assert launch.command[:5] == (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "3")
+    assert launch.command[-5:] == ("--module", "subspace", "train", "x.yaml", "name=a b")
+    assert launch.environment["DS_ACCELERATOR"] == "cpu"
+    assert str(launch).endswith("--module subspace train x.yaml 'name=a b'")
+
+
+def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(launcher, "visible_devices", list)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(12))
+    assert _plan(processes=3).environment["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert _plan(processes=3).environment["OMP_NUM_THREADS"] == "7"
+
+
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "visible_devices", list)
+    assert launcher.plan(["train", "x.yaml"]) is None
+    assert launcher.plan(["train", "x.yaml"], processes=1) is None
+
+
+def test_every_visible_device_gets_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "visible_devices", lambda: ["2", "3", "5"])
+    assert _plan().command[3:5] == ("--include", "localhost:2,3,5")
+    assert _plan(processes=2).command[3:5] == ("--include", "localhost:2,3")
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "visible_devices", lambda: ["0"])
+    with pytest.raises(UserError, match=r"3 processes .* shows 1\. Use --processes 1"):
+        launcher.plan(["train", "x.yaml"], processes=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("# nothing\n", "names no host"),
+        ("node1 slots=2\nnode2\n", "line 2 is 'node2'"),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_hostfile_is_refused(tmp_path: Path, text: str | None, complaint: str) -> None:
+    file = tmp_path / "hostfile"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        launcher.plan(["train", "x.yaml"], hostfile=str(file))
+
+
+def test_the_example_of_a_hostfile_is_good() -> None:
+    file = str(ROOT / "launch" / "hostfile.example")
+    launch = _plan(hostfile=file, processes=4)
+    assert launch.command[3:7] == ("--hostfile", file, "--num_gpus", "4")
+    assert not launch.marked
+
+
+def test_a_port_is_free() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", launcher.free_port()))
+        listener.listen()
+
+
+def test_a_process_becomes_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not launcher.under_launcher()
+    launcher.become_rank()
+    assert launcher.under_launcher()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+    port = os.environ["MASTER_PORT"]
+    launcher.become_rank()
+    assert os.environ["MASTER_PORT"] == port

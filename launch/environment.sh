@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What quickstart.sh and tests/run.sh share; sourced from the repository's root.
 
 # Say which step begins, and when.

@@ -66,13 +66,13 @@ class Verb:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command and return its exit status: 2 for what the user can mend, 1 for a failed run, 130 for Ctrl-C."""
     # DeepSpeed's launcher adds --local_rank unless told not to; the environment says the same.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank=")]
     try:
         return _dispatch(given)
     except UserError as error:
-        return _fail(str(error), USER_ERROR)
+        return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has what it wants
@@ -94,20 +94,25 @@ def _fail(message: str, status: int) -> int:
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
-    verbs = {verb.name: verb for verb in VERBS}
-    first = arguments[0] if arguments else "--help"
-    if first in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0
-    if first == "--version":
+    if arguments[0] == "--version":
         from importlib.metadata import version
 
         print(version("subspace"))
         return 0
-    if first not in verbs:
-        raise UserError(f"subspace cannot '{first}'. {nearest(first, verbs)}")
-    verb = verbs[first]
-    return verb.run(_Parser(verb).parse(arguments[1:]))
+    verb, options = parse(arguments)
+    return verb.run(options)
+
+
+def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
+    """Find the verb and its options in the command's arguments; UserError with the nearest where there is none."""
+    verbs = {verb.name: verb for verb in VERBS}
+    if arguments[0] not in verbs:
+        raise UserError(f"subspace cannot '{arguments[0]}'. {nearest(arguments[0], verbs)}")
+    verb = verbs[arguments[0]]
+    return verb, _Parser(verb).parse(arguments[1:])
 
 
 def _overview() -> str:
@@ -252,13 +257,23 @@ def _evaluate(options: argparse.Namespace) -> int:
         return status
     launcher.become_rank()
 
+    from subspace.adapter_file import load_adapter
     from subspace.distributed import is_main
-    from subspace.run import evaluate_run
+    from subspace.engine import start_processes
+    from subspace.evaluate import evaluate
+    from subspace.model import open_model, open_tokenizer
+    from subspace.progress import shown
 
-    for subject in subjects:
-        evaluate_run(subject)
+    start_processes()
+    for s in subjects:
+        model, tokenizer = open_model(s.model), open_tokenizer(s.model)
+        if s.adapter:
+            load_adapter(model, s.adapter)
+        evaluate(model, tokenizer, s.evaluate, s.folder, model_name=s.model.path, adapter=s.method, progress=shown)
+    if is_main():
+        _print_table([s.folder for s in subjects], options)
     launcher.mark_finished()
-    return _show(sorted({subject.folder for subject in subjects}), options) if is_main() else 0
+    return 0
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:

@@ -116,7 +116,10 @@ class Published:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How lm-evaluation-harness scores a task: the log-probability of each choice's text after the context's."""
+    """How lm-evaluation-harness scores a task: the log-probability of each choice's text after the context's.
+
+    The first of ``metrics`` is the one that is usually reported, and goes into a mean over tasks.
+    """
 
     task: str
     version: str

@@ -24,40 +24,46 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     return encode_pairs(tokenizer, [(context, continuation)])[0]
 
 
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Iterable[tuple[str, str]],
-    *,
-    exact_context: bool = False,
-    special: bool = True,
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """Return ``encode_pair`` of every (context, continuation). Texts that occur more than once are encoded once."""
+    cut = [_cut(context, continuation) for context, continuation in pairs]
+    ids = _encode(tokenizer, (text for context, continuation in cut for text in (context, context + continuation)))
+
+    start, lone = prefix(tokenizer), _beginning(tokenizer)
+    encoded = []
+    for context, continuation in cut:
+        # The first predicted token needs one before it, also where there is no context.
+        begin = start if start or ids[context] else lone
+        encoded.append((begin + ids[context + continuation], len(begin) + len(ids[context])))
+    return encoded
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, str]], *, special: bool = True
 ) -> list[tuple[list[int], int]]:
-    r"""Return ``encode_pair`` of every pair. Texts that occur more than once are encoded once.
+    r"""Return the ids of every (prompt, answer) to train on, and how many of them are the prompt's.
+
+    The prompt's ids are exactly those that ``encode_prompt`` gives, and the answer's are those that it has after the
+    prompt's last line. Mostly that is ``encode_pair``. But some tokenizers have tokens that cross the cut (LLaMA-3's
+    ``:\n``), and a prompt trained with such a token is another one than a model is asked to go on from.
 
     Args:
         tokenizer: the model's.
-        pairs: (context, continuation) texts.
-        exact_context: keep the context's ids what they are when a model generates from it. Training needs that, and it
-            matters to tokenizers with tokens that cross the cut: LLaMA-3 has one for ``:\n``.
+        rows: (prompt, answer) texts.
         special: begin as the tokenizer itself begins a text; a chat template has done so already.
     """
-    cut = [_cut(context, continuation) for context, continuation in pairs]
-    ids = _encode(tokenizer, (text for context, continuation in cut for text in (context, context + continuation)))
+    cut = [_cut(prompt, answer) for prompt, answer in rows]
+    ids = _encode(tokenizer, (prompt for prompt, _ in cut))
+    lines = [(prompt[prompt.rfind("\n") + 1 :], answer) for prompt, answer in cut]
+    joined = _encode(tokenizer, (text for line, answer in lines for text in (line, line + answer)))
+    apart = _encode(tokenizer, {answer for line, answer in lines if not _begins(joined[line + answer], joined[line])})
+
     start = prefix(tokenizer) if special else []
-
-    def starts_with_context(context: str, continuation: str) -> bool:
-        return ids[context + continuation][: len(ids[context])] == ids[context]
-
-    crossed = [pair for pair in cut if exact_context and not starts_with_context(*pair)]
-    alone = _encode(tokenizer, (continuation for _, continuation in crossed))
-
     encoded = []
-    for context, continuation in cut:
-        # The first scored token needs something before it, so an empty context is the beginning of a text.
-        begin = start if ids[context] else start or [_beginning(tokenizer)]
-        whole = ids[context + continuation]
-        if exact_context and continuation in alone and not starts_with_context(context, continuation):
-            whole = ids[context] + alone[continuation]
-        encoded.append((begin + whole, len(begin) + len(ids[context])))
+    for (prompt, _), (line, answer) in zip(cut, lines, strict=True):
+        context = start + ids[prompt] or _beginning(tokenizer)
+        whole, count = joined[line + answer], len(joined[line])
+        encoded.append((context + (whole[count:] if _begins(whole, joined[line]) else apart[answer]), len(context)))
     return encoded
 
 
@@ -104,6 +110,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[st
     return dict(zip(unique, encoded["input_ids"], strict=True))
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> int:
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return int(token)
+    return [] if token is None else [int(token)]
+
+
+def _begins(ids: list[int], beginning: list[int]) -> bool:
+    return ids[: len(beginning)] == beginning

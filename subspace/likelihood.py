@@ -10,6 +10,7 @@ token is scored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,10 +73,10 @@ class Likelihood:
     def _record(self, number: int, scores: list[float]) -> dict[str, Any]:
         item = self.items[number]
         characters = self.task.likelihood.normalizers(item)
-        by_metric = {"acc": scores, "acc_norm": [score / n for score, n in zip(scores, characters, strict=True)]}
-        prediction = {
-            metric: values.index(max(values)) for metric, values in by_metric.items() if metric in self.metrics
-        }
+        # Without a character a choice cannot win by acc_norm: the harness divides by zero, which gives minus infinity.
+        per_character = [score / n if n else -math.inf for score, n in zip(scores, characters, strict=True)]
+        by_metric = {"acc": scores, "acc_norm": per_character}
+        prediction = {metric: by_metric[metric].index(max(by_metric[metric])) for metric in self.metrics}
         return {
             "id": item["id"],
             "prompt": self.prompts[number],

@@ -26,6 +26,7 @@ from subspace.inject import adapters
 from subspace.method import Adapter, LinearAdapter
 from subspace.model import ModelConfig, open_model, open_tokenizer
 from subspace.model_files import quiet
+from subspace.sites import names_of
 from subspace.zero import is_sharded
 
 TOLERANCE = 1e-3  # of the largest logit; float32 gives about 1e-5, a wrong merge gives about 1
@@ -80,6 +81,8 @@ def unmerge(model: nn.Module) -> None:
     replaced: dict[str, Replaced] | None = getattr(model, "merged", None)
     if replaced is None:
         raise UserError("cannot unmerge: the model is not merged")
+    if adapters(model):
+        raise UserError("cannot unmerge: adapters were injected after the merge. Merge those first, or save them")
     for site, old in replaced.items():
         layer: Any = old.adapter.base
         layer.weight, layer.bias = old.weight, old.bias
@@ -161,15 +164,22 @@ def merged_folder(
     layers = len(model.merged)  # type: ignore[arg-type]
     _make_room_for_biases(model)
     del model.merged
-    model.to(getattr(torch, written))
+    for parameter in model.parameters():  # not buffers: the file has none, and rounded rotary angles would be wrong
+        parameter.data = parameter.data.to(getattr(torch, written))
 
     partial = out.with_name(f"{out.name}.partial")
     with _whole_or_not(partial, out):
         with quiet():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+        rounded = _logits(model.float(), probe)  # type: ignore[no-untyped-call]
         del model
         after = _logits(open_model(replace(exact, path=str(partial))), probe)
+        if not _difference(after, rounded) <= tolerance:
+            raise UserError(
+                f"the merged model was not written to {out}: its files read back as another model. "
+                "Try `--dtype bfloat16` or float32, whose range is wider than float16's; else the disk may be unsound"
+            )
         report = MergeReport(
             layers=layers,
             dtype=written,
@@ -260,7 +270,8 @@ def _make_room_for_biases(model: Any) -> None:
     created = [site for site, old in model.merged.items() if old.bias is None and old.adapter.base.bias is not None]
     if not created:
         return
-    for flag in ("attention_bias", "mlp_bias"):
+    attention = names_of(model).attention
+    for flag in {"attention_bias" if attention in site.split(".") else "mlp_bias" for site in created}:
         if hasattr(model.config, flag):
             setattr(model.config, flag, True)
     with torch.device("meta"):

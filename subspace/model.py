@@ -112,7 +112,7 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
     _keep_as_stored(model)
     model.requires_grad_(False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
     opened: PreTrainedModel = model.eval()
     return opened

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +34,8 @@ NOT_A_MODEL = {
 
 # What transformers says over a file that it cannot open, and what helps.
 ADVICE = {
-    "flash": "`attention: sdpa` works everywhere",
+    "flash": "`attention: sdpa` and `attention: eager` need no such package",
+    "scaled_dot_product_attention": "`attention: eager` works",
     "bitsandbytes": "`pip install bitsandbytes accelerate`, or use `quantize: none`",
     "trust_remote_code": "`trust_remote_code: true` runs it, if you trust its author",
     "deserializ": "A weight file is cut or damaged: download the folder again",
@@ -128,14 +131,18 @@ def explained(request: str) -> Iterator[None]:
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         advice = next(advice for key, advice in ADVICE.items() if key in text.lower())
-        raise UserError(f"{request}: {text.splitlines()[0].rstrip('.')}. {advice}") from error
+        first_sentence = re.split(r"(?<=\.)\s|\n", text)[0].rstrip(".")
+        raise UserError(f"{request}: {first_sentence}. {advice}") from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep progress bars and advice about internals off the terminal; errors still come as exceptions."""
+    import torch
     from transformers.utils import logging as messages
 
+    if not torch.cuda.is_available():  # else DeepSpeed, which saving a model imports, announces its choice
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     messages.set_verbosity(logging.ERROR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from subspace.errors import UserError
 from subspace.method import find_method, methods
 from subspace.paths import REPOSITORY
 
+RECIPES = REPOSITORY / "launch" / "recipes"
 EXAMPLE = """
 model:  {path: smollm2-135m, dtype: bfloat16, quantize: nf4}
 method: {name: dora, r: 8, alpha: 64}
@@ -45,7 +47,7 @@ def values(key: config.Key) -> Any:
 def test_the_file_arrives_typed(file: Path) -> None:
     run = config.read(file)
     assert run.model.quantize == "nf4"
-    assert run.method == config.MethodChoice("dora", find_method("dora").Config(r=8, alpha=64.0))  # type: ignore[call-arg]
+    assert run.method == config.MethodChoice(name="dora", settings=find_method("dora").Config(r=8, alpha=64.0))  # type: ignore[call-arg]
     assert run.targets == ["q_proj", "k_proj"]
     assert (run.train.learning_rate, run.train.batch) == (2e-4, 8)
     assert run.evaluate.tasks == ["boolq"]
@@ -74,9 +76,7 @@ def test_every_setting_arrives_from_file_and_command_line(method: str, tmp_path:
     (tmp_path / "none.yaml").write_text("model:\n")
 
     from_file = config.read(tmp_path / "all.yaml")
-    overrides = [
-        f"{name}={yaml.safe_dump(value, default_flow_style=True)[:80].splitlines()[0]}" for name, value in given.items()
-    ]
+    overrides = [f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in given.items()]
     assert config.read(tmp_path / "none.yaml", [f"method={method}", *overrides]) == from_file
 
     plain = from_file.as_dict()
@@ -93,7 +93,9 @@ def test_overrides_win_and_take_yaml(file: Path) -> None:
 
 
 def test_another_method_leaves_the_old_ones_settings(file: Path) -> None:
-    assert config.read(file, ["method=ssl"]).method == config.MethodChoice("ssl", find_method("ssl").Config())
+    assert config.read(file, ["method=ssl"]).method == config.MethodChoice(
+        name="ssl", settings=find_method("ssl").Config()
+    )
     with pytest.raises(UserError, match=r"sets 'method\.r', but method ssl has no setting 'r'"):
         config.read(file, ["method.name=ssl"])
 

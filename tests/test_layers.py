@@ -16,13 +16,13 @@ PACKAGE = ROOT / "subspace"
 # A file may import files of the lines above its own, nothing beside it and nothing below.
 LAYERS = [
     "errors paths distributed zero linalg progress",
-    "settings base sites methods",
+    "settings base sites methods model_files results",
     "method",
     "methods.* declarations encoding",
-    "inject sources catalogue model_files",
+    "inject sources catalogue proof likelihood generation",
     "adapter_file checks log prepare",
-    "batches",
-    "model engine likelihood generation",
+    "rows model",
+    "batches engine",
     "train evaluate merge",
     "config tables launcher",
     "run",
@@ -45,7 +45,7 @@ OWNERS = {
     "psutil": "launcher",
 }
 #: What may be imported where only a type checker sees it.
-TYPES_ONLY = {"transformers": "encoding batches evaluate generation likelihood"}
+TYPES_ONLY = {"transformers": "encoding rows batches evaluate generation likelihood"}
 
 METHODS_KNOW = {"torch", "subspace.method", "subspace.linalg", "subspace.settings"}
 LONGEST_METHOD = 100

@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
@@ -69,7 +72,8 @@ def copied(llama: Path, tmp_path: Path) -> Path:
 
 
 def config(folder: Path, **settings: Any) -> ModelConfig:
-    return ModelConfig(path=str(folder), **{"dtype": "float32", **settings})
+    attention = "eager" if "gemma2" in folder.name else "sdpa"  # transformers has no other for it
+    return ModelConfig(path=str(folder), **{"dtype": "float32", "attention": attention, **settings})
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -97,7 +101,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_opens_every_architecture_as_it_was_saved(saved: Callable[[str], Path], variant: str) -> None:
     architecture, overrides = VARIANTS[variant]
     model = open_model(config(saved(variant)))
-    assert torch.equal(logits(model), logits(tiny(architecture, **overrides)))
+    assert distance(logits(model), logits(tiny(architecture, **overrides))) < 1e-6
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -111,7 +115,7 @@ def test_every_method_trains_in_every_architecture(saved: Callable[[str], Path],
     perturb(model)
     assert distance(logits(model), before) > 1e-3
     model.train()
-    loss(model).backward()
+    loss(model).backward()  # type: ignore[no-untyped-call]
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     expected = {f"{site}.{name}" for site, adapter in adapters(model).items() for name in adapter.trained()}
     assert set(gradients) == expected
@@ -133,12 +137,12 @@ def test_gradient_checkpointing_changes_memory_only(llama: Path) -> None:
         model = open_model(config(llama, gradient_checkpointing=checkpointing)).train()
         inject(model, "lora")
         perturb(model)
-        layers = []
-        hook = model.model.layers[0].register_forward_hook(lambda *_, seen=layers: seen.append(1))
-        loss(model).backward()
+        runs: list[int] = []
+        hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        loss(model).backward()  # type: ignore[no-untyped-call]
         hook.remove()
         results.append([parameter.grad for parameter in trained_parameters(model).values()])
-        assert len(layers) == (2 if checkpointing else 1)  # it runs again in the backward pass
+        assert len(runs) == (2 if checkpointing else 1)  # it runs again in the backward pass
         assert model.config.use_cache is not checkpointing
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -195,13 +199,15 @@ def test_a_quantised_model_computes_with_its_dequantised_weights(
 @quantized
 def test_gradients_on_a_quantised_base_are_those_of_its_weights(llama: Path, quantize: str, double_quant: bool) -> None:
     frozen = open_model(config(llama, quantize=quantize, double_quant=double_quant))
-    models = [dequantized(frozen), frozen]
-    for model in models:
+    gradients = []
+    for model in (dequantized(frozen), frozen):
         inject(model, "lora")
         perturb(model)
-        loss(model.train()).backward()
-    plain, packed = (torch.cat([p.grad.flatten() for p in trained_parameters(m).values()]) for m in models)
-    assert distance(packed, plain) < (1e-1 if quantize == "int8" else 1e-5)
+        loss(model.train()).backward()  # type: ignore[no-untyped-call]
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in trained_parameters(model).values() if p.grad is not None])
+        )
+    assert distance(gradients[1], gradients[0]) < (1e-1 if quantize == "int8" else 1e-5)
 
 
 @quantized
@@ -220,11 +226,13 @@ def test_evaluation_leaves_quantised_weights_alone(llama: Path, quantize: str, d
 # ZeRO-3
 
 SHARDED = """
-import sys, torch, deepspeed
+import os, sys, torch, deepspeed
 from subspace.model import ModelConfig, describe, open_model
 from subspace.zero import is_sharded
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-deepspeed.init_distributed("gloo", rank=0, world_size=1, init_method=f"file://{sys.argv[2]}", verbose=False)
+os.environ["LOCAL_RANK"] = "0"
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{sys.argv[2]}")
+deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 zero3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 config = ModelConfig(path=sys.argv[1], dtype="float32")
 ids = torch.arange(8)[None]
@@ -271,7 +279,7 @@ def test_a_llama3_tokenizer_pads_with_a_reserved_token(llama: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == TEXT
 
 
-@pytest.mark.parametrize("text", [*TEXT.splitlines(), "caf\N{LATIN SMALL LETTER E WITH ACUTE}  12\n\n  x", " a", "a "])
+@pytest.mark.parametrize("text", [*TEXT.splitlines(), "caf\N{LATIN SMALL LETTER E WITH ACUTE}  12\n\n  x", "a "])
 def test_a_sentencepiece_tokenizer_is_sentencepieces(copied: Path, text: str) -> None:
     save_sentencepiece(copied)
     tokenizer = open_tokenizer(config(copied))
@@ -297,8 +305,173 @@ def test_padding_is_a_token_of_its_own(copied: Path, special: dict[str, str], pa
     assert tokenizer.pad_token_id < tiny_llama().config.vocab_size
 
 
-def rename_special_tokens(folder: Path) -> None:
-    """Take the reserved tokens away from a tokenizer, so that nothing in it is unused."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (folder / name).read_text()
-        (folder / name).write_text(text.replace("<|reserved_special_token_", "word").replace("|>", "|>"))
+def use_up_reserved_tokens(folder: Path) -> None:
+    """Make the reserved tokens of a tokenizer ordinary words, so that nothing in it is unused."""
+    for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        file.write_text(file.read_text().replace("<|reserved_special_token_", "<word"))
+    text = (folder / "tokenizer.json").read_text()
+    described = json.loads(text)
+    described["added_tokens"] = [token for token in described["added_tokens"] if "word" not in token["content"]]
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+
+
+def drop_end_token(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_tokenizer_without_end_takes_the_models(copied: Path) -> None:
+    drop_end_token(copied)
+    tokenizer = open_tokenizer(config(copied))
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|end_of_text|>", 1)
+
+
+# What cannot be opened
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1-of-2.safetensors").touch()
+
+
+def make_encoder(folder: Path) -> None:
+    described = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
+    save(BertForMaskedLM(described), bpe_tokenizer(), folder)
+
+
+def make_encoder_decoder(folder: Path) -> None:
+    described = T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, vocab_size=8)
+    save(T5ForConditionalGeneration(described), bpe_tokenizer(), folder)
+
+
+def make_adapter(folder: Path) -> None:
+    empty(folder)
+    (folder / "adapter.json").touch()
+
+
+def make_foreign_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").touch()
+
+
+def make_run(folder: Path) -> None:
+    empty(folder)
+    (folder / "config.yaml").touch()
+
+
+def make_two_ggufs(folder: Path) -> None:
+    empty(folder)
+    (folder / "a.gguf").touch()
+    (folder / "b.gguf").touch()
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (empty, ["has no config.json", "safetensors", "subspace prepare"]),
+        (remove("config.json"), ["has no config.json"]),
+        (write("config.json", "{"), ["not a valid JSON file"]),
+        (write("config.json", '{"model_type": "llamma"}'), ["`llamma`", "LLaMA, Mistral"]),
+        (remove("model.safetensors"), ["has no weights", "model.safetensors"]),
+        (cut_weights, ["cut or damaged", "download the folder again"]),
+        (write("model.safetensors", "no tensors" * 9), ["cut or damaged"]),
+        (lose_shard, ["lacks 1 of the 2 weight files", "model-2-of-2.safetensors"]),
+        (drop_tensor, ["lack model.layers.1.mlp.up_proj.weight of LlamaForCausalLM (1 missing in all)"]),
+        (partial(change_config, intermediate_size=64), ["do not fit its config.json", "(64, 128), not (64, 64)"]),
+        (make_encoder, ["is an encoder (bert)", "LLaMA, Mistral"]),
+        (make_encoder_decoder, ["is an encoder-decoder (t5)", "LLaMA, Mistral"]),
+        (make_adapter, ["it holds an adapter", "the model that it was trained on"]),
+        (make_foreign_adapter, ["another library's adapter"]),
+        (make_run, ["the folder of a run"]),
+        (make_two_ggufs, ["several GGUF files", "a.gguf, b.gguf"]),
+    ],
+)
+def test_a_bad_model_folder_is_refused(copied: Path, spoil: Callable[[Path], None], words: list[str]) -> None:
+    spoil(copied)
+    with pytest.raises(UserError) as caught:
+        open_model(config(copied))
+    assert all(word in str(caught.value) for word in [repr(str(copied)), *words]), caught.value
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (remove("tokenizer.json"), ["has no tokenizer", "tokenizer.model"]),
+        (write("tokenizer.json", "{"), ["cannot open the tokenizer"]),
+        (write("tokenizer.json", '{"version": "1.0"}'), ["cannot open the tokenizer"]),
+        (use_up_reserved_tokens, ["has no pad token besides its end token '<|end_of_text|>'", '"pad_token"']),
+    ],
+)
+def test_a_bad_tokenizer_is_refused(copied: Path, spoil: Callable[[Path], None], words: list[str]) -> None:
+    spoil(copied)
+    with pytest.raises(UserError) as caught:
+        open_tokenizer(config(copied))
+    assert all(word in str(caught.value) for word in [repr(str(copied)), *words]), caught.value
+
+
+def test_a_tokenizer_without_any_end_is_refused(copied: Path) -> None:
+    drop_end_token(copied)
+    change_config(copied, eos_token_id=None)
+    with pytest.raises(UserError, match=r"has no end token.*\"eos_token\""):
+        open_tokenizer(config(copied))
+
+
+@pytest.mark.parametrize(
+    ("settings", "zero3", "words"),
+    [
+        ({"quantize": "int8"}, {"zero_optimization": {"stage": 3}}, ["`quantize: int8` with ZeRO-3", "nf4"]),
+        ({"path": "smollm2-135n"}, None, ["smollm2-135n", "smollm2-135m"]),
+        ({"path": "nobody/nothing"}, None, ["nobody/nothing", "subspace prepare"]),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused(
+    llama: Path, settings: dict[str, Any], zero3: dict[str, Any] | None, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        open_model(ModelConfig(**{"path": str(llama), **settings}), zero3=zero3)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash attention is installed")
+def test_a_missing_kernel_names_one_that_works(llama: Path) -> None:
+    with pytest.raises(UserError, match="attention: flash_attention_2.*`attention: sdpa`"):
+        open_model(config(llama, attention="flash_attention_2"))
+
+
+def test_an_attention_that_an_architecture_lacks_names_one_that_works(saved: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match="`attention: eager` works"):
+        open_model(config(saved("gemma2"), attention="sdpa"))

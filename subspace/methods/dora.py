@@ -64,7 +64,8 @@ class DoRA(LinearAdapter):
 
     def weight(self, W: Tensor) -> Tensor:
         direction = W + self.scale * self.B @ self.A
-        return (self.m / torch.linalg.vector_norm(direction, dim=1).clamp(min=TINY)).unsqueeze(1) * direction
+        norm: Tensor = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+        return self.m.unsqueeze(1) * direction / norm.clamp(min=TINY)
 
     def gain(self, dtype: torch.dtype) -> Tensor:
         """Return g, ``(out,)``."""

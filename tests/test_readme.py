@@ -1,0 +1,57 @@
+"""The README tells the truth: its table is the register's, its commands parse, its files are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from subspace import catalogue, cli, config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Return every command of the README's shell blocks, without its comment."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = [re.sub(r"\s+#.*$", "", line) for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+SPOKEN = sorted(command for command in commands() if command.startswith("subspace "))
+STARTED = sorted(command for command in commands() if not command.startswith("subspace "))
+
+
+def test_the_table_of_methods_is_the_registers() -> None:
+    table = README.partition(catalogue.BEGIN)[2].partition(catalogue.END)[0].strip()
+    assert table == catalogue.markdown(), "put what `subspace methods --markdown` prints between the README's marks"
+
+
+@pytest.mark.parametrize("command", SPOKEN)
+def test_a_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    _, options = cli.parse(shlex.split(command)[1:])
+    if "config" in options:
+        config.read(options.config, options.settings)
+
+
+@pytest.mark.parametrize("command", STARTED)
+def test_what_a_command_starts_is_there(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    missing = [
+        word for word in shlex.split(command) if re.search(r"\.(sh|py|yaml)$", word) and not Path(word).is_file()
+    ]
+    assert not missing
+
+
+def test_the_readme_shows_every_verb() -> None:
+    shown = {shlex.split(command)[1] for command in SPOKEN}
+    assert {verb.name for verb in cli.VERBS} - shown == {"methods"}
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\b([a-z]+\.py)\b", README))))
+def test_a_file_that_it_names_is_there(name: str) -> None:
+    assert [*ROOT.glob(f"subspace/**/{name}"), *ROOT.glob(f"launch/{name}"), *ROOT.glob(f"tests/{name}")]

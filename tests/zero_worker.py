@@ -1,0 +1,22 @@
+"""Runs every method under every ZeRO stage in the processes that a launcher started; tests/test_zero.py reads the runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from subspace import config
+from subspace.engine import start_processes
+from subspace.run import train_run
+
+
+def main() -> None:
+    """Train each of the runs that the file lists: the arguments of ``config.read``."""
+    start_processes(minutes=5)
+    for file, overrides in json.loads(Path(sys.argv[1]).read_text()):
+        train_run(config.read(file, overrides))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Python puts this folder first on its path, where evaluate.py would hide a package of that name. The root belongs there.
+# Python puts this folder first on its path, where evaluate.py would hide a package of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from subspace.cli import main

@@ -1,4 +1,4 @@
-"""Read and write a frozen linear layer's weight, however it is stored: plain, 8-bit, 4-bit, sharded by ZeRO-3, or both.
+"""Read a frozen linear layer's weight, however it is stored: plain, 8-bit, 4-bit, sharded by ZeRO-3, or both.
 
 A method never asks how W is stored; it is handed W as an ``(out, in)`` tensor from here, and for products it calls
 the layer.
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace.errors import UserError
 from subspace.zero import gathered
 
 
@@ -50,24 +49,3 @@ def full_weight(layer: Any) -> Tensor:
     with gathered([layer.weight]):
         return frozen_weight(layer).to(torch.float32, copy=True)
 
-
-def set_weight(layer: Any, W: Tensor) -> None:
-    """Overwrite the layer's weight with W, ``(out, in)``, in the layer's own dtype."""
-    if storage(layer) != "plain":
-        raise UserError(
-            f"cannot write a merged weight into a {storage(layer)} layer, which would round it again. "
-            "Open the base model with `quantize: none` and merge there"
-        )
-    with torch.no_grad(), gathered([layer.weight], modified_by_main=True):
-        layer.weight.data.copy_(W)
-
-
-def set_bias(layer: Any, b: Tensor | None) -> None:
-    """Give the layer this bias, ``(out,)``, creating one where there was none, or take it away."""
-    if b is None:
-        layer.bias = None
-    elif layer.bias is None:
-        layer.bias = nn.Parameter(b.to(layer.weight.dtype), requires_grad=False)
-    else:
-        with torch.no_grad(), gathered([layer.bias], modified_by_main=True):
-            layer.bias.data.copy_(b)

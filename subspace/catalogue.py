@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from subspace.inject import inject, trained_parameters
 from subspace.method import Adapter, methods
+from subspace.model import ModelConfig, open_shape
 
 BEGIN, END = "<!-- methods: written by `subspace methods --markdown` -->", "<!-- end of methods -->"
 
@@ -76,12 +78,22 @@ def markdown() -> str:
     return "\n".join(rows)
 
 
-def listing() -> str:
-    """List the methods for a terminal."""
-    rows = [("method", "family", "trained numbers a site", "merges", "settings")]
+def count_trained(method: type[Adapter], model: ModelConfig) -> int:
+    """Count the numbers that a method trains in a model, with its default settings at its usual sites."""
+    shape = open_shape(model)
+    inject(shape, method.name, start=False)
+    return sum(parameter.numel() for parameter in trained_parameters(shape).values())
+
+
+def listing(model: ModelConfig | None = None) -> str:
+    """List the methods for a terminal; with what each trains in a model, where one is given."""
+    rows = [
+        ("method", "family", f"trained in {model.path}" if model else "trained numbers a site", "merges", "settings")
+    ]
     for e in entries():
         settings = " ".join(f"{name}={_plain(value)}" for name, value in e.settings.items())
-        rows.append((e.name, e.family, e.trains, "yes" if e.mergeable else "no", settings))
+        trained = f"{count_trained(methods()[e.name], model):,}" if model else e.trains
+        rows.append((e.name, e.family, trained, "yes" if e.mergeable else "no", settings))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
@@ -89,13 +101,17 @@ def listing() -> str:
     )
 
 
-def page(method: type[Adapter]) -> str:
-    """Tell all about one method: its file's docstring, and its settings."""
+def page(method: type[Adapter], model: ModelConfig | None = None) -> str:
+    """Tell all about one method: its file's docstring, its settings, and what it trains in a model, if one is given."""
     lines = [text(method), "", f"settings of {method.name}, as method.KEY:"]
     for field in dataclasses.fields(method.Config):
         values = f" ({' | '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
         lines.append(f"  {field.name}={_plain(field.default)}".ljust(24) + f"{field.metadata['doc']}{values}")
-    return "\n".join([*lines, *([] if dataclasses.fields(method.Config) else ["  (none)"])])
+    if not dataclasses.fields(method.Config):
+        lines.append("  (none)")
+    if model:
+        lines += ["", f"with these, {method.name} trains {count_trained(method, model):,} numbers in {model.path}"]
+    return "\n".join(lines)
 
 
 def _plain(value: Any) -> str:

@@ -16,10 +16,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from subspace import launcher
 from subspace.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from subspace.tables import Table
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -133,7 +136,7 @@ def _launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or text == "0":
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
@@ -211,18 +214,18 @@ def _train(options: argparse.Namespace) -> int:
     if launcher.under_launcher():
         launcher.become_rank()
     from subspace import config as configuration
+    from subspace.distributed import is_main
     from subspace.engine import read_engine_file
+    from subspace.run import refuse_used, train_run
 
     config = configuration.read(options.config, options.settings)
-    read_engine_file(config.engine)  # for its errors, before any process starts
+    # What can be refused now is refused before any process starts.
+    read_engine_file(config.engine)
+    refuse_used(config.folder)
     status = _elsewhere(options, ["train", options.config, *options.settings])
     if status is not None:
         return status
     launcher.become_rank()
-
-    from subspace.distributed import is_main
-    from subspace.run import train_run
-
     folder = train_run(config)
     if is_main():
         outcome = json.loads((folder / "environment.json").read_text())["outcome"]
@@ -239,6 +242,7 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     what = "a run's folder; a configuration, for its base model; or a model's name or path"
     parser.add_argument("subjects", nargs="+", metavar="RUN", help=f"{what}; and settings as key=value")
+    parser.add_argument("--limit", type=_count, metavar="N", help="items of each task: short for evaluate.limit=N")
     _launch_arguments(parser)
     _json_argument(parser)
 
@@ -248,11 +252,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         launcher.become_rank()
     from subspace import config as configuration
 
-    settings = [given for given in options.subjects if re.match(r"[a-z_.]+=", given)]
-    subjects = [configuration.read_subject(s, settings) for s in options.subjects if s not in settings]
+    given = [*options.subjects, *([f"evaluate.limit={options.limit}"] if options.limit else [])]
+    settings = [word for word in given if re.match(r"[a-z_.]+=", word)]
+    subjects = [configuration.read_subject(word, settings) for word in given if word not in settings]
     if not subjects:
         raise UserError("subspace evaluate was given settings, but nothing to score: a run's folder or a model")
-    status = _elsewhere(options, ["evaluate", *options.subjects])
+    status = _elsewhere(options, ["evaluate", *given])
     if status is not None:
         return status
     launcher.become_rank()
@@ -263,6 +268,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from subspace.evaluate import evaluate
     from subspace.model import open_model, open_tokenizer
     from subspace.progress import shown
+    from subspace.tables import tables
 
     start_processes()
     for s in subjects:
@@ -271,9 +277,35 @@ def _evaluate(options: argparse.Namespace) -> int:
             load_adapter(model, s.adapter)
         evaluate(model, tokenizer, s.evaluate, s.folder, model_name=s.model.path, adapter=s.method, progress=shown)
     if is_main():
-        _print_table([s.folder for s in subjects], options)
+        _show([table for s in subjects for table in tables([s.folder], s.evaluate.protocol)], options)
     launcher.mark_finished()
     return 0
+
+
+def _table_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that `subspace evaluate` wrote results to")
+    parser.add_argument(
+        "--protocol", metavar="NAME", help="likelihood or llm-adapters; default: all that every run has"
+    )
+    parser.add_argument("--markdown", action="store_true", help="for a document")
+    _json_argument(parser)
+
+
+def _table(options: argparse.Namespace) -> int:
+    from subspace.tables import tables
+
+    _show(tables([Path(run) for run in options.runs], options.protocol), options)
+    return 0
+
+
+def _show(found: Sequence[Table], options: argparse.Namespace) -> None:
+    from subspace.tables import show
+
+    if options.json:
+        print(json.dumps([table.as_dict() for table in found], indent=2))
+        return
+    for table in found:
+        print(table.markdown()) if getattr(options, "markdown", False) else show(table)
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -301,6 +333,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _methods_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="METHOD", help="tell all about one")
+    parser.add_argument("--model", metavar="NAME", help="count what each trains in this model, by default settings")
     parser.add_argument("--markdown", action="store_true", help="the table that the README shows")
     _json_argument(parser)
 
@@ -308,14 +341,20 @@ def _methods_arguments(parser: argparse.ArgumentParser) -> None:
 def _methods(options: argparse.Namespace) -> int:
     from subspace import catalogue
     from subspace.method import find_method
+    from subspace.model import ModelConfig
 
+    model = ModelConfig(path=options.model) if options.model else None
     if options.name:
         method = find_method(options.name)
-        print(json.dumps(dataclasses.asdict(catalogue.entry(method))) if options.json else catalogue.page(method))
+        print(
+            json.dumps(dataclasses.asdict(catalogue.entry(method))) if options.json else catalogue.page(method, model)
+        )
     elif options.json:
         print(json.dumps([dataclasses.asdict(entry) for entry in catalogue.entries()], indent=2))
+    elif options.markdown:
+        print(catalogue.markdown())
     else:
-        print(catalogue.markdown() if options.markdown else catalogue.listing())
+        print(catalogue.listing(model))
     return 0
 
 
@@ -347,12 +386,21 @@ VERBS = [
         "score a base model or adapters on the suites",
         """examples:
   subspace evaluate runs/quickstart --processes 2
-  subspace evaluate smollm2-135m evaluate.tasks=boolq,piqa evaluate.limit=100
+  subspace evaluate smollm2-135m evaluate.tasks=boolq,piqa --limit 100
   subspace evaluate runs/quickstart evaluate.protocol=llm-adapters
   subspace evaluate launch/recipes/quickstart.yaml         the base model, scored as that run will be""",
         _evaluate_arguments,
         _evaluate,
         _settings,
+    ),
+    Verb(
+        "table",
+        "put the results of runs side by side",
+        """examples:
+  subspace table runs/smollm2-135m runs/quickstart
+  subspace table runs/* --protocol llm-adapters --markdown""",
+        _table_arguments,
+        _table,
     ),
     Verb(
         "merge",
@@ -368,7 +416,8 @@ VERBS = [
         "list the methods, or tell all about one",
         """examples:
   subspace methods
-  subspace methods lora""",
+  subspace methods lora
+  subspace methods --model smollm2-135m""",
         _methods_arguments,
         _methods,
     ),

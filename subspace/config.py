@@ -125,7 +125,8 @@ def manual() -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    text: str = yaml.safe_dump(value, default_flow_style=True)
+    return text.removesuffix("...\n").strip()
 
 
 def read(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -219,7 +220,7 @@ def write(config: RunConfig, file: Path) -> None:
     os.replace(partial, file)  # noqa: PTH105
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML in which a key that stands twice is an error; plain YAML lets the last one win without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -228,7 +229,8 @@ class _StrictLoader(yaml.SafeLoader):
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands here twice", problem_mark=key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _from_file(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ def start_processes(minutes: float = 30) -> None:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Of no use to a user: DeepSpeed calls a collective by the name that torch is about to retire.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
 

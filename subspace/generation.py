@@ -7,7 +7,7 @@ Decoding is greedy, where the published evaluator searches with four beams. That
 that was trained on one short form of answer is sure of every token but the one that decides, and that one is the
 likeliest either way.
 
-A row ends at its end token, after 32 tokens, or as soon as it holds an answer word: what follows the first never counts.
+A row ends at its end token, after 32 tokens, or with its first answer word, since what follows that never counts.
 """
 
 from __future__ import annotations

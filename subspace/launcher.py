@@ -25,12 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from subspace.errors import UserError
+from subspace.paths import REPOSITORY
 
 STATUS_FILE = "SUBSPACE_STATUS_FILE"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,6 +56,8 @@ def become_rank() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
     if not visible_devices():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed's calls of what torch renamed; every rank would print it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def mark_finished() -> None:
@@ -197,6 +201,7 @@ def _supervise(launch: Launch, status_file: Path) -> int:
     environment = {**os.environ, **launch.environment, STATUS_FILE: str(status_file)}
     # DeepSpeed looks for ninja on the path, which lacks the virtual environment's folder unless that is activated.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if not visible_devices():
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # means nothing then, and the launcher would comment on it
 

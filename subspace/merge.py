@@ -164,8 +164,10 @@ def merged_folder(
     layers = len(model.merged)  # type: ignore[arg-type]
     _make_room_for_biases(model)
     del model.merged
-    for parameter in model.parameters():  # not buffers: the file has none, and rounded rotary angles would be wrong
+    for name, parameter in model.named_parameters():  # not buffers: files have none, and rotary angles need all digits
         parameter.data = parameter.data.to(getattr(torch, written))
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"the merged model was not written: {name} is beyond {written}. Write bfloat16 or float32")
 
     partial = out.with_name(f"{out.name}.partial")
     with _whole_or_not(partial, out):
@@ -177,8 +179,7 @@ def merged_folder(
         after = _logits(open_model(replace(exact, path=str(partial))), probe)
         if not _difference(after, rounded) <= tolerance:
             raise UserError(
-                f"the merged model was not written to {out}: its files read back as another model. "
-                "Try `--dtype bfloat16` or float32, whose range is wider than float16's; else the disk may be unsound"
+                f"the merged model was not written to {out}: its files read back as another model. Is the disk sound?"
             )
         report = MergeReport(
             layers=layers,

@@ -314,7 +314,7 @@ def register(name: str, *, family: str, trains: str, aliases: Sequence[str] = ()
 
 def methods() -> dict[str, type[Adapter]]:
     """Return every method by name. A file of ``subspace.methods`` registers what it defines when it is imported."""
-    import subspace.methods as package
+    package = importlib.import_module("subspace.methods")  # subspace.methods is this function
 
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")

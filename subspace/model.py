@@ -118,6 +118,16 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
     return opened
 
 
+def open_shape(config: ModelConfig) -> PreTrainedModel:
+    """Open the model without its weights, on the meta device: for counting."""
+    from transformers import AutoModelForCausalLM
+
+    architecture = _find(config).architecture(trust_remote_code=config.trust_remote_code)
+    with torch.device("meta"), explained(f"cannot open model {config.path!r}"), quiet():
+        shape: PreTrainedModel = AutoModelForCausalLM.from_config(architecture)  # type: ignore[no-untyped-call]
+    return shape
+
+
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Open the model's tokenizer, with an end token, and with a pad token that is another one.
 

@@ -87,5 +87,5 @@ def _prove(task: Task, splits: Mapping[str, Rows], source: str, name: str, publi
     if git_blob_id(content) == published.blob:
         return {"proved": True, "note": f"{name} {published.blob[:12]}"}
     pypi = [task.splits[part.split].pypi for part in published.parts]
-    lacks = [wheel.lacks for wheel in pypi if source == "pypi" and wheel and wheel.lacks]
+    lacks = dict.fromkeys(wheel.lacks for wheel in pypi if source == "pypi" and wheel and wheel.lacks)
     return {"proved": False, "expected": bool(lacks), "note": "; ".join(lacks) or f"differs from the published {name}"}

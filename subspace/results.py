@@ -104,7 +104,7 @@ def write_items(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def read_items(file: Path) -> list[dict[str, Any]]:
     """Read the items back."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}. Score the run again: subspace evaluate") from None
     records = []
@@ -135,7 +135,10 @@ def read_results(folder: Path) -> list[TaskResult]:
     """Read a run's results."""
     file = folder / RESULTS
     try:
-        return [_result(row, folder) for row in json.loads(file.read_text(encoding="utf-8"))]
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(rows, list):
+            raise TypeError("no list of rows")
+        return [_result(row, folder) for row in rows]
     except FileNotFoundError:
         raise UserError(f"{folder} has no {RESULTS}: it was not scored. Run: subspace evaluate {folder}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

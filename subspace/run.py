@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subspace.batches import StepPlan, open_data
 
+from subspace.batches import StepPlan, open_data
 from subspace.config import RunConfig, write
 from subspace.distributed import barrier, is_main, world_size
 from subspace.engine import fill, lay_out, read_engine_file, start_engine, start_processes
@@ -104,10 +104,15 @@ def count_trained(model: torch.nn.Module) -> int:
 
 
 def begin_folder(folder: Path) -> None:
-    """Make the run's folder; refuse one that already holds a finished or begun training."""
+    """Make the run's folder."""
+    refuse_used(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse a folder that already holds a finished or begun training."""
     if (folder / "log.jsonl").exists():
         raise UserError(f"{folder} already holds a run. Give this one another name (name=...), or remove that folder")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def finish_folder(folder: Path, outcome: Outcome, seconds: float) -> None:

@@ -142,11 +142,9 @@ class Table:
 def show(table: Table) -> None:
     """Print a table on standard output, in its full width whatever the terminal's."""
     from rich.console import Console
-    from rich.measure import Measurement
 
-    console, grid = Console(), table.rich()
-    console.width = max(console.width, Measurement.get(console, console.options, grid).maximum)
-    console.print(grid)
+    grid = table.rich()
+    Console(width=Console(width=1000).measure(grid).maximum).print(grid)
 
 
 def tables(folders: Sequence[Path], protocol: str | None = None) -> list[Table]:

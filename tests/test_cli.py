@@ -15,6 +15,7 @@ import pytest
 
 from subspace import catalogue, cli, launcher
 from subspace.method import methods
+from tests.tiny import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = [verb.name for verb in cli.VERBS]
@@ -66,7 +67,7 @@ def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
         (["trian"], "Did you mean 'train'?"),
         (["train"], "required: CONFIG"),
         (["train", "x.yaml", "--proceses", "2"], "Did you mean '--processes'?"),
-        (["train", "x.yaml", "--processes", "none"], "'none' is no number of processes"),
+        (["train", "x.yaml", "--processes", "none"], "'none' is not a whole number above 0"),
         (["train", "no-such.yaml"], "no configuration file 'no-such.yaml'"),
         (["train", "launch/recipes/quickstart.yaml", "train.lr=1"], "train has no setting 'lr'"),
         (["train", "launch/recipes/quickstart.yaml", "engine=none.json"], "no file none.json"),
@@ -162,6 +163,16 @@ def test_a_method_has_its_page(name: str, capsys: pytest.CaptureFixture[str]) ->
     page = capsys.readouterr().out
     assert all(f"  {setting}=" in page for setting in catalogue.entry(methods()[name]).settings)
     assert "Paper:" in page
+
+
+def test_trained_numbers_are_counted_in_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("llama", tmp_path)
+    # q (64, 64), k and v (32, 64), up (128, 64), down (64, 128), in 2 layers, at rank 16.
+    expected = 2 * 16 * ((64 + 64) + 2 * (32 + 64) + (128 + 64) + (64 + 128))
+    assert cli.main(["methods", "lora", "--model", str(tmp_path)]) == 0
+    assert f"trains {expected:,} numbers" in capsys.readouterr().out
+    assert cli.main(["methods", "--model", str(tmp_path)]) == 0
+    assert f" {expected:,} " in capsys.readouterr().out
 
 
 @pytest.mark.processes

@@ -19,15 +19,15 @@ LAYERS = [
     "settings base sites methods model_files results",
     "method",
     "methods.* declarations encoding",
-    "inject sources catalogue proof likelihood generation",
+    "inject sources proof likelihood generation",
     "adapter_file checks log prepare",
     "rows model",
     "batches engine",
     "train evaluate merge",
-    "config tables launcher",
+    "config tables catalogue launcher",
     "run",
-    "cli __init__",
-    "__main__",
+    "cli",
+    "__main__ __init__",
 ]
 
 # Who may import a foreign library at all, also inside a function.
@@ -79,7 +79,7 @@ def _walk(node: ast.AST, *, at_start: bool, types_only: bool) -> Iterator[Import
                 if module in ("subspace", "subspace.methods")
                 else [module]
             )
-        yield from (Import(name, child.lineno, at_start, types_only) for name in names)
+        yield from (Import(name, getattr(child, "lineno", 0), at_start, types_only) for name in names)
         inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         guarded = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
         yield from _walk(child, at_start=at_start and not inside, types_only=types_only or guarded)
@@ -156,7 +156,7 @@ def test_an_entry_point_holds_no_logic(name: str) -> None:
 def test_the_command_starts_light() -> None:
     """What ``subspace --help`` imports is the standard library and this package's lightest files."""
     heavy = {"torch", *OWNERS}
-    reached, todo = set(), ["__main__"]
+    reached, todo = set(), ["__main__", "__init__"]
     while todo:
         name = todo.pop()
         reached.add(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -29,7 +30,7 @@ UNMERGEABLE = [name for name, cls in methods().items() if not cls.mergeable]
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(IDS, use_cache=False).logits.float()  # type: ignore[no-any-return]
+        return model(IDS.to(model.device), use_cache=False).logits.float().cpu()  # type: ignore[no-any-return]
 
 
 def perturb(model: nn.Module, scale: float = 0.05) -> None:
@@ -159,10 +160,24 @@ def test_a_quantised_base_is_refused(tmp_path: Path, quantize: str) -> None:
         merge(model)
 
 
+def test_a_sharded_base_is_refused() -> None:
+    model = adapted(tiny_llama(), targets=["q_proj"])
+    model.get_submodule("model.layers.0.self_attn.q_proj.base").weight.ds_id = 0  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="ZeRO-3 holds the weights in parts.*subspace merge RUN"):
+        merge(model)
+
+
 @pytest.mark.parametrize("change", [merge, unmerge])
 def test_nothing_to_merge_or_to_unmerge_is_said(change: Callable[[nn.Module], None]) -> None:
     with pytest.raises(UserError, match="cannot"):
         change(tiny_llama())
+
+
+def test_unmerging_under_new_adapters_is_refused() -> None:
+    model = adapted(tiny_llama(), targets=["q_proj"])
+    merge(model)
+    with pytest.raises(UserError, match="injected after the merge"):
+        unmerge(adapted(model, targets=["q_proj"]))
 
 
 def test_merging_twice_is_refused() -> None:
@@ -324,6 +339,35 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(UserError, match=r"cannot write the merged model to .*No space left on device"):
         merged_folder(base, adapter, out)
+    assert nothing_left(out)
+
+
+def test_a_folder_that_reads_back_differently_is_refused(
+    base: ModelConfig, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = saved_adapter(base, tmp_path / "adapter")
+    save_pretrained = PreTrainedModel.save_pretrained
+
+    def lossy(model: Any, folder: Path) -> None:
+        weight = model.model.layers[1].mlp.gate_proj.weight
+        kept = weight.data.clone()
+        weight.data[0, 0] += 1
+        save_pretrained(model, folder)
+        weight.data = kept
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lossy)
+    with pytest.raises(UserError, match="its files read back as another model"):
+        merged_folder(base, adapter, out)
+    assert nothing_left(out)
+
+
+def test_weights_beyond_the_range_of_float16_are_refused(base: ModelConfig, out: Path, tmp_path: Path) -> None:
+    adapter = saved_adapter(base, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.B"))
+    save_file({**tensors, name: tensors[name] * 1e7}, adapter / "adapter.safetensors")
+    with pytest.raises(UserError, match=r"q_proj.weight is beyond float16. Write bfloat16"):
+        merged_folder(base, adapter, out, dtype="float16")
     assert nothing_left(out)
 
 

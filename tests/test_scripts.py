@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ RECIPE = "launch/recipes/quickstart.yaml"
 pytestmark = pytest.mark.processes
 
 
-def bash(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def bash(*arguments: str | Path, cwd: Path = ROOT, **environment: Any) -> subprocess.CompletedProcess[str]:
     # This interpreter stands for python3 where a script finds no .venv.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -77,7 +78,7 @@ def test_several_machines() -> None:
     ],
 )
 def test_slurm_prints_its_command(nodes: str, first: str) -> None:
-    job = {
+    job: dict[str, Any] = {
         "SLURM_JOB_ID": "20007",
         "SLURM_JOB_NODELIST": nodes,
         "SLURM_NNODES": "2",
@@ -107,7 +108,12 @@ def test_slurm_tells_every_rank_who_it_is(tmp_path: Path) -> None:
     python.write_text('#!/bin/bash\necho "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_SIZE $MASTER_ADDR $*"\n')
     for program in (srun, python):
         program.chmod(0o755)
-    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "a,b", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    job: dict[str, Any] = {
+        "SLURM_JOB_ID": "5",
+        "SLURM_JOB_NODELIST": "a,b",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
     # Away from the repository, where there is no .venv.
     ran = bash(
         ROOT / "launch/slurm.sh", "train", "x.yaml", cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", **job

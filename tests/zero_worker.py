@@ -1,4 +1,4 @@
-"""Runs every method under every ZeRO stage in the processes that a launcher started; tests/test_zero.py reads the runs."""
+"""Trains what it is told in the processes that a launcher started; tests/test_zero.py reads the runs."""
 
 from __future__ import annotations
 

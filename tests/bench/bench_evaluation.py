@@ -1,0 +1,140 @@
+"""Time scoring by this project, by lm-evaluation-harness, and as LLM-Adapters does it, alternating in one process.
+
+    python -m tests.bench.bench_evaluation --items 16 --rounds 3
+
+Likelihood: the same items of the eight suites by this project and by the harness, same model, float32; the answers must
+be the same. The harness is given the fixed batch size of ``--harness-batch``, its items sorted by length as it does by
+itself. Tokenising and asking (templates) count for both.
+
+Generation: the same prompts by protocol ``llm-adapters``, and the published way: one prompt at a time, beam search with
+4 beams, 32 tokens. A model that was not trained says no answer word, so nothing stops early: ``--adapter`` gives a
+trained run's.
+
+Absolute figures depend on the machine; the ratios are what to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from subspace.adapter_file import load_adapter
+from subspace.evaluate import EvaluateConfig, Sample, evaluate, find_tasks, take_sample
+from subspace.generation import MAX_NEW_TOKENS, AnswerWords, Generation
+from subspace.model import ModelConfig, open_model, open_tokenizer
+from subspace.results import read_items
+from tests.harness import harness_model, harness_predictions, harness_scores, harness_task
+
+Side = Callable[[], Any]
+
+
+def main() -> None:
+    """Run the rounds and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--adapter", type=Path, help="folder of trained adapters: runs/NAME/adapter")
+    parser.add_argument("--tasks", default="all")
+    parser.add_argument("--items", type=int, default=8, help="items of each task, likelihood")
+    parser.add_argument("--answers", type=int, default=1, help="items of each task, generation")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--harness-batch", type=int, default=8)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+
+    config = ModelConfig(path=options.model, dtype=options.dtype)
+    model, tokenizer = open_model(config), open_tokenizer(config)
+    if options.adapter:
+        load_adapter(model, options.adapter)
+
+    def samples(limit: int) -> list[Sample]:
+        return [take_sample(task, "test", limit) for task in find_tasks(options.tasks)]
+
+    alternate(
+        "likelihood",
+        sum(len(sample.items) for sample in samples(options.items)),
+        {
+            "subspace": lambda: score(model, tokenizer, "likelihood", options.tasks, options.items),
+            "lm-eval": lambda: by_harness(model, tokenizer, samples(options.items), options.harness_batch),
+        },
+        options.rounds,
+    )
+    alternate(
+        "generation",
+        sum(len(sample.items) for sample in samples(options.answers)),
+        {
+            "subspace": lambda: score(model, tokenizer, "llm-adapters", options.tasks, options.answers),
+            "LLM-Adapters": lambda: by_beams(model, tokenizer, samples(options.answers)),
+        },
+        options.rounds,
+    )
+
+
+def alternate(title: str, num_items: int, sides: Mapping[str, Side], rounds: int) -> None:
+    """Run both sides in turn; print their medians, how many times faster the first is, and how many answers agree."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    answers: dict[str, Any] = {}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+                answers[name] = side()
+            seconds[name].append(time.perf_counter() - began)
+    (ours, theirs), (one, other) = (statistics.median(s) for s in seconds.values()), answers.values()
+    agree = sum(a == b for a, b in zip(one, other, strict=True))
+    print(f"\n{title}: {num_items} items, median of {rounds} rounds, {torch.get_num_threads()} threads")
+    for name, several in seconds.items():
+        spread = f"{min(several):.1f} to {max(several):.1f}"
+        median = statistics.median(several)
+        print(f"  {name:<14} {median:7.1f} s ({spread})  {num_items / median:6.2f} items/s")
+    print(f"  {theirs / ours:.2f} times as fast; {agree} of {len(one)} answers agree", flush=True)
+
+
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: str, tasks: str, limit: int
+) -> list[Any]:
+    """Score by this project, files and all; return the answers."""
+    config = EvaluateConfig(protocol=protocol, tasks=tasks, limit=limit)
+    with tempfile.TemporaryDirectory() as folder:
+        results = evaluate(model, tokenizer, config, Path(folder))
+        return [record["prediction"] for result in results if result.items for record in read_items(result.items)]
+
+
+def by_harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], batch_size: int
+) -> list[Any]:
+    """Score by lm-evaluation-harness; return the answers."""
+    lm, answers = harness_model(model, tokenizer, batch_size), []
+    for sample in samples:
+        task = harness_task(sample.task.name, sample.items)
+        answers += harness_predictions(task, harness_scores(lm, task))
+    return answers
+
+
+def by_beams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[Any]:
+    """Answer one prompt at a time with four beams; return the answers."""
+    answers = []
+    for sample in samples:
+        scorer = Generation(model, tokenizer, sample.task, sample.items, "alpaca-indented")
+        for prompt in scorer.prompts:
+            ids = torch.tensor([prompt], device=model.device)
+            settings = {"num_beams": 4, "max_new_tokens": MAX_NEW_TOKENS, "pad_token_id": tokenizer.pad_token_id}
+            written = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
+            text = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
+            answers.append(AnswerWords(sample.task.answer_words).first(str(text)))
+    return answers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""lm-evaluation-harness on our items: its own tasks and its own model class, fed with the records we have.
+
+Its task files name data sets on the hub; here ``datasets.load_dataset`` answers with records made back from our items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import lm_eval
+import numpy as np
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from subspace import declarations
+from subspace.declarations import Item
+
+FOLDERS = ("super_glue/boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc", "openbookqa")
+
+
+def _arc(item: Item) -> dict[str, Any]:
+    letters = "ABCDE"[: len(item["choices"])]
+    return {
+        "id": item["id"],
+        "question": item["question"],
+        "choices": {"text": item["choices"], "label": list(letters)},
+        "answerKey": letters[item["label"]],
+    }
+
+
+def _hellaswag(item: Item) -> dict[str, Any]:
+    first = item["context"].removesuffix(item["question"])
+    return {
+        "activity_label": item["topic"],
+        "ctx_a": first.removesuffix(" "),
+        "ctx_b": item["question"],
+        "ctx": item["context"],
+        "endings": item["choices"],
+        "label": str(item["label"]),
+    }
+
+
+def _obqa(item: Item) -> dict[str, Any]:
+    record = _arc(item)
+    return {**record, "question_stem": record.pop("question")}
+
+
+# Each task's record as its original data set has it, from the neutral item.
+RECORDS: Mapping[str, Callable[[Item], dict[str, Any]]] = {
+    "boolq": lambda item: {
+        "passage": f"{item['topic']} -- {item['context']}",
+        "question": item["question"],
+        "label": item["label"],
+    },
+    "piqa": lambda item: {
+        "goal": item["question"],
+        "sol1": item["choices"][0],
+        "sol2": item["choices"][1],
+        "label": item["label"],
+    },
+    "siqa": lambda item: {
+        "context": item["context"],
+        "question": item["question"],
+        **{f"answer{letter}": text for letter, text in zip("ABC", item["choices"], strict=True)},
+        "label": str(item["label"] + 1),
+    },
+    "hellaswag": _hellaswag,
+    "winogrande": lambda item: {
+        "sentence": item["question"],
+        "option1": item["choices"][0],
+        "option2": item["choices"][1],
+        "answer": str(item["label"] + 1),
+    },
+    "arc_easy": _arc,
+    "arc_challenge": _arc,
+    "openbookqa": _obqa,
+}
+
+
+def harness_task(name: str, items: Sequence[Item]) -> ConfigurableTask:
+    """Return the harness's task of our task's name, with these items as its data."""
+    rows = datasets.Dataset.from_list([RECORDS[name](item) for item in items])
+    splits = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
+    wanted = declarations.task(name).lm_eval_name
+    folders = [str(Path(lm_eval.__file__).parent / "tasks" / folder) for folder in FOLDERS]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    with mock.patch("lm_eval.api.task.datasets.load_dataset", return_value=splits):
+        task: ConfigurableTask = manager.load([wanted])["tasks"][wanted]
+    task.build_all_requests()
+    return task
+
+
+def harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8) -> HFLM:
+    """Return the model as the harness runs it."""
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def harness_scores(lm: HFLM, task: ConfigurableTask) -> list[list[float]]:
+    """Return the harness's log-probability of each choice of each item."""
+    answers = lm.loglikelihood(task.instances, disable_tqdm=True)
+    scores: dict[int, list[float]] = {}
+    for instance, (score, _) in zip(task.instances, answers, strict=True):
+        scores.setdefault(instance.doc_id, []).append(score)
+    return [scores[number] for number in sorted(scores)]
+
+
+def harness_predictions(task: ConfigurableTask, scores: Sequence[Sequence[float]]) -> list[dict[str, int]]:
+    """Return what the harness takes for the answer by each of the task's metrics."""
+    predictions = []
+    for doc, values in zip(task.eval_docs, scores, strict=True):
+        lengths = np.array([float(len(choice)) for choice in task.doc_to_choice(doc)])
+        both = {"acc": int(np.argmax(values)), "acc_norm": int(np.argmax(np.array(values) / lengths))}
+        predictions.append({metric: both[metric] for metric in task._metric_fn_list})
+    return predictions

@@ -1,0 +1,136 @@
+"""Protocol ``likelihood`` against lm-evaluation-harness itself: the same questions, scores and answers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from subspace import declarations
+from subspace.declarations import Item
+from subspace.evaluate import EvaluateConfig, evaluate, take_sample
+from subspace.likelihood import Likelihood
+from subspace.model import ModelConfig, open_model, open_tokenizer
+from subspace.results import read_items
+from tests.items import items
+from tests.tiny import bpe_tokenizer, save_sentencepiece, tiny_llama
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what the harness warns of when it is imported
+    harness = pytest.importorskip("tests.harness", reason="needs lm-eval")
+
+every_task = pytest.mark.parametrize("name", list(declarations.tasks()))
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    """Keep the harness's progress bars to themselves."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@pytest.fixture(scope="module", params=["bpe", "sentencepiece"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """Return tokenizers in LLaMA-3's and in LLaMA-2's manner; both put a token before every text."""
+    if request.param == "bpe":
+        return bpe_tokenizer()
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    save_sentencepiece(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return loaded
+
+
+def both(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item]
+) -> tuple[list[dict[str, Any]], list[list[float]], list[dict[str, int]]]:
+    """Return our records, the harness's scores, and its predictions."""
+    task = harness.harness_task(name, items)
+    theirs = harness.harness_scores(harness.harness_model(model, tokenizer), task)
+    ours = Likelihood(model, tokenizer, declarations.task(name), items).score(model, range(len(items)))
+    return ours, theirs, harness.harness_predictions(task, theirs)
+
+
+@every_task
+def test_the_harness_is_fed_the_same_items(name: str) -> None:
+    task = declarations.task(name)
+    made = items(name, 30)
+    back = [task.make_item(harness.RECORDS[name](item), 0, "test") | {"id": item["id"]} for item in made]
+    assert back == made
+
+
+@every_task
+def test_the_harness_asks_the_same(name: str) -> None:
+    made = items(name, 30)
+    theirs = [instance.args for instance in harness.harness_task(name, made).instances]
+    assert [request for item in made for request in declarations.task(name).likelihood.requests(item)] == theirs
+
+
+@every_task
+def test_scores_and_answers_are_the_harness_s(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    ours, scores, predictions = both(tiny_llama(), tokenizer, name, items(name, 20))
+    assert [score for record in ours for score in record["scores"]] == pytest.approx([*chain(*scores)], abs=1e-3)
+    assert [record["prediction"] for record in ours] == predictions
+
+
+def test_what_is_too_long_loses_the_same_beginning() -> None:
+    model = tiny_llama(max_position_embeddings=64)
+    ours, scores, predictions = both(model, bpe_tokenizer(), "boolq", items("boolq", 20))
+    assert [score for record in ours for score in record["scores"]] == pytest.approx([*chain(*scores)], abs=1e-3)
+    assert [record["prediction"] for record in ours] == predictions
+
+
+@pytest.mark.model
+@pytest.mark.long
+@every_task
+def test_every_real_item_is_asked_the_same(name: str) -> None:
+    real = take_sample(declarations.task(name), "test", None).items
+    theirs = [instance.args for instance in harness.harness_task(name, real).instances]
+    assert [request for item in real for request in declarations.task(name).likelihood.requests(item)] == theirs
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = ModelConfig(dtype="float32")
+    return open_model(config), open_tokenizer(config)
+
+
+@pytest.mark.model
+@pytest.mark.long
+@every_task
+def test_a_real_model_answers_the_same(
+    name: str,
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    tmp_path: Path,
+    record_property: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By every metric on at least 99.5 % of 300 items; what differs is printed with both scores."""
+    model, tokenizer = smollm2
+    (result,) = evaluate(model, tokenizer, EvaluateConfig(tasks=name, limit=300), tmp_path)
+    assert result.items
+    ours = read_items(result.items)
+    task = harness.harness_task(name, take_sample(declarations.task(name), "test", 300).items)
+    scores = harness.harness_scores(harness.harness_model(model, tokenizer), task)
+    theirs = harness.harness_predictions(task, scores)
+
+    unlike = [
+        (record["id"], metric, record["scores"], values)
+        for record, values, prediction in zip(ours, scores, theirs, strict=True)
+        for metric in result.metrics
+        if record["prediction"][metric] != prediction[metric]
+    ]
+    largest = max(
+        abs(a - b) for r, values in zip(ours, scores, strict=True) for a, b in zip(r["scores"], values, strict=True)
+    )
+    with capsys.disabled():
+        print(f"\n{name}: {len(ours)} items, {len(unlike)} answers differ, scores by at most {largest:.1e}", *unlike)
+    assert len({name for name, *_ in unlike}) <= 0.005 * len(ours)

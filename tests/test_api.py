@@ -1,0 +1,36 @@
+"""What ``import subspace`` offers: light to import, and functions whatever modules share their names."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import subspace
+from subspace.method import methods
+
+
+@pytest.mark.parametrize("name", subspace.PUBLIC)
+def test_a_public_name_is_the_function_and_not_the_module(name: str) -> None:
+    importlib.import_module(subspace.PUBLIC[name])
+    assert callable(getattr(subspace, name))
+    assert getattr(subspace, name).__module__ == subspace.PUBLIC[name]
+    assert name in dir(subspace)
+
+
+def test_methods_are_listed_twice_alike() -> None:
+    assert subspace.methods() == methods() == subspace.methods()
+    assert "lora" in subspace.methods()
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="injekt"):
+        getattr(subspace, "injekt")  # noqa: B009  the spelling is the point
+
+
+@pytest.mark.processes
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import subspace, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,463 @@
+"""Texts to batches: what carries loss, what is cut, who trains on which row, and which line of a file is broken."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from subspace import encoding
+from subspace.batches import Data, DataConfig, Row, StepPlan, collate, open_data, share
+from subspace.encoding import IGNORE, encode_prompt
+from subspace.errors import UserError
+from subspace.model import ModelConfig, open_tokenizer
+from subspace.prepare import prepare, task_items
+from tests.tiny import bpe_tokenizer
+from tests.toy import TRAIN, make_world
+
+CHAT = (
+    "{% for m in messages %}<|begin_of_text|>{{ m.role }}: {{ m.content }}<|end_of_text|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|begin_of_text|>assistant: {% endif %}"
+)
+PAD = "<|reserved_special_token_0|>"
+PLAIN = "{{ instruction }}{{ input }}\nSay:\n   "  # the toy world's prompt
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return bpe_tokenizer(pad_token=PAD)
+
+
+@pytest.fixture(autouse=True)
+def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return tmp_path if "model" in request.keywords else make_world(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def prepared(world: Path) -> Path:
+    prepare([], ["toy"], "pypi")
+    return world
+
+
+def settings(mixture: str | Path, **changes: Any) -> DataConfig:
+    return DataConfig(**{"mixture": str(mixture), "prompt": "plain", "validation": 0, "max_length": 500, **changes})
+
+
+def answers(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    rows = [data.train[i] for i in range(len(data.train))]
+    return [str(tokenizer.decode(row.input_ids[row.answer_start :])) for row in rows]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+# Tensors.
+
+ROWS = [Row([5, 6, 7, 8, 1], 3), Row([9, 1, 4, 1], 2)]
+
+
+def test_only_the_answer_and_its_end_carry_loss() -> None:
+    batch = collate(ROWS, pad_id=1, pad_to_multiple=8)  # pads that look like ends hide no end
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 1, 1, 1, 1], [9, 1, 4, 1, 1, 1, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 3, [1] * 4 + [0] * 4]
+    assert batch["labels"].tolist() == [
+        [IGNORE] * 3 + [8, 1] + [IGNORE] * 3,
+        [IGNORE] * 2 + [4, 1] + [IGNORE] * 4,
+    ]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_all_tokens_carry_loss_where_asked() -> None:
+    labels = collate(ROWS, pad_id=1, loss_on="all", pad_to_multiple=1)["labels"]
+    assert labels.tolist() == [[5, 6, 7, 8, 1], [9, 1, 4, 1, IGNORE]]
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(1, 5), (4, 8), (8, 8), (64, 64)])
+def test_the_width_is_a_multiple(multiple: int, width: int) -> None:
+    assert collate(ROWS, pad_id=0, pad_to_multiple=multiple)["input_ids"].shape == (2, width)
+
+
+# Files of a user's own.
+
+OWN = [
+    {"instruction": "is ice cold?", "input": "", "output": "true"},
+    {"instruction": "name a fox", "input": " quickly", "output": "the brown fox"},
+    {"instruction": "sing", "output": "la la"},
+]
+
+
+@pytest.mark.parametrize("kind", [".json", ".jsonl", ".parquet"])
+def test_a_file_s_rows_are_read(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = open_data(settings(write(tmp_path / f"own{kind}", OWN)), tokenizer)
+    assert answers(data, tokenizer) == [
+        "\n   true<|end_of_text|>",
+        "\n   the brown fox<|end_of_text|>",
+        "\n   la la<|end_of_text|>",
+    ]
+    row = data.train[1]
+    assert row.input_ids[: row.answer_start] == encode_prompt(tokenizer, "name a fox quickly\nSay:")
+    assert row.input_ids.count(tokenizer.eos_token_id or -1) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("own.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a", "output"}\n', "line 2: not JSON"),
+        ("own.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction": "a"}\n', "line 3: no 'output'"),
+        ("own.jsonl", '{"instruction": "a", "output": "b"}\n["a", "b"]\n', "line 2: a row should be an object"),
+        ("own.jsonl", '{"instruction": "a", "output": 5}\n', "line 1: 'output' is int, not text"),
+        ("own.jsonl", '{"instruction": " ", "output": "b"}\n', "line 1: 'instruction' is empty"),
+        ("own.jsonl", '{"instruction": "a", "output": "b", "input": ["c"]}\n', "line 1: 'input' is list, not text"),
+        ("own.jsonl", b'{"instruction": "a", "output": "b"}\n{"a": "\xff"}\n', "line 2: not UTF-8"),
+        ("own.jsonl", "\n\n", "has no rows"),
+        ("own.json", '[{"instruction": "a",\n "output": }]', "line 2: not JSON"),
+        ("own.json", '{"instruction": "a"}\n{"instruction": "b"}', "One object a line is called .jsonl"),
+        ("own.json", '{"instruction": "a", "output": "b"}', "should be a list of rows, not dict"),
+        ("own.json", '[{"instruction": "a", "output": "b"}, {"prompt": "x"}]', "row 2: no 'instruction'"),
+        ("own.parquet", "PAR1 and no more", "is not Parquet, or cut"),
+        ("own.jsonl", '{"messages": []}\n', "line 1: 'messages' should be a list of turns"),
+        ("own.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n', "line 1: the last turn is trained on"),
+        ("own.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1, turn 1: no 'content'"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(
+    name: str, content: str | bytes, says: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as refused:
+        open_data(settings(file), tokenizer)
+    assert str(refused.value).startswith(str(file))
+    assert says in str(refused.value)
+    assert not [path for path in (tmp_path / "cache").glob("tokens/*") if path.is_dir()]
+
+
+def test_a_file_that_is_not_there_names_its_neighbour(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    write(tmp_path / "mine.jsonl", OWN)
+    with pytest.raises(UserError, match=r"is not there\. Did you mean 'mine\.jsonl'"):
+        open_data(settings(tmp_path / "mien.jsonl"), tokenizer)
+
+
+# Chats.
+
+TURNS = [
+    {"role": "user", "content": "is ice cold?"},
+    {"role": "assistant", "content": "true"},
+    {"role": "user", "content": "and fire?"},
+    {"role": "assistant", "content": "the answer is no"},
+]
+
+
+def test_a_chat_is_written_by_the_tokenizer_and_its_last_turn_is_trained(tmp_path: Path) -> None:
+    tokenizer = bpe_tokenizer(pad_token=PAD, chat_template=CHAT)
+    data = open_data(settings(write(tmp_path / "chat.jsonl", [{"messages": TURNS}])), tokenizer)
+    row = data.train[0]
+    assert tokenizer.decode(row.input_ids) == (
+        "<|begin_of_text|>user: is ice cold?<|end_of_text|>\n<|begin_of_text|>assistant: true<|end_of_text|>\n"
+        "<|begin_of_text|>user: and fire?<|end_of_text|>\n<|begin_of_text|>assistant: the answer is no<|end_of_text|>"
+    )
+    assert tokenizer.decode(row.input_ids[row.answer_start :]) == " the answer is no<|end_of_text|>"
+
+
+def test_a_template_without_an_end_gets_one(tmp_path: Path) -> None:
+    bare = CHAT.replace("<|begin_of_text|>", "").replace("<|end_of_text|>", "")
+    tokenizer = bpe_tokenizer(pad_token=PAD, chat_template=bare)
+    data = open_data(settings(write(tmp_path / "chat.jsonl", [{"messages": TURNS}])), tokenizer)
+    assert answers(data, tokenizer) == [" the answer is no<|end_of_text|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "tokenizer has none"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
+        ("{{ messages | length }}{% if add_generation_prompt %}assistant{% endif %}", "otherwise once it is answered"),
+    ],
+)
+def test_a_chat_that_cannot_be_written(template: str | None, says: str, tmp_path: Path) -> None:
+    tokenizer = bpe_tokenizer(pad_token=PAD, **({"chat_template": template} if template else {}))
+    with pytest.raises(UserError, match=f"chat.jsonl, line 1: .*{says}"):
+        open_data(settings(write(tmp_path / "chat.jsonl", [{"messages": TURNS}])), tokenizer)
+
+
+# Lengths.
+
+
+def test_a_long_row_loses_the_beginning_of_its_prompt_and_nothing_else(
+    prepared: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    whole, cut = (open_data(settings("toy", max_length=length), tokenizer) for length in (500, 40))
+    row, short = whole.train[39], cut.train[39]
+    assert len(row.input_ids) > 40 == len(short.input_ids)
+    assert short.input_ids[0] == tokenizer.bos_token_id
+    assert short.input_ids[1:] == row.input_ids[-39:]
+    assert short.input_ids[short.answer_start :] == row.input_ids[row.answer_start :]
+    long = int((whole.train.lengths > 40).sum())
+    assert cut.report["cut"] == long > 0
+    assert cut.notices[-1].startswith(f"{long} of {TRAIN} rows are longer than data.max_length=40 tokens")
+    assert cut.train.lengths.tolist() == np.minimum(whole.train.lengths, 40).tolist()
+
+
+def test_the_length_named_would_keep_all(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    enough = int(open_data(settings("toy", max_length=40), tokenizer).notices[-1].split()[-4])
+    assert open_data(settings("toy", max_length=enough), tokenizer).report["cut"] == 0
+    assert open_data(settings("toy", max_length=enough - 1), tokenizer).report["cut"] == 1
+
+
+def test_a_row_whose_answer_does_not_fit_is_dropped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [*OWN, {"instruction": "sing", "output": "la " * 50}]
+    data = open_data(settings(write(tmp_path / "own.jsonl", rows), max_length=40), tokenizer)
+    assert (len(data.train), data.report["dropped"], data.report["rows"]) == (3, 1, 4)
+    assert "1 rows were dropped" in data.notices[-1]
+
+
+# Mixtures.
+
+
+def test_a_mixture_is_its_parts_one_after_the_other(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    data, toy = (open_data(settings(mixture), tokenizer) for mixture in ("nested", "toy"))
+    assert [data.train[i] for i in range(5)] == [toy.train[i] for i in range(5)]
+    assert [data.train[5 + i] for i in range(TRAIN)] == [toy.train[i] for i in range(TRAIN)]
+    assert (data.report["repeats"], len(data.train)) == (5, 5 + TRAIN)
+
+
+def test_a_mixture_without_its_repeats(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = open_data(settings("apart"), tokenizer)
+    assert (data.report["repeats"], len(data.train)) == (0, TRAIN)
+
+
+def test_a_split_that_is_not_there_is_told_in_numbers(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = open_data(settings("both"), tokenizer)
+    assert data.report["absent"] == ["toy/extra"]
+    assert data.notices[0] == f"both has {TRAIN} of {TRAIN + 10} rows: toy/extra is not in the data's source"
+
+
+@pytest.mark.parametrize(("mixture", "times"), [("toy*2", [2] * TRAIN), ("toy:7", [1] * 7), ("toy*0.5", [1] * 20)])
+def test_weights_and_rows(mixture: str, times: list[int], prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = open_data(settings(mixture), tokenizer)
+    rows = Counter(tuple(data.train[i].input_ids) for i in range(len(data.train)))
+    assert sorted(rows.values()) == times
+
+
+def test_more_than_a_whole_multiple_is_drawn(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    drawn = [open_data(settings("toy*2.25"), tokenizer, seed).train.order.tolist() for seed in (0, 0, 1)]
+    assert Counter(Counter(drawn[0]).values()) == {2: 30, 3: 10}
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_limit_draws_from_all_of_the_mixture(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    order = open_data(settings("toy", limit=10), tokenizer).train.order.tolist()
+    assert len(set(order)) == 10
+    assert order == sorted(order)
+    assert max(order) > 10
+
+
+# Held-out rows.
+
+
+def test_held_out_rows_are_never_trained_on(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    data = open_data(settings("nested", validation=20), tokenizer)
+    held = {tuple(data.validation[i].input_ids) for i in range(20)}
+    trained = {tuple(data.train[i].input_ids) for i in range(len(data.train))}
+    assert len(held) == 20
+    assert not held & trained
+    assert len(data.train) == TRAIN + 5 - 20
+
+
+def test_held_out_rows_stay_when_fewer_are_trained_on(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    whole, few = (open_data(settings("toy", validation=9, limit=limit), tokenizer) for limit in (None, 5))
+    assert whole.validation.order.tolist() == few.validation.order.tolist()
+
+
+@pytest.mark.parametrize("count", [36, 40, 1000])
+def test_more_rows_than_there_are_cannot_be_held_out(
+    count: int, prepared: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(UserError, match=f"data.validation={count} rows .* 45 rows 35 are there only once"):
+        open_data(settings("nested", validation=count), tokenizer)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 4), (3, 2), (8, 1)])
+def test_ranks_share_the_held_out_rows(
+    ranks: int, micro: int, prepared: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    data = open_data(settings("toy", validation=13), tokenizer)
+    batches = [list(data.validation_batches(micro, rank, ranks)) for rank in range(ranks)]
+    assert len({len(mine) for mine in batches}) == 1
+    labels = [labels for mine in batches for batch in mine for labels in batch["labels"]]
+    labelled = sum(int((row != IGNORE).sum()) for row in labels)
+    expected = [data.validation[i] for i in range(13)]
+    assert labelled == sum(len(row.input_ids) - row.answer_start for row in expected)
+    assert max(len(batch["labels"]) for mine in batches for batch in mine) <= micro
+
+
+def test_a_loss_on_no_rows_is_refused(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match="data.validation is 0"):
+        next(open_data(settings("toy"), tokenizer).validation_batches(2, 0, 1))
+
+
+# The cache of token ids.
+
+
+def count_encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    counted: list[int] = []
+    encode_rows = encoding.encode_rows
+
+    def counting(tokenizer: Any, rows: Any, **options: Any) -> Any:
+        counted.append(len(rows))
+        return encode_rows(tokenizer, rows, **options)
+
+    monkeypatch.setattr(encoding, "encode_rows", counting)
+    return counted
+
+
+def other_settings(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
+    return tokenizer
+
+
+def other_end(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
+    return bpe_tokenizer(pad_token=PAD, eos_token="<|reserved_special_token_1|>")
+
+
+def other_prompt(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
+    monkeypatch.setattr("subspace.declarations.prompt", lambda name: PLAIN.replace("Say", "Tell"))
+    return tokenizer
+
+
+@pytest.mark.parametrize(("change", "again"), [(other_settings, 0), (other_end, 1), (other_prompt, 1)])
+def test_what_was_encoded_is_kept_until_something_changes(
+    change: Callable[..., PreTrainedTokenizerBase],
+    again: int,
+    prepared: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    open_data(settings("toy"), tokenizer)
+    counted = count_encodings(monkeypatch)
+    data = open_data(settings("toy", max_length=30, validation=5), change(tokenizer, monkeypatch))
+    assert counted == [TRAIN] * again
+    assert len(data.train) == TRAIN - 5
+
+
+def test_who_comes_at_the_same_time_encodes_once(
+    prepared: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = count_encodings(monkeypatch)
+    opened: list[Data] = []
+    tokenizers = [bpe_tokenizer(pad_token=PAD) for _ in range(3)]
+    threads = [threading.Thread(target=lambda t=t: opened.append(open_data(settings("toy"), t))) for t in tokenizers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counted == [TRAIN]
+    assert [opened[0].train[3]] * 3 == [data.train[3] for data in opened]
+
+
+# Steps.
+
+LENGTHS = np.random.default_rng(0).integers(5, 300, 1003)
+
+
+def rows_of(plan: StepPlan) -> list[int]:
+    return [row for step in range(len(plan)) for row in plan[step]]
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_every_epoch_has_every_row_once(group: bool) -> None:
+    plan = StepPlan(LENGTHS[:1000], batch=8, epochs=3, seed=1, group_by_length=group)
+    assert {len(plan[step]) for step in range(len(plan))} == {8}
+    assert Counter(rows_of(plan)) == dict.fromkeys(range(1000), 3)
+
+
+def test_epochs_follow_one_another_without_a_seam() -> None:
+    plan = StepPlan(LENGTHS, batch=8, epochs=3, group_by_length=False)
+    assert len(plan) == 3 * 1003 // 8
+    assert Counter(rows_of(plan)[: 1003 // 8 * 8]).most_common(1)[0][1] == 1
+    assert set(Counter(rows_of(plan)).values()) == {2, 3}
+
+
+def test_the_published_recipe_has_its_number_of_steps() -> None:
+    assert len(StepPlan(np.ones(170_420 - 120), batch=16, epochs=3)) == 31_931
+
+
+@pytest.mark.parametrize(("epochs", "steps", "count"), [(0.5, None, 62), (3, 7, 7), (1, 400, 400), (0, None, 1)])
+def test_steps_replace_epochs(epochs: float, steps: int | None, count: int) -> None:
+    assert len(StepPlan(LENGTHS, batch=8, epochs=epochs, steps=steps)) == count
+
+
+def test_a_plan_follows_from_its_seed() -> None:
+    plans = [rows_of(StepPlan(LENGTHS, batch=8, steps=20, seed=seed)) for seed in (3, 3, 4)]
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_a_longer_plan_begins_as_a_shorter_one() -> None:
+    short, long = (rows_of(StepPlan(LENGTHS, batch=8, steps=steps)) for steps in (64, 300))
+    assert long[: 64 * 8] == short
+
+
+def test_grouping_pads_less_and_keeps_steps_mixed() -> None:
+    def padded(plan: StepPlan) -> int:
+        return sum(8 * int(LENGTHS[plan[step]].max()) for step in range(len(plan)))
+
+    grouped, free = (StepPlan(LENGTHS, batch=8, epochs=1, group_by_length=group) for group in (True, False))
+    assert padded(grouped) < 1.1 * sum(int(LENGTHS[row]) for row in rows_of(grouped))
+    assert padded(free) > 1.5 * sum(int(LENGTHS[row]) for row in rows_of(free))
+    means = [LENGTHS[grouped[step]].mean() for step in range(64)]
+    assert abs(np.corrcoef(means, range(64))[0, 1]) < 0.4  # short and long steps alternate
+
+
+def test_a_step_begins_with_its_longest_row() -> None:
+    plan = StepPlan(LENGTHS, batch=8, epochs=1, group_by_length=False)
+    assert all((np.diff(LENGTHS[plan[step]]) <= 0).all() for step in range(len(plan)))
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 4), (3, 5)])
+def test_a_step_is_shared_without_loss(ranks: int, accumulate: int) -> None:
+    rows = list(range(100, 116))
+    parts = [share(rows, rank, ranks, accumulate) for rank in range(ranks)]
+    assert sorted(row for mine in parts for micro in mine for row in micro) == rows
+    assert {len(mine) for mine in parts} == {accumulate}
+    sizes = [len(micro) for mine in parts for micro in mine]
+    assert max(sizes) - min(sizes) <= (16 % (ranks * accumulate) > 0)
+
+
+def test_rows_that_are_fed_together_are_of_like_length() -> None:
+    assert [share([9, 8, 7, 6, 5, 4, 3, 2], rank, 2, 2) for rank in (0, 1)] == [[[9, 7], [5, 3]], [[8, 6], [4, 2]]]
+
+
+def test_too_few_rows_to_share_are_refused() -> None:
+    with pytest.raises(UserError, match=r"3 rows cannot be shared by 2 processes .* at least 4"):
+        share([1, 2, 3], 0, 2, 2)
+
+
+# The real data.
+
+
+@pytest.mark.model
+def test_the_real_data_is_read_as_it_was_declared() -> None:
+    tokenizer = open_tokenizer(ModelConfig())
+    data = open_data(DataConfig(mixture="arc_challenge"), tokenizer)
+    item, row = task_items("arc_challenge", "train")[int(data.train.order[0])], data.train[0]
+    output = f"the correct answer is answer{item['label'] + 1}<|im_end|>"
+    assert str(tokenizer.decode(row.input_ids[row.answer_start :])).strip() == output
+    assert item["question"] in tokenizer.decode(row.input_ids)
+    assert len(data.train) == 1119 - 120

@@ -1,0 +1,165 @@
+"""Protocol ``llm-adapters``: answers are the model's own whatever the batch, and the first answer word counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from subspace import declarations
+from subspace.errors import UserError
+from subspace.generation import MAX_NEW_TOKENS, AnswerWords, Generation, decode_greedily
+from subspace.inject import inject, trained_parameters
+from subspace.method import methods
+from tests.items import items
+from tests.tiny import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
+
+Finished = Callable[[list[int]], bool]
+
+
+def never(tokens: list[int]) -> bool:
+    return False
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def prompts(count: int = 6) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 40, (count,), generator=generator)
+    return [torch.randint(VOCABULARY, (int(n),), generator=generator).tolist() for n in lengths]
+
+
+def plain(model: PreTrainedModel, prompt: list[int], finished: Finished, count: int) -> list[int]:
+    """Read everything again for each token: no cache, no padding, no batch."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count:
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if finished(ids[len(prompt) :]):
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_is_decoded_as_its_rows_are(architecture: str) -> None:
+    model = tiny(architecture, attn_implementation="eager" if architecture == "gemma2" else "sdpa")
+    written = decode_greedily(model, prompts(), never, max_new_tokens=8)
+    assert written == [plain(model, prompt, never, 8) for prompt in prompts()]
+
+
+@pytest.mark.parametrize("method", methods())
+def test_adapters_decode_alike(method: str) -> None:
+    model = tiny_llama()
+    without = decode_greedily(model, prompts(), never, max_new_tokens=8)
+    inject(model, method)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trained_parameters(model).values():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    written = decode_greedily(model, prompts(), never, max_new_tokens=8)
+    assert written == [plain(model, prompt, never, 8) for prompt in prompts()]
+    assert written != without
+
+
+def test_rows_that_end_leave_the_others_as_they_are() -> None:
+    """Rows end after different numbers of tokens, the longest prompt first among them."""
+    model = tiny_llama()
+
+    def sum_is_high(tokens: list[int]) -> bool:
+        return sum(tokens) > 600
+
+    written = decode_greedily(model, prompts(12), sum_is_high, max_new_tokens=20)
+    assert written == [plain(model, prompt, sum_is_high, 20) for prompt in prompts(12)]
+    assert len({len(tokens) for tokens in written}) > 2
+
+
+@pytest.mark.parametrize("name", declarations.tasks())
+def test_stopping_early_changes_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = tiny_llama(), items(name, 12)
+    # Single letters stand for answer words, so that a random model says some.
+    task = declarations.task(name)
+    scorer = Generation(model, bpe_tokenizer(), task, made, "alpaca-indented")
+    scorer.extractor = AnswerWords(["e", "A", "on", "7"])
+    early = scorer.score(model, range(12))
+    monkeypatch.setattr(scorer, "_finished", lambda tokens: tokens[-1] in scorer.ends)
+    late = scorer.score(model, range(12))
+    assert [record["prediction"] for record in early] == [record["prediction"] for record in late]
+    assert sum(len(record["text"]) for record in early) < sum(len(record["text"]) for record in late)
+    assert any(record["prediction"] for record in early)
+
+
+@pytest.mark.parametrize("name", declarations.tasks())
+def test_answers_do_not_depend_on_the_batch(name: str) -> None:
+    model, made = tiny_llama(), items(name, 8)
+    scorer = Generation(model, bpe_tokenizer(), declarations.task(name), made, "alpaca-indented")
+    together = scorer.score(model, range(8))
+    assert together == [record for number in range(8) for record in scorer.score(model, [number])]
+    assert len({record["text"] for record in together}) > 4
+
+
+# What models write, good and bad, and what LLM-Adapters' evaluator takes for the answer.
+@pytest.mark.parametrize(
+    ("name", "text", "word"),
+    [
+        ("boolq", "\n                the correct answer is true", "true"),
+        ("boolq", "True. It is untrue, not false", "true"),
+        ("boolq", "falsetrue", "false"),
+        ("boolq", "yes", ""),
+        ("piqa", "the correct answer is solution2", "solution2"),
+        ("piqa", "solution 1", ""),
+        ("siqa", "answer3\nanswer1", "answer3"),
+        ("hellaswag", "ending4ending1", "ending4"),
+        ("hellaswag", "Ending1: he swims", ""),
+        ("winogrande", "the correct answer is option2.", "option2"),
+        ("winogrande", "option3", ""),
+        ("arc_easy", "answer12", "answer1"),
+        ("arc_challenge", "the answer is answer5", "answer5"),
+        ("openbookqa", "", ""),
+    ],
+)
+def test_the_first_answer_word_counts(name: str, text: str, word: str) -> None:
+    assert AnswerWords(declarations.task(name).answer_words).first(text) == word
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "settled"),
+    [
+        (["answer1", "answer2"], "the answer2", True),
+        (["answer1", "answer2"], "the answer", False),
+        (["answer1", "answer10"], "the answer1", False),
+        (["true", "untrue"], "it is true", False),
+    ],
+)
+def test_an_answer_word_is_settled_when_nothing_can_change_it(words: list[str], text: str, settled: bool) -> None:
+    assert AnswerWords(words).settled(text) is settled
+
+
+def test_a_record_says_what_was_asked_and_answered() -> None:
+    model, (item,) = tiny_llama(), items("siqa", 1)
+    scorer = Generation(model, bpe_tokenizer(), declarations.task("siqa"), [item], "alpaca-indented")
+    scorer.extractor = AnswerWords(["e"])
+    (record,) = scorer.score(model, [0])
+    assert record["label"] == f"answer{item['label'] + 1}"
+    assert record["correct"] == {"acc": False}
+    assert record["prediction"] in record["text"]
+    assert scorer.truncated == 0
+
+
+def test_a_prompt_that_is_too_long_keeps_its_end() -> None:
+    model = tiny_llama(max_position_embeddings=100)
+    scorer = Generation(model, bpe_tokenizer(), declarations.task("piqa"), items("piqa", 4), "alpaca-indented")
+    assert scorer.truncated == 4
+    assert [len(prompt) for prompt in scorer.prompts] == [100 - MAX_NEW_TOKENS] * 4
+    assert str(bpe_tokenizer().decode(scorer.prompts[0])).endswith("### Response:")
+
+
+def test_generating_under_zero_3_is_refused() -> None:
+    model = tiny_llama()
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(UserError, match="llm-adapters was asked for under ZeRO-3.*evaluate.protocol=likelihood"):
+        Generation(model, bpe_tokenizer(), declarations.task("piqa"), items("piqa", 1), "alpaca-indented")

@@ -1,0 +1,170 @@
+"""The loop in one process: what a step's loss is, what stops a run, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from subspace import config as configuration
+from subspace.adapter_file import TENSORS
+from subspace.encoding import IGNORE
+from subspace.errors import RunFailed, UserError
+from subspace.inject import adapters, inject, roles, trained_parameters
+from subspace.method import Adapter
+from subspace.methods.lora import LoRA
+from subspace.run import train_run
+from subspace.train import TrainConfig, checkpoints, parameter_groups, rate_factor, summed_loss
+from tests.material import logged, make_material, saved_adapter
+from tests.tiny import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_material(tmp_path_factory.mktemp("material"))
+
+
+def train(material: Path, runs: Path, name: str, *overrides: str) -> Path:
+    return train_run(configuration.read(material, [f"runs={runs}", f"name={name}", *overrides]))
+
+
+def test_micro_batches_give_the_loss_and_the_adapter_of_one_batch(material: Path, tmp_path: Path) -> None:
+    whole = train(material, tmp_path, "whole")
+    parts = train(material, tmp_path, "parts", "train.micro_batch=2")
+    assert torch.allclose(torch.tensor(logged(whole)), torch.tensor(logged(parts)), atol=1e-5)
+    assert logged(whole)[-1] < logged(whole)[0] - 0.1
+    for name, tensor in saved_adapter(whole).items():
+        assert torch.allclose(tensor, saved_adapter(parts)[name], atol=1e-4)
+
+
+def test_loss_is_the_mean_over_the_labelled_tokens() -> None:
+    model = tiny_llama()
+    ids = torch.tensor([[5, 9, 33, 7, 120, 1, 1], [8, 8, 250, 31, 2, 90, 4]])
+    labels = torch.full_like(ids, IGNORE)
+    labels[0, 3:5], labels[1, 4:7] = ids[0, 3:5], ids[1, 4:7]
+    mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7])
+    found = summed_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+    logs = torch.log_softmax(model(ids, attention_mask=mask).logits, -1)
+    expected = -sum(logs[row, i - 1, ids[row, i]] for row, at in ((0, (3, 4)), (1, (4, 5, 6))) for i in at)
+    assert torch.allclose(found, torch.as_tensor(expected), atol=1e-4)
+
+
+def test_same_seed_same_run(material: Path, tmp_path: Path) -> None:
+    a, b = (train(material, tmp_path, name, "method.dropout=0.1") for name in "ab")
+    assert logged(a) == logged(b)
+    assert all(torch.equal(tensor, saved_adapter(b)[name]) for name, tensor in saved_adapter(a).items())
+    assert logged(train(material, tmp_path, "c", "method.dropout=0.1", "train.seed=1")) != logged(a)
+
+
+def test_run_folder(material: Path, tmp_path: Path) -> None:
+    folder = train(material, tmp_path, "run", "train.trackers=[tensorboard]", "train.save_every=2")
+    about = json.loads((folder / "environment.json").read_text())
+    assert about["adapters"]["trained"] == sum(tensor.numel() for tensor in saved_adapter(folder).values())
+    assert len(about["adapters"]["sites"]) == 10
+    assert about["outcome"]["steps"] == 6
+    assert about["outcome"]["loss"] == logged(folder)[-1]
+    assert list((folder / "tensorboard").glob("events*"))
+    assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000006"]
+    again = configuration.read(folder / "config.yaml", [])
+    assert again.train.steps == 6
+    assert again.method.settings.r == 4  # type: ignore[attr-defined]
+
+
+def test_a_run_is_not_overwritten(material: Path, tmp_path: Path) -> None:
+    train(material, tmp_path, "once")
+    with pytest.raises(UserError, match="already holds a run. Give this one another name"):
+        train(material, tmp_path, "once")
+
+
+def test_nan_stops_the_run_and_names_the_tensor(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def spoiled(cls: type[Adapter], group: list[Adapter], clock: Any, access: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if clock.step == 3:
+            next(iter(group[0].trained().values())).data.fill_(math.nan)
+
+    monkeypatch.setattr(LoRA, "after_step", classmethod(spoiled))
+    with pytest.raises(RunFailed, match=r"step 4: the loss is nan; \S+q_proj\.A holds a value .*step-000002"):
+        train(material, tmp_path, "nan", "train.save_every=2")
+    assert calls == 3
+    assert not (tmp_path / "nan" / "adapter").exists()
+    last = load_file(checkpoints(tmp_path / "nan")[-1] / TENSORS)
+    assert all(torch.isfinite(tensor).all() for tensor in last.values())
+
+
+def test_a_tensor_that_does_not_learn_stops_the_run(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(self: LoRA, x: Tensor) -> Tensor:
+        return self.frozen(x) + (x @ self.A.T) @ self.B.detach().T + 0 * self.A.sum()
+
+    monkeypatch.setattr(LoRA, "forward", cut)
+    with pytest.raises(RunFailed, match=r"after 2 steps 20 of 20 trained tensors have not moved"):
+        train(material, tmp_path, "cut")
+
+
+def test_learning_rate_of_zero_is_noticed(material: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="Is the learning rate zero"):
+        train(material, tmp_path, "still", "train.learning_rate=0")
+
+
+def test_best_checkpoint_and_early_stop(material: Path, tmp_path: Path) -> None:
+    # A learning rate far too high: the first validation is the best, and patience ends the run.
+    folder = train(
+        material, tmp_path, "best", "train.steps=30", "train.learning_rate=3", "train.schedule=constant",
+        "train.validate_every=1", "train.patience=3", "train.keep=best", "train.clip=0",
+    )  # fmt: skip
+    losses = logged(folder, "validation_loss")
+    outcome = json.loads((folder / "environment.json").read_text())["outcome"]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 3 < 30
+    assert outcome["best_step"] == best + 1
+    about = json.loads((folder / "adapter" / "adapter.json").read_text())["about"]
+    assert about["step"] == best + 1
+    assert about["validation"] == min(losses)
+
+
+def test_validation_is_the_mean_over_all_held_out_tokens(material: Path, tmp_path: Path) -> None:
+    one = train(material, tmp_path, "one", "train.validate_every=3")
+    two = train(material, tmp_path, "two", "train.validate_every=3", "train.micro_batch=2")
+    assert logged(one, "validation_loss") == pytest.approx(logged(two, "validation_loss"), abs=1e-5)
+    assert len(logged(one, "validation_loss")) == 2
+
+
+@pytest.mark.parametrize("method", ["dora", "ssb", "houlsby", "prefix", "adalora"])
+def test_only_factors_decay_and_up_factors_learn_faster(method: str) -> None:
+    model = tiny_llama()
+    inject(model, method)
+    config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, lora_plus=16.0)
+    of = {id(trained_parameters(model)[name]): role for name, role in roles(model).items()}
+    seen = 0
+    for group in parameter_groups(model, config):
+        for parameter in group["params"]:
+            role = of[id(parameter)]
+            assert group["weight_decay"] == (0.1 if role in ("down", "up", "core") else 0.0)
+            assert group["lr"] == pytest.approx(16e-3 if role == "up" else 1e-3)
+            seen += 1
+    assert seen == sum(len(a.trained()) for a in adapters(model).values())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.5, 0.0]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5, 0.0]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules(schedule: str, factors: list[float]) -> None:
+    config = TrainConfig(schedule=schedule, warmup_steps=2)
+    assert [rate_factor(config, step, 10) for step in (0, 1, 2, 6, 10)] == pytest.approx(factors)

@@ -12,12 +12,13 @@ Needs Python 3.11 or newer and 4 GB of disk; no GPU. On 2 cores it takes about 1
   1. makes .venv and installs requirements.txt into it
   2. prepares SmolLM2-135M and the eight commonsense suites in data/cache
   3. scores the model as it is
-  4. trains LoRA adapters on it, in 2 processes started by the deepspeed launcher
+  4. trains LoRA adapters on it, in 2 processes started by the deepspeed launcher (1 where there is one GPU)
   5. scores the model with the adapters
   6. prints both in one table
 
 What is there already is used again, so a second call continues where the first one stopped. To train anew, remove
-runs/quickstart. It leaves runs/quickstart (adapters, logs, every scored item) and runs/quickstart/table.md behind.
+runs/quickstart. It leaves the adapters, logs and every scored item in runs/quickstart, and the table in
+runs/quickstart/table.md.
 
 environment:
   PYTHON   interpreter for .venv (default: python3.11, else python3)
@@ -32,21 +33,34 @@ esac
 
 . launch/environment.sh
 
-run=quickstart
+recipe=launch/recipes/quickstart.yaml
+base=runs/smollm2-135m
+run=runs/quickstart
+
+# Run a command, unless it has succeeded for this recipe before.
+once() { # STAMP COMMAND ...
+    local stamp=$1
+    shift
+    if cmp -s "$recipe" "$stamp"; then
+        echo "done before; what it left is used"
+    else
+        supervise "$@"
+        cp "$recipe" "$stamp"
+    fi
+}
+
 step "1/6 install"
 make_environment requirements.txt
 step "2/6 prepare the model and the data"
 supervise subspace prepare
+processes=$(python -c 'import torch; print(min(torch.cuda.device_count(), 2) or 2)') # each GPU takes one
 step "3/6 score the model as it is"
-supervise subspace evaluate "launch/recipes/$run.yaml" --processes 2
+once "$base/.quickstart" subspace evaluate "$recipe" --processes "$processes"
 step "4/6 train"
-if [ -f "runs/$run/adapter/adapter.safetensors" ]; then
-    echo "runs/$run has its adapters; remove it to train anew"
-else
-    supervise subspace train "launch/recipes/$run.yaml" --processes 2
-fi
+[ -f "$run/adapter/adapter.safetensors" ] || rm -rf "$run" # what an interrupted training left
+once "$run/.trained" subspace train "$recipe" --processes "$processes"
 step "5/6 score the model with the adapters"
-supervise subspace evaluate "runs/$run" --processes 2
-step "6/6 results"
-subspace table runs/smollm2-135m "runs/$run" --markdown > "runs/$run/table.md"
-subspace table runs/smollm2-135m "runs/$run"
+once "$run/.scored" subspace evaluate "$run" --processes "$processes"
+step "6/6 both in one table"
+subspace table "$base" "$run" --markdown > "$run/table.md"
+subspace table "$base" "$run"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from subspace.zero import gathered
 
@@ -48,4 +48,3 @@ def full_weight(layer: Any) -> Tensor:
     """Return a float32 copy of the whole W, ``(out, in)``. For use outside a forward pass; all ranks must call it."""
     with gathered([layer.weight]):
         return frozen_weight(layer).to(torch.float32, copy=True)
-

@@ -151,7 +151,11 @@ def open_data(
 
     # The answer needs a token before it, and is never cut.
     prefix = len(encoding.prefix(tokenizer))
-    kept = order[lengths[order] - starts[order] + max(prefix, 1) <= config.max_length]
+    needed = lengths[order] - starts[order] + max(prefix, 1)
+    kept = order[needed <= config.max_length]
+    if not len(kept):
+        least = f"its shortest answer takes {needed.min()} with the token before it" if len(needed) else "it has none"
+        raise UserError(f"no row of {mixture.name} fits into data.max_length={config.max_length} tokens: {least}")
     train, validation = _hold_out(kept, keys, config.validation, mixture.name, draw)
     if config.limit is not None and config.limit < len(train):
         train = train[np.sort(draw.permutation(len(train))[: config.limit])]
@@ -332,7 +336,7 @@ def _hold_out(
     """Split into rows to train on and to hold out: never one that is there twice, for it would be trained on, too."""
     _, inverse, times = np.unique(keys[order], return_inverse=True, return_counts=True)
     once = np.flatnonzero(times[inverse] == 1)
-    if count > len(once) or count == len(order):
+    if count > len(once) or count >= len(order):
         raise UserError(
             f"data.validation={count} rows were to be held out of {name}, but of its {len(order):,} rows {len(once):,} "
             "are there only once, and some must be left to train on. Make data.validation smaller"

@@ -172,7 +172,12 @@ def start_engine(
     first.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    if config["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            "model.dtype is float16, which this device cannot compute in. Use model.dtype=bfloat16 or float32"
+        )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subspace.batches import Data, StepPlan, share
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspace.adapter_file import save_adapter
+from subspace.batches import Data, StepPlan, share
 from subspace.checks import LearningCheck
 from subspace.distributed import barrier, is_main, rank, sum_over_ranks
 from subspace.encoding import IGNORE
@@ -82,8 +82,8 @@ def train(
         RunFailed: the loss is not finite, or a trained tensor does not move. The last checkpoint stays.
     """
     model: nn.Module = engine.module
-    scheduled, access, outcome = groups(model), Access(), Outcome(steps=len(plan))
-    learning = LearningCheck(model, access)
+    scheduled, access, outcome = groups(model), Access(engine), Outcome(steps=len(plan))
+    learning = LearningCheck(model, access, may_skip=engine.fp16_enabled())
     device = engine.device
 
     for step in range(1, len(plan) + 1):
@@ -111,7 +111,7 @@ def train(
             engine.step()  # acts after the last micro-batch only
         for group in scheduled:
             type(group[0]).after_step(group, Clock(step, len(plan)), access)
-        learning.after_step(step)
+        learning.after_step(step - engine.skipped_steps)
 
         outcome.steps, outcome.loss = step, loss.item()
         recorder.step(

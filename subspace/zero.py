@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +56,23 @@ def whole_copies(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 class Access:
     """What a method's schedule may do to trained tensors, whatever ZeRO stage holds them. All ranks call alike."""
 
+    def __init__(self, engine: Any = None) -> None:
+        self.engine = engine
+
     def grad(self, parameter: nn.Parameter) -> Tensor:
-        """Return the whole gradient, averaged over ranks. Valid between the last backward and the step."""
+        """Return the whole gradient, averaged over ranks, without the loss scale of float16.
+
+        Valid between the last backward and the step.
+        """
         gradient: Tensor | None = parameter.grad
         if is_sharded(parameter) or hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_get_full_grad
 
             gradient = safe_get_full_grad(parameter)
-        return torch.zeros_like(parameter) if gradient is None else gradient.detach()
+        if gradient is None:
+            return torch.zeros_like(parameter)
+        scaled = self.engine is not None and self.engine.fp16_enabled()
+        return gradient.detach() / self.engine.optimizer.cur_scale if scaled else gradient.detach()
 
     def value(self, parameter: nn.Parameter) -> Tensor:
         """Return the whole parameter."""

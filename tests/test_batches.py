@@ -229,6 +229,16 @@ def test_a_row_whose_answer_does_not_fit_is_dropped(tmp_path: Path, tokenizer: P
     assert "1 rows were dropped" in data.notices[-1]
 
 
+def test_an_answer_keeps_a_token_before_it(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = write(tmp_path / "own.jsonl", [{"instruction": "sing", "output": "la la la"}])
+    row = open_data(settings(file), tokenizer).train[0]
+    answer = row.input_ids[row.answer_start :]
+    shortest = open_data(settings(file, max_length=len(answer) + 1), tokenizer).train[0]
+    assert shortest == Row([row.input_ids[0], *answer], 1)
+    with pytest.raises(UserError, match=f"no row of .* its shortest answer takes {len(answer) + 1}"):
+        open_data(settings(file, max_length=len(answer)), tokenizer)
+
+
 # Mixtures.
 
 
@@ -240,7 +250,8 @@ def test_a_mixture_is_its_parts_one_after_the_other(prepared: Path, tokenizer: P
 
 
 def test_a_mixture_without_its_repeats(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    data = open_data(settings("apart"), tokenizer)
+    data, toy = (open_data(settings(mixture), tokenizer) for mixture in ("apart", "toy"))
+    assert [data.train[i] for i in range(TRAIN)] == [toy.train[i] for i in range(TRAIN)]
     assert (data.report["repeats"], len(data.train)) == (0, TRAIN)
 
 
@@ -407,6 +418,11 @@ def test_steps_replace_epochs(epochs: float, steps: int | None, count: int) -> N
 def test_a_plan_follows_from_its_seed() -> None:
     plans = [rows_of(StepPlan(LENGTHS, batch=8, steps=20, seed=seed)) for seed in (3, 3, 4)]
     assert plans[0] == plans[1] != plans[2]
+
+
+def test_epochs_differ_in_order() -> None:
+    plan = rows_of(StepPlan(np.ones(64), batch=8, epochs=2, group_by_length=False))
+    assert plan[:64] != plan[64:]
 
 
 def test_a_longer_plan_begins_as_a_shorter_one() -> None:

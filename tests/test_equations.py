@@ -130,7 +130,8 @@ def test_prefix() -> None:
     adapter.trained()["K"].data = torch.tensor([[[1.0, 0.0]]])
     adapter.trained()["V"].data = torch.tensor([[[10.0, 20.0]]])
     x = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
-    # Query (0, 1): logits 0 on the prefix, 1 on itself. Query (1, 0): 1 on the prefix, 0 on the first token, 1 on itself.
+    # Query (0, 1): logits 0 on the prefix, 1 on itself. Query (1, 0): 1 on the prefix, 0 on the first token, 1 on
+    # itself.
     e = torch.e
     first = (torch.tensor([10.0, 20.0]) + e * x[0, 0]) / (1 + e)
     second = (e * torch.tensor([10.0, 20.0]) + x[0, 0] + e * x[0, 1]) / (2 * e + 1)

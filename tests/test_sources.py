@@ -328,3 +328,16 @@ def test_the_manifest_is_json_for_people(tmp_path: Path) -> None:
     make_folder(tmp_path / "folder", good, build)
     manifest = json.loads((tmp_path / "folder" / sources.MANIFEST).read_text())
     assert manifest == {"from": "a test", "files": {"inner/numbers": [5, hashlib.sha256(b"1 2 3").hexdigest()]}}
+
+
+def test_parquet_is_read_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "toy").mkdir()
+    parquet.write_table(pyarrow.table({"ask": ["a", "b"]}), tmp_path / "toy" / "train-00000-of-00001.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    records = sources.hub_records(Hub(str(tmp_path / "toy"), "train"), "main")
+    assert list(records) == [{"ask": "a"}, {"ask": "b"}]

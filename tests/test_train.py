@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -168,3 +169,17 @@ def test_only_factors_decay_and_up_factors_learn_faster(method: str) -> None:
 def test_schedules(schedule: str, factors: list[float]) -> None:
     config = TrainConfig(schedule=schedule, warmup_steps=2)
     assert [rate_factor(config, step, 10) for step in (0, 1, 2, 6, 10)] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_learn_much_as_thirty_two(material: Path, tmp_path: Path, dtype: str) -> None:
+    settings = ["train.steps=12", f"engine={material.parent / 'zero1.json'}"]
+    exact = train(material, tmp_path, "exact", *settings)
+    if dtype == "float16" and not get_accelerator().is_fp16_supported():
+        with pytest.raises(UserError, match="this device cannot compute in"):
+            train(material, tmp_path, "rounded", *settings, "model.dtype=float16")
+        return
+    rounded = train(material, tmp_path, "rounded", *settings, f"model.dtype={dtype}")
+    assert logged(exact)[-1] < logged(exact)[0] - 0.3
+    assert logged(rounded)[-1] == pytest.approx(logged(exact)[-1], abs=0.15)
+    assert {tensor.dtype for tensor in saved_adapter(rounded).values()} == {torch.float32}

@@ -4,9 +4,9 @@ Paper: Zhang et al., "AdaLoRA: Adaptive Budget Allocation ...", ICLR 2023, arXiv
 
 .. math:: W' = W + s\,B\,\mathrm{diag}(E)\,A,\qquad B \in R^{out \times r},\ A \in R^{r \times in},\ s=\alpha / r
 
-Trains r * (in + out + 1) numbers per layer. E starts at zero: training starts from the frozen model. Mergeable. Reads W
-only to merge. The budget falls by a cubic; the least important E become zero, and may come back until the last phase.
-Departs from the paper, with its authors' code: the penalty for factors that are not orthonormal is not squared.
+Trains r * (in + out + 1) numbers per layer. E starts at zero: training starts from the frozen model. Mergeable, and
+reads W for that only. The least important E become zero, and may come back until the last phase. Departs from the
+paper, with its authors' code: the penalty for factors that are not orthonormal is not squared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from subspace.linalg import orthogonality_gap
 from subspace.method import Access, Clock, LinearAdapter, MethodConfig, register
@@ -40,8 +39,7 @@ class AdaLoRA(LinearAdapter):
         warm_up: float = setting(0.1, "share of the run before the budget falls", min=0, max=1)
         cool_down: float = setting(0.3, "share of the run, at its end, with the pattern fixed", min=0, max=1)
         every: int = setting(10, "optimizer steps from one allocation to the next", min=1)
-        beta1: float = setting(0.85, "smoothing of a value's importance", min=0, max=1)
-        beta2: float = setting(0.85, "smoothing of how far it strays", min=0, max=1)
+        beta: float = setting(0.85, "smoothing of importances, and of how far they stray", min=0, max=1)
         orthogonality: float = setting(0.1, "weight of the penalty", min=0)
 
     def __init__(self, base: nn.Module, config: Config) -> None:
@@ -57,8 +55,8 @@ class AdaLoRA(LinearAdapter):
         return W + self.scale * (self.B * self.E) @ self.A
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.A.to(x.dtype)) * (self.scale * self.E).to(x.dtype)
-        return self.frozen(x) + F.linear(hidden, self.B.to(x.dtype))
+        hidden = x @ self.A.T.to(x.dtype) * (self.scale * self.E).to(x.dtype)
+        return self.frozen(x) + hidden @ self.B.T.to(x.dtype)
 
     def penalty(self) -> Tensor:
         weight: float = self.config.orthogonality / self.num_siblings
@@ -71,8 +69,8 @@ class AdaLoRA(LinearAdapter):
                 access.value(self.trained()[key]) * gradient
             ).abs()  # as in the authors' code, p is after the step
             mean, waver = self.history[key].to(importance.device)
-            mean = importance.lerp(mean, self.config.beta1)
-            self.history[key] = torch.stack([mean, (importance - mean).abs().lerp(waver, self.config.beta2)])
+            mean = importance.lerp(mean, self.config.beta)
+            self.history[key] = torch.stack([mean, (importance - mean).abs().lerp(waver, self.config.beta)])
         A, E, B = (self.history[key].prod(0) for key in "AEB")
         return E + A.mean(1) + B.mean(0)
 
@@ -80,7 +78,9 @@ class AdaLoRA(LinearAdapter):
     def before_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
         watching = clock.through(adapters[0].config.warm_up, adapters[0].config.cool_down) < 1
         for adapter in adapters:
-            adapter.gradients = {key: access.grad(p) for key, p in adapter.trained().items()} if watching else {}
+            adapter.gradients = (
+                {k: access.grad(p).nan_to_num() for k, p in adapter.trained().items()} if watching else {}
+            )
 
     @classmethod
     def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:

@@ -125,12 +125,13 @@ def by_harness(
 def by_beams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[Any]:
     """Answer one prompt at a time with four beams; return the answers."""
     answers = []
+    generate: Any = model.generate
     for sample in samples:
         scorer = Generation(model, tokenizer, sample.task, sample.items, "alpaca-indented")
         for prompt in scorer.prompts:
             ids = torch.tensor([prompt], device=model.device)
             settings = {"num_beams": 4, "max_new_tokens": MAX_NEW_TOKENS, "pad_token_id": tokenizer.pad_token_id}
-            written = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
+            written = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
             text = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
             answers.append(AnswerWords(sample.task.answer_words).first(str(text)))
     return answers

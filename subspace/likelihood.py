@@ -3,9 +3,9 @@
 The definition is lm-evaluation-harness's (0.4.13): ``acc`` takes the choice with the largest sum over its tokens,
 ``acc_norm`` the largest sum divided by the choice's number of characters. What differs is how it is computed. The
 choices of an item mostly begin alike, so an item is read as one row, a tree of depth one: the common beginning once,
-then what each choice adds. A 4-d attention mask lets a choice see the beginning and itself, and its positions go on from
-the beginning's, so every token sees exactly what it would see if its choice stood alone. The output head runs only where
-a token is scored.
+then what each choice adds. A 4-d attention mask lets a choice see the beginning and itself, and its positions go on
+from the beginning's, so every token sees exactly what it would see if its choice stood alone. The output head runs
+only where a token is scored.
 """
 
 from __future__ import annotations

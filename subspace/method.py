@@ -272,13 +272,14 @@ class _Charge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients[0], _gradient_at_loss[0].to(torch.float32)
+        factor = _gradient_at_loss[0] if _gradient_at_loss else torch.ones((), device=gradients[0].device)
+        return gradients[0], factor.to(torch.float32)
 
 
 def with_penalties(loss: Tensor) -> Tensor:
-    """Return the loss, through which the adapters' penalties will add their gradients. Its value is unchanged.
+    """Return the loss, by whose own gradient the adapters' penalties will scale theirs. Its value is unchanged.
 
-    Without this, a model whose method has a penalty cannot run backward in training mode.
+    A loop that scales its loss, for accumulation or float16, needs this where a method has a penalty.
     """
     tapped: Tensor = _LossTap.apply(loss)  # type: ignore[no-untyped-call]
     return tapped

@@ -28,6 +28,7 @@ from subspace.inject import adapters, inject, trained_parameters
 from subspace.log import Recorder, peak_memory
 from subspace.model import describe, open_model, open_tokenizer
 from subspace.paths import REPOSITORY
+from subspace.progress import shown, silent
 from subspace.train import Outcome, parameter_groups, rate_factor, train
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -43,7 +44,7 @@ def train_run(config: RunConfig) -> Path:
 
     # Before the processes join: the first one to come prepares what is not in the cache, for as long as it takes.
     tokenizer = open_tokenizer(config.model)
-    data = open_data(config.data, tokenizer, config.train.seed)
+    data = open_data(config.data, tokenizer, config.train.seed, shown if os.environ.get("RANK", "0") == "0" else silent)
     plan = StepPlan(
         data.train.lengths,
         batch=layout.batch,

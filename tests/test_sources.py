@@ -204,6 +204,24 @@ def test_a_cut_wheel_of_an_earlier_time_is_replaced(
     assert sources.sha256_of(sources.fetch_wheel(wheel)) == wheel.sha256
 
 
+def test_a_wheel_is_not_asked_for_without_room(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_pip_download", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * wheel.bytes - 1))
+    with pytest.raises(UserError, match="the disk is full"):
+        sources.fetch_wheel(wheel)
+
+
+def test_what_a_killed_download_left_is_swept_away(
+    wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = downloaded(wheel, tmp_path).parent / f".{wheel.file}.tmp-abc"
+    left.mkdir()
+    monkeypatch.setattr(sources, "_pip_download", lambda *_: (1, ""))
+    with pytest.raises(UserError):
+        sources.fetch_wheel(wheel)
+    assert not left.exists()
+
+
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
@@ -214,6 +232,7 @@ def test_a_cut_wheel_of_an_earlier_time_is_replaced(
             "WARNING: Retrying after connection broken by 'Timeout()': /simple\nERROR: No matching",
             "no connection .*Timeout",
         ),
+        ("error: cut\n\n× Download failed after 6 attempts\n\nnote: not pip", "Download failed after 6 attempts"),
         ("", "pip said nothing"),
         ("OSError: [Errno 28] No space left on device", "the disk is full"),
     ],

@@ -144,7 +144,7 @@ def peft_side(data: Any, tokenizer: Any, options: Any) -> Callable[[int, int], t
         trainer = Trainer(
             model=adapted,
             args=arguments,
-            train_dataset=chosen,  # type: ignore[arg-type]
+            train_dataset=chosen,
             data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
         )
         began = time.perf_counter()

@@ -83,7 +83,7 @@ def evaluate(
         progress: what is told how far it is, on the first process.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
-    # Small batches stay in a CPU's caches. Writing is another matter: each token reads all weights, for however few rows.
+    # Small batches stay in a CPU's caches. But each token that is written reads all weights, for however few rows.
     budget = config.batch_tokens or (16384 if not on_cpu else 4096 if config.protocol == Generation.name else 512)
     stage = progress if is_main() else silent
     # Every task is laid out before the first is scored: what is missing is said now, and the time left is known.

@@ -42,7 +42,7 @@ def train_run(config: RunConfig) -> Path:
     fill_engine = partial(fill, raw, layout, dtype=config.model.dtype, clip=config.train.clip, source=config.engine)
     engine_config, notices = fill_engine()
     if config.train.validate_every and not config.data.validation:
-        raise UserError("train.validate_every asks for losses on held-out rows, but data.validation is 0. Set it to 120, say")
+        raise UserError("train.validate_every needs held-out rows, but data.validation is 0. Set it to 120, say")
 
     # Before the processes join: the first one to come prepares what is not in the cache, for as long as it takes.
     tokenizer = open_tokenizer(config.model)

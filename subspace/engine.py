@@ -174,7 +174,7 @@ def start_engine(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if config["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+    if config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise UserError(
             "model.dtype is float16, which this device cannot compute in. Use model.dtype=bfloat16 or float32"
         )

@@ -216,7 +216,7 @@ def _train(options: argparse.Namespace) -> int:
     if launcher.under_launcher():
         launcher.become_rank()
     from subspace import config as configuration
-    from subspace.distributed import is_main
+    from subspace.distributed import is_main, leave
     from subspace.engine import read_engine_file
     from subspace.run import refuse_used, train_run
 
@@ -237,6 +237,7 @@ def _train(options: argparse.Namespace) -> int:
             print(f"{outcome['steps']} steps, last loss {outcome['loss']:.4f}, {outcome['seconds'] / 60:.1f} min")
             print(f"adapter: {folder / 'adapter'}")
             print(f"next: subspace evaluate {folder}")
+    leave()
     launcher.mark_finished()
     return 0
 
@@ -265,7 +266,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     launcher.become_rank()
 
     from subspace.adapter_file import load_adapter
-    from subspace.distributed import is_main
+    from subspace.distributed import is_main, leave
     from subspace.engine import start_processes
     from subspace.evaluate import evaluate
     from subspace.model import open_model, open_tokenizer
@@ -280,6 +281,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         evaluate(model, tokenizer, s.evaluate, s.folder, model_name=s.model.path, adapter=s.method, progress=shown)
     if is_main():
         _show([table for s in subjects for table in tables([s.folder], s.evaluate.protocol)], options)
+    leave()
     launcher.mark_finished()
     return 0
 

@@ -34,6 +34,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Leave the other processes, together: one that goes while another still talks to it makes that one fail."""
+    if _active():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Return the sum of ``value`` over all processes, on each of them. The argument is left as it is."""
     total = value.clone()

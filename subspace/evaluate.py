@@ -188,6 +188,14 @@ def _score(
     return [found[number] for number in range(len(scorer.items))]
 
 
+def _budget(protocol: str, *, on_cpu: bool) -> int:
+    if not on_cpu:
+        return 16384
+    # A CPU is busy with few tokens, and small batches have less padding. But each step of decoding reads all weights
+    # for one token a row, so there more rows are cheaper.
+    return 512 if protocol == Likelihood.name else 2048
+
+
 def _turns(plan: Sequence[Batch]) -> Iterator[list[Batch]]:
     """Deal the batches out, one for each rank at a time. The last one goes to all ranks that would have none."""
     ranks = world_size()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from subspace import evaluate
+from subspace.distributed import leave
 from subspace.engine import start_engine, start_processes
 from subspace.results import TaskResult
 from tests.items import items
@@ -40,6 +41,7 @@ def main() -> None:
         rank = torch.distributed.get_rank()
         values = [[result.task, result.metrics, result.fingerprint] for result in results]
         Path(folder, f"rank{rank}.json").write_text(json.dumps(values))
+    leave()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,7 @@ def shifted_folder(
     """Make ``merged_folder`` put biases at the sites, instead of an adapter from a file."""
     tiny(architecture, tmp_path / "base")
     base = ModelConfig(path=str(tmp_path / "base"), dtype="float32")
-    monkeypatch.setattr("subspace.merge.load_adapter", lambda model, _: shift(model, *sites))
+    monkeypatch.setattr(sys.modules["subspace.merge"], "load_adapter", lambda model, _: shift(model, *sites))
     return shift(open_model(base), *sites), base
 
 

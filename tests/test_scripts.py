@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,27 @@ echo not reached
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_to_a_script_ends_all(number: signal.Signals) -> None:
+    def heed_signals() -> None:
+        # In the background signals are ignored; a child inherits that, and bash cannot trap what it inherits so.
+        for each in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+
     script = subprocess.Popen(
-        ["bash", "-c", SUPERVISES], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ["bash", "-c", SUPERVISES],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_signals,
     )
     assert script.stdout
     sleeper = int(script.stdout.readline())
     script.send_signal(number)
     rest, said = script.communicate(timeout=20)
     assert (script.returncode, rest, said) == (128 + number, "", "stopped\n")
+    end = time.monotonic() + 5
+    while time.monotonic() < end and psutil.pid_exists(sleeper):
+        time.sleep(0.05)
     assert not psutil.pid_exists(sleeper) or psutil.Process(sleeper).status() == psutil.STATUS_ZOMBIE
 
 

@@ -30,9 +30,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = make_material(root)
 
     def arguments(name: str, stage: int, method: str, *more: str) -> tuple[str, list[str]]:
-        own = ["method=lora", "method.r=4"] if method == "lora" else [f"method={method}"]
-        run = [f"runs={root}", f"name={name}-{method}", f"engine={root / f'zero{stage}.json'}", *own]
-        return str(file), [*run, f"train.steps={STEPS}", "train.validate_every=10", *more]
+        run = [f"runs={root}", f"name={name}-{method}", f"engine={root / f'zero{stage}.json'}", f"method={method}"]
+        return str(file), [*run, f"train.steps={STEPS}", "train.learning_rate=0.005", "train.validate_every=10", *more]
 
     launch([arguments("one", 0, method) for method in methods()], root, ranks=1)
     two = [

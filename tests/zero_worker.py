@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from subspace import config
+from subspace.distributed import leave
 from subspace.engine import start_processes
 from subspace.run import train_run
 
@@ -16,6 +17,7 @@ def main() -> None:
     start_processes(minutes=5)
     for file, overrides in json.loads(Path(sys.argv[1]).read_text()):
         train_run(config.read(file, overrides))
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time scoring by this project, by lm-evaluation-harness, and as LLM-Adapters does it, alternating in one process.
 
-    python -m tests.bench.bench_evaluation --items 16 --rounds 3
+    python -m tests.bench.bench_evaluation --items 16 --rounds 5
 
 Likelihood: the same items of the eight suites by this project and by the harness, same model, float32; the answers must
 be the same. The harness is given the fixed batch size of ``--harness-batch``, its items sorted by length as it does by
@@ -46,8 +46,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--adapter", type=Path, help="folder of trained adapters: runs/NAME/adapter")
     parser.add_argument("--tasks", default="all")
-    parser.add_argument("--items", type=int, default=8, help="items of each task, likelihood")
-    parser.add_argument("--answers", type=int, default=1, help="items of each task, generation")
+    parser.add_argument("--items", type=int, default=4, help="items of each task")
+    parser.add_argument("--answer-tasks", default="piqa,arc_easy")
+    parser.add_argument("--answers", type=int, default=5, help="items of each of the answer tasks")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--harness-batch", type=int, default=8)
     options = parser.parse_args()
@@ -58,24 +59,25 @@ def main() -> None:
     if options.adapter:
         load_adapter(model, options.adapter)
 
-    def samples(limit: int) -> list[Sample]:
-        return [take_sample(task, "test", limit) for task in find_tasks(options.tasks)]
+    def samples(tasks: str, limit: int) -> list[Sample]:
+        return [take_sample(task, "test", limit) for task in find_tasks(tasks)]
 
+    asked, answered = samples(options.tasks, options.items), samples(options.answer_tasks, options.answers)
     alternate(
         "likelihood",
-        sum(len(sample.items) for sample in samples(options.items)),
+        sum(len(sample.items) for sample in asked),
         {
             "subspace": lambda: score(model, tokenizer, "likelihood", options.tasks, options.items),
-            "lm-eval": lambda: by_harness(model, tokenizer, samples(options.items), options.harness_batch),
+            "lm-eval": lambda: by_harness(model, tokenizer, asked, options.harness_batch),
         },
         options.rounds,
     )
     alternate(
         "generation",
-        sum(len(sample.items) for sample in samples(options.answers)),
+        sum(len(sample.items) for sample in answered),
         {
-            "subspace": lambda: score(model, tokenizer, "llm-adapters", options.tasks, options.answers),
-            "LLM-Adapters": lambda: by_beams(model, tokenizer, samples(options.answers)),
+            "subspace": lambda: score(model, tokenizer, "llm-adapters", options.answer_tasks, options.answers),
+            "LLM-Adapters": lambda: by_beams(model, tokenizer, answered),
         },
         options.rounds,
     )

@@ -10,7 +10,8 @@ Generation: the same prompts by protocol ``llm-adapters``, and the published way
 4 beams, 32 tokens. A model that was not trained says no answer word, so nothing stops early: ``--adapter`` gives a
 trained run's.
 
-Absolute figures depend on the machine; the ratios are what to read.
+Absolute figures depend on the machine; the ratios are what to read. On a machine that does other things too, CPU time
+with OMP_NUM_THREADS=1 is the sounder one.
 """
 
 from __future__ import annotations
@@ -85,22 +86,25 @@ def main() -> None:
 
 def alternate(title: str, num_items: int, sides: Mapping[str, Side], rounds: int) -> None:
     """Run both sides in turn; print their medians, how many times faster the first is, and how many answers agree."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    clocks = (time.perf_counter, time.process_time)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in sides}
     answers: dict[str, Any] = {}
     for _ in range(rounds):
         for name, side in sides.items():
-            began = time.perf_counter()
+            began = [clock() for clock in clocks]
             with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
                 answers[name] = side()
-            seconds[name].append(time.perf_counter() - began)
-    (ours, theirs), (one, other) = (statistics.median(s) for s in seconds.values()), answers.values()
+            seconds[name].append([clock() - start for clock, start in zip(clocks, began, strict=True)])
+
+    print(f"\n{title}: {num_items} items, medians of {rounds} rounds, {torch.get_num_threads()} threads")
+    medians = {name: [statistics.median(column) for column in zip(*s, strict=True)] for name, s in seconds.items()}
+    for name, (wall, cpu) in medians.items():
+        several = ", ".join(f"{elapsed:.1f}" for elapsed, _ in seconds[name])
+        print(f"  {name:<14} {wall:6.1f} s ({several}), {cpu:6.1f} s of CPU, {num_items / wall:5.2f} items/s")
+    (wall, cpu), (their_wall, their_cpu) = medians.values()
+    one, other = answers.values()
     agree = sum(a == b for a, b in zip(one, other, strict=True))
-    print(f"\n{title}: {num_items} items, median of {rounds} rounds, {torch.get_num_threads()} threads")
-    for name, several in seconds.items():
-        spread = f"{min(several):.1f} to {max(several):.1f}"
-        median = statistics.median(several)
-        print(f"  {name:<14} {median:7.1f} s ({spread})  {num_items / median:6.2f} items/s")
-    print(f"  {theirs / ours:.2f} times as fast; {agree} of {len(one)} answers agree", flush=True)
+    print(f"  {their_wall / wall:.2f} times as fast, by CPU time {their_cpu / cpu:.2f}; {agree} of {num_items} agree")
 
 
 def score(

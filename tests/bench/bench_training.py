@@ -1,6 +1,6 @@
 """Time training steps of this project and of HF PEFT with the HF Trainer, alternating in one process.
 
-    python tests/bench/bench_training.py --steps 6 --rounds 4
+    python -m tests.bench.bench_training --steps 6 --rounds 4
 
 Both train LoRA (r 32, alpha 64, dropout as given, on q, k, v, up and down) on SmolLM2-135M in float32, on the same
 rows of the commonsense mixture with the same prompt, 16 rows a step, AdamW, loss on the answer. Each round runs a

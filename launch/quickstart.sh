@@ -7,7 +7,7 @@ usage() {
     cat <<'TEXT'
 usage: bash launch/quickstart.sh [--help]
 
-Needs Python 3.11 or newer and 4 GB of disk; no GPU. On 2 cores it takes about 15 minutes after installation.
+Needs Python 3.11 or newer, 4 GB of disk and 12 GB of memory; no GPU. On 2 cores it takes about 15 minutes after installation.
 
   1. makes .venv and installs requirements.txt into it
   2. prepares SmolLM2-135M and the eight commonsense suites in data/cache

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=subspace
+#SBATCH --signal=USR1@120
 # Train or evaluate in a SLURM job: srun starts the processes, no ssh is used.
 set -euo pipefail
 
@@ -11,6 +12,8 @@ usage: sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh tr
 To be submitted from the repository's root, or called inside an allocation. One process for each task; the first node is the
 master. With --dry-run it prints the exact command instead of running it. Let every task see all GPUs of its node, so no
 --gpus-per-task. The folder, .venv and prepared data included, must be there on every node.
+
+Two minutes before its time is up, a training saves a checkpoint and ends with status 75; the same command with --resume goes on.
 
 examples:
   sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 launch/slurm.sh train launch/recipes/commonsense-smollm2.yaml

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from subspace.adapter_file import load_adapter as load_adapter
     from subspace.adapter_file import save_adapter as save_adapter
+    from subspace.budget import match_budget as match_budget
     from subspace.errors import UserError as UserError
     from subspace.inject import inject as inject
     from subspace.merge import merge as merge
@@ -34,6 +35,7 @@ PUBLIC = {
     "save_adapter": "subspace.adapter_file",
     "load_adapter": "subspace.adapter_file",
     "methods": "subspace.method",
+    "match_budget": "subspace.budget",
     "UserError": "subspace.errors",
 }
 

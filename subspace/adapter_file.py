@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from subspace.distributed import barrier, is_main, share_object
 from subspace.errors import UserError
-from subspace.inject import adapters, groups, inject
+from subspace.inject import adapters, groups, inject, regroup
 from subspace.zero import full_shape, whole_copies
 
 TENSORS = "adapter.safetensors"
@@ -67,6 +67,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trained: b
             raise UserError(
                 f"the adapter in {folder} (trained on {trained_on}) does not fit this model: {error}"
             ) from None
+    parts = enumerate(description["adapters"])
+    regroup(model, {site: part.get("group", number) for number, part in parts for site in part["sites"]})
     own = _named_tensors(model)
     misfits = [f"{name} is missing from the file" for name in own.keys() - tensors.keys()]
     misfits += [f"{name} has no place in the model" for name in tensors.keys() - own.keys()]
@@ -100,11 +102,12 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{site}.{name}": tensor
-        for site, adapter in adapters(model).items()
-        for name, tensor in adapter.own_tensors().items()
-    }
+    """Return the adapters' tensors by their names in the model; one that two sites share, by its first name."""
+    names: dict[Tensor, str] = {}
+    for site, adapter in adapters(model).items():
+        for name, tensor in adapter.own_tensors().items():
+            names.setdefault(tensor, f"{site}.{name}")
+    return {name: tensor for tensor, name in names.items()}
 
 
 def _describe(model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
@@ -115,10 +118,12 @@ def _describe(model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
         "adapters": [
             {
                 "method": group[0].name,
-                "settings": asdict(group[0].config),
-                "sites": [names[id(adapter)] for adapter in group],
+                "group": group[0].group,  # which share a schedule, though their settings differ by site
+                "settings": asdict(config),
+                "sites": [names[id(adapter)] for adapter in group if adapter.config == config],
             }
             for group in groups(model)
+            for config in dict.fromkeys(adapter.config for adapter in group)
         ],
     }
 

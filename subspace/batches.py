@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,10 +84,18 @@ class Tokenized:
         """The number of tokens of each row."""
         return np.minimum(_column(self.table, "length")[self.order], self.max_length)
 
+    @property
+    def keys(self) -> Integers:
+        """A number for each row's text: equal where the texts are."""
+        return _column(self.table, "key")[self.order]
+
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and what it holds out; ``report`` counts, and ``notices`` say what a user should know."""
+    """What a run trains on and what it holds out; ``report`` counts, and ``notices`` say what a user should know.
+
+    ``parts`` names each (task, split), or file, that the cache of token ids is made of, and its first row there.
+    """
 
     train: Tokenized
     validation: Tokenized
@@ -95,6 +103,7 @@ class Data:
     loss_on: str
     report: dict[str, Any]
     notices: tuple[str, ...]
+    parts: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Return these rows of the training data as tensors."""
@@ -122,14 +131,7 @@ def open_data(
     The seed decides which rows are held out, and which are drawn where a mixture or ``limit`` takes a part of them.
     """
     draw = np.random.default_rng(seed)
-    template = declarations.prompt(config.prompt)
-    if config.mixture.endswith(rows.FILES):
-        own = rows.file_rows(Path(config.mixture), template, tokenizer)
-        mixture, found = Mixture(config.mixture, (Part(own.name),)), {(own.name, "train"): own}
-    else:
-        mixture = declarations.mixture(config.mixture)
-        splits = dict.fromkeys((part.task, part.split) for part in mixture.parts)
-        found = {name: part for name in splits if (part := rows.task_rows(*name, template))}
+    mixture, found = _parts(config, tokenizer)
     absent = [f"{part.task}/{part.split}" for part in mixture.parts if (part.task, part.split) not in found]
     if not found:
         raise UserError(f"nothing of {mixture.name} is in the source it was prepared from: {', '.join(absent)}")
@@ -193,7 +195,28 @@ def open_data(
         return Tokenized(table, order, config.max_length, prefix)
 
     assert tokenizer.pad_token_id is not None
-    return Data(opened(train), opened(validation), int(tokenizer.pad_token_id), config.loss_on, report, tuple(notices))
+    parts = {name: int(begin) for name, begin in begins.items()}
+    return Data(
+        opened(train), opened(validation), int(tokenizer.pad_token_id), config.loss_on, report, tuple(notices), parts
+    )
+
+
+def is_encoded(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether all that a run trains on is in the cache of token ids."""
+    return all(sources.sealed(_folder(part, tokenizer)) for part in _parts(config, tokenizer)[1].values())
+
+
+def _parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Mixture, dict[tuple[str, str], rows.Rows]]:
+    """Return the mixture, and what of it is prepared."""
+    template = declarations.prompt(config.prompt)
+    if config.mixture.endswith(rows.FILES):
+        own = rows.file_rows(Path(config.mixture), template, tokenizer)
+        mixture, found = Mixture(config.mixture, (Part(own.name),)), {(own.name, "train"): own}
+    else:
+        mixture = declarations.mixture(config.mixture)
+        splits = dict.fromkeys((part.task, part.split) for part in mixture.parts)
+        found = {name: part for name in splits if (part := rows.task_rows(*name, template))}
+    return mixture, found
 
 
 class StepPlan:
@@ -272,9 +295,7 @@ def _tokenized(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Pr
     """Return the cache of a part's token ids, written unless it is there."""
     import datasets
 
-    decided_by = (str(FORMAT), encoding.fingerprint(tokenizer), str(tokenizer.eos_token_id), *part.decided_by)
-    key = hashlib.sha256("\0".join(decided_by).encode()).hexdigest()
-    folder = paths.cache() / "tokens" / (re.sub(r"[^\w.-]", "-", part.name) + f"-{key[:16]}")
+    folder = _folder(part, tokenizer)
 
     def is_good(folder: Path) -> bool:
         return sources.sealed(folder) is not None
@@ -283,10 +304,17 @@ def _tokenized(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Pr
         datasets.disable_progress_bars()
         table = datasets.Dataset.from_dict(_encode(part, tokenizer, progress), features=_features())
         table.save_to_disk(str(work / "rows"))
-        return {"rows": part.name, "key": key}
+        return {"rows": part.name, "key": folder.name.rpartition("-")[2]}
 
     sources.make_folder(folder, is_good, build)
     return datasets.Dataset.load_from_disk(str(folder / "rows"))
+
+
+def _folder(part: rows.Rows, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Return where a part's token ids are kept."""
+    decided_by = (str(FORMAT), encoding.fingerprint(tokenizer), str(tokenizer.eos_token_id), *part.decided_by)
+    key = hashlib.sha256("\0".join(decided_by).encode()).hexdigest()
+    return paths.cache() / "tokens" / (re.sub(r"[^\w.-]", "-", part.name) + f"-{key[:16]}")
 
 
 def _features() -> datasets.Features:

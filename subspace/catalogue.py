@@ -5,55 +5,115 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace.inject import inject, trained_parameters
-from subspace.method import Adapter, methods
-from subspace.model import ModelConfig, open_shape
+from torch import nn
+
+from subspace import lowrank
+from subspace.budget import count_trained, match_budget
+from subspace.method import CONSTRAINTS, Adapter, methods
 
 BEGIN, END = "<!-- methods: written by `subspace methods --markdown` -->", "<!-- end of methods -->"
+CONSTRAINT = "constraint"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a reader wants to know of one method at a glance."""
+    """What a reader wants to know at a glance of one method, or of a constraint that methods compose with."""
 
     name: str
     family: str
     equation: str  # LaTeX
-    trains: str  # numbers at one site, over the settings and n_in, n_out or n_kv
+    trains: str  # numbers at one site, over the settings and the site's sizes
     site: str
     mergeable: bool
-    settings: dict[str, Any]  # with their defaults
+    reads: str
+    settings: dict[str, Any]
+    dial: str | None  # the setting that makes it larger or smaller
+    composes: tuple[str, ...]  # a method with constraints, a constraint with methods
     arxiv: str
     file: str  # from the repository's root
+    trained: int | None = None  # numbers in a given model
+    share: float | None = None  # of all numbers of that model and the adapters
 
 
-def entry(method: type[Adapter]) -> Entry:
-    """Read one method's entry off its class and its file."""
+def entry(method: type[Adapter], settings: Mapping[str, Any] | None = None) -> Entry:
+    """Read one method's entry off its class and its file, with these settings where they are not the defaults."""
     manual = text(method)
     equation = re.search(r"^\.\. math:: (.+?)(?:,\\qquad|$)", manual, re.MULTILINE)
     paper = re.search(r"arXiv:(\d+\.\d+)", manual)
     assert equation, f"{method.name}: its module's docstring has no '.. math::' line"
     assert paper, f"{method.name}: its module's docstring cites no arXiv paper"
+    config = method.Config(**(settings or {}))
     return Entry(
         name=method.name,
         family=method.family,
         equation=equation[1],
         trains=method.trains,
-        site=method.site,
-        mergeable=method.mergeable,
-        settings={field.name: field.default for field in dataclasses.fields(method.Config)},
+        site=method.site_of(config),
+        mergeable=bool(method.mergeable),
+        reads=method.reads,
+        settings=dataclasses.asdict(config),
+        dial=method.dial,
+        composes=tuple(f"+{name}" for name in CONSTRAINTS) if _constrained(method) else (),
         arxiv=paper[1],
         file=f"subspace/methods/{Path(inspect.getfile(method)).name}",
     )
 
 
-def entries() -> list[Entry]:
-    """Return every method's entry."""
-    return [entry(method) for method in methods().values()]
+def entries(settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Entry]:
+    """Return every method's entry, and the constraints'; ``settings`` by method."""
+    found = [entry(method, (settings or {}).get(name)) for name, method in methods().items()]
+    return found + [_constraint(name) for name in CONSTRAINTS]
+
+
+def _constrained(method: type[Adapter]) -> bool:
+    return issubclass(method.Config, lowrank.ConstrainedConfig)
+
+
+def _constraint(name: str) -> Entry:
+    manual = inspect.getdoc(lowrank) or ""
+    told = re.search(rf"^``{name[-1]}``  (.*:math:`(.+?)`.*)$", manual, re.MULTILINE)
+    paper = re.search(r"arXiv:(\d+\.\d+)", manual)
+    assert told, f"{name}: the docstring of {lowrank.__name__} has no row with a :math: for it"
+    assert paper
+    fields = dataclasses.fields(lowrank.ConstrainedConfig)
+    return Entry(
+        name=f"+{name}",
+        family=CONSTRAINT,
+        equation=told[2],
+        trains="0",
+        site="linear",
+        mergeable="cannot be merged" not in told[1],
+        reads="nothing",
+        settings={f.name: f.default for f in fields if f.name.startswith("mpc_")},
+        dial=None,
+        composes=tuple(method.name for method in methods().values() if _constrained(method)),
+        arxiv=paper[1],
+        file="subspace/lowrank.py",
+    )
+
+
+def counted(e: Entry, shape: nn.Module, targets: Sequence[str] | None = None, budget: int | None = None) -> Entry:
+    """Add what a method trains in a model; with a budget, by that size of it which comes nearest.
+
+    Targets name linear layers; a method of another kind has its usual sites.
+    """
+    if e.family == CONSTRAINT:
+        return e
+    where = targets if e.site == "linear" else None
+    settings = dict(e.settings)
+    if budget:
+        others = {name: value for name, value in settings.items() if name != e.dial}
+        size = match_budget(e.name, shape, budget, targets=where, **others)
+        settings |= {e.dial or "": size}
+    trained = count_trained(shape, e.name, settings, targets=where)
+    every = sum(parameter.numel() for parameter in shape.parameters())
+    added = 0 if e.family == "reference" else trained
+    return dataclasses.replace(e, settings=settings, trained=trained, share=trained / (every + added))
 
 
 def text(method: type[Adapter]) -> str:
@@ -68,32 +128,26 @@ def markdown() -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for e in entries():
-        settings = ", ".join(f"`{name}={_plain(value)}`" for name, value in e.settings.items()) or "none"
+        settings = [f"`{name}={_plain(value)}`" for name, value in _own(e).items()] or ["none"]
+        composes = " ".join(f"`{name}`" for name in e.composes)
+        told = ", ".join([*settings, f"with {composes}"] if composes else settings)
         paper = f"[{e.arxiv}](https://arxiv.org/abs/{e.arxiv})"
         # Between $` and `$ Markdown leaves LaTeX alone.
         rows.append(
-            f"| [`{e.name}`]({e.file}) | {e.family} | $`{e.equation}`$ | `{e.trains}` | {settings} "
+            f"| [`{e.name}`]({e.file}) | {e.family} | $`{e.equation}`$ | `{e.trains}` | {told} "
             f"| {'yes' if e.mergeable else 'no'} | {paper} |"
         )
     return "\n".join(rows)
 
 
-def count_trained(method: type[Adapter], model: ModelConfig) -> int:
-    """Count the numbers that a method trains in a model, with its default settings at its usual sites."""
-    shape = open_shape(model)
-    inject(shape, method.name, start=False)
-    return sum(parameter.numel() for parameter in trained_parameters(shape).values())
-
-
-def listing(model: ModelConfig | None = None) -> str:
-    """List the methods for a terminal; with what each trains in a model, where one is given."""
-    rows = [
-        ("method", "family", f"trained in {model.path}" if model else "trained numbers a site", "merges", "settings")
-    ]
-    for e in entries():
-        settings = " ".join(f"{name}={_plain(value)}" for name, value in e.settings.items())
-        trained = f"{count_trained(methods()[e.name], model):,}" if model else e.trains
-        rows.append((e.name, e.family, trained, "yes" if e.mergeable else "no", settings))
+def listing(listed: Sequence[Entry], model: str = "") -> str:
+    """List methods for a terminal; with what each trains in the model of this name, where they were counted."""
+    rows = [("method", "family", f"trained in {model}" if model else "trained numbers a site", "merges", "settings")]
+    for e in listed:
+        settings = [f"{name}={_plain(value)}" for name, value in _own(e).items()]
+        settings += ["with", *e.composes] if e.composes else []
+        trained = e.trains if e.trained is None else _count(e)
+        rows.append((e.name, e.family, trained, "yes" if e.mergeable else "no", " ".join(settings)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
@@ -101,18 +155,33 @@ def listing(model: ModelConfig | None = None) -> str:
     )
 
 
-def page(method: type[Adapter], model: ModelConfig | None = None) -> str:
-    """Tell all about one method: its file's docstring, its settings, and what it trains in a model, if one is given."""
+def page(e: Entry, model: str = "") -> str:
+    """Tell all about one method: its file's docstring, its names, its settings, and what it trains in a model."""
+    method = methods()[e.name]
     lines = [text(method), "", f"settings of {method.name}, as method.KEY:"]
     for field in dataclasses.fields(method.Config):
         values = f" ({' | '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-        lines.append(f"  {field.name}={_plain(field.default)}".ljust(24) + f"{field.metadata['doc']}{values}")
-    if not dataclasses.fields(method.Config):
+        lines.append(f"  {field.name}={_plain(e.settings[field.name])}".ljust(24) + f"{field.metadata['doc']}{values}")
+    if not e.settings:
         lines.append("  (none)")
-    if model:
-        lines += ["", f"with these, {method.name} trains {count_trained(method, model):,} numbers in {model.path}"]
-    return "\n".join(lines)
+    if method.aliases:
+        lines += ["", "other names:"]
+        for alias, presets in method.aliases.items():
+            lines.append(f"  {alias}".ljust(24) + " ".join(f"{key}={_plain(value)}" for key, value in presets.items()))
+    if e.trained is not None:
+        lines += ["", f"with these settings, {method.name} trains {_count(e)} of {model}"]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _own(e: Entry) -> dict[str, Any]:
+    """Return a method's settings without those of the constraints, which have rows of their own."""
+    shown = e.family == CONSTRAINT or not e.composes
+    return {name: value for name, value in e.settings.items() if shown or not name.startswith("mpc")}
+
+
+def _count(e: Entry) -> str:
+    return f"{e.trained:,} ({100 * (e.share or 0):.2f} %)"
 
 
 def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool | None) else str(value)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from subspace.adapter_file import read_adapter
+from subspace.distributed import is_main, share_object
 from subspace.errors import RunFailed
-from subspace.inject import trained_parameters
+from subspace.inject import adapters, trained_parameters
 from subspace.method import Access
 
 #: Steps after which every trained tensor must have moved. One is not enough: where one factor starts at zero, the
@@ -17,45 +21,51 @@ STEPS_TO_MOVE = 2
 
 
 class LearningCheck:
-    """Watches the first steps: every declared tensor gets a finite gradient, and has moved soon after."""
+    """Knows what the trained tensors were at the start, and looks whether they move and stay finite.
 
-    def __init__(self, model: nn.Module, access: Access, *, may_skip: bool = False) -> None:
+    ``start`` has a checksum of each, so that a resumed run can still tell.
+    """
+
+    def __init__(self, model: nn.Module, access: Access, start: Mapping[str, str] | None = None) -> None:
         self.access = access
-        self.may_skip = may_skip  # float16 skips steps on purpose, until its loss scale fits
         self.parameters: Mapping[str, nn.Parameter] = trained_parameters(model)
-        self.start: dict[str, Tensor] = {name: access.value(p).clone() for name, p in self.parameters.items()}
+        self.late = {f"{site}.{name}" for site, adapter in adapters(model).items() for name in adapter.moves_late}
+        self.start = dict(start or {name: checksum(access.value(p)) for name, p in self.parameters.items()})
 
-    def before_step(self, step: int) -> None:
-        """Look at the gradients of the first step. Collective over ranks."""
-        if step == 1 and not self.may_skip and (bad := self.without_finite_gradient()):
+    def after_step(self, taken: int) -> None:
+        """Look at what has moved, after so many steps that were taken. Collective over ranks."""
+        if taken != STEPS_TO_MOVE:
+            return
+        expected = {name: p for name, p in self.parameters.items() if name not in self.late}
+        still = [name for name, p in expected.items() if checksum(self.access.value(p)) == self.start[name]]
+        if still:
             raise RunFailed(
-                f"step 1: {bad[0]} has a gradient that is not finite ({len(bad)} of {len(self.parameters)} tensors)"
+                f"after {taken} steps {len(still)} of {len(expected)} trained tensors have not moved, first "
+                f"{still[0]}. Is the learning rate zero, or the method's branch cut off from the loss?"
             )
 
-    def after_step(self, step: int) -> None:
-        """Look at what has moved, after so many steps that were taken. Collective over ranks."""
-        if step == STEPS_TO_MOVE and self.start:
-            still = [name for name, p in self.parameters.items() if torch.equal(self.access.value(p), self.start[name])]
-            if still:
-                raise RunFailed(
-                    f"after {step} steps {len(still)} of {len(self.parameters)} trained tensors have not moved, first "
-                    f"{still[0]}. Is the learning rate zero, or the method's branch cut off from the loss?"
-                )
-            self.start = {}
+    def check_file(self, folder: Path) -> None:
+        """Refuse an adapter's folder that holds what training began with. Collective over ranks."""
+        tensors = read_adapter(folder)[1] if is_main() else {}
+        moved = share_object(any(checksum(tensors[name]) != start for name, start in self.start.items() if is_main()))
+        if not moved:
+            raise RunFailed(f"the adapter in {folder} holds the values that training began with: nothing was learnt")
 
-    def without_finite_gradient(self) -> list[str]:
-        """Name the trained tensors whose gradient holds a NaN or an infinity. Collective over ranks."""
-        return [name for name, p in self.parameters.items() if not torch.isfinite(self.access.grad(p)).all()]
-
-    def explain(self, step: int, loss: float, last_good: str) -> RunFailed:
-        """Say where a loss that is not finite shows first, and what is left. Collective over ranks."""
+    def explain(self, step: int, what: str, last_good: str) -> RunFailed:
+        """Say where a number that is not finite shows first, and what is left. Collective over ranks."""
         values = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.value(p)).all()]
-        gradients = self.without_finite_gradient()
+        gradients = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.grad(p)).all()]
         where = (
             f"{values[0]} holds a value that is not finite"
             if values
-            else f"the gradient of {gradients[0]} is not finite ({len(gradients)} tensors)"
+            else f"the gradient of {gradients[0]} is not finite ({len(gradients)} of {len(self.parameters)} tensors)"
             if gradients
             else "every trained tensor is finite: the frozen model or the data gives it"
         )
-        return RunFailed(f"step {step}: the loss is {loss}; {where}. The step was not taken. {last_good}")
+        return RunFailed(f"step {step}: {what}; {where}. The step was not taken. {last_good}")
+
+
+def checksum(tensor: Tensor) -> str:
+    """Return a checksum of the values, which is the same in any dtype that holds them exactly."""
+    content = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+    return hashlib.blake2b(content.tobytes(), digest_size=12).hexdigest()

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from subspace import launcher
-from subspace.errors import UserError, nearest
+from subspace.errors import RunStopped, UserError, nearest
+from subspace.formats import FORMATS
 
 if TYPE_CHECKING:
+    from subspace.config import Subject
+    from subspace.evaluate import Job
     from subspace.tables import Table
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -69,7 +72,10 @@ class Verb:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 2 for what the user can mend, 1 for a failed run, 130 for Ctrl-C."""
+    """Run the command and return its exit status: 2 for what the user can mend, 1 for a failed run, 130 for Ctrl-C.
+
+    A training that a signal stopped ends with 75, and can be resumed.
+    """
     # DeepSpeed's launcher adds --local_rank unless told not to; the environment says the same.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank=")]
     try:
@@ -85,14 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for '{error.filename}'" if error.filename else ""
             return _fail(f"no space is left on the disk{where}. Free some and run the command again", USER_ERROR)
+        if launcher.lost_another(error):
+            return _fail("another process of the run has ended, and this one cannot go on without it", 1, at_once=False)
         if launcher.may_report(1):
             raise
         return 1
 
 
-def _fail(message: str, status: int) -> int:
-    if launcher.may_report(status):
-        print(f"error: {message}", file=sys.stderr)
+def _fail(message: str, status: int, *, at_once: bool = True) -> int:
+    if launcher.may_report(status, at_once=at_once):
+        print(f"{'stopped' if status == RunStopped.status else 'error'}: {message}", file=sys.stderr)
     return status
 
 
@@ -199,9 +207,46 @@ def _state(fresh: bool) -> str:
     return "prepared" if fresh else "was there"
 
 
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="CONFIG", help="a run's configuration; or a mixture, a task or a data file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
+    parser.add_argument("--ngram", type=_count, default=13, metavar="N", help="words in a row that make a match: 13")
+    parser.add_argument("--items", action="store_true", help="list the test items that are in the training text")
+    parser.add_argument("--markdown", action="store_true", help="for a document")
+    _json_argument(parser)
+
+
+def _data(options: argparse.Namespace) -> int:
+    from subspace.config import read_data
+    from subspace.data_report import report
+    from subspace.formats import show
+    from subspace.model import open_tokenizer
+    from subspace.progress import shown
+
+    config = read_data(options.data, options.settings)
+    found = report(
+        config.data,
+        config.evaluate,
+        config.model.path,
+        open_tokenizer(config.model),
+        seed=config.train.seed,
+        ngram=options.ngram,
+        progress=shown,
+    )
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return 0
+    for grid in [*found.grids, found.items] if options.items else found.grids:
+        print(f"{grid.markdown()}\n") if options.markdown else show(grid)
+    return 0
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run's newest checkpoint; start it where there is none"
+    )
     _launch_arguments(parser)
     _json_argument(parser)
 
@@ -218,17 +263,22 @@ def _train(options: argparse.Namespace) -> int:
     from subspace import config as configuration
     from subspace.distributed import is_main, leave
     from subspace.engine import read_engine_file
-    from subspace.run import refuse_used, train_run
+    from subspace.run import is_finished, refuse_used, train_run
 
     config = configuration.read(options.config, options.settings)
     # What can be refused now is refused before any process starts.
     read_engine_file(config.engine)
-    refuse_used(config.folder)
-    status = _elsewhere(options, ["train", options.config, *options.settings])
+    finished = options.resume and is_finished(config)
+    if finished:
+        print(f"{config.folder} is finished: there is nothing left to train", file=sys.stderr)
+    elif not options.resume:
+        refuse_used(config.folder)
+    resume = ["--resume"] if options.resume else []
+    status = None if finished else _elsewhere(options, ["train", options.config, *options.settings, *resume])
     if status is not None:
         return status
     launcher.become_rank()
-    folder = train_run(config)
+    folder = config.folder if finished else train_run(config, resume=options.resume)
     if is_main():
         outcome = json.loads((folder / "environment.json").read_text())["outcome"]
         if options.json:
@@ -239,6 +289,32 @@ def _train(options: argparse.Namespace) -> int:
             print(f"next: subspace evaluate {folder}")
     leave()
     launcher.mark_finished()
+    return 0
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
+    parser.add_argument(
+        "--processes", type=_count, default=1, metavar="N", help="how many the run will have; default: 1"
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="tell the largest micro-batch that fits a device of 24GB, say")
+    parser.add_argument("--verify", action="store_true", help="train three steps and show what was told beside it")
+    _json_argument(parser)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from subspace import config as configuration
+    from subspace import plan
+
+    memory = plan.parse_size(options.memory) if options.memory else None
+    config = configuration.read(options.config, options.settings)
+    found: plan.Plan | plan.Verified
+    if options.verify:
+        found = plan.verify(options.config, options.settings, processes=options.processes)
+    else:
+        found = plan.plan(config, processes=options.processes, memory=memory)
+    print(json.dumps(found.as_dict(), indent=2) if options.json else "\n".join(found.lines()))
     return 0
 
 
@@ -265,51 +341,109 @@ def _evaluate(options: argparse.Namespace) -> int:
         return status
     launcher.become_rank()
 
-    from subspace.adapter_file import load_adapter
     from subspace.distributed import is_main, leave
     from subspace.engine import start_processes
-    from subspace.evaluate import evaluate
-    from subspace.model import open_model, open_tokenizer
     from subspace.progress import shown
-    from subspace.tables import tables
+    from subspace.subjects import evaluate_subjects
 
     start_processes()
-    for s in subjects:
-        model, tokenizer = open_model(s.model), open_tokenizer(s.model)
-        if s.adapter:
-            load_adapter(model, s.adapter)
-        evaluate(model, tokenizer, s.evaluate, s.folder, model_name=s.model.path, adapter=s.method, progress=shown)
+    evaluate_subjects(subjects, shown, _say_what_shows if is_main() else None)
     if is_main():
-        _show([table for s in subjects for table in tables([s.folder], s.evaluate.protocol)], options)
+        _show_scores(subjects, options)
     leave()
     launcher.mark_finished()
     return 0
 
 
+def _say_what_shows(jobs: Sequence[Job]) -> None:
+    """Say before the scoring how large a difference between two runs these items can show."""
+    from subspace.statistics import expectation
+
+    print(expectation({job.sample.task.title: len(job.sample.items) for job in jobs}), file=sys.stderr)
+
+
+def _show_scores(subjects: Sequence[Subject], options: argparse.Namespace) -> None:
+    """Print a table for each protocol: side by side what can be compared, else one for each subject."""
+    from subspace.answer_word import agreement
+    from subspace.tables import tables
+
+    found: list[Table] = []
+    for protocol in dict.fromkeys(name for s in subjects for name in s.evaluate.protocols):
+        folders = [s.folder for s in subjects if protocol in s.evaluate.protocols]
+        try:
+            found += tables(folders, protocol)
+        except UserError:
+            found += [table for folder in folders for table in tables([folder], protocol)]
+    _show(found, options)
+    for folder in dict.fromkeys(s.folder for s in subjects if "answer-word" in s.evaluate.protocols):
+        by_task = ", ".join(f"{task} {100 * share.value:.1f} %" for task, share in agreement(folder).items())
+        if by_task and not options.json:
+            print(f"{folder}: answer-word gives llm-adapters' answer on {by_task}")
+
+
 def _table_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that `subspace evaluate` wrote results to")
-    parser.add_argument(
-        "--protocol", metavar="NAME", help="likelihood or llm-adapters; default: all that every run has"
-    )
-    parser.add_argument("--markdown", action="store_true", help="for a document")
+    _scored_arguments(parser)
+    parser.add_argument("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}; default: terminal")
+    parser.add_argument("--markdown", action="store_true", help="for a document: short for --format markdown")
+    parser.add_argument("--transpose", action="store_true", help="methods down, tasks across: for many methods")
+    parser.add_argument("--plot", metavar="FILE", help="draw scores and intervals as well: a .png, .svg or .pdf")
     _json_argument(parser)
+
+
+def _scored_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that `subspace evaluate` wrote results to")
+    parser.add_argument("--protocol", metavar="NAME", help="by which they were scored; default: all that every run has")
 
 
 def _table(options: argparse.Namespace) -> int:
     from subspace.tables import tables
 
-    _show(tables([Path(run) for run in options.runs], options.protocol), options)
+    found = tables([Path(run) for run in options.runs], options.protocol)
+    _show(found, options)
+    if options.plot:
+        from subspace.plots import plot
+
+        for file in plot(found, Path(options.plot)):
+            print(f"drawn: {file}", file=sys.stderr)
     return 0
 
 
 def _show(found: Sequence[Table], options: argparse.Namespace) -> None:
-    from subspace.tables import show
+    """Print tables in the format that the options ask for; `evaluate` has but --json."""
+    from subspace.formats import show
+    from subspace.tables import write
 
-    if options.json:
-        print(json.dumps([table.as_dict() for table in found], indent=2))
+    given = {name: getattr(options, name, None) for name in ("format", "markdown", "transpose")}
+    form = "json" if options.json else "markdown" if given["markdown"] else given["format"] or "terminal"
+    if form not in FORMATS:
+        raise UserError(f"--format {form} was given, but a table cannot be written so. {nearest(form, FORMATS)}")
+    if form != "terminal":
+        print(write(found, form, turned=bool(given["transpose"])))
         return
     for table in found:
-        print(table.markdown()) if getattr(options, "markdown", False) else show(table)
+        show(table.grid.turned() if given["transpose"] else table.grid)
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    _scored_arguments(parser)
+    parser.add_argument("--items", action="store_true", help="list the items that only one of two got right")
+    parser.add_argument("--markdown", action="store_true", help="for a document")
+    _json_argument(parser)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from subspace.comparison import comparisons
+    from subspace.formats import show
+
+    found = comparisons([Path(run) for run in options.runs], options.protocol)
+    if options.json:
+        print(json.dumps([one.as_dict() for one in found], indent=2))
+        return 0
+    for one in found:
+        for grid in (one.grid, one.flipped) if options.items else (one.grid,):
+            print(f"{grid.markdown()}\n") if options.markdown else show(grid)
+        print(one.verdict)
+    return 0
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -336,29 +470,45 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _methods_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="METHOD", help="tell all about one")
-    parser.add_argument("--model", metavar="NAME", help="count what each trains in this model, by default settings")
-    parser.add_argument("--markdown", action="store_true", help="the table that the README shows")
+    add = parser.add_argument
+    add("words", nargs="*", metavar="METHOD|key=value", help="tell all about one method; settings of it, or of all")
+    add("--shape", metavar="NAME", help="count what is trained in llama-7b, llama3-8b, ..., or any model or folder")
+    add("--targets", nargs="+", metavar="TARGET", help="with --shape: the layers that get an adapter")
+    add("--budget", type=_count, metavar="N", help="with --shape: in that size of a method which trains nearest to N")
+    add("--r", type=_count, metavar="N", help="short for r=N")
+    add("--markdown", action="store_true", help="the table that the README shows")
     _json_argument(parser)
 
 
 def _methods(options: argparse.Namespace) -> int:
     from subspace import catalogue
-    from subspace.method import find_method
-    from subspace.model import ModelConfig
+    from subspace.config import method_settings
+    from subspace.model import ModelConfig, open_shape
 
-    model = ModelConfig(path=options.model) if options.model else None
-    if options.name:
-        method = find_method(options.name)
-        print(
-            json.dumps(dataclasses.asdict(catalogue.entry(method))) if options.json else catalogue.page(method, model)
-        )
-    elif options.json:
-        print(json.dumps([dataclasses.asdict(entry) for entry in catalogue.entries()], indent=2))
-    elif options.markdown:
+    if not options.shape and (options.targets or options.budget):
+        raise UserError("--targets and --budget count, so they need a model to count in: --shape llama-7b, say")
+    names = [word for word in options.words if "=" not in word]
+    if len(names) > 1:
+        raise UserError(f"subspace methods tells about one method or lists all, but was given {', '.join(names)}")
+    given = [word for word in options.words if "=" in word] + ([f"r={options.r}"] if options.r else [])
+    settings = method_settings(names[0] if names else None, given)
+    if options.markdown:
         print(catalogue.markdown())
+        return 0
+    found = [entry for entry in catalogue.entries(settings) if not names or entry.name in settings]
+    if options.shape:
+        targets = [word for words in options.targets or [] for word in words.split(",")] or None
+        shape = open_shape(ModelConfig(path=options.shape))
+        if options.budget and not names:
+            found = [entry for entry in found if entry.dial]
+        found = [catalogue.counted(entry, shape, targets, options.budget) for entry in found]
+    if options.json:
+        plain = [dataclasses.asdict(entry) for entry in found]
+        print(json.dumps(plain[0] if names else plain, indent=2))
+    elif names:
+        print(catalogue.page(found[0], options.shape))
     else:
-        print(catalogue.listing(model))
+        print(catalogue.listing(found, options.shape))
     return 0
 
 
@@ -374,15 +524,40 @@ VERBS = [
         _prepare,
     ),
     Verb(
+        "data",
+        "count what a run would train on and be scored on: repeats, cuts, contamination",
+        """examples:
+  subspace data commonsense
+  subspace data launch/recipes/quickstart.yaml data.max_length=400
+  subspace data boolq,piqa:500 evaluate.tasks=boolq,piqa --items
+  subspace data mine.jsonl --ngram 8 --json""",
+        _data_arguments,
+        _data,
+        _settings,
+    ),
+    Verb(
         "train",
         "train adapters as a configuration says",
         """examples:
   subspace train launch/recipes/quickstart.yaml
   subspace train launch/recipes/quickstart.yaml method=dora train.learning_rate=1e-4 name=dora
   subspace train launch/recipes/quickstart.yaml --processes 2 --dry-run
+  subspace train launch/recipes/quickstart.yaml --resume   after it was stopped or killed
   deepspeed --num_gpus 2 launch/train.py launch/recipes/quickstart.yaml        the same run""",
         _train_arguments,
         _train,
+        _settings,
+    ),
+    Verb(
+        "plan",
+        "tell before anything is loaded what a run takes: memory by part, disk, steps, time",
+        """examples:
+  subspace plan launch/recipes/quickstart.yaml
+  subspace plan launch/recipes/llama-7b-lora-r32.yaml model.quantize=nf4 --memory 24GB
+  subspace plan launch/recipes/quickstart.yaml engine=ds_configs/zero3.json --processes 2
+  subspace plan launch/recipes/quickstart.yaml train.micro_batch=4 --verify""",
+        _plan_arguments,
+        _plan,
         _settings,
     ),
     Verb(
@@ -391,7 +566,8 @@ VERBS = [
         """examples:
   subspace evaluate runs/quickstart --processes 2
   subspace evaluate smollm2-135m evaluate.tasks=boolq,piqa --limit 100
-  subspace evaluate runs/quickstart evaluate.protocol=llm-adapters
+  subspace evaluate runs/quickstart evaluate.protocol=llm-adapters,answer-word
+  subspace evaluate smollm2-135m runs/lora runs/dora       one load of their base for all three
   subspace evaluate launch/recipes/quickstart.yaml         the base model, scored as that run will be""",
         _evaluate_arguments,
         _evaluate,
@@ -402,9 +578,22 @@ VERBS = [
         "put the results of runs side by side",
         """examples:
   subspace table runs/smollm2-135m runs/quickstart
-  subspace table runs/* --protocol llm-adapters --markdown""",
+  subspace table runs/* --protocol llm-adapters --markdown
+  subspace table runs/dora-seed0 runs/dora-seed1 runs/dora-seed2      seeds of one method are one column: mean ± sd
+  subspace table runs/* --format latex --transpose
+  subspace table runs/* --plot scores.svg""",
         _table_arguments,
         _table,
+    ),
+    Verb(
+        "compare",
+        "tell whether runs differ: paired tests, intervals, and the items that flipped",
+        """examples:
+  subspace compare runs/lora runs/dora
+  subspace compare runs/lora runs/dora runs/pissa          each with the first, corrected for their number
+  subspace compare runs/lora runs/dora --items""",
+        _compare_arguments,
+        _compare,
     ),
     Verb(
         "merge",
@@ -420,8 +609,10 @@ VERBS = [
         "list the methods, or tell all about one",
         """examples:
   subspace methods
-  subspace methods lora
-  subspace methods --model smollm2-135m""",
+  subspace methods lora+mpc-o
+  subspace methods --shape llama-7b --r 32                 what each trains, on the usual layers
+  subspace methods dora --shape llama3-8b --targets q_proj v_proj --r 8 alpha=16
+  subspace methods houlsby --shape llama-7b --budget 56098816""",
         _methods_arguments,
         _methods,
     ),

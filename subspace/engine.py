@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
 import socket
 import warnings
@@ -24,7 +25,7 @@ from torch import nn
 from subspace.errors import UserError, nearest
 
 Json = dict[str, Any]
-OFFLOAD = "offload_optimizer"
+OFFLOAD, PREFETCH = "offload_optimizer", "stage3_prefetch_bucket_size"
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def start_processes(minutes: float = 30) -> None:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Of no use to a user: DeepSpeed calls a collective by the name that torch is about to retire.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # Of no use to a user: DeepSpeed calls collectives by the names that torch is about to retire.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
 
@@ -100,6 +101,7 @@ def fill(
     dtype: str,
     clip: float,
     largest_adapter: int = 0,
+    trained: int = 0,
     source: str = "the engine's JSON",
 ) -> tuple[Json, list[str]]:
     """Return the engine's configuration with numbers for every "auto", and notices of what was changed.
@@ -152,14 +154,22 @@ def fill(
     if zero["stage"] == 3 and zero.get("stage3_param_persistence_threshold", "auto") == "auto":
         # Adapters are small and used at every layer: gathering them for each use costs more than holding them.
         zero["stage3_param_persistence_threshold"] = max(100_000, largest_adapter)
+    if zero["stage"] and trained and zero.get("reduce_bucket_size", "auto") == "auto":
+        # DeepSpeed takes room for the whole bucket in every step, by default 2 GB; adapters need a few megabytes.
+        zero["reduce_bucket_size"] = min(trained, 500_000_000)
+    if (zero.get("offload_param") or {}).get("device") == "nvme" and zero.get(PREFETCH, "auto") == "auto":
+        zero[PREFETCH] = 0  # DeepSpeed reads ahead a weight that is used twice in a step twice, and stumbles over it
     if OFFLOAD in zero:
         filled.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's own AdamW works there and needs no compiler
     filled.setdefault("zero_allow_untested_optimizer", True)
     filled.setdefault("steps_per_print", 10**9)  # the run prints for itself
 
-    left = [key for key, value in _flat(filled) if value == "auto"]
+    left = [key for key, value in flat(filled) if value == "auto"]
     if left:
         raise UserError(f'{source} leaves {left[0]} "auto", which is not filled here. {nearest(left[0], ours)}')
+    values = dict(flat(filled))
+    if autos := [f"{key}={values[key]}" for key, value in flat(engine) if value == "auto"]:
+        notices.append(f'{Path(source).name}: "auto" is {", ".join(autos)}')
     return filled, notices
 
 
@@ -172,12 +182,7 @@ def start_engine(
     first.
     """
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
 
-    if config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
-        raise UserError(
-            "model.dtype is float16, which this device cannot compute in. Use model.dtype=bfloat16 or float32"
-        )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -189,8 +194,32 @@ def start_engine(
     return engine
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def largest_gradient(engine: Any) -> torch.Tensor:
+    """Return the largest magnitude among the gradients that this process holds between last backward and step.
+
+    It is not finite where one of them is not. Of gradients that ZeRO has offloaded, nothing is seen.
+    """
+    if engine.zero_optimization():
+        averaged = getattr(engine.optimizer, "averaged_gradients", {})
+        gradients = [g for group in averaged.values() for g in group or () if g is not None]
+    else:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=engine.device)
+    return torch.stack([norm.float() for norm in torch._foreach_norm(gradients, math.inf)]).max().to(engine.device)
+
+
+def scale_is_spent(engine: Any) -> bool:
+    """Tell whether float16's loss scale is as small as it may become."""
+    scaler = engine.optimizer.loss_scaler
+    return bool(scaler.dynamic and scaler.cur_scale <= scaler.min_scale)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the leaves of nested settings by their names, as ``("zero_optimization.stage", 2)``."""
     pairs: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            value = {str(number): one for number, one in enumerate(value)}
+        pairs += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return pairs

@@ -22,6 +22,15 @@ class RunFailed(UserError):
     status = 1
 
 
+class RunStopped(UserError):
+    """A run that ended before its time because it was asked to, with a checkpoint from which it can go on.
+
+    The status is EX_TEMPFAIL of sysexits.h: the same command, with ``--resume``, is worth another try.
+    """
+
+    status = 75
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Say which known word was probably meant, and which there are: ``Did you mean 'dora'? There are: ...``."""
     names = sorted(known)

@@ -10,55 +10,141 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from subspace import declarations, encoding
+from subspace.answer_word import AnswerWord
+from subspace.checksum import weights_checksum
+from subspace.custom import custom_task, local_items
 from subspace.declarations import Item, Task
-from subspace.distributed import gather_objects, is_main, rank, world_size
+from subspace.distributed import is_main, rank, share_object
+from subspace.errors import UserError, nearest
 from subspace.generation import Generation
-from subspace.likelihood import Likelihood
+from subspace.likelihood import Likelihood, draw_examples
+from subspace.partial import Partial
 from subspace.prepare import task_items
 from subspace.progress import Progress, silent
-from subspace.results import TaskResult, accuracy, digest, items_file, write_items, write_results
+from subspace.published import DEFECTS, PUBLISHED, Published
+from subspace.results import TaskResult, accuracy, digest, find_result, items_file, write_items, write_results
 from subspace.settings import Settings, setting
+from subspace.workload import Halving, plan_batches, token_budget, turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROTOCOLS = (Likelihood.name, Generation.name)
+PROTOCOLS = (Likelihood.name, Generation.name, AnswerWord.name, Published.name)
 
-Scorer = Likelihood | Generation
-Batch = list[int]
+
+class Scorer(Protocol):
+    """A protocol with the items of a task, ready to be scored. ``truncated`` is how many lost their beginning."""
+
+    name: str
+    metrics: tuple[str, ...]
+    writes: bool  # tokens, one by one
+    sizes: list[tuple[int, int]]
+    truncated: int
+
+    @property
+    def ingredients(self) -> dict[str, str]:
+        """What the protocol's numbers depend on besides task, items and tokenizer."""
+
+    def score(self, model: Any, batch: Sequence[int]) -> list[dict[str, Any]]:
+        """Score the items of these numbers together; return the record of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Settings):
     """What to score, and how."""
 
-    protocol: str = setting("likelihood", "how an answer is got out of the model", choices=PROTOCOLS)
-    tasks: str | list[str] = setting("all", "which tasks: all, or their names")
+    protocol: str | list[str] = setting(
+        "likelihood", f"how an answer is got out of the model, one or several of {', '.join(PROTOCOLS)}"
+    )
+    tasks: str | list[str] = setting("all", "which tasks: all, a suite's name, their names, or YAML files of your own")
     limit: int | None = setting(None, "items of each task, always the same ones; none is all", min=1)
     split: str = setting("test", "which split; test is the one that the literature reports")
-    prompt: str = setting("alpaca-indented", "llm-adapters: the text round the instruction, as data.prompt")
+    examples: int = setting(0, "likelihood: answered items of the train split before each question (few-shot)", min=0)
+    by_bytes: bool = setting(False, "likelihood: also acc_bytes, where a choice's score is divided by its bytes")
+    data: str | None = setting(None, "folder of the published test files (gsm8k/test.json), for tasks read from there")
+    prompt: str = setting("alpaca-indented", "protocols that ask: the text round the instruction, as data.prompt")
+    defects: str | list[str] = setting(
+        ",".join(PUBLISHED), f"llm-adapters-published: which of its defects are on, of {', '.join(DEFECTS)}; or none"
+    )
+    published_batch: int = setting(1, "llm-adapters-published: its batch size, felt with no_attention_mask", min=1)
     batch_tokens: int | None = setting(
         None, "tokens of a batch, padding included; none is what suits the device and the protocol", min=1
     )
+    seen: str = setting(
+        "refuse", "a suite with more than 1 % of its items in a run's training text", choices=("refuse", "score")
+    )
+    again: bool = setting(False, "score anew what is scored already")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for word, kind, known in [
+            *((name, "protocol", PROTOCOLS) for name in self.protocols),
+            *((name, "defects", DEFECTS) for name in self.defect_names),
+        ]:
+            if word not in known:
+                raise UserError(f"EvaluateConfig.{kind} is {word!r}. {nearest(word, known)}")
+
+    @property
+    def protocols(self) -> list[str]:
+        """The protocols, one or several."""
+        return list(dict.fromkeys(_words(self.protocol)))
+
+    @property
+    def defect_names(self) -> list[str]:
+        """The defects that are on."""
+        return [name for name in _words(self.defects) if name not in ("", "none")]
+
+
+def _words(value: str | Sequence[str]) -> list[str]:
+    return [word.strip() for word in (value.split(",") if isinstance(value, str) else value)]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The items of a task that are scored. ``majority`` is the share of the split's most frequent label."""
+    """The items of a task that are scored. ``majority`` is the share of the split's most frequent answer.
+
+    ``positions`` is where each item stands in its split.
+    """
 
     task: Task
     items: list[Item]
     majority: float
+    positions: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task by one protocol, laid out. It serves every model that has this tokenizer and this configuration."""
+
+    sample: Sample
+    scorer: Scorer
+    ingredients: Mapping[str, str]
+
+
+def lay_out(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, progress: Progress = silent
+) -> list[Job]:
+    """Lay every task out by every protocol. What is missing is told here, before anything is scored."""
+    samples = [take_sample(task, config.split, config.limit, config.data) for task in find_tasks(config.tasks)]
+    wanted = [(protocol, sample) for protocol in config.protocols for sample in samples]
+    encoded_by = encoding.fingerprint(tokenizer)[:12]
+    jobs = []
+    with (progress if is_main() else silent)("encode the items", len(wanted), "tasks") as at:
+        for protocol, sample in wanted:
+            scorer = _scorer(protocol, model, tokenizer, sample, config)
+            jobs.append(Job(sample, scorer, _ingredients(scorer, sample, encoded_by)))
+            at(len(jobs))
+    return jobs
 
 
 def evaluate(
@@ -70,6 +156,7 @@ def evaluate(
     model_name: str = "",
     adapter: str = "",
     progress: Progress = silent,
+    jobs: Sequence[Job] | None = None,
 ) -> list[TaskResult]:
     """Score a model on the tasks. All ranks call it, and each returns all results.
 
@@ -77,148 +164,155 @@ def evaluate(
         model: with or without adapters; under ZeRO-3 the engine's ``module``.
         tokenizer: the model's.
         config: what to score, and how.
-        folder: the run's folder, where items and ``results.json`` are written as each task is done; or none.
+        folder: the run's folder, where items and ``results.json`` are written as each task is done; or none. What it
+            holds of this very model, whole or in part, is not scored again.
         model_name: what the results call the base model.
         adapter: what the results call the adapters; nothing for the base model.
         progress: what is told how far it is, on the first process.
+        jobs: what ``lay_out`` made of this configuration for a model of the same base.
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    # Small batches stay in a CPU's caches. But each token that is written reads all weights, for however few rows.
-    budget = config.batch_tokens or (16384 if not on_cpu else 4096 if config.protocol == Generation.name else 512)
-    stage = progress if is_main() else silent
-    # Every task is laid out before the first is scored: what is missing is said now, and the time left is known.
-    samples = [take_sample(task, config.split, config.limit) for task in find_tasks(config.tasks)]
-    scorers: list[Scorer] = []
-    with stage("encode the items", len(samples), "tasks") as at:
-        for sample in samples:
-            scorers.append(_scorer(model, tokenizer, sample, config))
-            at(len(scorers))
-    plans = [plan_batches(scorer.sizes, budget) for scorer in scorers]
-    total = sum(count_tokens(s.sizes, batch) for s, plan in zip(scorers, plans, strict=True) for batch in plan)
-
-    results, done = [], 0
-    with _scoring(model), stage(f"score by {config.protocol}", total, "tokens") as at:
+    jobs = lay_out(model, tokenizer, config, progress) if jobs is None else jobs
+    subject = weights_checksum(model) if folder else ""
+    total, done = sum(_work(job.scorer, range(len(job.sample.items))) for job in jobs), 0
+    results = []
+    title = f"score {adapter or model_name or 'the model'} by {', '.join(config.protocols)}"
+    with _scoring(model), (progress if is_main() else silent)(title, total, "tokens") as at:
 
         def tell(tokens: int, detail: str) -> None:
             nonlocal done
             done += tokens
             at(min(done, total), detail)
 
-        for sample, scorer, plan in zip(samples, scorers, plans, strict=True):
+        for job in jobs:
+            file = items_file(folder, job.scorer.name, job.sample.task.name) if folder else None
+            result = None if config.again else _scored_before(folder, job, subject)
+            if result:
+                tell(_work(job.scorer, range(len(job.sample.items))), f"{job.sample.task.title}, scored before")
+                results.append(result)
+                continue
             began = time.perf_counter()
-            records = _score(model, scorer, plan, tell)
-            right = {metric: [record["correct"][metric] for record in records] for metric in scorer.metrics}
-            file = items_file(folder, config.protocol, sample.task.name) if folder else None
-            result = TaskResult(
-                model=model_name,
-                adapter=adapter,
-                dtype=str(model.dtype).removeprefix("torch."),
-                protocol=config.protocol,
-                task=sample.task.name,
-                metrics={metric: accuracy(correct) for metric, correct in right.items()},
-                n=len(records),
-                majority=sample.majority,
-                truncated=scorer.truncated,
-                seconds=time.perf_counter() - began,
-                ingredients=_ingredients(scorer, sample, tokenizer),
-                items=file,
-            )
+            default = token_budget(model, writes=job.scorer.writes)
+            with Partial(file, digest([subject, dict(job.ingredients)]), config.batch_tokens, default) as partial:
+                records = _score(model, job, partial, tell)
+                result = TaskResult(
+                    model=model_name,
+                    adapter=adapter,
+                    dtype=str(model.dtype).removeprefix("torch."),
+                    protocol=job.scorer.name,
+                    task=job.sample.task.name,
+                    metrics={m: accuracy([record["correct"][m] for record in records]) for m in job.scorer.metrics},
+                    n=len(records),
+                    majority=job.sample.majority,
+                    truncated=job.scorer.truncated,
+                    seconds=time.perf_counter() - began,
+                    ingredients=job.ingredients,
+                    items=file,
+                    subject=subject,
+                )
+                if folder and file and is_main():
+                    write_items(file, records)
+                    write_results(folder, [result])
+                partial.remove()
             results.append(result)
-            if folder and file and is_main():
-                write_items(file, records)
-                write_results(folder, [result])
     return results
 
 
+def _scored_before(folder: Path | None, job: Job, subject: str) -> TaskResult | None:
+    """Return what a folder holds of this task, this protocol and this very model, on every rank."""
+    found = None
+    if folder and is_main():
+        found = find_result(folder, job.scorer.name, job.sample.task.name)
+        if found and (found.subject, found.fingerprint) != (subject, digest(dict(job.ingredients))):
+            found = None
+    return share_object(found) if folder else None
+
+
+def _score(model: nn.Module, job: Job, partial: Partial, tell: Callable[[int, str], None]) -> list[dict[str, Any]]:
+    """Return the record of every item, on every rank; each scores its share of the batches that are left."""
+    scorer, began, scored = job.scorer, time.perf_counter(), 0
+    halving = Halving(model, lambda batch: scorer.score(model, batch), scorer.sizes)
+    plan = plan_batches(scorer.sizes, partial.budget)
+    left = [batch for batch in plan if not partial.records.keys() >= set(batch)]
+    before = set(range(len(scorer.sizes))).difference(*left)
+    tell(_work(scorer, before), f"{job.sample.task.title}, {len(before)} items scored before")
+    for turn in turns(left):
+        mine = turn[rank()]
+        partial.add(mine, halving.score(mine))
+        scored += len({number for batch in turn for number in batch})
+        speed = scored / (time.perf_counter() - began)
+        tell(sum(_work(scorer, batch) for batch in turn), f"{job.sample.task.title}, {speed:.1f} items/s")
+    partial.gather()
+    return [partial.records[number] for number in range(len(scorer.sizes))]
+
+
+def _work(scorer: Scorer, numbers: Iterable[int]) -> int:
+    """Return the tokens of items, without padding."""
+    return sum(rows * length for rows, length in (scorer.sizes[number] for number in numbers))
+
+
 def find_tasks(names: str | Sequence[str]) -> list[Task]:
-    """Return the tasks that a setting names, in the order of the literature's tables."""
-    several = names.split(",") if isinstance(names, str) else names
-    wanted = declarations.tasks() if names == "all" else {declarations.task(name.strip()).name for name in several}
-    return [task for name, task in declarations.tasks().items() if name in wanted]
+    """Return the tasks that a setting names, in the order of the literature's tables, one's own last."""
+    found: list[Task] = []
+    for name in _words(names):
+        if name.endswith((".yaml", ".yml")):
+            found.append(custom_task(Path(name)))
+        else:
+            suite = declarations.tasks("commonsense" if name == "all" else name)
+            found += suite.values() or [declarations.task(name)]
+    return sorted({task.name: task for task in found}.values(), key=lambda task: task.position)
 
 
-def take_sample(task: Task, split: str, limit: int | None) -> Sample:
+def take_sample(task: Task, split: str, limit: int | None, data: str | None = None) -> Sample:
     """Return the items of a split, or ``limit`` of them: those with the smallest hashes of their ids, in their order.
 
     Hashes, because the first items of a split need not be like the others; and so a smaller sample is part of a larger
     one, on every machine, for every protocol.
     """
-    split_items = task_items(task.name, split)
-    labels = Counter(split_items["label"])
-    if limit is not None and limit < len(split_items):
-        hashes = [hashlib.sha256(name.encode()).digest() for name in split_items["id"]]
-        split_items = split_items.select(sorted(sorted(range(len(hashes)), key=hashes.__getitem__)[:limit]))
-    return Sample(task, list(split_items), max(labels.values()) / labels.total())
+    items = split_items(task, split, data)
+    by_answer = "label" if task.extraction == "first-word" else "choices"
+    answers = Counter(str(item[by_answer]) for item in items)
+    positions: Sequence[int] = range(len(items))
+    if limit is not None and limit < len(items):
+        hashes = [hashlib.sha256(item["id"].encode()).digest() for item in items]
+        positions = sorted(sorted(positions, key=hashes.__getitem__)[:limit])
+    return Sample(task, [items[i] for i in positions], max(answers.values()) / answers.total(), positions)
 
 
-def plan_batches(sizes: Sequence[tuple[int, int]], budget: int) -> list[Batch]:
-    """Cut items into batches of at most ``budget`` tokens, longest items first; an item that is larger comes alone.
-
-    Args:
-        sizes: for each item how many rows it is in a batch, and how many tokens its longest row has.
-        budget: tokens, padding included.
-    """
-    plan: list[Batch] = []
-    for number in sorted(range(len(sizes)), key=lambda number: sizes[number][1], reverse=True):
-        if plan and count_tokens(sizes, [*plan[-1], number]) <= budget:
-            plan[-1].append(number)
-        else:
-            plan.append([number])
-    return plan
-
-
-def count_tokens(sizes: Sequence[tuple[int, int]], batch: Batch) -> int:
-    """Return the tokens of a batch, padding included."""
-    return sum(sizes[number][0] for number in batch) * max(sizes[number][1] for number in batch)
-
-
-def _score(
-    model: nn.Module, scorer: Scorer, plan: Sequence[Batch], tell: Callable[[int, str], None]
-) -> list[dict[str, Any]]:
-    """Return the record of every item, on every rank; each scores its share of the batches."""
-    began = time.perf_counter()
-    found: dict[int, dict[str, Any]] = {}
-    for turn in _turns(plan):
-        mine = turn[rank()]
-        found.update(zip(mine, scorer.score(model, mine), strict=True))
-        speed = len(found) * world_size() / (time.perf_counter() - began)
-        tell(sum(count_tokens(scorer.sizes, batch) for batch in turn), f"{scorer.task.title}, {speed:.1f} items/s")
-    for others in gather_objects(found):
-        found.update(others)
-    return [found[number] for number in range(len(scorer.items))]
-
-
-def _budget(protocol: str, *, on_cpu: bool) -> int:
-    if not on_cpu:
-        return 16384
-    # A CPU is busy with few tokens, and small batches have less padding. But each step of decoding reads all weights
-    # for one token a row, so there more rows are cheaper.
-    return 512 if protocol == Likelihood.name else 2048
-
-
-def _turns(plan: Sequence[Batch]) -> Iterator[list[Batch]]:
-    """Deal the batches out, one for each rank at a time. The last one goes to all ranks that would have none."""
-    ranks = world_size()
-    for first in range(0, len(plan), ranks):
-        yield [plan[min(first + other, len(plan) - 1)] for other in range(ranks)]
+def split_items(task: Task, split: str, data: str | None) -> list[Item]:
+    """Return the items of a split, prepared ones or a file's."""
+    return local_items(task, split, data) or list(task_items(task.name, split))
 
 
 def _scorer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
+    protocol: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sample,
+    config: EvaluateConfig,
 ) -> Scorer:
-    if config.protocol == Generation.name:
-        return Generation(model, tokenizer, sample.task, sample.items, config.prompt)
-    return Likelihood(model, tokenizer, sample.task, sample.items)
+    given = model, tokenizer, sample.task, sample.items
+    if protocol == Generation.name:
+        return Generation(*given, config.prompt)
+    if protocol == AnswerWord.name:
+        return AnswerWord(*given, config.prompt)
+    if protocol == Published.name:
+        return Published(*given, config.defect_names, batch=config.published_batch)
+    examples: list[list[Item]] = []
+    if config.examples:
+        pool = split_items(sample.task, "train", config.data)
+        own = sample.task.splits[config.split].official == "test"
+        examples = draw_examples(pool, sample.items, sample.positions, config.examples, own_test_split=own)
+    return Likelihood(*given, examples=examples, by_bytes=config.by_bytes)
 
 
-def _ingredients(scorer: Scorer, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _ingredients(scorer: Scorer, sample: Sample, tokenizer: str) -> dict[str, str]:
     return {
         **scorer.ingredients,
         "task": sample.task.name,
         "task version": sample.task.version,
         "items": digest([{field: item[field] for field in declarations.ITEM_FIELDS} for item in sample.items]),
         "metrics": ", ".join(scorer.metrics),
-        "tokenizer": encoding.fingerprint(tokenizer)[:12],
+        "tokenizer": tokenizer,
     }
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from subspace.base import full_weight
-from subspace.distributed import from_main
-from subspace.method import Adapter, MethodConfig, configure, find_method
-from subspace.sites import find
+from subspace.access import visit
+from subspace.base import file_of, storage
+from subspace.distributed import from_rank
+from subspace.errors import UserError, nearest
+from subspace.method import Adapter, MethodConfig, configure, resolve
+from subspace.progress import Progress, silent
+from subspace.sites import find, matching
 
 
 def inject(
@@ -21,31 +26,96 @@ def inject(
     settings: Mapping[str, Any] | MethodConfig | None = None,
     *,
     targets: Sequence[str] | None = None,
+    patterns: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
     start: bool = True,
+    progress: Progress = silent,
 ) -> dict[str, Adapter]:
-    """Freeze the model, wrap the sites that the method's kind and ``targets`` choose, and return the adapters by site.
+    r"""Freeze the model, wrap the sites that the method's kind and ``targets`` choose, and return the adapters by site.
 
     Initial values depend on ``seed`` and the site's name alone, so not on the order of sites, on other adapters, or
-    on the number of processes. ``start=False`` leaves out what is computed from the weights, for adapters that are to
-    be overwritten.
+    on the number of processes.
+
+    Args:
+        model: the model, with or without other adapters.
+        method: its name, in any letter case, or an alias; a constraint may follow, as ``lora+mpc-o``.
+        settings: the method's own settings by name, where they differ from its defaults.
+        targets: which sites; see :func:`subspace.sites.find`.
+        patterns: settings for some sites, by a regular expression for their names, as ``{r"layers\.0\..*": {"r": 8}}``;
+            the last that matches counts.
+        seed: of the initial values.
+        start: False leaves out what is computed from the weights, for adapters that are to be overwritten.
+        progress: told how far the reading of the weights is.
 
     Raises:
-        UserError: an unknown method, setting or target.
+        UserError: an unknown method, setting or target, or a method that these weights cannot serve.
     """
-    cls = find_method(method)
-    config = settings if isinstance(settings, MethodConfig) else configure(cls, settings or {})
-    sites = find(model, cls.site, targets)  # type: ignore[arg-type]
+    cls, presets = resolve(method)
+    config = settings if isinstance(settings, MethodConfig) else configure(cls, {**presets, **(settings or {})})
+    found = find(model, cls.site_of(config), targets if targets is not None else cls.usual_targets(config))
+    unfit = {name: cls.unfit(config, site) for name, site in found.items()}
+    sites = {name: site for name, site in found.items() if unfit[name] is None}
+    if not sites:
+        first = next(iter(found))
+        raise UserError(
+            f"method {cls.name} fits none of the {len(found)} sites it was asked for: {first} {unfit[first]}"
+        )
+    configs = {name: cls.at(_patterned(config, name, patterns or {}), name) for name in sites}
+    checkpoints = {name: _checkpoint(model, cls, configs[name], name, site) for name, site in sites.items()}
+    for pattern in patterns or {}:
+        if not any(matching(pattern, name) for name in sites):
+            raise UserError(
+                f"the pattern {pattern!r} matches none of the {len(sites)} sites, first {next(iter(sites))}"
+            )
+
     kept = {id(parameter) for adapter in adapters(model).values() for parameter in adapter.trained().values()}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
-    created = {name: _build(cls, config, name, site, seed, start=start) for name, site in sites.items()}
+    created = {name: _build(cls, configs[name], name, site, seed) for name, site in sites.items()}
+    group = 1 + max((adapter.group for adapter in adapters(model).values()), default=-1)
     for name, adapter in created.items():
+        adapter.checkpoint = checkpoints[name]
+        adapter.group, adapter.num_siblings = group, len(created)
         model.set_submodule(name, adapter)
-        adapter.num_siblings = len(created)
         adapter.train(model.training)
+    for adapter in created.values():
+        adapter.attach(model)
+    _start(list(created.values()), progress, all_of_them=start)
     return created
+
+
+def _patterned(config: MethodConfig, name: str, patterns: Mapping[str, Mapping[str, Any]]) -> MethodConfig:
+    """Return the settings for one site."""
+    for pattern, changes in patterns.items():
+        if matching(pattern, name):
+            known = [field.name for field in dataclasses.fields(config)]
+            unknown = [key for key in changes if key not in known]
+            if unknown:
+                raise UserError(f"the pattern {pattern!r} sets '{unknown[0]}'. {nearest(unknown[0], known)}")
+            config = dataclasses.replace(config, **changes)
+    return config
+
+
+def _checkpoint(
+    model: Any, cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module
+) -> tuple[str, str] | None:
+    """Say where W is to be read, if not in the model; refuse a quantised one that cannot serve the method."""
+    kind = storage(site) if hasattr(site, "weight") else "plain"
+    if kind == "plain":
+        return None
+    if reason := cls.refusal(config, kind):
+        raise UserError(f"method {cls.name} was asked for on a model whose linears are {kind}: {reason}")
+    if cls.reads not in ("smallest", "late"):
+        return None
+    folder = str(getattr(model, "name_or_path", ""))
+    if folder and file_of(folder, f"{name}.weight"):
+        return folder, f"{name}.weight"
+    raise UserError(
+        f"method {cls.name} was asked for on a model whose linears are {kind}, but it reads W's small singular "
+        f"directions, which quantisation replaces by noise, and '{folder}' does not hold {name}.weight unquantised. "
+        "Open that checkpoint in full precision (`model.quantize: none`), or take pissa or lora"
+    )
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -53,12 +123,27 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
+def eject(model: nn.Module) -> None:
+    """Put the frozen modules back in the adapters' places: the model is what it was before ``inject``."""
+    for name, adapter in reversed(adapters(model).items()):  # an adapter may wrap a module that holds others
+        adapter.detach()
+        model.set_submodule(name, adapter.base)
+
+
 def groups(model: nn.Module) -> list[list[Adapter]]:
-    """Return the model's adapters by method and settings: those that share a schedule."""
-    found: dict[tuple[type[Adapter], MethodConfig], list[Adapter]] = {}
+    """Return the model's adapters by the injection that made them: those that share a schedule and a penalty."""
+    found: dict[int, list[Adapter]] = {}
     for adapter in adapters(model).values():
-        found.setdefault((type(adapter), adapter.config), []).append(adapter)
+        found.setdefault(adapter.group, []).append(adapter)
     return list(found.values())
+
+
+def regroup(model: nn.Module, group_of: Mapping[str, int]) -> None:
+    """Say which adapters, by site, share a schedule and a penalty."""
+    sizes = Counter(group_of.values())
+    for site, adapter in adapters(model).items():
+        if site in group_of:
+            adapter.group, adapter.num_siblings = group_of[site], sizes[group_of[site]]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -68,12 +153,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def roles(model: nn.Module) -> dict[str, str]:
     """Return the role of every trained tensor, by its name in the model."""
-    return {
+    of = {
         f"{site}.{name}": adapter.roles[name] for site, adapter in adapters(model).items() for name in adapter.trained()
     }
+    return {name: of[name] for name in trained_parameters(model)}  # of a tensor that two sites share, the first name
 
 
-def _build(cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module, seed: int, *, start: bool) -> Adapter:
+def _build(cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module, seed: int) -> Adapter:
     device = next(site.parameters()).device
     digest = hashlib.sha256(f"{seed} {name} {cls.name}".encode()).digest()
     # The global generator is borrowed, so that methods may use torch.nn.init as everywhere else.
@@ -81,11 +167,20 @@ def _build(cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module,
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
         adapter = cls(site, config)
     if device.type != "meta":
-        for tensor in adapter.own_tensors().values():
+        for tensor in (*adapter.own_tensors().values(), *adapter.buffers(recurse=False)):
             tensor.data = tensor.data.to(device)
-        if start and type(adapter).start is not Adapter.start:
-            adapter.start(full_weight(site))
-        with torch.no_grad():
-            for tensor in adapter.own_tensors().values():
-                from_main(tensor.data)
     return adapter
+
+
+def _start(created: Sequence[Adapter], progress: Progress, *, all_of_them: bool) -> None:
+    """Give the adapters what they take of their weights, each on one process, and all processes the same tensors."""
+    if not created or any(p.is_meta for p in created[0].parameters()):
+        return
+    if type(created[0]).start is not Adapter.start:
+        # What no file keeps has to be taken from W again, also where the rest will be overwritten.
+        wanted = [a for a in created if all_of_them or a._non_persistent_buffers_set]
+        visit(wanted, lambda adapter, W: adapter.start(W), progress)
+    elif all_of_them:
+        for adapter in created:
+            for tensor in adapter.own_tensors().values():
+                from_rank(tensor.data)

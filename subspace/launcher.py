@@ -2,8 +2,10 @@
 
 That launcher has four habits that a run cannot live with, so it is started inside a wrapper:
 
-- SIGTERM or SIGINT to its first process leaves the ranks running. The wrapper gives the launch a process group of its
-  own, passes signals on to all of it, and ends what is left of it afterwards.
+- SIGTERM or SIGINT to its first process leaves the ranks running, and the process below that ends them within 30
+  seconds. The wrapper gives the launch a process group of its own, passes signals on to the ranks alone, as SIGUSR1,
+  so that they can end when they are ready (:mod:`subspace.interruption`), and ends what is left afterwards. A second
+  signal ends all at once.
 - A launcher that is killed leaves the ranks running and ends with status 0. So status 0 counts only together with a
   marker that the run itself leaves at its end (:func:`mark_finished`).
 - Two launches take the same port. The wrapper picks a free one.
@@ -32,10 +34,10 @@ from pathlib import Path
 from types import FrameType
 
 from subspace.errors import UserError
+from subspace.interruption import STATUS_FILE, announce_rank, ranks_here
 from subspace.paths import REPOSITORY
 
-STATUS_FILE = "SUBSPACE_STATUS_FILE"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 #: Seconds that a rank other than the first waits before it reports a failure. The launcher looks every second.
 TURN = 5.0
 #: Seconds between asking a process group to end and ending it. The launcher gives its ranks 30.
@@ -56,6 +58,7 @@ def become_rank() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
     if not visible_devices():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    announce_rank()
     # DeepSpeed's calls of what torch renamed; every rank would print it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -66,14 +69,14 @@ def mark_finished() -> None:
         _write_status(0)
 
 
-def may_report(status: int) -> bool:
+def may_report(status: int, *, at_once: bool = True) -> bool:
     """Decide whether this rank is the one that tells the user about the failure it is about to end with.
 
-    Often every rank fails, from the same cause or because another did. The first rank speaks at once. Another waits its
-    turn, in which the launcher ends it if the first has spoken; until then it holds its connections, so that the first
-    does not fail of it.
+    Often every rank fails, from the same cause or because another did. The first rank speaks ``at_once``. Another waits
+    its turn, in which the launcher ends it if the first has spoken; until then it holds its connections, so that the
+    first does not fail of it.
     """
-    if under_launcher() and os.environ["RANK"] != "0":
+    if under_launcher() and (os.environ["RANK"] != "0" or not at_once):
         end = time.monotonic() + TURN
         while time.monotonic() < end:
             if _read_status(os.environ.get(STATUS_FILE)) is not None:
@@ -81,6 +84,12 @@ def may_report(status: int) -> bool:
             time.sleep(0.1)
     _write_status(status)
     return True
+
+
+def lost_another(error: BaseException) -> bool:
+    """Tell whether an error only says that another process is gone, in the words of gloo, NCCL and torch's store."""
+    words = ("by peer", "Broken pipe", "remote process exited", "Connection was likely closed", "Socket closed")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _write_status(status: int) -> None:
@@ -209,10 +218,17 @@ def _supervise(launch: Launch, status_file: Path) -> int:
     process: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        # On SIGTERM ranks and launcher end quietly; on SIGINT each would print a traceback. Twice means at once.
+        # SLURM warns with SIGUSR1 and ends with SIGTERM: the same wish. Twice means at once.
+        again = number in received
         received.append(number)
-        if process is not None:
-            _signal_group(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        if process is None:
+            return
+        if again or not (ranks := ranks_here(status_file)):
+            _signal_group(process.pid, signal.SIGKILL if again else signal.SIGTERM)
+            return
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
@@ -226,10 +242,10 @@ def _supervise(launch: Launch, status_file: Path) -> int:
             signal.signal(number, handler)
 
     said = _read_status(status_file)
-    if received:
-        return 128 + received[0]
     if said:
         return said
+    if received:
+        return 128 + received[0]
     if returned:
         return _explain(returned)
     if launch.marked and said is None:

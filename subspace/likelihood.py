@@ -1,16 +1,17 @@
 """Protocol ``likelihood``: each choice of an item is scored by the log-probability of its text after the context.
 
 The definition is lm-evaluation-harness's (0.4.13): ``acc`` takes the choice with the largest sum over its tokens,
-``acc_norm`` the largest sum divided by the choice's number of characters. What differs is how it is computed. The
-choices of an item mostly begin alike, so an item is read as one row, a tree of depth one: the common beginning once,
-then what each choice adds. A 4-d attention mask lets a choice see the beginning and itself, and its positions go on
-from the beginning's, so every token sees exactly what it would see if its choice stood alone. The output head runs
-only where a token is scored.
+``acc_norm`` the largest sum divided by the choice's number of characters, ``acc_bytes`` by its bytes. What differs is
+how it is computed. The choices of an item mostly begin alike, so an item is read as one row, a tree of depth one: the
+common beginning once, then what each choice adds. A 4-d attention mask lets a choice see the beginning and itself,
+and its positions go on from the beginning's, so every token sees exactly what it would see if its choice stood alone.
+The output head runs only where a token is scored.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from subspace.declarations import Item, Task
+from subspace.declarations import ITEM_FIELDS, Item, Task
 from subspace.encoding import encode_pairs
 from subspace.errors import UserError
 from subspace.results import digest
@@ -29,17 +30,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VERSION = "1"
+EXAMPLES_SEED = 1234  # the harness's
 
 
 class Likelihood:
     """The items of a task, ready to be scored by this protocol."""
 
     name = "likelihood"
+    writes = False
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        items: Sequence[Item],
+        *,
+        examples: Sequence[Sequence[Item]] = (),
+        by_bytes: bool = False,
+    ) -> None:
+        if not task.likelihood.metrics:
+            raise UserError(
+                f"protocol {self.name} was asked for {task.name}, which is not declared for it. "
+                "Use evaluate.protocol=llm-adapters, or add 'likelihood:' to its file"
+            )
         self.task, self.items = task, items
-        self.metrics = task.likelihood.metrics
+        self.metrics: tuple[str, ...] = (*task.likelihood.metrics, *(["acc_bytes"] if by_bytes else []))
+        self.num_examples = len(examples[0]) if examples else 0
         requests = [task.likelihood.requests(item) for item in items]
+        if examples:
+            begins = ["".join(map(self._example, several)) for several in examples]
+            requests = [
+                [(begin + context, choice) for context, choice in pairs]
+                for begin, pairs in zip(begins, requests, strict=True)
+            ]
+        self.requests = requests
         self.prompts = [digest(pairs) for pairs in requests]
         encoded = iter(encode_pairs(tokenizer, [pair for pairs in requests for pair in pairs]))
         choices = [list(islice(encoded, len(pairs))) for pairs in requests]
@@ -48,10 +73,7 @@ class Likelihood:
         window = config.max_position_embeddings
         longest = max(len(ids) for item in choices for ids, _ in item)
         self.truncated = sum(any(len(ids) > window + 1 for ids, _ in item) for item in choices)
-        # Sharing rests on a 4-d mask, which only these kernels take, and which takes the place of a sliding window.
-        sliding = getattr(config, "sliding_window", None)
-        share = config._attn_implementation in ("sdpa", "eager") and (sliding is None or longest <= sliding)
-        self.rows = [rows_of(item, window, share=share) for item in choices]
+        self.rows = [rows_of(item, window, share=reads_trees(config, longest)) for item in choices]
         # For each item how many rows it is in a batch, and how many tokens the longest of them has.
         self.sizes = [(len(rows), max(len(row.ids) for row in rows)) for rows in self.rows]
 
@@ -62,7 +84,12 @@ class Likelihood:
             "protocol": f"{self.name} {VERSION}",
             "template": digest([self.task.likelihood.context, self.task.likelihood.choice]),
             "decoding": "none: log-probabilities of the choices",
+            **({"examples": f"{self.num_examples} of train, seed {EXAMPLES_SEED}"} if self.num_examples else {}),
         }
+
+    def _example(self, item: Item) -> str:
+        """Return an item with its right answer, to stand before a question."""
+        return f"{''.join(self.task.likelihood.requests(item)[item['label']])}\n\n"
 
     def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
         """Score the items of these numbers together, in one forward pass; return the record of each."""
@@ -76,6 +103,9 @@ class Likelihood:
         # Without a character a choice cannot win by acc_norm: the harness divides by zero, which gives minus infinity.
         per_character = [score / n if n else -math.inf for score, n in zip(scores, characters, strict=True)]
         by_metric = {"acc": scores, "acc_norm": per_character}
+        if "acc_bytes" in self.metrics:
+            lengths = self.task.likelihood.normalizers(item, by_bytes=True)
+            by_metric["acc_bytes"] = [score / n if n else -math.inf for score, n in zip(scores, lengths, strict=True)]
         prediction = {metric: by_metric[metric].index(max(by_metric[metric])) for metric in self.metrics}
         return {
             "id": item["id"],
@@ -86,6 +116,41 @@ class Likelihood:
             "label": item["label"],
             "correct": {metric: choice == item["label"] for metric, choice in prediction.items()},
         }
+
+
+def draw_examples(
+    pool: Sequence[Item], items: Sequence[Item], positions: Sequence[int], count: int, *, own_test_split: bool
+) -> list[list[Item]]:
+    """Return the examples that the harness, in one process, puts before these items of a split.
+
+    Args:
+        pool: the items to draw from.
+        items: those that are asked.
+        positions: where each of them stands in its split.
+        count: how many examples each has.
+        own_test_split: whether the task has a test split with labels. Where it has none, the harness draws one example
+            more, leaves out what equals the item itself, and takes the first ``count``.
+    """
+    draw, more = random.Random(EXAMPLES_SEED), 0 if own_test_split else 1
+    drawn = [draw.sample(range(len(pool)), count + more) for _ in range(max(positions) + 1)]
+
+    def text(item: Item) -> list[Any]:
+        return [item[field] for field in ITEM_FIELDS if field != "id"]
+
+    found = []
+    for item, position in zip(items, positions, strict=True):
+        examples = [pool[number] for number in drawn[position]]
+        found.append([one for one in examples if own_test_split or text(one) != text(item)][:count])
+    return found
+
+
+def reads_trees(config: Any, longest: int) -> bool:
+    """Tell whether a model reads texts of up to ``longest`` tokens as trees.
+
+    That rests on a 4-d mask, which only these kernels take, and which takes the place of a sliding window.
+    """
+    sliding = getattr(config, "sliding_window", None)
+    return config._attn_implementation in ("sdpa", "eager") and (sliding is None or longest <= sliding)
 
 
 @dataclass(frozen=True)
@@ -156,8 +221,11 @@ def choice_scores(model: nn.Module, rows: Sequence[Row]) -> list[list[float]]:
         return torch.tensor([v + [fill] * (length - len(v)) for v in values], device=device)
 
     branches = padded("branches", -1)
-    trees = bool((branches > 1).any())
-    mask = _tree_mask(branches, model.config) if trees else (branches >= 0).long()
+    context: dict[str, Tensor] = {}
+    if (branches > 1).any():
+        context = {"attention_mask": _tree_mask(branches, model.config), "position_ids": padded("positions", 0)}
+    # Else every token sees all that stand before it, and no token sees the padding, which stands behind all: without a
+    # mask the attention kernels leave out what is not seen, half of it.
 
     # For each scored token: the choice it belongs to, where in the flattened batch it is predicted, and what it is.
     scored = [
@@ -171,11 +239,11 @@ def choice_scores(model: nn.Module, rows: Sequence[Row]) -> list[list[float]]:
     places, place = torch.unique(read, return_inverse=True)
 
     with head_at(model, places):
-        logits = model(
-            input_ids=padded("ids", 0), attention_mask=mask, position_ids=padded("positions", 0), use_cache=False
-        ).logits[0]
-    logits = logits.float()
-    log_probabilities = logits[place, target] - logits.logsumexp(-1)[place]
+        logits = model(input_ids=padded("ids", 0), use_cache=False, **context).logits[0]
+    # A few rows at a time stay in a CPU's caches.
+    several = logits.split(8 if device.type == "cpu" else 1024)
+    normalizers = torch.cat([some.float().logsumexp(-1) for some in several])
+    log_probabilities = logits[place, target].float() - normalizers[place]
 
     sums = torch.zeros(sum(len(row.targets) for row in rows), dtype=torch.float64, device=device)
     flat = iter(sums.index_add_(0, choice, log_probabilities.double()).tolist())

@@ -13,3 +13,28 @@ def orthogonality_gap(*factors: Tensor) -> Tensor:
     """
     gaps = [torch.linalg.matrix_norm(A @ A.T - torch.eye(len(A), dtype=A.dtype, device=A.device)) for A in factors]
     return torch.stack(gaps).mean()
+
+
+def off_diagonal(matrix: Tensor) -> Tensor:
+    """Return a square matrix with zeros on its diagonal."""
+    return matrix - torch.diag(matrix.diagonal())
+
+
+def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """Return ``y + scale h B^T`` in one pass over y; y ``(..., out)``, h ``(..., r)``, B ``(out, r)``."""
+    out = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.T, alpha=scale)
+    return out.view(y.shape)
+
+
+def spectral_entropy(E: Tensor) -> float:
+    r"""Return :math:`-\sum_j p_j \log p_j / \log r` for :math:`p = E^2 / \sum E^2`: 0 for one value, 1 for equal ones.
+
+    E ``(r,)`` all zero counts as equal.
+    """
+    total = E.double().square().sum()
+    if len(E) == 1:
+        return 0.0
+    if total == 0:
+        return 1.0
+    p = E.double().square() / total
+    return float(torch.special.entr(p).sum() / torch.log(torch.tensor(float(len(E)))))

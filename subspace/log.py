@@ -14,29 +14,46 @@ from typing import Any, Self
 import torch
 
 from subspace import progress
+from subspace.checkpoint import UNFINISHED, flush, write_checked
 from subspace.distributed import is_main
 from subspace.errors import UserError, nearest
+from subspace.host_memory import resident_memory
 
 TRACKERS = ("tensorboard", "wandb")
+LOG = "log.jsonl"
 
 
 def peak_memory() -> int:
     """Return the most bytes this process has held: on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Recorder:
-    """Records a run's steps. On ranks other than the first it is silent."""
+    """Records a run's steps. On ranks other than the first it is silent.
+
+    A run that goes on has ``done`` steps behind it, which took ``seconds``: the log continues after them.
+    """
 
     def __init__(
-        self, folder: Path, steps: int, *, every: int, trackers: Sequence[str] = (), config: Any = None
+        self,
+        folder: Path,
+        steps: int,
+        *,
+        every: int,
+        trackers: Sequence[str] = (),
+        config: Any = None,
+        done: int = 0,
+        seconds: float = 0.0,
     ) -> None:
         self.folder, self.steps, self.every = folder, steps, every
+        self.done, self.earlier = done, seconds
         self.tokens = self.all_tokens = 0
         self.began = self.last = time.perf_counter()
         self.active = is_main()
+        if self.active:
+            keep_lines(folder / LOG, done)
         self.bar = progress.shown("training", steps, "steps") if self.active else progress.silent("training")
         self.at: progress.At
         self.trackers: list[Any] = []
@@ -44,7 +61,7 @@ class Recorder:
             if name not in TRACKERS:
                 raise UserError(f"train.trackers names '{name}'. {nearest(name, TRACKERS)}")
             if self.active:
-                self.trackers.append(_tracker(name, folder, config))
+                self.trackers.append(_tracker(name, folder, config, done))
 
     def __enter__(self) -> Self:
         self.at = self.bar.__enter__()
@@ -74,11 +91,21 @@ class Recorder:
                 "learning_rate": learning_rate,
                 "gradient_norm": None if norm is None else float(norm),
                 "tokens_per_second": self.tokens / (now - self.last),
-                "seconds": now - self.began,
+                "seconds": self.seconds(),
+                "processor_seconds": time.process_time(),
                 "peak_memory": peak_memory(),
             }
             self.tokens, self.last = 0, now
             self._write(line)
+
+    def seconds(self) -> float:
+        """Return how long the run has trained."""
+        return self.earlier + time.perf_counter() - self.began
+
+    def flush(self) -> None:
+        """Bring the log to the disk, before a checkpoint that it belongs to."""
+        if self.active and (log := self.folder / LOG).exists():
+            flush(log)
 
     def validation(self, step: int, loss: float) -> None:
         """Record the loss on the held-out rows."""
@@ -92,17 +119,17 @@ class Recorder:
             print(text, file=sys.stderr, flush=True)
 
     def _write(self, line: dict[str, Any]) -> None:
-        with (self.folder / "log.jsonl").open("a") as file:
+        with (self.folder / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
         for tracker in self.trackers:
             tracker.write(line)
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
 
     def write(self, line: dict[str, Any]) -> None:
         for key, value in line.items():
@@ -130,5 +157,22 @@ class _Wandb:
         self.run.finish()
 
 
-def _tracker(name: str, folder: Path, config: Any) -> Any:
-    return _TensorBoard(folder) if name == "tensorboard" else _Wandb(folder, config)
+def keep_lines(log: Path, done: int) -> None:
+    """Drop from a log what is after the step ``done``, which will come again, and a line that was never finished."""
+    if not log.exists():
+        return
+    kept = []
+    for text in log.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line["step"] <= done:
+            kept.append(text)
+    partial = log.with_suffix(UNFINISHED)
+    write_checked(partial, "".join(f"{text}\n" for text in kept).encode())
+    partial.replace(log)
+
+
+def _tracker(name: str, folder: Path, config: Any, done: int) -> Any:
+    return _TensorBoard(folder, done) if name == "tensorboard" else _Wandb(folder, config)

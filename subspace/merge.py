@@ -1,6 +1,6 @@
 """Fold adapters into the weights that they wrap: in memory, and as a plain HF folder that is proved before it exists.
 
-A method is merged by its own equation: W becomes ``adapter.weight(W)`` and the bias ``adapter.bias(b)``, in float32.
+A method is merged by its own equation, in float32: ``adapter.merged()`` tells what replaces the frozen tensors.
 A folder is put in place only after its model gave the same logits as the unmerged one.
 """
 
@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from subspace.adapter_file import load_adapter
-from subspace.base import full_weight, storage
+from subspace.base import storage
 from subspace.errors import UserError
 from subspace.inject import adapters
-from subspace.method import Adapter, LinearAdapter
+from subspace.method import Adapter
 from subspace.model import ModelConfig, open_model, open_tokenizer
 from subspace.model_files import quiet
 from subspace.sites import names_of
@@ -42,9 +42,15 @@ PROBE = (
 class Replaced:
     """What a merge took out of the model at one site."""
 
-    adapter: LinearAdapter
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    adapter: Adapter
+    held: dict[str, nn.Parameter | None]  # the module's own parameters, by their names in it
+
+    def changes(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+        """Tell the name, the frozen value, None for what the merge created, and the merged one of each tensor."""
+        for name, held in self.held.items():
+            merged = getattr(self.adapter.base, name)
+            if merged is not None:
+                yield name, self.adapter.aside.get(name, held), merged
 
 
 def merge(model: nn.Module) -> None:
@@ -60,19 +66,23 @@ def merge(model: nn.Module) -> None:
     for site, adapter in found.items():
         _check_mergeable(site, adapter)
 
-    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     replaced: dict[str, Replaced] = {}
+    shared: dict[nn.Parameter, nn.Parameter] = {}
     for site, adapter in found.items():
-        assert isinstance(adapter, LinearAdapter)
         layer: Any = adapter.base
-        replaced[site] = Replaced(adapter, layer.weight, layer.bias)
-        W, b = _merged(adapter)
-        if users[id(layer.weight)] > 1:  # the head of a model with tied embeddings, which must keep theirs
-            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-        # New parameters, not new values: the old ones are kept as they are, bit for bit, and may be shared.
-        layer.weight = _frozen(W, like=layer.weight)
-        layer.bias = None if b is None else _frozen(b, like=layer.weight)
+        merged = _merged(adapter)
+        held = {name: getattr(layer, name) for name in merged}
+        replaced[site] = Replaced(adapter, held)
+        for name, value in merged.items():
+            like = adapter.aside.get(name, held[name])
+            # New parameters, not new values: the old ones are kept as they are, bit for bit, and may be shared.
+            new = None if value is None else _frozen(value, like=held["weight"] if like is None else like)
+            if new is not None and isinstance(value, nn.Parameter):  # a trained tensor itself: other sites may have it
+                new = shared.setdefault(value, new)
+            setattr(layer, name, new)
         model.set_submodule(site, layer)
+    if model.config.tie_word_embeddings and not _shares(model):  # type: ignore[union-attr]
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     model.merged = replaced  # type: ignore[assignment]
 
 
@@ -85,10 +95,10 @@ def unmerge(model: nn.Module) -> None:
         raise UserError("cannot unmerge: adapters were injected after the merge. Merge those first, or save them")
     for site, old in replaced.items():
         layer: Any = old.adapter.base
-        layer.weight, layer.bias = old.weight, old.bias
+        for name, held in old.held.items():
+            setattr(layer, name, held)
         model.set_submodule(site, old.adapter)
-    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    if any(users[id(old.weight)] > 1 for old in replaced.values()):
+    if _shares(model):
         model.config.tie_word_embeddings = True  # type: ignore[union-attr]
     del model.merged
 
@@ -195,19 +205,25 @@ def merged_folder(
     return report
 
 
+def _shares(model: nn.Module) -> bool:
+    """Tell whether modules share a parameter, as embedding and head of a model that ties them do."""
+    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    return any(count > 1 for count in users.values())
+
+
 def _check_mergeable(site: str, adapter: Adapter) -> None:
-    if not adapter.mergeable or not isinstance(adapter, LinearAdapter):
+    if not adapter.mergeable:
         raise UserError(
             f"cannot merge {adapter.name}: what it does at {site} is not what a linear layer can do. "
             "Evaluate it unmerged: `subspace evaluate RUN` needs no merged model"
         )
     layer: Any = adapter.base
-    if storage(layer) != "plain":
+    if hasattr(layer, "weight") and storage(layer) != "plain":
         raise UserError(
             f"cannot merge {adapter.name} into the {storage(layer)} layer {site}: the result would be rounded to "
             f"{storage(layer)} again. Open the base with `quantize: none`, as `subspace merge RUN --out DIR` does"
         )
-    if is_sharded(layer.weight):
+    if any(is_sharded(parameter) for parameter in (*layer.parameters(), *adapter.trained().values())):
         raise UserError(
             f"cannot merge {adapter.name} at {site}: ZeRO-3 holds the weights in parts. Save the adapter and merge the "
             "file: `subspace merge RUN --out DIR`"
@@ -215,15 +231,14 @@ def _check_mergeable(site: str, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def _merged(adapter: LinearAdapter) -> tuple[Tensor, Tensor | None]:
-    """Return the weight and the bias that replace the frozen ones, in float32."""
+def _merged(adapter: Adapter) -> dict[str, Tensor | None]:
+    """Return the tensors that replace the frozen ones, in float32."""
     own = adapter.own_tensors().values()
     kept = [tensor.data for tensor in own]
-    bias = adapter.base_bias()
     try:
         for tensor in own:  # an engine may have made them bfloat16
             tensor.data = tensor.data.float()
-        return adapter.weight(full_weight(adapter.base)), adapter.bias(None if bias is None else bias.float())
+        return adapter.merged()
     finally:
         for tensor, data in zip(own, kept, strict=True):
             tensor.data = data
@@ -254,10 +269,11 @@ def _sizes(model: Any, dtype: torch.dtype) -> tuple[float, float]:
     """Return the relative size of the update, and the share of it that rounding to ``dtype`` takes, over all layers."""
     before = update = lost = 0.0
     for old in model.merged.values():
-        W, merged = old.weight, old.adapter.base.weight
-        before += float(W.double().square().sum())
-        update += float((merged.double() - W.double()).square().sum())
-        lost += float((merged.to(dtype).double() - merged.double()).square().sum())
+        for _, frozen, merged in old.changes():
+            W = torch.zeros_like(merged) if frozen is None else frozen.to(merged.device)
+            before += float(W.double().square().sum())
+            update += float((merged.double() - W.double()).square().sum())
+            lost += float((merged.to(dtype).double() - merged.double()).square().sum())
     return (update / before) ** 0.5, (lost / update) ** 0.5 if update else 0.0
 
 
@@ -268,7 +284,11 @@ def _make_room_for_biases(model: Any) -> None:
     """
     from transformers import AutoModelForCausalLM
 
-    created = [site for site, old in model.merged.items() if old.bias is None and old.adapter.base.bias is not None]
+    created = [
+        site
+        for site, old in model.merged.items()
+        if any(name == "bias" and frozen is None for name, frozen, _ in old.changes())
+    ]
     if not created:
         return
     attention = names_of(model).attention

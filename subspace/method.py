@@ -1,8 +1,9 @@
 """What a method is: the contract that every file in ``subspace/methods`` fulfils, and the register of them.
 
 A method is an ``nn.Module`` that takes the place of a frozen module of the model and keeps it as its child ``base``.
-There are three kinds, by what they wrap: a linear layer (:class:`LinearAdapter`, the one most methods are), the
-linear layer that ends a sub-layer (:class:`SublayerAdapter`), and a whole attention (:class:`AttentionAdapter`).
+There are several kinds, by what they wrap: a linear layer (:class:`LinearAdapter`, the one most methods are), the
+linear layer that ends a sub-layer (:class:`SublayerAdapter`), a whole attention or the token embedding
+(``virtual_tokens``). What the other families share lies in ``lowrank``, ``spectrum`` and ``bottleneck``.
 
 A method declares its tensors in ``__init__``; nothing is created later. What its start needs of W, it takes in
 :meth:`Adapter.start`. What changes with the optimizer's steps, it does in :meth:`Adapter.before_step` and
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.base import frozen_weight
+from subspace.base import frozen_weight, full_weight
 from subspace.errors import UserError, nearest
 from subspace.settings import Settings
 
@@ -32,9 +33,20 @@ ROLES = {
     "scale": "multiplies what is there; starts at one or at a norm",
     "bias": "is added as it is",
     "prompt": "virtual tokens, keys or values",
+    "weight": "a matrix of the model itself",
 }
-SITES = ("linear", "sublayer", "attention")
-FAMILIES = ("reconstruction", "extension", "combination")
+SITES = ("linear", "sublayer", "attention", "mlp", "embedding", "module")
+FAMILIES = ("reconstruction", "extension", "combination", "reference")
+READS = {
+    "nothing": "W only to merge",
+    "row norms": "the lengths of W's rows, once",
+    "largest": "W's largest singular vectors, once; those of a quantised W will do",
+    "smallest": "W's smallest singular vectors, once, from the unquantised checkpoint",
+    "spectrum": "all singular vectors of W, once",
+    "late": "all singular vectors of W at one step of the run, from the unquantised checkpoint",
+    "values": "the values of W in every pass",
+    "rows": "some rows of the embedding, once",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +68,17 @@ class Clock:
 
 
 class Access(Protocol):
-    """How a schedule reads and changes trained tensors, whatever holds them. Collective over ranks."""
+    """How a schedule reads and changes trained tensors, whatever holds them. Collective over ranks.
+
+    ``forget`` clears what the optimizer remembers of the values where ``where`` is true. ``visit`` calls ``look`` with
+    each adapter and its frozen W, float32, on one process each, and gives all of them the buffers that this changed.
+    """
 
     def grad(self, parameter: nn.Parameter) -> Tensor: ...
     def value(self, parameter: nn.Parameter) -> Tensor: ...
     def write(self, parameter: nn.Parameter, value: Tensor) -> None: ...
+    def forget(self, parameter: nn.Parameter, where: Tensor) -> None: ...
+    def visit(self, adapters: Sequence[Any], look: Callable[[Any, Tensor], None]) -> None: ...
 
 
 class Adapter(nn.Module):
@@ -71,13 +89,23 @@ class Adapter(nn.Module):
     family: ClassVar[str]
     trains: ClassVar[str]
     site: ClassVar[str]
-    aliases: ClassVar[tuple[str, ...]] = ()
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: Each trained tensor's role: it decides weight decay and LoRA+'s learning rate.
     roles: ClassVar[Mapping[str, str]]
-    mergeable: ClassVar[bool] = True
-    #: Whether the model computes the same before the first step as without the adapter.
+    #: Whether what it does at a site can be folded into the layer; an instance may know better.
+    mergeable: bool = True
+    #: Whether the model computes the same before the first step as without the adapter, and up to which part.
     starts_as_frozen: ClassVar[bool] = True
+    start_error: ClassVar[float] = 0.0
+    #: What it reads of W, a key of READS.
+    reads: ClassVar[str] = "nothing"
+    #: The setting that makes the method larger or smaller, if it has one.
+    dial: ClassVar[str | None] = None
+    #: Trained tensors whose first gradient comes with a later step of a schedule.
+    moves_late: ClassVar[frozenset[str]] = frozenset()
 
+    #: Frozen parameters of the base that the adapter holds in its place, by their names there.
+    aside: Mapping[str, nn.Parameter] = {}
     base: Any  # the frozen module, of whatever class the model or bitsandbytes made it
     config: Any  # an instance of the method's own Config
 
@@ -85,18 +113,63 @@ class Adapter(nn.Module):
         super().__init__()
         self.base = base
         self.config = config
-        self.num_siblings = 1  # adapters of this method in the model, itself included; set by inject
+        self.group = 0  # which injection made it, and so whose schedule it follows; set by inject
+        self.num_siblings = 1  # adapters of that injection, itself included; set by inject
         #: What a schedule remembers from step to step. Saved with checkpoints; no buffer, because engines cast those.
         self.history: dict[str, Tensor] = {}
+        #: The model's folder and W's name in it, where W is to be read there because the model holds it quantised.
+        self.checkpoint: tuple[str, str] | None = None
+        #: What was computed from the trained tensors' present values. None where nobody promises to clear it when they
+        #: move; the training loop does.
+        self.kept: dict[Any, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
         if type(self).penalty is not Adapter.penalty:
             self.register_forward_hook(_charge_penalty)
 
-    def start(self, W: Tensor) -> None:
-        """Set initial values that depend on the frozen W, ``(out, in)``, float32. Called once; default: nothing."""
+    def attach(self, model: nn.Module) -> None:
+        """Take hold of the model round the site, where the site alone is not enough. Default: nothing."""
 
-    def penalty(self) -> Tensor:
-        """Return this adapter's share of a term to add to the loss. Default: none is added."""
+    def detach(self) -> None:
+        """Let go of the model again, before the frozen module takes its place back. Default: nothing."""
+
+    @classmethod
+    def site_of(cls, config: Any) -> str:
+        """Return the kind of site that these settings ask for."""
+        return cls.site
+
+    @classmethod
+    def usual_targets(cls, config: Any) -> Sequence[str] | None:
+        """Return the targets where a user names none; None for those of the site's kind."""
+        return None
+
+    @classmethod
+    def refusal(cls, config: Any, storage: str) -> str | None:
+        """Say why these settings make no sense for a W that is stored as ``4bit`` or ``int8``, and what does."""
+        return None
+
+    @classmethod
+    def unfit(cls, config: Any, site: nn.Module) -> str | None:
+        """Say why a site that was found is left alone, and what would make it fit; None where it fits."""
+        return None
+
+    @classmethod
+    def at(cls, config: Any, name: str) -> Any:
+        """Return the settings for the site of this name, where they depend on it."""
+        return config
+
+    def start(self, W: Tensor) -> None:
+        """Set initial values that depend on the frozen W, ``(out, in)``, float32; called once. Default: nothing.
+
+        One process calls it for each adapter; the others get its tensors.
+        """
+
+    def merged(self) -> dict[str, Tensor | None]:
+        """Return the tensors that, in place of the base's of these names, make it compute what the adapter does."""
         raise NotImplementedError
+
+    def penalty(self) -> Tensor | None:
+        """Return this adapter's share of a term to add to the loss. Default: none is added."""
+        return None
 
     @classmethod
     def before_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
@@ -119,10 +192,26 @@ class Adapter(nn.Module):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return this adapter's trained tensors by their names in the class."""
-        return dict(self.named_parameters(recurse=False))
+        return {name: p for name, p in self.named_parameters(recurse=False) if name in self.roles}
+
+    def keep(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what ``compute`` gives for the trained tensors' present values, from memory where that is safe."""
+        kept = self.kept
+        if kept is None and not any(p.requires_grad for p in self.trained().values()):
+            kept = self.kept = {}  # a loaded adapter that nobody trains
+        if kept is None:
+            return compute()
+        if key not in kept:
+            kept[key] = compute()
+        return kept[key]
 
     def extra_repr(self) -> str:
         return str(self.config)
+
+
+def _forget(adapter: nn.Module, keys: Any) -> None:
+    if adapter.kept:
+        adapter.kept.clear()  # type: ignore[operator, union-attr]
 
 
 class LinearAdapter(Adapter):
@@ -142,6 +231,15 @@ class LinearAdapter(Adapter):
     def bias(self, b: Tensor | None) -> Tensor | None:
         """Return the bias that replaces b; both ``(out,)`` or None."""
         return b
+
+    def to_lora(self) -> tuple[Tensor, Tensor] | None:
+        """Return ``A (q, in)`` and ``B (out, q)`` with ``W' = W + B A`` where the update is exactly that, else None."""
+        return None
+
+    def merged(self) -> dict[str, Tensor | None]:
+        W, b = full_weight(self.base), self.base_bias()
+        assert W is not None
+        return {"weight": self.weight(W), "bias": self.bias(None if b is None else b.float())}
 
     def base_bias(self) -> Tensor | None:
         """Return the frozen bias, ``(out,)``, or None."""
@@ -178,73 +276,6 @@ class SublayerAdapter(Adapter):
         super().__init__(base, config)
         self.in_features: int = self.base.in_features
         self.out_features: int = self.base.out_features
-
-
-class AttentionAdapter(Adapter):
-    """A method that lets every query of an attention see further keys and values, from :meth:`prefix`.
-
-    The keys join after the rotary embedding, so they carry none, and real tokens keep their positions. It works with
-    any decoder of transformers that hands its keys to ``past_key_values.update`` and masks with a 4-d mask (``sdpa``
-    and ``eager``), with gradient checkpointing and with a key-value cache.
-    """
-
-    site = "attention"
-    mergeable = False
-    starts_as_frozen = False
-
-    def __init__(self, base: nn.Module, config: Any) -> None:
-        super().__init__(base, config)
-        kind = self.base.config._attn_implementation
-        if kind not in ("sdpa", "eager"):
-            raise UserError(
-                f"method {self.name} was asked for with `attention: {kind}`, which cannot show a prefix to every "
-                "query. Set `model.attention: sdpa`"
-            )
-        self.num_kv_heads: int = self.base.config.num_key_value_heads
-        self.head_dim: int = self.base.head_dim
-
-    def prefix(self) -> tuple[Tensor, Tensor]:
-        """Return the keys and the values that precede the real ones, each ``(kv_heads, n, head_dim)``."""
-        raise NotImplementedError
-
-    def forward(self, hidden_states: Tensor, **context: Any) -> Any:
-        """Run the frozen attention, whose mask and key-value cache are in ``context``, with the prefix in front."""
-        cache = _PrefixedKeys(context.get("past_key_values"), *self.prefix())
-        mask = context.get("attention_mask")
-        if mask is None:
-            mask = _causal_mask(hidden_states, context.get("past_key_values"), self.base.layer_idx)
-        # A boolean mask marks what is seen; a float mask is added to the logits.
-        seen = True if mask.dtype == torch.bool else 0.0
-        mask = F.pad(mask, (cache.num_tokens, 0), value=seen)
-        return self.base(hidden_states, **{**context, "past_key_values": cache, "attention_mask": mask})
-
-
-class _PrefixedKeys:
-    """Stands where an attention expects a key-value cache, and answers with the prefix in front of what that holds."""
-
-    def __init__(self, cache: Any, keys: Tensor, values: Tensor) -> None:
-        self.cache, self.keys, self.values = cache, keys, values
-        self.num_tokens = keys.shape[-2]
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.cache is not None:
-            keys, values = self.cache.update(keys, values, layer, *args, **kwargs)
-        rows = keys.shape[0]
-        return (
-            torch.cat([self.keys.to(keys.dtype).expand(rows, -1, -1, -1), keys], dim=-2),
-            torch.cat([self.values.to(values.dtype).expand(rows, -1, -1, -1), values], dim=-2),
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
-
-
-def _causal_mask(hidden_states: Tensor, cache: Any, layer: int) -> Tensor:
-    """Return the boolean mask, ``(1, 1, queries, keys)``, that transformers leaves out where a kernel implies it."""
-    queries = hidden_states.shape[1]
-    past = cache.get_seq_length(layer) if cache is not None else 0
-    ones = torch.ones(queries, past + queries, dtype=torch.bool, device=hidden_states.device)
-    return ones.tril(diagonal=past)[None, None]
 
 
 # A penalty is charged where the adapter runs, because only there does ZeRO-3 hold its tensors whole, and once per
@@ -289,24 +320,35 @@ def _charge_penalty(adapter: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     if not (adapter.training and torch.is_grad_enabled()):
         return output
     assert isinstance(adapter, Adapter)
-    charged: Tensor = _Charge.apply(output, adapter.penalty())  # type: ignore[no-untyped-call]
+    penalty = adapter.penalty()
+    if penalty is None:
+        return output
+    charged: Tensor = _Charge.apply(output, penalty)  # type: ignore[no-untyped-call]
     return charged
 
 
 _register: dict[str, type[Adapter]] = {}
 _Class = TypeVar("_Class", bound=type[Adapter])
+Presets = Mapping[str, Any]
+
+#: The paper's matrix pattern constraints, by the word that follows a method's name: ``lora+mpc-o``.
+CONSTRAINTS: dict[str, Presets] = {f"mpc-{letter}": {"mpc": letter} for letter in "odn"}
 
 
-def register(name: str, *, family: str, trains: str, aliases: Sequence[str] = ()) -> Callable[[_Class], _Class]:
+def register(
+    name: str, *, family: str, trains: str, aliases: Mapping[str, Presets] | None = None
+) -> Callable[[_Class], _Class]:
     """Enter a method's class into the register.
 
     ``trains`` is the number of trained values at one site as an expression over the method's settings and ``n_in``,
-    ``n_out`` (the layer's features) or ``n_kv`` (key-value heads times head dimension, at an attention).
+    ``n_out`` (the layer's features; of an embedding, its rows and its width), ``n_kv`` (key-value heads times head
+    dimension, at an attention) or ``n_values`` (those of the module itself). An alias may stand for settings:
+    ``aliases={"rslora": {"rslora": True}}``.
     """
     assert family in FAMILIES, family
 
     def enter(cls: _Class) -> _Class:
-        cls.name, cls.family, cls.trains, cls.aliases = name, family, trains, tuple(aliases)
+        cls.name, cls.family, cls.trains, cls.aliases = name, family, trains, aliases or {}
         _register[name] = cls
         return cls
 
@@ -322,14 +364,32 @@ def methods() -> dict[str, type[Adapter]]:
     return dict(sorted(_register.items()))
 
 
-def find_method(name: str) -> type[Adapter]:
-    """Return the method of this name or alias, in any letter case and with ``_`` for ``-``."""
+def resolve(name: str) -> tuple[type[Adapter], Presets]:
+    """Return the method of this name or alias, and the settings that the alias, or a constraint behind it, stands for.
+
+    Letter case is free, and ``_`` stands for ``-``: ``LoRA+MPC_o`` is LoRA with ``mpc: o``.
+    """
     known = methods()
-    by_alias = {alias.casefold(): cls for cls in known.values() for alias in (cls.name, *cls.aliases)}
-    try:
-        return by_alias[name.casefold().replace("_", "-")]
-    except KeyError:
-        raise UserError(f"no method is called '{name}'. {nearest(name, known)}") from None
+    by_name: dict[str, tuple[type[Adapter], Presets]] = {name: (cls, {}) for name, cls in known.items()}
+    for cls in known.values():
+        by_name |= {alias: (cls, presets) for alias, presets in cls.aliases.items()}
+    word, plus, constraint = name.casefold().replace("_", "-").partition("+")
+    if word not in by_name:
+        raise UserError(f"no method is called '{name}'. {nearest(word, by_name)}")
+    cls, presets = by_name[word]
+    if not plus:
+        return cls, presets
+    if constraint not in CONSTRAINTS:
+        raise UserError(f"'{name}' asks for a constraint '{constraint}'. {nearest(constraint, CONSTRAINTS)}")
+    if "mpc" not in cls.Config.__dataclass_fields__:
+        able = [other.name for other in known.values() if "mpc" in other.Config.__dataclass_fields__]
+        raise UserError(f"'{name}': {constraint} constrains two factors, which {cls.name} has not. {nearest('', able)}")
+    return cls, {**presets, **CONSTRAINTS[constraint]}
+
+
+def find_method(name: str) -> type[Adapter]:
+    """Return the method of this name or alias, without the settings that an alias stands for."""
+    return resolve(name)[0]
 
 
 def configure(cls: type[Adapter], settings: Mapping[str, Any]) -> MethodConfig:

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from subspace.errors import UserError
+from subspace import declarations
+from subspace.base import held_bytes, let_int8_spread
+from subspace.errors import UserError, nearest
 from subspace.model_files import ModelFiles, explained, quiet
 from subspace.prepare import model_folder
 from subspace.settings import Settings, setting
+from subspace.shards import tensor_by_tensor
 from subspace.zero import full_shape, is_sharded
 
 if TYPE_CHECKING:
@@ -76,8 +79,15 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
     # Whether to spread is read from a global, which an earlier model may have set. It is a weak reference, and
     # generate() reads it again, so the model keeps its object alive.
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-    spread = None if zero3 is None or quantization else HfDeepSpeedConfig(zero3)  # type: ignore[no-untyped-call]
-    with explained(f"cannot open model {config.path!r} with {config}"), quiet():
+    spread = None
+    if zero3 is not None and not quantization:
+        # Weights that spread as they load take their dtype from here; without the section, float32.
+        as_asked = {"bf16": {"enabled": config.dtype == "bfloat16"}}
+        spread = HfDeepSpeedConfig({**zero3, **as_asked})  # type: ignore[no-untyped-call]
+    reading = tensor_by_tensor(
+        keep=None if spread or quantization else getattr(torch, config.dtype), later=spread is not None
+    )
+    with explained(f"cannot open model {config.path!r} with {config}"), quiet(), reading:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder,
             gguf_file=files.gguf,
@@ -110,6 +120,8 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
     _keep_as_stored(model)
+    if zero3 is not None:
+        let_int8_spread(model)
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -119,13 +131,58 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
 
 
 def open_shape(config: ModelConfig) -> PreTrainedModel:
-    """Open the model without its weights, on the meta device: for counting."""
-    from transformers import AutoModelForCausalLM
+    """Open the model without its weights, on the meta device, to count and to plan in. Frozen linears are as asked for.
 
-    architecture = _find(config).architecture(trust_remote_code=config.trust_remote_code)
+    For the architectures of ``data/shapes.yaml``, by their names or their checkpoints', no file is needed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shapes = declared_shapes()
+    if config.path in shapes and not Path(config.path).exists():
+        architecture: Any = AutoConfig.for_model(**shapes[config.path].config)
+    else:
+        try:
+            architecture = _find(config).architecture(trust_remote_code=config.trust_remote_code)
+        except UserError as error:
+            raise UserError(f"{error}. Without files: {nearest(config.path, shapes)}") from None
     with torch.device("meta"), explained(f"cannot open model {config.path!r}"), quiet():
-        shape: PreTrainedModel = AutoModelForCausalLM.from_config(architecture)  # type: ignore[no-untyped-call]
-    return shape
+        shape: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
+        if config.quantize != "none":
+            _quantise_shape(shape, config)
+    shape.requires_grad_(False)
+    if config.gradient_checkpointing:
+        shape.activation_checkpointing_enable({"use_reentrant": False})
+    opened: PreTrainedModel = shape
+    return opened
+
+
+def _quantise_shape(shape: Any, config: ModelConfig) -> None:
+    """Put bitsandbytes' linears where loading would put them."""
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Int8Params, Params4bit  # type: ignore[attr-defined]
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(_bitsandbytes(config), pre_quantized=False)
+    quantizer.preprocess_model(model=shape, device_map={"": "meta"})
+    kind, double = config.quantize, config.double_quant
+    for layer in shape.modules():
+        if type(layer).__name__ == "Linear8bitLt":
+            scales, values = torch.empty(layer.out_features), torch.empty(layer.weight.shape, dtype=torch.int8)
+            layer.weight = Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
+        elif type(layer).__name__ == "Linear4bit":
+            packed, state = quantize_4bit(layer.weight.data, blocksize=64, quant_type=kind, compress_statistics=double)
+            layer.weight = Params4bit(
+                packed, False, state, 64, compress_statistics=double, quant_type=kind, bnb_quantized=True
+            )
+    _keep_as_stored(shape)
+
+
+def declared_shapes() -> dict[str, declarations.Shape]:
+    """Return the declared architectures by their names and their checkpoints'."""
+    shapes = declarations.shapes()
+    return {**{path: shape for shape in shapes.values() for path in shape.checkpoints}, **shapes}
 
 
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -189,7 +246,7 @@ def describe(model: PreTrainedModel, config: ModelConfig) -> Opened:
         quantize=config.quantize,
         attention=config.attention,
         parameters=sum(_count(parameter) for parameter in parameters),
-        bytes=sum(_bytes(tensor) for tensor in (*parameters, *model.buffers())),
+        bytes=held_bytes(model),
         device=str(device()),
         sharded=any(is_sharded(parameter) for parameter in parameters),
     )
@@ -216,22 +273,21 @@ def _quantization(config: ModelConfig, files: ModelFiles, *, sharded: bool) -> A
         )
     if config.quantize == "none":
         return None
-    if config.quantize == "int8" and sharded:
-        raise UserError(
-            "`quantize: int8` with ZeRO-3 would keep the whole int8 model on every process. "
-            "Use `quantize: nf4` with ZeRO-3, or int8 with ZeRO-2"
-        )
+    with explained(f"cannot quantise model {config.path!r} with {config}"):
+        return _bitsandbytes(config)
+
+
+def _bitsandbytes(config: ModelConfig) -> Any:
     from transformers import BitsAndBytesConfig
 
-    with explained(f"cannot quantise model {config.path!r} with {config}"):
-        if config.quantize == "int8":
-            return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quantize,
-            bnb_4bit_use_double_quant=config.double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-        )
+    if config.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantize,
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
 
 
 def _keep_as_stored(model: Any) -> None:
@@ -266,8 +322,3 @@ def _spare_token(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, rows: 
 def _count(parameter: Any) -> int:
     state = getattr(parameter, "quant_state", None)  # 4-bit weights are packed, two in a byte
     return int((full_shape(parameter) if state is None else state.shape).numel())
-
-
-def _bytes(tensor: Any) -> int:
-    held = tensor.ds_tensor if is_sharded(tensor) else tensor
-    return int(held.numel() * held.element_size())

@@ -16,3 +16,8 @@ def declarations() -> Path:
 def cache() -> Path:
     """Return the folder of prepared models and data: ``$SUBSPACE_CACHE``, else ``data/cache`` beside the package."""
     return Path(os.environ.get("SUBSPACE_CACHE") or REPOSITORY / "data" / "cache")
+
+
+def decompositions() -> Path:
+    """Return the folder of weights' singular value decompositions: ``$SUBSPACE_SVD``, else ``svd`` in the cache."""
+    return Path(os.environ.get("SUBSPACE_SVD") or cache() / "svd")

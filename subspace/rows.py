@@ -57,15 +57,15 @@ def file_rows(path: Path, prompt: str, tokenizer: PreTrainedTokenizerBase) -> Ro
         beside = [file.name for file in path.parent.glob("*") if file.suffix in FILES] if path.parent.is_dir() else []
         hint = nearest(path.name, beside) if beside else f"Nothing with {', '.join(FILES)} lies there"
         raise UserError(f"the data file {path} is not there. {hint}")
-    first = next(_records(path), None)
+    first = next(records(path), None)
     if first is None:
         raise UserError(f"{path} has no rows")
     chat = "messages" in first[1]
 
     def read() -> Texts:
         if chat:
-            return [_chat_texts(record, where, tokenizer) for where, record in _records(path)]
-        return [_instruction_texts(record, where, prompt) for where, record in _records(path)]
+            return [_chat_texts(record, where, tokenizer) for where, record in records(path)]
+        return [_instruction_texts(record, where, prompt) for where, record in records(path)]
 
     return Rows(path.name, (sha256_of(path), prompt), read, chat)
 
@@ -123,7 +123,7 @@ def _messages(record: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     return turns
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each record and where it stands, in words."""
     read = {".json": _json, ".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix)
     if read is None:

@@ -6,43 +6,62 @@ built), ``log.jsonl``, TensorBoard's events, ``checkpoints/`` and ``adapter/``.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from subspace.base import held_bytes
 from subspace.batches import StepPlan, open_data
-from subspace.config import RunConfig, write
-from subspace.distributed import barrier, is_main, world_size
-from subspace.engine import fill, lay_out, read_engine_file, start_engine, start_processes
+from subspace.checkpoint import write_json
+from subspace.combination import check
+from subspace.config import Part, RunConfig, read, write
+from subspace.distributed import barrier, gather_objects, is_main, rank, world_size
+from subspace.engine import OFFLOAD, fill, lay_out, read_engine_file, start_engine, start_processes
 from subspace.errors import UserError
 from subspace.inject import adapters, inject, trained_parameters
-from subspace.log import Recorder, peak_memory
-from subspace.model import describe, open_model, open_tokenizer
+from subspace.log import LOG, Recorder, peak_memory
+from subspace.method import resolve
+from subspace.model import describe, device, open_model, open_tokenizer
+from subspace.optimizers import check_optimizer, make_optimizer
 from subspace.paths import REPOSITORY
-from subspace.progress import shown, silent
-from subspace.train import Outcome, parameter_groups, rate_factor, train
+from subspace.progress import Progress, shown, silent
+from subspace.resume import Saved, compare, find_checkpoint
+from subspace.train import Outcome, last_good, parameter_groups, rate_factor, train
+from subspace.zero import full_shape
+
+ENVIRONMENT = "environment.json"
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
-def train_run(config: RunConfig) -> Path:
-    """Train as configured and return the run's folder. Every process of the launch calls it."""
+def train_run(config: RunConfig, *, resume: bool = False) -> Path:
+    """Train as configured and return the run's folder. Every process of the launch calls it.
+
+    With ``resume``, a run that is there already goes on from its newest whole checkpoint, or starts where it has none.
+    """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     layout = lay_out(config.train.batch, config.train.micro_batch, ranks)
     raw = read_engine_file(config.engine)
     fill_engine = partial(fill, raw, layout, dtype=config.model.dtype, clip=config.train.clip, source=config.engine)
     engine_config, notices = fill_engine()
+    offloaded = OFFLOAD in engine_config["zero_optimization"]
+    check_optimizer(config.train.optimizer, gpu=device().type == "cuda", offloaded=offloaded)
+    check(config.model, [(resolve(part.name)[0], part.settings) for part in config.method], engine_config)
     if config.train.validate_every and not config.data.validation:
         raise UserError("train.validate_every needs held-out rows, but data.validation is 0. Set it to 120, say")
+    folder = config.folder
+    if not resume:
+        refuse_used(folder)
 
     # Before the processes join: the first one to come prepares what is not in the cache, for as long as it takes.
     tokenizer = open_tokenizer(config.model)
@@ -56,20 +75,26 @@ def train_run(config: RunConfig) -> Path:
         group_by_length=config.data.group_by_length,
     )
 
-    start_processes()
+    # The loop's own watch reports a hang; what the processes do to one another's silence must not come before it.
+    start_processes(minutes=max(30.0, 2 * config.train.hang_minutes))
+    saved, passed_over = find_checkpoint(folder) if resume else (None, [])
+    if resume and not saved:
+        passed_over.append(f"{folder} holds no checkpoint to resume from: the run starts at its beginning")
     torch.manual_seed(config.train.seed)
     sharded = engine_config["zero_optimization"]["stage"] == 3
     model = open_model(config.model, zero3=engine_config if sharded else None)
     model.train()
     model.config.use_cache = False
-    settings = config.method.settings
-    inject(model, config.method.name, settings, targets=config.targets, seed=config.train.seed)
+    progress = shown if is_main() else silent
+    parts = [add(model, part, config.train.seed, progress, start=saved is None) for part in config.method]
+    # Adapters are whole until the engine starts. What ZeRO-3 has in parts, as the model itself, has no numbers here.
     largest = max(parameter.numel() for parameter in trained_parameters(model).values())
-    engine_config, notices = fill_engine(largest_adapter=largest)
+    engine_config, notices = fill_engine(largest_adapter=largest, trained=count_trained(model))
 
-    folder = config.folder
+    if saved:
+        passed_over += going_on(saved, config, engine_config, ranks)
     if is_main():
-        begin_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         write(config, folder / "config.yaml")
         about = environment() | {
             "engine": engine_config,
@@ -77,53 +102,101 @@ def train_run(config: RunConfig) -> Path:
             "data": data.report,
         }
         about["adapters"] = {
-            "method": config.method.name,
+            "methods": parts,
             "sites": list(adapters(model)),
             "trained": count_trained(model),
         }
-        (folder / "environment.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+        if saved:
+            about["resumed_after"] = saved.facts["step"]
+        write_json(folder / ENVIRONMENT, about)
     barrier()
 
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.train), fused=True)
+    optimizer = make_optimizer(config.train.optimizer, parameter_groups(model, config.train))
     schedule = partial(rate_factor, config.train, steps=len(plan))
     began = time.perf_counter()
     with Recorder(
-        folder, len(plan), every=config.train.log_every, trackers=config.train.trackers, config=config.as_dict()
+        folder,
+        len(plan),
+        every=config.train.log_every,
+        trackers=config.train.trackers,
+        config=config.as_dict(),
+        done=saved.facts["step"] if saved else 0,
+        seconds=saved.facts["seconds"] if saved else 0.0,
     ) as recorder:
-        recorder.note(f"{config.method.name}: {count_trained(model):,} trained numbers at {len(adapters(model))} sites")
-        for notice in (*notices, *data.notices):
+        for part in parts:
+            recorder.note(f"{part['method']}: {part['trained']:,} trained numbers at {part['sites']} sites")
+        for notice in (*passed_over, *notices, *data.notices):
             recorder.note(notice)
         engine = start_engine(model, engine_config, optimizer, schedule)
-        outcome = train(engine, data, plan, config.train, layout, folder, recorder, model=config.model.path)
+        held = gather_objects(held_bytes(model))
+        torch.manual_seed(config.train.seed + rank())  # what processes draw for dropout should differ
+        kept = {"config": config.as_dict(), "engine": engine_config}
+        try:
+            outcome = train(
+                engine, data, plan, config.train, layout, folder, recorder,
+                settings=kept, resumed=saved, model=config.model.path,
+            )  # fmt: skip
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"no space is left on the disk for '{error.filename}'. {last_good(folder)}") from None
     if is_main():
-        finish_folder(folder, outcome, time.perf_counter() - began)
+        finish_folder(folder, outcome, time.perf_counter() - began, held)
     barrier()
     return folder
 
 
+def going_on(saved: Saved, config: RunConfig, engine_config: dict[str, Any], ranks: int) -> list[str]:
+    """Say where a run goes on and what has changed; refuse what may not."""
+    changed = compare(saved, config.as_dict(), engine_config, ranks)
+    return [f"goes on after step {saved.facts['step']}", *(f"changed: {change}" for change in changed)]
+
+
+def add(model: torch.nn.Module, part: Part, seed: int, progress: Progress, *, start: bool) -> dict[str, Any]:
+    """Put one method's adapters into the model, and say how much it trains."""
+    created = inject(
+        model,
+        part.name,
+        part.settings,
+        targets=part.targets,
+        patterns=part.patterns,
+        seed=seed,
+        start=start,
+        progress=progress,
+    )
+    trained = {id(p): full_shape(p).numel() for adapter in created.values() for p in adapter.trained().values()}
+    return {"method": part.name, "sites": len(created), "trained": sum(trained.values())}
+
+
 def count_trained(model: torch.nn.Module) -> int:
     """Return how many numbers are trained."""
-    return sum(parameter.numel() for parameter in trained_parameters(model).values())
-
-
-def begin_folder(folder: Path) -> None:
-    """Make the run's folder."""
-    refuse_used(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    return sum(full_shape(parameter).numel() for parameter in trained_parameters(model).values())
 
 
 def refuse_used(folder: Path) -> None:
     """Refuse a folder that already holds a finished or begun training."""
-    if (folder / "log.jsonl").exists():
-        raise UserError(f"{folder} already holds a run. Give this one another name (name=...), or remove that folder")
+    if (folder / LOG).exists():
+        raise UserError(
+            f"{folder} already holds a run. Give this one another name (name=...), or remove that folder; if that run "
+            "did not reach its end, --resume goes on with it"
+        )
 
 
-def finish_folder(folder: Path, outcome: Outcome, seconds: float) -> None:
-    """Add to ``environment.json`` what the training came to."""
-    file = folder / "environment.json"
-    about = json.loads(file.read_text())
-    about["outcome"] = {**asdict(outcome), "seconds": seconds, "peak_memory": peak_memory()}
-    file.write_text(json.dumps(about, indent=2) + "\n")
+def is_finished(config: RunConfig) -> bool:
+    """Tell whether the run's folder holds this very training, up to its end."""
+    try:
+        ended = "outcome" in json.loads((config.folder / ENVIRONMENT).read_text())
+        before = read(config.folder / "config.yaml")
+        return ended and replace(before, name=config.name, runs=config.runs, evaluate=config.evaluate) == config
+    except (OSError, ValueError, UserError):
+        return False
+
+
+def finish_folder(folder: Path, outcome: Outcome, seconds: float, held: list[int]) -> None:
+    """Add to ``environment.json`` what the training came to; ``held`` is the bytes of weights on each process."""
+    about = json.loads((folder / ENVIRONMENT).read_text())
+    about["outcome"] = {**asdict(outcome), "seconds": seconds, "peak_memory": peak_memory(), "weights_held": held}
+    write_json(folder / ENVIRONMENT, about)
 
 
 def environment() -> dict[str, Any]:

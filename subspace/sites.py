@@ -1,12 +1,14 @@
 """Where adapters can go: the one table of what decoder architectures call their parts, and the search in a model.
 
-A *site* is a module that an adapter can wrap. There are four kinds:
+A *site* is a module that an adapter can wrap. There are six kinds:
 
 =============  =====================================================================================================
 ``linear``     a linear layer, chosen by ``targets``
 ``sublayer``   the linear that ends a sub-layer (attention or MLP); what it returns is what the sub-layer returns
 ``attention``  a whole attention module, whose keys and values a method may extend
+``mlp``        a whole feed-forward block
 ``embedding``  the token embedding
+``module``     whatever holds values of its own: linear layers, norms, embedding, head
 =============  =====================================================================================================
 
 Nothing else in the project names a module of a model. An architecture that is not in the table has LLaMA's names.
@@ -24,7 +26,7 @@ from torch import nn
 
 from subspace.errors import UserError, nearest
 
-Kind = Literal["linear", "sublayer", "attention", "embedding"]
+Kind = Literal["linear", "sublayer", "attention", "mlp", "embedding", "module"]
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
@@ -38,6 +40,7 @@ class Names:
     """
 
     attention: str = "self_attn"
+    mlp: str = "mlp"
     ends: tuple[str, ...] = ("o_proj", "down_proj")
     embedding: str = "embed_tokens"
     head: str = "lm_head"
@@ -56,7 +59,7 @@ def names_of(model: nn.Module) -> Names:
     return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""), LLAMA_LIKE)
 
 
-def find(model: nn.Module, kind: Kind, targets: Sequence[str] | None = None) -> dict[str, nn.Module]:
+def find(model: nn.Module, kind: str, targets: Sequence[str] | None = None) -> dict[str, nn.Module]:
     r"""Return the sites of a kind in a model, by name, in the model's order.
 
     Each target is a regular expression for a whole module name, or for its end after a dot: ``q_proj``,
@@ -75,7 +78,9 @@ def find(model: nn.Module, kind: Kind, targets: Sequence[str] | None = None) -> 
     found: set[str] = set()
     for target in targets:
         pattern = _pattern(target)
-        reach = [name for name in sites if name.rpartition(".")[2] != names.head or names.head in target]
+        reach = [
+            name for name in sites if kind == "module" or name.rpartition(".")[2] != names.head or names.head in target
+        ]
         matches = {name for name in reach if any(pattern.fullmatch(alias) for alias in _aliases(name, names))}
         if not matches:
             adapted = any(name.endswith(".base") and pattern.fullmatch(name[:-5]) for name, _ in model.named_modules())
@@ -86,22 +91,30 @@ def find(model: nn.Module, kind: Kind, targets: Sequence[str] | None = None) -> 
 
 
 def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Walk a model's modules, but not into adapters: those keep what they wrap as their child ``base``."""
+    """Walk a model's modules, but not adapters, nor what they wrap and keep as their child ``base``; only its parts."""
     children = dict(module.named_children())
     if "base" in children:
-        return
-    yield name, module
+        children = {f"base.{name}": child for name, child in children["base"].named_children()}
+    else:
+        yield name, module
     for child_name, child in children.items():
         yield from _outside_adapters(child, f"{name}.{child_name}" if name else child_name)
 
 
-def _is(kind: Kind, name: str, module: nn.Module, names: Names) -> bool:
+def _is(kind: str, name: str, module: nn.Module, names: Names) -> bool:
     last = name.rpartition(".")[2]
     if kind == "linear":
         return isinstance(module, nn.Linear)  # bitsandbytes' quantized layers derive from it
     if kind == "sublayer":
         return isinstance(module, nn.Linear) and last in names.ends
-    return last == (names.attention if kind == "attention" else names.embedding)
+    if kind == "module":
+        return next(module.parameters(recurse=False), None) is not None
+    return last == {"attention": names.attention, "mlp": names.mlp, "embedding": names.embedding}[kind]
+
+
+def matching(target: str, name: str) -> bool:
+    """Tell whether a target means the module of this name."""
+    return _pattern(target).fullmatch(name) is not None
 
 
 def _pattern(target: str) -> re.Pattern[str]:

@@ -1,270 +1,230 @@
-"""The one place where results become tables: tasks down, runs across, accuracy in per cent with its standard error.
+"""The one place where results become tables: tasks down, methods across, accuracy in per cent with its 95 % interval.
 
-Numbers stand side by side only where their fingerprints agree (see ``results.py``); anything else is refused, with what
-differs and how to make it equal. Of two runs the difference is shown too. Its standard error is that of the items' own
-differences, which is smaller than that of either run, since both were asked the same questions.
+Numbers stand side by side only where their fingerprints agree (see ``results.py``). Runs that differ in their seed
+alone are one column: their mean and standard deviation. What cannot be told apart from the best of its row is marked.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from subspace import declarations
-from subspace.errors import UserError, nearest
-from subspace.results import Score, TaskResult, correct, mean, paired_difference, read_results
-
-if TYPE_CHECKING:
-    import rich.table
+from subspace import declarations, statistics
+from subspace.formats import BEST, TIED, Grid, written
+from subspace.results import TaskResult
+from subspace.scored_runs import Column, read_columns, refuse_unlike, suite, title
+from subspace.statistics import ALPHA, Difference
 
 HEAD = ("task", "metric", "items", "majority")
 NONE = "-"
 
-# How two runs are made alike in an ingredient of their fingerprints.
-REMEDIES = {
-    "items": "score both with the same evaluate.limit and evaluate.split",
-    "template": "score both with the same evaluate.prompt and the same declarations",
-    "tokenizer": "use one base model: another tokenizer cuts the texts differently",
-}
-
 
 @dataclass(frozen=True)
-class Run:
-    """One column: its name, and its results by task, all of one protocol."""
+class Cell:
+    """One method's score: shares between 0 and 1. ``p`` is of its difference from the row's best, after Holm."""
 
-    name: str
-    results: dict[str, TaskResult]
+    value: float
+    error: float
+    low: float
+    high: float
+    sd: float | None
+    seeds: int
+    p: float | None = None
+    best: bool = False
 
-    @property
-    def about(self) -> str:
-        """Which model was scored, with which adapters, in which precision."""
-        one = next(iter(self.results.values()))
-        return f"{one.model or 'a model'}{f' with {one.adapter}' if one.adapter else ''}, {one.dtype}"
+    def __str__(self) -> str:
+        spread = "" if self.sd is None else f" ± {100 * self.sd:.1f}"
+        mark = f" {BEST}" if self.best else f" {TIED}" if self.p is not None and self.p >= ALPHA else ""
+        return f"{100 * self.value:.1f}{spread} {interval(self.low, self.high)}{mark}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one task, or the mean: a score for each run, None where a run has none."""
+    """One metric of one task, or a mean: a cell for each method, None where it has none."""
 
     task: str
     metric: str
     n: int
     majority: float
-    scores: tuple[Score | None, ...]
-    difference: Score | None
+    cells: tuple[Cell | None, ...]
+    difference: Difference | None
     in_mean: bool
     fingerprint: str
 
     @property
-    def cells(self) -> list[str]:
+    def texts(self) -> tuple[str, ...]:
         """The row as text, the difference last."""
         metric = self.metric if self.in_mean else f"({self.metric})"
-        scores = [NONE if score is None else _percent(score) for score in self.scores]
-        difference = NONE if self.difference is None else _percent(self.difference, sign="+")
-        return [_title(self.task), metric, str(self.n), f"{100 * self.majority:.1f}", *scores, difference]
+        cells = [NONE if cell is None else str(cell) for cell in self.cells]
+        d = self.difference
+        difference = NONE if d is None else f"{100 * d.value:+.1f} {interval(d.low, d.high, sign='+')}"
+        return title(self.task), metric, str(self.n), f"{100 * self.majority:.1f}", *cells, difference
 
 
 @dataclass(frozen=True)
 class Table:
-    """The results of some runs by one protocol."""
+    """The results of some methods by one protocol. ``means`` has one row for each suite."""
 
     protocol: str
-    runs: tuple[Run, ...]
+    columns: tuple[Column, ...]
     rows: tuple[Row, ...]
-    mean: Row | None
+    means: tuple[Row, ...]
     notes: tuple[str, ...]
 
     @property
-    def title(self) -> str:
-        """What the numbers are."""
-        return f"{self.protocol}: accuracy in %, with its standard error"
-
-    @property
-    def cells(self) -> list[list[str]]:
-        """The table as text, its head first and the mean last."""
-        difference = ["difference"] if len(self.runs) == 2 else []
-        head = [*HEAD, *(run.name for run in self.runs), *difference]
-        rows = [*self.rows, self.mean] if self.mean else self.rows
-        return [head, *(row.cells[: len(head)] for row in rows)]
+    def grid(self) -> Grid:
+        """The table as text."""
+        difference = ["difference"] if len(self.columns) == 2 else []
+        head = (*HEAD, *(column.name for column in self.columns), *difference)
+        rows = tuple(row.texts[: len(head)] for row in (*self.rows, *self.means))
+        heading = f"{self.protocol}: accuracy in % [95 % interval]"
+        return Grid(heading, head, rows, self.notes, left=2, last=len(self.means))
 
     def markdown(self) -> str:
         """Return the table in Markdown, its notes below."""
-        head, *rows = self.cells
-        rule = [":---", ":---", *["---:"] * (len(head) - 2)]
-        lines = [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
-        return "\n".join([f"**{self.title}**", "", *lines, "", *(f"- {note}" for note in self.notes)])
-
-    def rich(self) -> rich.table.Table:
-        """Return the table for a terminal."""
-        from rich import box
-        from rich.table import Table as RichTable
-
-        head, *rows = self.cells
-        table = RichTable(
-            title=self.title,
-            title_justify="left",
-            caption="\n".join(self.notes),
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for number, name in enumerate(head):
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
-        for row, cells in zip(self.rows, rows, strict=False):
-            table.add_row(*cells, style=None if row.in_mean else "dim")
-        if self.mean:
-            table.add_section()
-            table.add_row(*rows[-1], style="bold")
-        return table
+        return self.grid.markdown()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the table for machines; shares lie between 0 and 1."""
-
-        def plain(score: Score | None) -> dict[str, float] | None:
-            return None if score is None else score._asdict()
+        names = [column.name for column in self.columns]
 
         def values(row: Row) -> dict[str, Any]:
-            scores = {run.name: plain(score) for run, score in zip(self.runs, row.scores, strict=True)}
-            return dataclasses.asdict(row) | {"scores": scores, "difference": plain(row.difference)}
+            plain = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "cells"}
+            scores = [cell and dataclasses.asdict(cell) for cell in row.cells]
+            difference = row.difference and row.difference._asdict()
+            return {**plain, "scores": dict(zip(names, scores, strict=True)), "difference": difference}
 
         return {
             "protocol": self.protocol,
-            "runs": {run.name: run.about for run in self.runs},
+            "methods": {c.name: {"about": c.about, "runs": [str(run.folder) for run in c.runs]} for c in self.columns},
             "rows": [values(row) for row in self.rows],
-            "mean": values(self.mean) if self.mean else None,
+            "means": [values(row) for row in self.means],
             "notes": list(self.notes),
         }
 
 
-def show(table: Table) -> None:
-    """Print a table on standard output, in its full width whatever the terminal's."""
-    from rich.console import Console
+def write(found: Sequence[Table], form: str, *, turned: bool = False) -> str:
+    """Return tables as text in one of ``formats.FORMATS`` but the terminal's."""
+    if form == "json":
+        return json.dumps([table.as_dict() for table in found], indent=2)
+    if form == "csv":
+        return _csv(found)
+    return written([table.grid.turned() if turned else table.grid for table in found], form)
 
-    grid = table.rich()
-    Console(width=Console(width=1000).measure(grid).maximum).print(grid)
+
+def _csv(found: Sequence[Table]) -> str:
+    """One line for each task, metric and method."""
+    text = io.StringIO()
+    fields = [f.name for f in dataclasses.fields(Cell)]
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(["protocol", "task", "metric", "items", "majority", "in_mean", "method", *fields, "fingerprint"])
+    for table in found:
+        for row in (*table.rows, *table.means):
+            for column, cell in zip(table.columns, row.cells, strict=True):
+                if cell:
+                    about = [table.protocol, row.task, row.metric, row.n, row.majority, row.in_mean, column.name]
+                    out.writerow([*about, *dataclasses.astuple(cell), row.fingerprint])
+    return text.getvalue().rstrip("\n")
 
 
 def tables(folders: Sequence[Path], protocol: str | None = None) -> list[Table]:
     """Return the tables of these runs: one for each protocol that all were scored by, or for the one that is named."""
-    folders = list(dict.fromkeys(folders))
-    names = _names(folders)
-    scored: dict[str, dict[str, Run]] = {}  # by protocol, then by name
-    for name, folder in zip(names, folders, strict=True):
-        for result in read_results(folder):
-            run = scored.setdefault(result.protocol, {}).setdefault(name, Run(name, {}))
-            run.results[result.task] = result
-
-    if protocol is not None and protocol not in scored:
-        raise UserError(f"none of {', '.join(names)} was scored by {protocol!r}. {nearest(protocol, scored)}")
-    wanted = [protocol] if protocol else [name for name, runs in scored.items() if len(runs) == len(names)]
-    for name in wanted or scored:
-        if lacking := [str(folder) for run, folder in zip(names, folders, strict=True) if run not in scored[name]]:
-            raise UserError(
-                f"{', '.join(names)} cannot be put side by side: {lacking[0]} was not scored by {name}. "
-                f"Run: subspace evaluate {lacking[0]} evaluate.protocol={name}"
-            )
-    return [compare(list(scored[name].values())) for name in wanted]
+    return [side_by_side(found) for found in read_columns(folders, protocol)]
 
 
-def compare(runs: Sequence[Run]) -> Table:
-    """Put runs of one protocol side by side; UserError where a fingerprint differs."""
-    everywhere = set.intersection(*(set(run.results) for run in runs))
+def side_by_side(columns: Sequence[Column]) -> Table:
+    """Put methods of one protocol side by side; UserError where a fingerprint differs."""
+    runs = [run for column in columns for run in column.runs]
+    refuse_unlike(runs)
     somewhere = {task for run in runs for task in run.results}
-    order = [*declarations.tasks(), *sorted(somewhere)]
-    rows = []
+    order = [*declarations.tasks(None), *sorted(somewhere)]
+    rows: list[Row] = []
+    suites: dict[str, list[Row]] = {}
     for task in sorted(somewhere, key=order.index):
-        results = [run.results.get(task) for run in runs]
-        _refuse_unlike(runs, results)
-        one = next(result for result in results if result)
-        # A task's metrics begin with the one that is usually reported.
-        rows += [_row(metric, results, in_mean=task in everywhere and i == 0) for i, metric in enumerate(one.metrics)]
+        results = [column.result(task) for column in columns]
+        one = next((result for result in results if result), None)
+        for i, metric in enumerate(one.metrics if one else ()):
+            # A task's metrics begin with the one that is usually reported.
+            rows.append(_row(columns, [task], [metric], one, in_mean=i == 0 and all(results)))
+            if rows[-1].in_mean:
+                suites.setdefault(suite(task), []).append(rows[-1])
+    means = []
+    for name, several in suites.items():
+        name = f"mean of {len(several)}" + (f" {name}" if len(suites) > 1 else "")
+        mean = _row(columns, [row.task for row in several], [row.metric for row in several], None, in_mean=True)
+        majority = sum(row.majority for row in several) / len(several)
+        means.append(
+            dataclasses.replace(mean, task=name, metric="", n=sum(row.n for row in several), majority=majority)
+        )
     return Table(
         protocol=next(iter(runs[0].results.values())).protocol,
-        runs=tuple(runs),
+        columns=tuple(columns),
         rows=tuple(rows),
-        mean=_mean([row for row in rows if row.in_mean]),
-        notes=tuple(_notes(runs, rows)),
+        means=tuple(means),
+        notes=tuple(_notes(columns, rows)),
     )
 
 
-def _refuse_unlike(runs: Sequence[Run], results: Sequence[TaskResult | None]) -> None:
-    (name, one), *others = [(run.name, result) for run, result in zip(runs, results, strict=True) if result]
-    for other_name, other in others:
-        if one.fingerprint == other.fingerprint:
-            continue
-        parts = dict.fromkeys([*one.ingredients, *other.ingredients])
-        unlike = [part for part in parts if one.ingredients.get(part) != other.ingredients.get(part)]
-        remedy = REMEDIES.get(unlike[0], "score both with the same version of subspace and its declarations")
-        raise UserError(
-            f"{name} and {other_name} cannot be put side by side: in {_title(one.task)} they differ in "
-            f"{', '.join(unlike)} ({one.n} items, fingerprint {one.fingerprint}; {other.n} items, fingerprint "
-            f"{other.fingerprint}). To compare them, {remedy}"
-        )
-
-
-def _row(metric: str, results: Sequence[TaskResult | None], *, in_mean: bool) -> Row:
-    one = next(result for result in results if result)
+def _row(
+    columns: Sequence[Column], tasks: Sequence[str], metrics: Sequence[str], one: TaskResult | None, *, in_mean: bool
+) -> Row:
+    """Return a row about one task, or about the mean of several."""
+    marks = [
+        [column.marks(task, metric) for task, metric in zip(tasks, metrics, strict=True)]
+        if all(column.result(task) for task in tasks)
+        else None
+        for column in columns
+    ]
+    cells = [
+        Cell(*statistics.estimate(some), statistics.spread(some), len(some[0])) if some else None for some in marks
+    ]
+    scored = {i: (cell, some) for i, (cell, some) in enumerate(zip(cells, marks, strict=True)) if cell and some}
+    if len(scored) > 1:
+        best = max(scored, key=lambda i: scored[i][0].value)
+        others = [i for i in scored if i != best]
+        p_values = statistics.holm([statistics.difference(scored[i][1], scored[best][1]).p for i in others])
+        for i, p in zip(others, p_values, strict=True):
+            cells[i] = dataclasses.replace(scored[i][0], p=p)
+        cells[best] = dataclasses.replace(scored[best][0], best=True)
     return Row(
-        task=one.task,
-        metric=metric,
-        n=one.n,
-        majority=one.majority,
-        scores=tuple(result.metrics[metric] if result else None for result in results),
-        difference=_difference(metric, *results) if len(results) == 2 else None,
+        task=tasks[0],
+        metric=metrics[0],
+        n=one.n if one else 0,
+        majority=one.majority if one else 0.0,
+        cells=tuple(cells),
+        difference=statistics.difference(scored[0][1], scored[1][1]) if len(scored) == len(columns) == 2 else None,
         in_mean=in_mean,
-        fingerprint=one.fingerprint,
+        fingerprint=one.fingerprint if one else "",
     )
 
 
-def _difference(metric: str, before: TaskResult | None, after: TaskResult | None) -> Score | None:
-    if not (before and after and before.items and after.items):
-        return None
-    return paired_difference(correct(before.items, metric), correct(after.items, metric))
-
-
-def _mean(rows: Sequence[Row]) -> Row | None:
-    if not rows:
-        return None
-    differences = [row.difference for row in rows if row.difference]
-    return Row(
-        task=f"mean of {len(rows)}",
-        metric="",
-        n=sum(row.n for row in rows),
-        majority=sum(row.majority for row in rows) / len(rows),
-        scores=tuple(
-            mean([score for score in column if score]) for column in zip(*(r.scores for r in rows), strict=True)
-        ),
-        difference=mean(differences) if len(differences) == len(rows) else None,
-        in_mean=True,
-        fingerprint="",
-    )
-
-
-def _notes(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
-    notes = [f"{run.name}: {run.about}" for run in runs]
-    if len(runs) == 2:
-        notes.append(f"difference: {runs[1].name} less {runs[0].name}, over the same items")
+def _notes(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    notes = [f"{column.name}: {column.about}" for column in columns]
+    if len(columns) > 1:
+        notes.append(f"{BEST} best, {TIED} not told apart from it (p ≥ {ALPHA} after Holm)")
+    if any(len(column.runs) > 1 for column in columns):
+        notes.append("± standard deviation over seeds; these intervals are about the method, over seeds and items")
+    lone = [column for column in columns if len(column.runs) == 1 and column.runs[0].seed is not None]
+    if lone and len(columns) > 1:
+        notes.append(
+            f"one seed only: {', '.join(c.name for c in lone)}. Their numbers are about these runs, not methods"
+        )
+    if len(columns) == 2:
+        notes.append(f"difference: {columns[1].name} less {columns[0].name}, over the same items")
     if any(not row.in_mean for row in rows):
         notes.append("rows in brackets are not in the mean")
-    for run in runs:
+    for run in (run for column in columns for run in column.runs):
         if truncated := sum(result.truncated for result in run.results.values()):
             notes.append(f"{run.name}: {truncated} items were longer than the model reads and lost their beginning")
     return notes
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Call each run by its folder's name, or by its whole path where two have the same."""
-    last = [folder.resolve().name for folder in folders]
-    return [name if last.count(name) == 1 else str(folder) for name, folder in zip(last, folders, strict=True)]
-
-
-def _percent(score: Score, sign: str = "") -> str:
-    return f"{100 * score.value:{sign}.1f} ± {100 * score.error:.1f}"
-
-
-def _title(task: str) -> str:
-    known = declarations.tasks()
-    return known[task].title if task in known else task
+def interval(low: float, high: float, sign: str = "") -> str:
+    """Return an interval in per cent."""
+    return f"[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"

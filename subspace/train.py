@@ -2,34 +2,47 @@
 
 The loss of a step is the mean over all its labelled tokens, on every rank and in every micro-batch, so that how a
 batch is cut up changes nothing but memory and time.
+
+A run can be stopped and killed. Between two steps a checkpoint holds all that the loop has, and the loop goes on from
+one as if it had never stopped, to the bit on the same number of processes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from subspace.access import Access
 from subspace.adapter_file import save_adapter
 from subspace.batches import Data, StepPlan, share
+from subspace.checkpoint import checkpoints, damage, place, prune
 from subspace.checks import LearningCheck
-from subspace.distributed import barrier, is_main, rank, sum_over_ranks
+from subspace.distributed import barrier, is_main, rank, share_object, sum_over_ranks
 from subspace.encoding import IGNORE
-from subspace.engine import Layout
+from subspace.engine import Layout, largest_gradient, scale_is_spent
+from subspace.errors import RunFailed, RunStopped, UserError
 from subspace.inject import groups, roles, trained_parameters
+from subspace.interruption import Interruption
 from subspace.log import Recorder
+from subspace.loss import summed_loss
 from subspace.method import Clock, with_penalties
+from subspace.optimizers import STATE_BYTES
+from subspace.resume import ADAPTER, Saved, restore, save_checkpoint
 from subspace.settings import Settings, setting
-from subspace.zero import Access
+from subspace.watchdog import Watchdog
+from subspace.zero import full_shape
 
-DECAYED_ROLES = ("down", "up", "core")  # decay towards zero would pull a scale away from one
+#: Steps in a row that float16 may skip before the run is given up.
+SKIPS = 50
+DECAYED_ROLES = ("down", "up", "core", "weight")  # decay towards zero would pull a scale away from one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +53,29 @@ class TrainConfig(Settings):
     steps: int | None = setting(None, "optimizer steps; where given, it replaces epochs", min=1)
     batch: int = setting(16, "rows of an optimizer step, over all processes and micro-batches", min=1)
     micro_batch: int | None = setting(None, "rows that a process feeds at once; none is its whole share", min=1)
+    optimizer: str = setting(
+        "adamw",
+        "8bit keeps its state in a quarter of the room; paged moves it to the host when a GPU is full",
+        choices=tuple(STATE_BYTES),
+    )
     learning_rate: float = setting(2e-4, "peak learning rate", min=0)
     schedule: str = setting("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
     warmup_steps: int = setting(100, "optimizer steps of linear warm-up", min=0)
     weight_decay: float = setting(0.0, "AdamW's decay, of factors only, never of scales, biases or prompts", min=0)
     lora_plus: float = setting(1.0, "learning rate of up factors over that of the others (LoRA+)", min=0)
+    lora_plus_rule: str = setting(
+        "role",
+        "what lora_plus speeds up: up factors, or as HF PEFT also 1-d scales and biases",
+        choices=("role", "peft"),
+    )
     clip: float = setting(1.0, "largest norm of the whole gradient; 0 is no clipping", min=0)
     seed: int = setting(0, "of the adapters' start, the data's order and dropout", min=0)
     log_every: int = setting(10, "optimizer steps from one line of log.jsonl to the next", min=1)
     validate_every: int = setting(0, "optimizer steps between losses on the held-out rows; 0 is never", min=0)
     patience: int = setting(0, "stop after so many validations without a better loss; 0 is never", min=0)
-    save_every: int = setting(0, "optimizer steps between checkpoints; 0 is at the end only", min=0)
+    save_every: int = setting(200, "optimizer steps between checkpoints; 0 is none but of the best", min=0)
+    keep_checkpoints: int = setting(2, "how many of the last checkpoints stay, besides the best", min=1)
+    hang_minutes: float = setting(30.0, "minutes without a sign of life that end the run; 0 is never", min=0)
     keep: str = setting("last", "the adapter that the run ends with", choices=("last", "best"))
     trackers: list[str] = setting(["tensorboard"], "where the log goes besides log.jsonl: tensorboard, wandb")
 
@@ -59,7 +84,7 @@ class TrainConfig(Settings):
 class Outcome:
     """What a training left."""
 
-    steps: int
+    steps: int = 0
     loss: float = math.nan  # of the last step
     best_validation: float = math.inf
     best_step: int = 0
@@ -74,78 +99,128 @@ def train(
     layout: Layout,
     folder: Path,
     recorder: Recorder,
+    *,
+    settings: dict[str, Any] | None = None,
+    resumed: Saved | None = None,
     **about: Any,
 ) -> Outcome:
     """Train the engine's adapters by the plan; leave the adapter in ``folder/adapter``. All ranks call it.
 
+    Args:
+        engine: DeepSpeed's, with the model and its adapters.
+        data: the rows.
+        plan: which of them each step takes.
+        config: how to train.
+        layout: how a step's rows are spread over ranks and micro-batches.
+        folder: the run's.
+        recorder: told of every step.
+        settings: kept in checkpoints, to be compared with those of a run that goes on from one.
+        resumed: the checkpoint to go on from.
+        **about: for ``adapter.json``.
+
     Raises:
-        RunFailed: the loss is not finite, or a trained tensor does not move. The last checkpoint stays.
+        RunFailed: a number is not finite, or a trained tensor does not move. The last checkpoint stays.
+        RunStopped: a signal asked for it. There is a checkpoint of the last step.
     """
     model: nn.Module = engine.module
-    scheduled, access, outcome = groups(model), Access(engine), Outcome(steps=len(plan))
-    learning = LearningCheck(model, access, may_skip=engine.fp16_enabled())
-    device = engine.device
+    scheduled, access, device = groups(model), Access(engine), engine.device
+    start = resumed.facts["start"] if resumed else None
+    learning = LearningCheck(model, access, start)
+    outcome, fed = Outcome(), Fed(data, plan)
+    if resumed:
+        outcome = Outcome(**resumed.facts["outcome"])
+        fed.expect(outcome.steps, resumed.facts["fed"])
+        restore(engine, resumed, config.seed)
+    saved = outcome.steps
 
-    for step in range(1, len(plan) + 1):
-        engine.train()
-        parts = share(plan[step - 1], rank(), layout.ranks, layout.accumulate)
-        micro_batches = [to_device(data.batch(part), device) for part in parts]
+    def save() -> None:
+        nonlocal saved
+        if saved == outcome.steps:  # there already, and not to be risked
+            return
+        best = {"validation": outcome.best_validation} if outcome.best_step == outcome.steps else {}
+        facts = {
+            "step": outcome.steps,
+            "outcome": asdict(outcome),
+            "fed": fed.checksum(),
+            "start": learning.start,
+            "seconds": recorder.seconds(),
+            **(settings or {}),
+        }
+        moved = outcome.steps > engine.skipped_steps
+        check = learning.check_file if moved else nothing
+        recorder.flush()
+        try:
+            save_checkpoint(
+                engine, place(folder, outcome.steps), facts, {"step": outcome.steps, **best, **about}, check
+            )
+        except UserError as error:
+            raise type(error)(f"{error}. {last_good(folder)}") from None
+        if is_main():
+            prune(folder, config.keep_checkpoints, also=[outcome.best_step])
+        saved = outcome.steps
 
-        # DeepSpeed averages what each rank and micro-batch contributes, where the mean over tokens wants a sum.
-        counts = torch.tensor([count_tokens(micro_batches)], device=device)
-        labelled, seen = sum_over_ranks(counts)[0].tolist()
-        weight = layout.accumulate * layout.ranks / labelled
-
-        loss = torch.zeros((), device=device)
-        for number, batch in enumerate(micro_batches, start=1):
-            summed = summed_loss(engine, batch)
-            engine.backward(with_penalties(weight * summed))
-            loss += summed.detach() / labelled
-            if number == len(micro_batches):
-                loss = sum_over_ranks(loss)
-                if not torch.isfinite(loss):
-                    raise learning.explain(step, loss.item(), last_good(folder))
-                learning.before_step(step)
-                for group in scheduled:
-                    type(group[0]).before_step(group, Clock(step, len(plan)), access)
-            engine.step()  # acts after the last micro-batch only
-        for group in scheduled:
-            type(group[0]).after_step(group, Clock(step, len(plan)), access)
-        learning.after_step(step - engine.skipped_steps)
-
-        outcome.steps, outcome.loss = step, loss.item()
-        recorder.step(
-            step, loss=outcome.loss, learning_rate=engine.get_lr()[0], norm=engine.get_global_grad_norm(), tokens=seen
-        )
-        if config.save_every and step % config.save_every == 0:
-            save_checkpoint(model, folder, step, about)
-        if config.validate_every and (step % config.validate_every == 0 or step == len(plan)):
-            validate(engine, data, layout, step, outcome, recorder)
-            if outcome.best_step == step:
-                save_adapter(
-                    model, folder / "checkpoints" / "best", step=step, validation=outcome.best_validation, **about
-                )
+    skipped = 0
+    with (
+        Interruption() as interruption,
+        Watchdog(folder / "hang", 60 * config.hang_minutes, rank(), layout.ranks) as watchdog,
+    ):
+        for step in range(outcome.steps + 1, len(plan) + 1):
             if config.patience and outcome.validations_since_best >= config.patience:
-                recorder.note(f"stopped at step {step}: no better validation loss since step {outcome.best_step}")
+                recorder.note(f"stopped after step {step - 1}: no better validation loss since {outcome.best_step}")
                 break
+            watchdog.beat(step)
+            engine.train()
+            rows = plan[step - 1]
+            parts = share(rows, rank(), layout.ranks, layout.accumulate)
+            micro_batches = [to_device(data.batch(part), device) for part in parts]
 
-    if config.keep == "best" and outcome.best_step:
-        keep_best(folder)
-    else:
-        save_adapter(model, folder / "adapter", step=outcome.steps, **about)
+            # DeepSpeed averages what each rank and micro-batch contributes, where the mean over tokens wants a sum.
+            counts = torch.tensor([*count_tokens(micro_batches), interruption.asked], device=device)
+            labelled, seen, asked = sum_over_ranks(counts).tolist()
+            if asked:  # by a signal that reached at least one rank; now all know
+                raise stopped(outcome.steps, save)
+            weight = layout.accumulate * layout.ranks / labelled
+
+            loss = torch.zeros((), device=device)
+            for number, batch in enumerate(micro_batches, start=1):
+                summed = summed_loss(engine, batch)
+                engine.backward(with_penalties(weight * summed))
+                loss += summed.detach() / labelled
+                if number == len(micro_batches):
+                    loss, gradient = sum_over_ranks(torch.stack([loss, largest_gradient(engine)])).unbind()
+                    if not torch.isfinite(loss):
+                        raise learning.explain(step, f"the loss is {loss.item()}", last_good(folder))
+                    skipped = 0 if torch.isfinite(gradient) else skipped + 1
+                    if skipped and not engine.fp16_enabled():
+                        raise learning.explain(step, "a gradient is not finite", last_good(folder))
+                    if skipped and (skipped > SKIPS or scale_is_spent(engine)):
+                        what = f"gradients overflow float16 at every loss scale, {skipped} steps in a row"
+                        raise learning.explain(step, f"{what} (try model.dtype=bfloat16)", last_good(folder))
+                    for group in scheduled:
+                        type(group[0]).before_step(group, Clock(step, len(plan)), access)
+                engine.step()  # acts after the last micro-batch only
+            for group in scheduled:
+                type(group[0]).after_step(group, Clock(step, len(plan)), access)
+                for adapter in group:
+                    adapter.kept = {}  # what it has computed from values that have now moved
+            learning.after_step(step - engine.skipped_steps)
+
+            fed.add(step)
+            outcome.steps, outcome.loss = step, loss.item()
+            norm = engine.get_global_grad_norm()
+            recorder.step(step, loss=outcome.loss, learning_rate=engine.get_lr()[0], norm=norm, tokens=seen)
+            if config.validate_every and (step % config.validate_every == 0 or step == len(plan)):
+                validate(engine, data, layout, outcome, recorder, watchdog)
+            due = config.save_every and (step % config.save_every == 0 or step == len(plan))
+            if due or outcome.best_step == step:
+                save()
+
+        if config.keep == "best" and outcome.best_step:
+            keep_best(folder, outcome.best_step)
+        else:
+            save_adapter(model, folder / ADAPTER, step=outcome.steps, **about)
+        learning.check_file(folder / ADAPTER)
     return outcome
-
-
-def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return the cross entropy summed over labelled tokens, in nats; head and loss only where a column has one."""
-    targets = batch["labels"][:, 1:]
-    columns = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=columns
-    ).logits
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets[:, columns].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
 
 
 def count_tokens(batches: Sequence[dict[str, Tensor]]) -> tuple[int, int]:
@@ -154,12 +229,13 @@ def count_tokens(batches: Sequence[dict[str, Tensor]]) -> tuple[int, int]:
     return labelled, sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
-def validate(engine: Any, data: Data, layout: Layout, step: int, outcome: Outcome, recorder: Recorder) -> None:
+def validate(engine: Any, data: Data, layout: Layout, outcome: Outcome, recorder: Recorder, watchdog: Watchdog) -> None:
     """Add the mean loss over the held-out rows' labelled tokens to the outcome. Ranks run equally many forwards."""
     engine.eval()
     total = torch.zeros(2, device=engine.device, dtype=torch.float64)
     with torch.no_grad():
         for batch in data.validation_batches(layout.micro_batch, rank(), layout.ranks):
+            watchdog.beat(outcome.steps)
             on_device = to_device(batch, engine.device)
             total[0] += summed_loss(engine, on_device)
             total[1] += count_tokens([on_device])[0]
@@ -167,8 +243,8 @@ def validate(engine: Any, data: Data, layout: Layout, step: int, outcome: Outcom
     loss = summed / labelled
     outcome.validations_since_best += 1
     if loss < outcome.best_validation:
-        outcome.best_validation, outcome.best_step, outcome.validations_since_best = loss, step, 0
-    recorder.validation(step, loss)
+        outcome.best_validation, outcome.best_step, outcome.validations_since_best = loss, outcome.steps, 0
+    recorder.validation(outcome.steps, loss)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -177,7 +253,9 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     sorted_out: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_parameters(model).items():
         decay = config.weight_decay if of[name] in DECAYED_ROLES else 0.0
-        rate = config.learning_rate * (config.lora_plus if of[name] == "up" else 1.0)
+        # PEFT tells by names and dimensions; its diagonal cores are not 1-d.
+        as_peft = config.lora_plus_rule == "peft" and of[name] != "core" and len(full_shape(parameter)) == 1
+        rate = config.learning_rate * (config.lora_plus if of[name] == "up" or as_peft else 1.0)
         sorted_out.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in sorted_out.items()
@@ -197,18 +275,43 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def save_checkpoint(model: nn.Module, folder: Path, step: int, about: dict[str, Any], keep_last: int = 2) -> None:
-    """Save the adapter as it is, and drop all but the last checkpoints."""
-    save_adapter(model, folder / "checkpoints" / f"step-{step:06d}", step=step, **about)
-    if is_main():
-        for old in checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    barrier()
+class Fed:
+    """A checksum of all rows that training was fed so far, in order: a checkpoint's place in the data."""
+
+    def __init__(self, data: Data, plan: StepPlan) -> None:
+        self.keys, self.plan, self.hash = data.train.keys, plan, hashlib.sha256()
+
+    def add(self, step: int) -> None:
+        """Take in the rows of a step, the first being 1."""
+        self.hash.update(self.keys[self.plan[step - 1]].tobytes())
+
+    def checksum(self) -> str:
+        """Return the checksum of what was taken in."""
+        return self.hash.hexdigest()
+
+    def expect(self, steps: int, checksum: str) -> None:
+        """Take in the first steps; refuse data or plan whose rows there are not those that the checksum stands for."""
+        for step in range(1, min(steps, len(self.plan)) + 1):
+            self.add(step)
+        if self.checksum() != checksum:
+            raise UserError(
+                f"the run cannot be resumed: its first {steps} steps were fed other rows than they would be now. Has "
+                "the data changed, or train.steps or train.epochs? Take that back, or give this run another name"
+            )
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the run's checkpoints, oldest first."""
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
+def stopped(step: int, save: Callable[[], None]) -> RunStopped:
+    """Save what there is, and say how the run goes on."""
+    if not step:
+        return RunStopped("before the first step, by a signal. The same command with --resume starts it")
+    save()
+    return RunStopped(
+        f"after step {step}, by a signal. Its checkpoint is saved; the same command with --resume goes on"
+    )
+
+
+def nothing(folder: Path) -> None:
+    """Find nothing wrong with an adapter that cannot have moved."""
 
 
 def last_good(folder: Path) -> str:
@@ -217,9 +320,14 @@ def last_good(folder: Path) -> str:
     return f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint was saved before (train.save_every)"
 
 
-def keep_best(folder: Path) -> None:
-    """Make the best checkpoint the run's adapter."""
+def keep_best(folder: Path, step: int) -> None:
+    """Make the best checkpoint's adapter the run's."""
+    if problem := share_object(damage(place(folder, step)) if is_main() else None):
+        raise RunFailed(f"the best checkpoint, {place(folder, step)}, cannot be kept: {problem}. {last_good(folder)}")
     if is_main():
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
-        shutil.copytree(folder / "checkpoints" / "best", folder / "adapter")
+        partial = folder / f"{ADAPTER}.partial"
+        for old in (partial, folder / ADAPTER):
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.copytree(place(folder, step) / ADAPTER, partial)
+        partial.rename(folder / ADAPTER)
     barrier()

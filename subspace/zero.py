@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -51,44 +50,3 @@ def whole_copies(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         with gathered([parameter]):
             copies[name] = parameter.detach().cpu().clone().contiguous()
     return copies
-
-
-class Access:
-    """What a method's schedule may do to trained tensors, whatever ZeRO stage holds them. All ranks call alike."""
-
-    def __init__(self, engine: Any = None) -> None:
-        self.engine = engine
-
-    def grad(self, parameter: nn.Parameter) -> Tensor:
-        """Return the whole gradient, averaged over ranks, without the loss scale of float16.
-
-        Valid between the last backward and the step.
-        """
-        gradient: Tensor | None = parameter.grad
-        if is_sharded(parameter) or hasattr(parameter, "_hp_mapping"):
-            from deepspeed.utils import safe_get_full_grad
-
-            gradient = safe_get_full_grad(parameter)
-        if gradient is None:
-            return torch.zeros_like(parameter)
-        scaled = self.engine is not None and self.engine.fp16_enabled()
-        return gradient.detach() / self.engine.optimizer.cur_scale if scaled else gradient.detach()
-
-    def value(self, parameter: nn.Parameter) -> Tensor:
-        """Return the whole parameter."""
-        if not is_sharded(parameter):
-            return parameter.detach()
-        with gathered([parameter]):
-            return parameter.detach().clone()
-
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set the whole parameter, in the model and in the optimizer's float32 copy."""
-        if is_sharded(parameter):
-            with gathered([parameter], modified_by_main=True):
-                parameter.data.copy_(value)
-        else:
-            parameter.data.copy_(value)
-        if is_sharded(parameter) or hasattr(parameter, "_hp_mapping"):
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            safe_set_full_fp32_param(parameter, value.to(torch.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch or transformers is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from subspace import paths
-from subspace.launcher import STATUS_FILE
+from subspace.interruption import STATUS_FILE
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -25,6 +26,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
     if "model" in item.keywords and not paths.cache().is_dir():
         pytest.skip("needs the prepared model and data: subspace prepare")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_decompositions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the singular value decompositions of tests out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUBSPACE_SVD", str(tmp_path_factory.mktemp("svd")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -83,8 +83,8 @@ RECORDS: Mapping[str, Callable[[Item], dict[str, Any]]] = {
 }
 
 
-def harness_task(name: str, items: Sequence[Item]) -> ConfigurableTask:
-    """Return the harness's task of our task's name, with these items as its data."""
+def harness_task(name: str, items: Sequence[Item], examples: int = 0) -> ConfigurableTask:
+    """Return the harness's task of our task's name, with these items as its data, for training too."""
     rows = datasets.Dataset.from_list([RECORDS[name](item) for item in items])
     splits = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
     wanted = declarations.task(name).lm_eval_name
@@ -92,22 +92,28 @@ def harness_task(name: str, items: Sequence[Item]) -> ConfigurableTask:
     manager = TaskManager(include_path=folders, include_defaults=False)
     with mock.patch("lm_eval.api.task.datasets.load_dataset", return_value=splits):
         task: ConfigurableTask = manager.load([wanted])["tasks"][wanted]
+    if examples:
+        task.set_config("num_fewshot", examples)
+        task.set_fewshot_seed(1234)
     task.build_all_requests()
     return task
 
 
-def harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8) -> HFLM:
-    """Return the model as the harness runs it."""
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+def harness_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str = 8, most: int = 64
+) -> HFLM:
+    """Return the model as the harness runs it; ``auto`` searches for a batch size from ``most`` down."""
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=most)
 
 
-def harness_scores(lm: HFLM, task: ConfigurableTask) -> list[list[float]]:
-    """Return the harness's log-probability of each choice of each item."""
-    answers = lm.loglikelihood(task.instances, disable_tqdm=True)
-    scores: dict[int, list[float]] = {}
-    for instance, (score, _) in zip(task.instances, answers, strict=True):
-        scores.setdefault(instance.doc_id, []).append(score)
-    return [scores[number] for number in sorted(scores)]
+def harness_scores(lm: HFLM, *tasks: ConfigurableTask) -> list[list[float]]:
+    """Return the harness's log-probability of each choice of each item, the tasks one after the other."""
+    asked = [(number, instance) for number, task in enumerate(tasks) for instance in task.instances]
+    answers = lm.loglikelihood([instance for _, instance in asked], disable_tqdm=True)
+    scores: dict[tuple[int, int], list[float]] = {}
+    for (number, instance), (score, _) in zip(asked, answers, strict=True):
+        scores.setdefault((number, instance.doc_id), []).append(score)
+    return [scores[key] for key in sorted(scores)]
 
 
 def harness_predictions(task: ConfigurableTask, scores: Sequence[Sequence[float]]) -> list[dict[str, int]]:

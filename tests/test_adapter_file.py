@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from subspace.adapter_file import SETTINGS, TENSORS, load_adapter, save_adapter
 from subspace.errors import UserError
-from subspace.inject import adapters, inject, trained_parameters
+from subspace.inject import adapters, groups, inject, trained_parameters
 from subspace.method import methods
 from tests.tiny import tiny, tiny_llama
 
@@ -121,3 +121,28 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save_adapter(trained("ssl"), folder)
     assert json.loads((folder / SETTINGS).read_text())["adapters"][0]["method"] == "lora"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_settings_by_site_come_back(tmp_path: Path) -> None:
+    model = tiny_llama()
+    inject(model, "adalora", {"r": 6}, patterns={"q_proj": {"r": 3}})
+    inject(model, "houlsby", {"bottleneck": 8})
+    save_adapter(model, tmp_path / "adapter")
+    other = tiny_llama()
+    load_adapter(other, tmp_path / "adapter")
+    for site, adapter in adapters(model).items():
+        same = adapters(other)[site]
+        assert same.config == adapter.config
+        assert same.num_siblings == adapter.num_siblings
+    assert [len(group) for group in groups(other)] == [len(group) for group in groups(model)]
+
+
+def test_the_published_ia3_comes_back(tmp_path: Path) -> None:
+    model = tiny_llama()
+    inject(model, "ia3", {"variant": "original"})
+    save_adapter(model, tmp_path / "adapter")
+    other = tiny_llama()
+    load_adapter(other, tmp_path / "adapter")
+    assert {site: a.config for site, a in adapters(other).items()} == {
+        site: a.config for site, a in adapters(model).items()
+    }

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subspace.access import Access
 from subspace.inject import adapters, inject, trained_parameters
+from subspace.merge import merge
 from subspace.method import Adapter, Clock
-from subspace.zero import Access
-from tests.tiny import tiny_llama
+from tests.tiny import tiny, tiny_llama
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,9 +24,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17], [8, 8, 250, 31, 2, 90, 4, 11]])
 
 
-def pair(ours: str, settings: dict[str, Any], theirs: Any) -> tuple[nn.Module, Any]:
+def pair(
+    ours: str, settings: dict[str, Any], theirs: Any, targets: list[str] | None = TARGETS
+) -> tuple[nn.Module, Any]:
     mine = tiny_llama()
-    inject(mine, ours, settings, targets=None if ours == "prefix" else TARGETS)
+    inject(mine, ours, settings, targets=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = peft.get_peft_model(tiny_llama(), theirs)
@@ -79,13 +82,64 @@ def test_dora() -> None:
     compare(mine, other, copy_to(other, mine, {**LORA, "m": "{site}.lora_magnitude_vector.default.weight"}))
 
 
-def test_ssl_is_ia3_on_the_input() -> None:
-    config = peft.IA3Config(target_modules=TARGETS, feedforward_modules=TARGETS)
-    mine, other = pair("ssl", {}, config)
-    compare(mine, other, copy_to(other, mine, {"d": "{site}.ia3_l.default"}))
+IA3 = {"l": "{site}.ia3_l.default"}
 
 
-def test_adalora_layer() -> None:
+def test_dora_of_lengths_and_norms_from_factors() -> None:
+    """The merged weight too, with the norm that PEFT computes from a dense product."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, use_dora=True)
+    mine, other = pair("dora", {"r": 4, "alpha": 8}, config)
+    copy_to(other, mine, {**LORA, "m": "{site}.lora_magnitude_vector.default.weight"})
+    merge(mine)
+    merged = other.merge_and_unload()
+    weights = dict(merged.named_parameters())
+    assert all(torch.allclose(p, weights[name], atol=1e-5) for name, p in mine.named_parameters())
+
+
+def test_ia3_of_the_paper_scales_outputs() -> None:
+    config = peft.IA3Config(target_modules=TARGETS, feedforward_modules=[])
+    mine, other = pair("ia3", {}, config)
+    compare(mine, other, copy_to(other, mine, IA3))
+
+
+def test_ia3_as_it_was_published() -> None:
+    config = peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    mine, other = pair("ia3", {"variant": "original"}, config, targets=None)
+    compare(mine, other, copy_to(other, mine, IA3))
+
+
+def test_ia3_scales_the_bias_as_peft_does() -> None:
+    config = peft.IA3Config(target_modules=["q_proj", "k_proj"], feedforward_modules=[])
+    mine = tiny("qwen2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = peft.get_peft_model(tiny("qwen2"), config)
+    inject(mine, "ia3", targets=["q_proj", "k_proj"])
+    for parameter in trained_parameters(mine).values():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    copy_to(other, mine, IA3)
+    assert torch.allclose(mine(IDS).logits, other(IDS).logits, atol=2e-4)
+    assert (mine(IDS).logits - tiny("qwen2")(IDS).logits).abs().max() > 0.05
+
+
+def test_liera_is_hira_with_the_scale_in_the_up_factor() -> None:
+    mine, other = pair("liera", {"r": 4, "alpha": 8}, peft.HiraConfig(r=4, target_modules=TARGETS))
+    pairs = copy_to(other, mine, {"A": "{site}.hira_A.default", "B": "{site}.hira_B.default"})
+    for name, (_, theirs) in pairs.items():
+        if name.endswith(".B"):
+            theirs.data *= 2  # alpha / r
+    own, their = mine(IDS, use_cache=False).logits, other(IDS, use_cache=False).logits
+    assert torch.allclose(own, their, atol=2e-4)
+    assert (own - tiny_llama()(IDS).logits).abs().max() > 0.05
+    for logits in (own, their):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+    for name, (a, b) in pairs.items():
+        factor = 2 if name.endswith(".B") else 1
+        assert torch.allclose(a.grad, factor * b.grad, atol=1e-4 * a.grad.abs().max().item()), name  # type: ignore[operator, union-attr, arg-type]
+
+
+@pytest.mark.parametrize("method", ["trilora", "adalora"])
+def test_triplets_are_adaloras_layer(method: str) -> None:
     config = peft.AdaLoraConfig(
         init_r=4,
         target_r=2,
@@ -96,10 +150,51 @@ def test_adalora_layer() -> None:
         tfinal=30,
         orth_reg_weight=0,
     )
-    mine, other = pair("adalora", {"r": 4, "alpha": 8, "orthogonality": 0.0}, config)
+    mine, other = pair(method, {"r": 4, "alpha": 8}, config)
     other.eval()
     names = {"A": "{site}.lora_A.default", "B": "{site}.lora_B.default", "E": "{site}.lora_E.default"}
     compare(mine.eval(), other, copy_to(other, mine, names))
+
+
+def test_pissa_by_steps_of_descent() -> None:
+    """PEFT replaces W by its residual; we keep W and subtract. Both must stay together while they train."""
+    mine = tiny_llama()
+    inject(mine, "pissa", {"r": 4}, targets=TARGETS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS, init_lora_weights="pissa")
+        other = peft.get_peft_model(tiny_llama(), config)
+    start = tiny_llama()(IDS).logits
+    for step in range(5):
+        for model in (mine, other):
+            logits = model(IDS).logits
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.data -= 0.05 * parameter.grad
+                    parameter.grad = None
+        assert torch.allclose(mine(IDS).logits, other(IDS).logits, atol=2e-3), step
+    assert (mine(IDS).logits - start).abs().max() > 0.2
+
+
+def test_pissa_starts_from_pefts_factors() -> None:
+    mine = tiny_llama()
+    inject(mine, "pissa", {"r": 4}, targets=["up_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["up_proj"], init_lora_weights="pissa")
+        other = peft.get_peft_model(tiny_llama(), config)
+    theirs = dict(other.named_parameters())
+    for site, adapter in adapters(mine).items():
+        A, B = (theirs[f"base_model.model.{site}.lora_{key}.default.weight"] for key in "AB")
+        assert torch.allclose(adapter.trained()["B"] @ adapter.trained()["A"], B @ A, atol=1e-5)
+        assert torch.allclose(B.T @ B, A @ A.T, atol=1e-5)
+
+
+def test_ssl_is_ia3_on_the_input() -> None:
+    config = peft.IA3Config(target_modules=TARGETS, feedforward_modules=TARGETS)
+    mine, other = pair("ssl", {}, config)
+    compare(mine, other, copy_to(other, mine, {"d": "{site}.ia3_l.default"}))
 
 
 def test_adalora_allocates_as_peft_does() -> None:
@@ -150,3 +245,48 @@ def test_prefix_with_peft_positions() -> None:
     own = mine(IDS, position_ids=positions, use_cache=False).logits
     their = other(IDS, attention_mask=torch.ones_like(IDS)).logits
     assert torch.allclose(own, their, atol=2e-4)
+
+
+def test_bitfit_is_beft() -> None:
+    config = peft.BeftConfig(target_modules=TARGETS)
+    mine, other = pair("bitfit", {}, config)
+    compare(mine, other, copy_to(other, mine, {"beta": "{site}.beft_bias.default"}))
+
+
+P_TUNING = {
+    f"{kind[0]}{layer + 1}".replace("w", "W"): f"mlp_head.{2 * layer}.{kind}"
+    for layer in range(3)
+    for kind in ("weight", "bias")
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "kind", "names"),
+    [
+        ("prompt", {}, "PromptTuningConfig", {"P": "embedding.weight"}),
+        ("p-tuning", {"hidden": 32}, "PromptEncoderConfig", {"Z": "embedding.weight", **P_TUNING}),
+    ],
+)
+def test_prompts(method: str, settings: dict[str, Any], kind: str, names: dict[str, str]) -> None:
+    n = 5
+    mine = tiny_llama()
+    (adapter,) = inject(mine, method, {"n": n, **settings}).values()
+    more = {"encoder_hidden_size": settings["hidden"]} if settings else {}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=n, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = peft.get_peft_model(tiny_llama(), config).eval()
+    theirs = dict(other.prompt_encoder["default"].named_parameters())
+    assert sum(p.numel() for p in theirs.values()) == sum(p.numel() for p in trained_parameters(mine).values())
+    for key, name in names.items():
+        theirs[name].data = adapter.trained()[key].detach().clone()
+    mask = torch.ones_like(IDS)
+    own, their = mine(IDS, attention_mask=mask, use_cache=False).logits, other(IDS, attention_mask=mask).logits[:, n:]
+    assert torch.equal(own, their)
+    seen = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+    (own * seen).sum().backward()
+    (their * seen).sum().backward()
+    for key, name in names.items():
+        expected = theirs[name].grad
+        assert expected is not None
+        assert torch.allclose(adapter.trained()[key].grad, expected, atol=1e-5 * float(expected.abs().max()))  # type: ignore[arg-type]

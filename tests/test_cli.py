@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from subspace import catalogue, cli, launcher
+from subspace.interruption import STATUS_FILE
 from subspace.method import methods
 from tests.tiny import tiny
 
@@ -76,6 +77,14 @@ def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
         (["merge", "runs/no-such-run", "--out", "x"], "is no run's folder"),
         (["merge", "runs/no-such-run"], "required: --out"),
         (["methods", "lroa"], "Did you mean 'lora'?"),
+        (["methods", "lora", "dora"], "was given lora, dora"),
+        (["methods", "lora", "rank=4"], "method lora has no setting 'rank'"),
+        (["methods", "rnak=4"], "no method has a setting 'rnak'"),
+        (["methods", "lora", "r=0"], "r is 0, but must lie in"),
+        (["methods", "lora", "--targets", "q_proj"], "they need a model to count in: --shape llama-7b"),
+        (["methods", "lora", "--shape", "lama-7b"], "Did you mean 'llama-7b'?"),
+        (["methods", "ssl", "--shape", "llama-7b", "--budget", "9"], "the size of method ssl cannot be chosen"),
+        (["methods", "lora", "--shape", "llama-7b", "--targets", "q_prj"], "Did you mean 'q_proj'?"),
         (["prepare", "--source", "hbu"], "Did you mean 'hub'?"),
     ],
 )
@@ -121,7 +130,7 @@ def test_a_rank_leaves_a_failure_to_the_one_that_told_it(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv(launcher.STATUS_FILE, str(tmp_path / "status"))
+    monkeypatch.setenv(STATUS_FILE, str(tmp_path / "status"))
     (tmp_path / "status").write_text("2")
     monkeypatch.setattr(cli, "VERBS", _failing(ConnectionError()))
     assert cli.main(["fail"]) == 1
@@ -150,11 +159,15 @@ def test_a_rank_refuses_another_number_of_processes(
     assert "--processes 3 was given to one of 2 processes" in capsys.readouterr().err
 
 
-def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_and_constraints_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = [*methods(), "+mpc-o", "+mpc-d", "+mpc-n"]
     assert cli.main(["methods", "--json"]) == 0
-    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == list(methods())
+    told = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in told] == listed
+    assert "+mpc-o" in next(entry for entry in told if entry["name"] == "lora")["composes"]
+    assert "lora" in told[-1]["composes"]
     assert cli.main(["methods"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == list(methods())
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == listed
 
 
 @pytest.mark.parametrize("name", methods())
@@ -162,17 +175,40 @@ def test_a_method_has_its_page(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["methods", name]) == 0
     page = capsys.readouterr().out
     assert all(f"  {setting}=" in page for setting in catalogue.entry(methods()[name]).settings)
-    assert "Paper:" in page
+    assert "arXiv:" in page
+    assert ".. math::" in page
 
 
 def test_trained_numbers_are_counted_in_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny("llama", tmp_path)
     # q (64, 64), k and v (32, 64), up (128, 64), down (64, 128), in 2 layers, at rank 16.
     expected = 2 * 16 * ((64 + 64) + 2 * (32 + 64) + (128 + 64) + (64 + 128))
-    assert cli.main(["methods", "lora", "--model", str(tmp_path)]) == 0
-    assert f"trains {expected:,} numbers" in capsys.readouterr().out
-    assert cli.main(["methods", "--model", str(tmp_path)]) == 0
-    assert f" {expected:,} " in capsys.readouterr().out
+    assert cli.main(["methods", "lora", "--shape", str(tmp_path)]) == 0
+    assert f"lora trains {expected:,} (" in capsys.readouterr().out
+    assert cli.main(["methods", "--shape", str(tmp_path)]) == 0
+    assert f" {expected:,} (" in capsys.readouterr().out
+    shape = ["--shape", str(tmp_path)]
+
+    assert cli.main(["methods", "rslora", *shape, "--targets", "q_proj,k_proj", "v_proj", "--r", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["settings"]["r"], told["settings"]["rslora"]) == (4, True)
+    assert told["trained"] == 2 * 4 * ((64 + 64) + 2 * (32 + 64))
+
+    assert cli.main(["methods", "lora+mpc-n", *shape, "--budget", str(expected + 7), "alpha=8"]) == 0
+    page = capsys.readouterr().out
+    assert "  r=16 " in page
+    assert "  mpc=n " in page
+    assert "  alpha=8.0 " in page
+
+    assert cli.main(["methods", *shape, "--budget", str(expected), "--json"]) == 0
+    sizes = {e["name"]: e["settings"][e["dial"]] for e in json.loads(capsys.readouterr().out)}
+    assert set(sizes) == {name for name, method in methods().items() if method.dial}
+    assert sizes["lora"] == 16
+
+
+def test_published_shapes_are_counted_without_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "dora", "--shape", "llama3-8b", "r=32"]) == 0
+    assert "dora trains 57,409,536 (0.71 %) of llama3-8b" in capsys.readouterr().out
 
 
 @pytest.mark.processes

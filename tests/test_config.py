@@ -12,8 +12,10 @@ import yaml
 
 from subspace import config
 from subspace.errors import UserError
-from subspace.method import find_method, methods
+from subspace.inject import inject
+from subspace.method import methods, resolve
 from subspace.paths import REPOSITORY
+from tests.tiny import tiny_llama
 
 RECIPES = REPOSITORY / "launch" / "recipes"
 EXAMPLE = """
@@ -36,19 +38,30 @@ def file(tmp_path: Path) -> Path:
 
 def values(key: config.Key) -> Any:
     """Return a value that a setting may have and that is not its default."""
+    if key.name in ("evaluate.protocol", "evaluate.defects"):  # texts of which only some are known
+        return {"evaluate.protocol": "llm-adapters", "evaluate.defects": "none"}[key.name]
     if key.choices:
         return next(choice for choice in key.choices if choice != key.default)
     changed = {bool: not key.default, int: 3, float: 0.75, str: "other", list: ["other"]}
     wanted = "a list" if "a list" in key.takes and "text" not in key.takes else key.takes.split(" or null")[0]
     kinds = {"true or false": bool, "a whole number": int, "a number": float, "text": str, "a list": list}
-    return changed[kinds.get(wanted, str)]
+    return {"anywhere": {}} if wanted == "a mapping" else changed[kinds.get(wanted, str)]
+
+
+def part(name: str, **settings: Any) -> config.Part:
+    method, presets = resolve(name)
+    own = {field.name for field in dataclasses.fields(method.Config)}
+    config_of = method.Config(**presets, **{key: value for key, value in settings.items() if key in own})
+    return config.Part(
+        name=method.name, settings=config_of, **{key: value for key, value in settings.items() if key not in own}
+    )
 
 
 def test_the_file_arrives_typed(file: Path) -> None:
     run = config.read(file)
     assert run.model.quantize == "nf4"
-    assert run.method == config.MethodChoice(name="dora", settings=find_method("dora").Config(r=8, alpha=64.0))  # type: ignore[call-arg]
-    assert run.targets == ["q_proj", "k_proj"]
+    assert run.method == (part("dora", r=8, alpha=64.0, targets=["q_proj", "k_proj"]),)
+    assert run.methods == "dora"
     assert (run.train.learning_rate, run.train.batch) == (2e-4, 8)
     assert run.evaluate.tasks == ["boolq"]
     assert run.name == "example"
@@ -66,7 +79,7 @@ def test_what_is_written_is_read_again(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", methods())
 def test_every_setting_arrives_from_file_and_command_line(method: str, tmp_path: Path) -> None:
-    known = {name: key for name, key in config.keys(find_method(method)).items() if name != "method.name"}
+    known = {name: key for name, key in config.keys({"method": methods()[method]}).items() if name != "method.name"}
     given = {name: values(key) for name, key in known.items()}
     nested: dict[str, Any] = {"method": {"name": method}}
     for name, value in given.items():
@@ -87,17 +100,107 @@ def test_every_setting_arrives_from_file_and_command_line(method: str, tmp_path:
 
 def test_overrides_win_and_take_yaml(file: Path) -> None:
     run = config.read(file, ["targets=v_proj,o_proj", "train.learning_rate=1e-3", "train.steps=null", "name=other"])
-    assert run.targets == ["v_proj", "o_proj"]
+    assert run.method[0].targets == ["v_proj", "o_proj"]
     assert (run.train.learning_rate, run.train.steps, run.name) == (1e-3, None, "other")
-    assert config.read(file, ["targets=[v_proj]"]).targets == ["v_proj"]
+    assert config.read(file, ["targets=[v_proj]"]).method[0].targets == ["v_proj"]
 
 
 def test_another_method_leaves_the_old_ones_settings(file: Path) -> None:
-    assert config.read(file, ["method=ssl"]).method == config.MethodChoice(
-        name="ssl", settings=find_method("ssl").Config()
-    )
+    assert config.read(file, ["method=ssl"]).method == (part("ssl", targets=["q_proj", "k_proj"]),)
     with pytest.raises(UserError, match=r"sets 'method\.r', but method ssl has no setting 'r'"):
         config.read(file, ["method.name=ssl"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("method=rslora", part("lora", rslora=True)),
+        ("method=LoRA+MPC_o", part("lora", mpc="o")),
+        ("method=TriLoRA+mpc-d", part("trilora", mpc="d")),
+        ("method=p-tuning-v2", part("prefix")),
+    ],
+)
+def test_an_alias_is_written_out(file: Path, override: str, expected: config.Part) -> None:
+    run = config.read(file, [override])
+    assert run.method == (dataclasses.replace(expected, targets=["q_proj", "k_proj"]),)
+
+
+def test_what_stands_beside_an_alias_counts_more(file: Path) -> None:
+    file.write_text("method: {name: rslora, r: 4, rslora: false}\n")
+    assert config.read(file).method == (part("lora", r=4),)
+    assert config.read(file, ["method.name=lora+mpc-o"]).method == (part("lora", r=4, mpc="o"),)
+    assert config.read(file, ["method.name=rslora"]).method == (part("lora", r=4, rslora=True),)
+
+
+SEVERAL = """
+model: {path: smollm2-135m}
+method:
+- {name: lora+mpc-o, r: 8, targets: [q_proj, v_proj], patterns: {'layers\\.0\\..*': {r: 4, alpha: 8}}}
+- name: ssl
+  targets: [up_proj]
+- houlsby
+"""
+LORA = part("lora+mpc-o", r=8, targets=["q_proj", "v_proj"], patterns={r"layers\.0\..*": {"r": 4, "alpha": 8.0}})
+
+
+def test_several_methods_in_one_run(file: Path, tmp_path: Path) -> None:
+    file.write_text(SEVERAL)
+    run = config.read(file)
+    assert run.method == (LORA, part("ssl", targets=["up_proj"]), part("houlsby"))
+    assert run.methods == "lora, ssl, houlsby"
+    config.write(run, tmp_path / "config.yaml")
+    assert config.read(tmp_path / "config.yaml", ["name=example"]) == run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method.0.r=16"], (dataclasses.replace(LORA, settings=part("lora+mpc-o", r=16).settings), "ssl", "houlsby")),
+        (["method.1=ssb"], (LORA, part("ssb", targets=["up_proj"]), "houlsby")),
+        (["method.2=rslora", "method.2.r=3", "method.2.targets=k_proj"],
+         (LORA, "ssl", part("rslora", r=3, targets=["k_proj"]))),
+        (["method=dora", "method.r=3", "targets=k_proj"], (part("dora", r=3, targets=["k_proj"]),)),
+    ],
+)  # fmt: skip
+def test_several_methods_are_overridden_by_number(file: Path, overrides: list[str], expected: Any) -> None:
+    file.write_text(SEVERAL)
+    given = {"ssl": part("ssl", targets=["up_proj"]), "houlsby": part("houlsby")}
+    assert config.read(file, overrides).method == tuple(given.get(p, p) if isinstance(p, str) else p for p in expected)
+
+
+def test_each_part_gets_its_sites_and_patterns(file: Path) -> None:
+    """The parts go into a model one after the other, as run.py puts them there."""
+    file.write_text(SEVERAL)
+    model = tiny_llama()
+    ranks: dict[str, int] = {}
+    for p in config.read(file).method:
+        for site, adapter in inject(model, p.name, p.settings, targets=p.targets, patterns=p.patterns).items():
+            ranks[site] = getattr(adapter.config, "r", 0)
+    assert ranks["model.layers.0.self_attn.q_proj"] == 4
+    assert ranks["model.layers.1.self_attn.q_proj"] == 8
+    assert ranks["model.layers.0.mlp.up_proj"] == 0
+    assert len(ranks) == 2 * (2 + 1 + 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("method.r=8", r"sets 'method\.r', .* Did you mean 'method\.0\.r'\?"),
+        ("targets=[q_proj]", r"sets 'targets', .* Did you mean 'method\.0\.targets'\?"),
+        ("method.3.r=8", r"sets 'method\.3\.r', but there is no such setting"),
+        ("method.1.r=8", r"method ssl has no setting 'r'"),
+        ("method.1=lroa", r"Did you mean 'lora'\?"),
+        ("method.0.r=0", r"^method\.0\.r is 0"),
+        ("method.0.patterns={a: {rank: 4}}", r"method\.0\.patterns, for 'a', sets 'rank', but method lora has no"),
+        ("method.0.patterns={a: {r: 0}}", r"^method\.0\.r is 0"),
+        ("method.0.patterns={a: {r: x}}", r"for 'a', sets method\.0\.r to 'x', but it takes a whole number"),
+        ("method.0.patterns={a: 4}", r"it takes a mapping: settings for some sites"),
+    ],
+)
+def test_what_several_methods_cannot_mean_is_refused(file: Path, override: str, complaint: str) -> None:
+    file.write_text(SEVERAL)
+    with pytest.raises(UserError, match=complaint):
+        config.read(file, [override])
 
 
 @pytest.mark.parametrize(
@@ -134,6 +237,11 @@ def test_what_cannot_be_meant_is_refused(file: Path, override: str, complaint: s
         ("train: {learning_rate: true}\n", r"it takes a number"),
         ("model: {path: 12}\n", r"it takes text"),
         ("targets: {a: b}\n", r"it takes a list or null"),
+        ("method: []\n", r"method is an empty list"),
+        ("method: [lora, 5]\n", r"method\.1 is 5, but is a section"),
+        ("method: [{r: 5}]\n", r"each of several methods needs its name, and method\.0 has none"),
+        ("method: [lora]\ntargets: [q_proj]\n", r"Did you mean 'method\.0\.targets'\?"),
+        ("method: {targets: [q_proj]}\n", r"'targets' stands beside the section"),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_refused(file: Path, text: str, complaint: str) -> None:
@@ -160,10 +268,16 @@ def test_every_recipe_is_good(recipe: Path) -> None:
     assert Path(config.read(recipe).engine).is_file()
 
 
+@pytest.mark.parametrize("method", methods())
+def test_no_setting_of_a_method_has_a_name_that_is_taken(method: str) -> None:
+    taken = {*(f.name for f in dataclasses.fields(config.Part)), "model", "method", "parameters"}
+    assert not taken & {f.name for f in dataclasses.fields(methods()[method].Config)}
+
+
 def test_every_setting_is_explained() -> None:
     told = config.manual()
-    assert not [name for name, key in config.keys(find_method("lora")).items() if not key.doc]
-    assert all(f"  {name}=" in told for name in config.keys(find_method("ssl")))
+    assert not [name for name, key in config.keys({"method": methods()["lora"]}).items() if not key.doc]
+    assert all(f"  {name}=" in told for name in config.keys({"method": methods()["ssl"]}))
     assert all(f.name in told for method in methods().values() for f in dataclasses.fields(method.Config))
 
 

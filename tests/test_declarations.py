@@ -135,7 +135,9 @@ def test_a_task_is_found_by_its_aliases(name: str) -> None:
 
 
 def test_an_unknown_task_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"no task is called 'bolq'\. Did you mean 'boolq'\? There are: arc_challenge"):
+    with pytest.raises(
+        UserError, match=r"no task is called 'bolq'\. Did you mean 'boolq'\? There are: addsub, aqua, arc_challenge"
+    ):
         task("bolq")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from subspace.errors import UserError
 from subspace.paths import REPOSITORY
 
 LAYOUT = lay_out(16, 4, 2)
-ALL = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+ALL = sorted(file for file in (REPOSITORY / "ds_configs").glob("*.json") if file.stem != "matrix")
 
 
 def filled(engine: dict[str, Any], dtype: str = "bfloat16", **more: Any) -> dict[str, Any]:
@@ -48,8 +51,9 @@ def test_ready_files_are_filled(file: Path, dtype: str) -> None:
     assert "auto" not in json.dumps(engine)
 
 
-def test_stage_0_in_16_bits_runs_as_stage_1() -> None:
-    engine, notices = fill({"zero_optimization": {"stage": 0}}, LAYOUT, dtype="float16", clip=1.0)
+@pytest.mark.parametrize(("dtype", "section"), [("float16", {}), ("bfloat16", {"bf16": {"enabled": True}})])
+def test_stage_0_in_16_bits_runs_as_stage_1(dtype: str, section: dict[str, Any]) -> None:
+    engine, notices = fill({"zero_optimization": {"stage": 0}, **section}, LAYOUT, dtype=dtype, clip=1.0)
     assert engine["zero_optimization"]["stage"] == 1
     assert "runs as stage 1" in notices[0]
 
@@ -58,6 +62,17 @@ def test_stage_0_in_full_precision_stays() -> None:
     engine, notices = fill({"zero_optimization": {"stage": 0}}, LAYOUT, dtype="bfloat16", clip=1.0)
     assert engine["zero_optimization"]["stage"] == 0
     assert not notices
+
+
+def test_what_auto_stands_for_is_told() -> None:
+    _, notices = fill({"gradient_clipping": "auto", "fp16": {"enabled": "auto"}}, LAYOUT, dtype="float32", clip=0.5)
+    assert notices == ['the engine\'s JSON: "auto" is gradient_clipping=0.5, fp16.enabled=False']
+
+
+def test_weights_on_nvme_are_not_read_ahead() -> None:
+    weights = {"device": "nvme", "nvme_path": "somewhere"}
+    engine = filled({"zero_optimization": {"stage": 3, "offload_param": weights}})
+    assert engine["zero_optimization"]["stage3_prefetch_bucket_size"] == 0
 
 
 def test_adapters_are_held_whole_at_stage_3() -> None:
@@ -87,6 +102,19 @@ def test_a_given_threshold_stays() -> None:
 def test_contradictions_are_refused(engine: dict[str, Any], dtype: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         filled(engine, dtype)
+
+
+@pytest.mark.processes
+def test_the_lock_of_a_build_that_was_killed_does_not_hang(tmp_path: Path) -> None:
+    """On a CPU DeepSpeed would compile a library for its collectives, and wait for that lock for ever."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    joins = "from subspace import distributed, engine; engine.start_processes(); distributed.leave()"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE")}
+    subprocess.run([sys.executable, "-c", joins], cwd=REPOSITORY, env=environment, check=True, timeout=300)
+    assert lock.exists()
 
 
 def test_broken_file_names_the_line(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.method import Adapter, AttentionAdapter, Clock, LinearAdapter, find_method
+from subspace.access import Access
+from subspace.method import Adapter, Clock, LinearAdapter, find_method
 from subspace.methods.adalora import budget
-from subspace.zero import Access
+from subspace.virtual_tokens import AttentionAdapter
 
 W = torch.tensor([[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]])  # 2 out, 3 in; row norms 3 and 5
 X = torch.tensor([1.0, -1.0, 2.0])  # W X = (3, 5)
@@ -70,7 +71,7 @@ def test_adalora() -> None:
 def test_adalora_penalty_is_the_mean_of_norms() -> None:
     tensors = {"A": [[2.0, 0.0, 0.0]], "E": [1.0], "B": [[1.0], [1.0]]}
     # A A^T - 1 = 3 and B^T B - 1 = 1; their mean is 2.
-    assert torch.allclose(at("adalora", tensors, r=1, orthogonality=0.5).penalty(), torch.tensor(1.0))
+    assert torch.allclose(at("adalora", tensors, r=1, orthogonality=0.5).penalty(), torch.tensor(1.0))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_adalora_penalty_is_the_mean_of_norms() -> None:
 def test_adalora_budget(step: int, kept: int) -> None:
     # 2 layers of 12 falling to 2 of 8 between steps 10 and 70: at 20, 1/6 has passed, and 16 + 8 (5/6)^3 = 20.6.
     config = find_method("adalora").Config(r=12, target_r=8, warm_up=0.1, cool_down=0.3, every=10)  # type: ignore[call-arg]
-    assert budget(config, Clock(step, 100), 2) == kept  # type: ignore[arg-type]
+    assert budget(config, Clock(step, 100), 2 * 12, 2 * 8) == kept  # type: ignore[arg-type]
 
 
 def test_adalora_zeroes_the_least_important_and_lets_it_come_back() -> None:
@@ -95,6 +96,35 @@ def test_adalora_zeroes_the_least_important_and_lets_it_come_back() -> None:
         assert (adapter.trained()["E"] != 0).tolist() == [True, False, False]
         adapter.trained()["E"].data[2] = 1.0 if step == 2 else adapter.trained()["E"].data[2]
     assert adapter.history["E"].shape == (2, 3)
+
+
+def after(adapter: Adapter, step: int, steps: int, gradient: list[float]) -> list[bool]:
+    """Take a step with this gradient of E; return which E are left."""
+    for key, parameter in adapter.trained().items():
+        parameter.grad = torch.tensor(gradient) if key == "E" else torch.zeros_like(parameter)
+    type(adapter).before_step([adapter], Clock(step, steps), Access())
+    type(adapter).after_step([adapter], Clock(step, steps), Access())
+    return (adapter.trained()["E"] != 0).tolist()
+
+
+def test_adalora_whose_target_is_its_start_prunes_nothing() -> None:
+    adapter = at("adalora", {"E": [1.0, 1.0]}, r=2, target_r=2, warm_up=0.0, cool_down=0.5, every=1)
+    assert [after(adapter, step, 4, [1.0, 0.5]) for step in (1, 2, 3, 4)] == [[True, True]] * 4
+
+
+def test_adaloras_pattern_is_fixed_at_the_end() -> None:
+    adapter = at("adalora", {"E": [1.0, 1.0]}, r=2, target_r=1, warm_up=0.0, cool_down=0.5, every=1)
+    after(adapter, 1, 8, [9.0, 1.0])
+    after(adapter, 4, 8, [9.0, 1.0])
+    for step in (5, 6, 7, 8):
+        adapter.trained()["E"].data[:] = 1.0
+        assert after(adapter, step, 8, [0.1, 99.0]) == [True, False]
+
+
+def test_a_pruned_direction_still_has_a_gradient() -> None:
+    adapter = at("adalora", {"E": [1.0, 0.0]}, r=2)
+    adapter(X).sum().backward()
+    assert adapter.trained()["E"].grad[1] != 0  # type: ignore[index]
 
 
 def test_houlsby() -> None:

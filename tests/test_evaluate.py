@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,13 @@ import torch
 
 from subspace import declarations, evaluate, launcher
 from subspace.errors import UserError
-from subspace.evaluate import EvaluateConfig, count_tokens, find_tasks, plan_batches, take_sample
+from subspace.evaluate import EvaluateConfig, find_tasks, take_sample
+from subspace.inject import eject, inject
+from subspace.likelihood import Likelihood
 from subspace.paths import REPOSITORY
 from subspace.progress import At
 from subspace.results import TaskResult, read_items, read_results
+from subspace.workload import count_tokens, plan_batches
 from tests.evaluate_worker import score
 from tests.items import items
 from tests.tiny import bpe_tokenizer, tiny_llama
@@ -150,24 +157,175 @@ def test_a_missing_task_is_told_before_any_is_scored(monkeypatch: pytest.MonkeyP
         evaluate.evaluate(model, bpe_tokenizer(), EvaluateConfig())
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_answers_do_not_depend_on_the_batch(protocol: str) -> None:
+    model = tiny_llama()
+    jobs = evaluate.lay_out(model, bpe_tokenizer(), EvaluateConfig(protocol=protocol))
+
+    def answers(job: evaluate.Job, size: int) -> list[Any]:
+        batches = [range(first, min(first + size, 21)) for first in range(0, 21, size)]
+        return [record["prediction"] for batch in batches for record in job.scorer.score(model, batch)]
+
+    with torch.no_grad():
+        for job in jobs:
+            assert answers(job, 1) == answers(job, 7) == answers(job, 64)
+
+
+def test_several_protocols_are_scored_in_one_go(tmp_path: Path) -> None:
+    results = score(tmp_path, "likelihood,answer-word", stage=0)
+    assert [(r.protocol, r.task) for r in results] == [
+        (protocol, task) for protocol in ("likelihood", "answer-word") for task in ("piqa", "hellaswag")
+    ]
+    alone = score(tmp_path / "alone", "answer-word", stage=0)
+    assert [r.metrics for r in results[2:]] == [r.metrics for r in alone]
+
+
+def test_examples_stand_before_each_question() -> None:
+    def job(count: int) -> evaluate.Job:
+        config = EvaluateConfig(tasks="openbookqa", examples=count, limit=6)
+        return evaluate.lay_out(tiny_llama(), bpe_tokenizer(), config)[0]
+
+    none, two = job(0), job(2)
+    for plain, asked in zip(none.scorer.requests, two.scorer.requests, strict=True):  # type: ignore[attr-defined]
+        assert [choice for _, choice in plain] == [choice for _, choice in asked]
+        assert all(context.endswith(f"\n\n{bare}") for (context, _), (bare, _) in zip(asked, plain, strict=True))
+        assert {context.count("\n\n") for context, _ in asked} == {2}
+    assert two.ingredients["examples"] == "2 of train, seed 1234"
+    assert two.ingredients != job(3).ingredients
+    assert "examples" not in none.ingredients
+
+
+def test_bytes_are_counted_where_that_is_asked_for() -> None:
+    config = EvaluateConfig(tasks="piqa", by_bytes=True)
+    (job,) = evaluate.lay_out(tiny_llama(), bpe_tokenizer(), config)
+    with torch.no_grad():
+        records = job.scorer.score(tiny_llama(), range(21))
+    for item, record in zip(job.sample.items, records, strict=True):
+        per_byte = [
+            score / len(choice.encode()) for score, choice in zip(record["scores"], item["choices"], strict=True)
+        ]
+        assert record["prediction"]["acc_bytes"] == per_byte.index(max(per_byte))
+    assert job.scorer.metrics == ("acc", "acc_norm", "acc_bytes")
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"protocol": "likelyhood"}, "protocol is 'likelyhood'. Did you mean 'likelihood'"),
+        ({"protocol": ["likelihood", "x"]}, "protocol is 'x'"),
+        ({"defects": "pad_is_nought"}, "defects is 'pad_is_nought'. Did you mean 'pad_is_zero'"),
+    ],
+)
+def test_an_unknown_protocol_or_defect_names_the_nearest(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        EvaluateConfig(**settings)
+
+
+# What was scored before
+
+
+def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Likelihood, "score", lambda *_: pytest.fail("an item was scored"))
+
+
+def test_what_is_scored_already_is_not_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = score(tmp_path, "likelihood", stage=0)
+    no_forward(monkeypatch)
+    assert score(tmp_path, "likelihood", stage=0) == first
+
+
+@pytest.mark.parametrize(
+    "change", ["again", "weights", "adapters", "an adapter's setting", "limit", "items are gone", "items are cut"]
+)
+def test_what_is_not_the_same_is_scored_again(tmp_path: Path, change: str) -> None:
+    model, tokenizer = tiny_llama(), bpe_tokenizer()
+    settings: dict[str, Any] = {"tasks": "piqa", "limit": 9}
+    if change == "an adapter's setting":
+        inject(model, "lora", {"alpha": 1})
+    (first,) = evaluate.evaluate(model, tokenizer, EvaluateConfig(**settings), tmp_path)
+    assert first.items
+    passes: list[int] = []
+    if change == "weights":
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] += 1e-3
+    elif change == "adapters":
+        inject(model, "lora")
+    elif change == "an adapter's setting":
+        eject(model)
+        inject(model, "lora", {"alpha": 2})
+    elif change == "items are gone":
+        first.items.unlink()
+    elif change == "items are cut":
+        first.items.write_text(first.items.read_text()[:-20])
+    else:
+        settings |= {"again": True} if change == "again" else {"limit": 8}
+    model.register_forward_hook(lambda *_: passes.append(1))
+    evaluate.evaluate(model, tokenizer, EvaluateConfig(**settings), tmp_path)
+    assert passes
+
+
+class Killed(BaseException):
+    """Stands for a signal that no handler sees."""
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_killed_scoring_goes_on_where_it_was(protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after each few batches, the last line torn; no batch is scored twice but the ones that were torn."""
+    names = [Path("evaluation", protocol, f"{task}.jsonl") for task in ("piqa", "hellaswag")]
+    score(tmp_path / "undisturbed", protocol, stage=0)
+    scorer = next(type(job.scorer) for job in laid_out(protocol))
+    batches, plain = 0, scorer.score
+    batch_limit = 0
+
+    def killing(self: Any, model: Any, batch: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        if batches > batch_limit:
+            raise Killed
+        return plain(self, model, batch)
+
+    monkeypatch.setattr(scorer, "score", killing)
+    kills = 0
+    while True:
+        batch_limit = batches + 2
+        try:
+            score(tmp_path / "killed", protocol, stage=0)
+            break
+        except Killed:
+            kills += 1
+            for file in (tmp_path / "killed").rglob("*.partial-0"):
+                whole = file.read_bytes()
+                file.write_bytes(whole[: len(whole) - 3 * (kills % 2)])
+    assert kills > 3
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert not list((tmp_path / "killed").rglob("*.partial-*"))
+
+
+def laid_out(protocol: str) -> list[evaluate.Job]:
+    return evaluate.lay_out(tiny_llama(), bpe_tokenizer(), EvaluateConfig(protocol=protocol, tasks="piqa", limit=3))
+
+
 # Two processes
 
-WAYS = {"likelihood": ("likelihood", 0), "llm-adapters": ("llm-adapters", 0), "zero3": ("likelihood", 3)}
+WAYS = {"zero3": ("likelihood", 3), "answer-word under zero3": ("answer-word", 3)}
+WAYS |= {protocol: (protocol, 0) for protocol in PROTOCOLS}
+
+
+def by_processes(jobs: list[Any]) -> list[str]:
+    worker = str(Path(__file__).with_name("evaluate_worker.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    return [*command, f"--master_port={launcher.free_port()}", worker, json.dumps(jobs)]
+
+
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Score in all ways by two processes."""
     root = tmp_path_factory.mktemp("ranks")
-    jobs = [(str(root / way), protocol, stage) for way, (protocol, stage) in WAYS.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [
-        f"--master_port={launcher.free_port()}",
-        str(Path(__file__).with_name("evaluate_worker.py")),
-        json.dumps(jobs),
-    ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = by_processes([(str(root / way), protocol, stage, {}) for way, (protocol, stage) in WAYS.items()])
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return root
 
@@ -187,3 +345,98 @@ def test_every_process_is_given_all_results(by_two: Path, way: str) -> None:
     first, second = (json.loads((by_two / way / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert [task for task, *_ in first] == ["piqa", "hellaswag"]
+
+
+@pytest.mark.processes
+def test_two_killed_processes_go_on_where_they_were(tmp_path: Path) -> None:
+    """SIGKILL at random while they score, three times; the last time one process alone goes on."""
+    settings: dict[str, Any] = {"tasks": "piqa", "limit": None, "batch_tokens": 100, "count": 1500}
+    score(tmp_path / "undisturbed", "likelihood", 0, **settings)
+    killed, draw = tmp_path / "killed", random.Random(0)
+    for _ in range(2):
+        assert kill_at_random(by_processes([(str(killed), "likelihood", 0, settings)]), killed, draw.randrange(50, 400))
+    assert 100 < items_kept(killed) < 1500
+    score(killed, "likelihood", 0, **settings)
+    name = Path("evaluation", "likelihood", "piqa.jsonl")
+    assert (killed / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert not list(killed.rglob("*.partial-*"))
+
+
+def items_kept(folder: Path) -> int:
+    """Count the items that are scored, in whole files and in those of a scoring that goes on."""
+    kept = 0
+    for file in folder.rglob("evaluation/*/*.jsonl*"):
+        with contextlib.suppress(FileNotFoundError):  # files come and go
+            kept += len(file.read_bytes().splitlines()) - (".partial-" in file.name)
+    return kept
+
+
+def kill_at_random(command: list[str], folder: Path, more: int) -> bool:
+    """Kill the processes once so many more items are kept; tell whether they were still at it."""
+    wanted = items_kept(folder) + more
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True) as scoring:
+        while scoring.poll() is None and items_kept(folder) < wanted:
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(scoring.pid, signal.SIGKILL)
+    return scoring.returncode != 0
+
+
+# On real items, with a tiny model and with SmolLM2
+
+
+@pytest.mark.model
+@pytest.mark.long
+@pytest.mark.processes
+@pytest.mark.parametrize("model", ["tiny", "smollm2-135m"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_answers_depend_neither_on_the_batch_nor_on_the_processes(
+    protocol: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 1, 7 and 64 items by one process, and by two; 200 real items a task, float32."""
+    settings: dict[str, Any] = {"count": 0, "model_name": model, "tasks": "all", "limit": 200, "batch_tokens": None}
+
+    def answers(folder: Path) -> list[list[Any]]:
+        files = sorted((folder / "evaluation" / protocol).glob("*.jsonl"))
+        assert len(files) == 8
+        return [[record["prediction"] for record in read_items(file)] for file in files]
+
+    done = subprocess.run(
+        by_processes([(str(tmp_path / "two"), protocol, 0, settings)]),
+        env=ENVIRONMENT,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    expected = answers(tmp_path / "two")
+    for size in (64, 7, 1):
+        monkeypatch.setattr(evaluate, "plan_batches", lambda sizes, _, size=size: in_batches(len(sizes), size))
+        score(tmp_path / str(size), protocol, 0, **settings)
+        assert answers(tmp_path / str(size)) == expected
+
+
+def in_batches(count: int, size: int) -> list[list[int]]:
+    return [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+
+
+@pytest.mark.model
+@pytest.mark.long
+@pytest.mark.processes
+def test_ten_kills_at_random_change_nothing(tmp_path: Path) -> None:
+    """SIGKILL ten times while SmolLM2 is scored by two protocols."""
+    settings = ["evaluate.tasks=piqa,winogrande", "evaluate.limit=60", "evaluate.protocol=likelihood,answer-word"]
+    settings += ["model.dtype=float32", "evaluate.batch_tokens=256"]
+
+    def command(runs: str) -> list[str]:
+        return [sys.executable, "-m", "subspace", "evaluate", "smollm2-135m", f"runs={tmp_path / runs}", *settings]
+
+    subprocess.run(command("undisturbed"), env=ENVIRONMENT, capture_output=True, check=True)
+    draw, folder = random.Random(0), tmp_path / "killed" / "smollm2-135m"
+    for kill in range(10):
+        assert kill_at_random(command("killed"), folder, draw.randrange(1, 20)), f"kill {kill} came too late"
+    subprocess.run(command("killed"), env=ENVIRONMENT, capture_output=True, check=True)
+    names = [file.relative_to(folder) for file in folder.rglob("*.jsonl")]
+    assert len(names) == 4
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / "smollm2-135m" / name).read_bytes()
+    assert not list(folder.rglob("*.partial-*"))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from subspace import declarations
 from subspace.errors import UserError
-from subspace.generation import MAX_NEW_TOKENS, AnswerWords, Generation, decode_greedily
+from subspace.generation import AnswerWords, Generation, decode_greedily
 from subspace.inject import inject, trained_parameters
 from subspace.method import methods
 from tests.items import items
@@ -123,7 +123,7 @@ def test_answers_do_not_depend_on_the_batch(name: str) -> None:
     ],
 )
 def test_the_first_answer_word_counts(name: str, text: str, word: str) -> None:
-    assert AnswerWords(declarations.task(name).answer_words).first(text) == word
+    assert AnswerWords(declarations.task(name).answer_words).find(text) == word
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_a_prompt_that_is_too_long_keeps_its_end() -> None:
     model = tiny_llama(max_position_embeddings=100)
     scorer = Generation(model, bpe_tokenizer(), declarations.task("piqa"), items("piqa", 4), "alpaca-indented")
     assert scorer.truncated == 4
-    assert [len(prompt) for prompt in scorer.prompts] == [100 - MAX_NEW_TOKENS] * 4
+    assert [len(prompt) for prompt in scorer.prompts] == [100 - 32] * 4
     assert str(bpe_tokenizer().decode(scorer.prompts[0])).endswith("### Response:")
 
 
 def test_generating_under_zero_3_is_refused() -> None:
     model = tiny_llama()
     model.lm_head.weight.ds_id = 0
-    with pytest.raises(UserError, match="llm-adapters was asked for under ZeRO-3.*evaluate.protocol=likelihood"):
+    with pytest.raises(UserError, match="llm-adapters was asked for under ZeRO-3.*evaluate.protocol=answer-word"):
         Generation(model, bpe_tokenizer(), declarations.task("piqa"), items("piqa", 1), "alpaca-indented")

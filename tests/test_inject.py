@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from subspace.access import Access
+from subspace.adapter_file import load_adapter, save_adapter
 from subspace.errors import UserError
-from subspace.inject import adapters, inject, trained_parameters
+from subspace.inject import adapters, groups, inject, trained_parameters
+from subspace.method import Clock
 from tests.tiny import tiny_llama
 
 
@@ -37,3 +42,62 @@ def test_on_the_meta_device_nothing_is_allocated() -> None:
     model.to("meta")  # type: ignore[arg-type]
     inject(model, "dora")
     assert all(p.device.type == "meta" for p in model.parameters())
+
+
+def test_settings_by_site() -> None:
+    model = tiny_llama()
+    created = inject(model, "lora", {"r": 4}, patterns={r"layers\.1\..*": {"r": 2, "alpha": 4.0}, "up_proj": {"r": 3}})
+    ranks = {name: adapter.config.r for name, adapter in created.items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 4
+    assert ranks["model.layers.1.self_attn.q_proj"] == 2
+    assert ranks["model.layers.0.mlp.up_proj"] == ranks["model.layers.1.mlp.up_proj"] == 3  # the last that matches
+    assert created["model.layers.1.self_attn.q_proj"].scale == 2.0
+    assert len(groups(model)) == 1  # one schedule, one penalty
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"layers.7": {"r": 2}}, "the pattern 'layers.7' matches none of the 10 sites"),
+        ({"q_proj": {"rank": 2}}, "the pattern 'q_proj' sets 'rank'"),
+    ],
+)
+def test_patterns_that_cannot_be_meant(patterns: dict[str, dict[str, int]], message: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(UserError, match=message):
+        inject(model, "lora", patterns=patterns)
+    assert not adapters(model)
+
+
+def test_a_schedule_over_unequal_ranks() -> None:
+    model = tiny_llama()
+    created = list(inject(model, "adalora", {"r": 6, "target_r": 2}, patterns={"q_proj": {"r": 3}}).values())
+    for adapter in created:
+        for parameter in adapter.trained().values():
+            parameter.data = torch.ones_like(parameter)
+            parameter.grad = torch.rand_like(parameter)
+    type(created[0]).before_step(created, Clock(2, 4), Access())
+    type(created[0]).after_step(created, Clock(4, 4), Access())
+    left = sum(int(adapter.trained()["E"].count_nonzero()) for adapter in created)
+    assert left == 2 * len(created)
+
+
+def test_alias_stands_for_settings() -> None:
+    created = inject(tiny_llama(), "RSLoRA", {"r": 4, "alpha": 4.0})
+    assert {adapter.scale for adapter in created.values()} == {2.0}
+
+
+@pytest.mark.parametrize("order", [("prefix", "lora"), ("lora", "prefix"), ("prompt", "dora")])
+def test_methods_at_different_sites_go_together_in_any_order(order: tuple[str, str], tmp_path: Path) -> None:
+    model = tiny_llama()
+    sizes = [len(inject(model, method)) for method in order]
+    assert sizes[order.index("lora") if "lora" in order else 1] == 10
+    torch.manual_seed(1)
+    for parameter in trained_parameters(model).values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ids = torch.tensor([[5, 9, 33, 7]])
+    save_adapter(model, tmp_path / "adapter")
+    other = tiny_llama()
+    load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert not torch.allclose(other(ids).logits, tiny_llama()(ids).logits, atol=0.1)

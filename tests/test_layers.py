@@ -15,39 +15,59 @@ PACKAGE = ROOT / "subspace"
 
 # A file may import files of the lines above its own, nothing beside it and nothing below.
 LAYERS = [
-    "errors paths distributed zero linalg progress",
-    "settings base sites methods model_files results",
+    "errors paths distributed zero linalg progress statistics formats checkpoint interruption watchdog host_memory",
+    "optimizers settings base sites methods model_files results decomposition shards",
     "method",
+    "access lowrank spectrum bottleneck virtual_tokens",
     "methods.* declarations encoding",
-    "inject sources proof likelihood generation",
-    "adapter_file checks log prepare",
-    "rows model",
-    "batches engine",
-    "train evaluate merge",
+    "inject contamination sources proof likelihood generation partial workload loss",
+    "adapter_file budget log prepare answer_word published checksum",
+    "rows model optimizer_state checks",
+    "batches engine custom combination",
+    "resume",
+    "train evaluate merge scored_runs holdings rehearsal",
     "config tables catalogue launcher",
-    "run",
+    "run data_report subjects comparison plots lm_eval_model",
+    "plan",
     "cli",
     "__main__ __init__",
 ]
 
 # Who may import a foreign library at all, also inside a function.
 OWNERS = {
-    "deepspeed": "zero engine",
-    "transformers": "model model_files prepare merge",
-    "bitsandbytes": "base model engine",
+    "deepspeed": "zero access engine combination",
+    "transformers": "model model_files prepare merge shards",
+    "bitsandbytes": "base model engine rehearsal optimizers",
     "datasets": "prepare batches sources",
     "huggingface_hub": "sources",
     "jsonargparse": "config",
     "yaml": "config declarations",
     "jinja2": "declarations",
-    "rich": "progress tables",
-    "safetensors": "adapter_file merge",
+    "rich": "progress formats",
+    "scipy": "statistics",
+    "matplotlib": "plots",
+    "safetensors": "base decomposition adapter_file resume merge shards",
     "psutil": "launcher",
+    "lm_eval": "lm_eval_model",
 }
 #: What may be imported where only a type checker sees it.
-TYPES_ONLY = {"transformers": "encoding rows batches evaluate generation likelihood"}
+TYPES_ONLY = {"transformers": "encoding rows batches data_report evaluate generation likelihood answer_word published"}
 
-METHODS_KNOW = {"torch", "subspace.method", "subspace.linalg", "subspace.settings"}
+METHODS_KNOW = {"torch"} | {
+    f"subspace.{name}"
+    for name in [
+        "method",
+        "linalg",
+        "settings",
+        "errors",
+        "decomposition",
+        "lowrank",
+        "spectrum",
+        "bottleneck",
+        "virtual_tokens",
+        "base",
+    ]
+}
 LONGEST_METHOD = 100
 
 

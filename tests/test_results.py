@@ -20,7 +20,6 @@ from subspace.results import (
     digest,
     items_file,
     mean,
-    paired_difference,
     read_items,
     read_results,
     write_items,
@@ -166,17 +165,3 @@ def test_the_error_of_a_share_is_binomial() -> None:
 
 def test_a_mean_weighs_tasks_alike() -> None:
     assert mean([Score(0.5, 0.03), Score(0.7, 0.04)]) == pytest.approx(Score(0.6, 0.025))
-
-
-def test_a_paired_difference_counts_what_changed() -> None:
-    before = [True] * 50 + [False] * 50
-    after = [True] * 45 + [False] * 5 + [True] * 15 + [False] * 35
-    difference = paired_difference(before, after)
-    changes = torch.tensor([0.0] * 45 + [-1.0] * 5 + [1.0] * 15 + [0.0] * 35)
-    assert difference.value == pytest.approx(0.1)
-    assert difference.error == pytest.approx(float(changes.std(correction=0)) / 10)
-    assert difference.error < (accuracy(before).error ** 2 + accuracy(after).error ** 2) ** 0.5
-
-
-def test_what_did_not_change_has_no_difference() -> None:
-    assert paired_difference([True, False], [True, False]) == Score(0.0, 0.0)

@@ -38,7 +38,7 @@ def test_default_targets_in_every_architecture(architecture: str) -> None:
     ],
 )
 def test_other_kinds_in_every_architecture(architecture: str, kind: str, expected: list[str]) -> None:
-    assert list(find(tiny(architecture), kind)) == expected  # type: ignore[arg-type]
+    assert list(find(tiny(architecture), kind)) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Tables: golden Markdown and JSON, the paired difference, and what may not stand side by side."""
+"""Tables in every form: golden Markdown and JSON, seeds of one method, ties, and what may not stand side by side."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,16 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
+from subspace import statistics
 from subspace.errors import UserError
-from subspace.results import TaskResult, accuracy, items_file, paired_difference, write_items, write_results
-from subspace.tables import show, tables
+from subspace.formats import BEST, FORMATS, TIED, show
+from subspace.plots import plot
+from subspace.results import TaskResult, accuracy, items_file, write_items, write_results
+from subspace.tables import tables, write
 
 Marks = Mapping[str, Sequence[str]]  # by metric, for each item: "1" right, "0" wrong
 
@@ -48,6 +54,14 @@ def run(folder: Path, tasks: Mapping[str, Marks], *, protocol: str = "likelihood
     return folder
 
 
+def trained(folder: Path, right: str, *, seed: int, **config: Any) -> Path:
+    """Make a trained run's folder, scored on BoolQ and PIQA."""
+    run(folder, {"boolq": {"acc": right}, "piqa": {"acc": right[::-1]}}, adapter="lora")
+    about = {"name": folder.name, "method": {"name": "lora", "r": 8}, "train": {"seed": seed}, **config}
+    (folder / "config.yaml").write_text(yaml.safe_dump(about))
+    return folder
+
+
 @pytest.fixture
 def before(tmp_path: Path) -> Path:
     return run(tmp_path / "base", {"hellaswag": HELLASWAG, "boolq": BOOLQ, "piqa": PIQA})
@@ -64,19 +78,20 @@ def test_before_and_after(before: Path, after: Path) -> None:
     assert (
         table.markdown()
         == """\
-**likelihood: accuracy in %, with its standard error**
+**likelihood: accuracy in % [95 % interval]**
 
 | task | metric | items | majority | base | tuned | difference |
 | :--- | :--- | ---: | ---: | ---: | ---: | ---: |
-| BoolQ | acc | 4 | 50.0 | 75.0 ± 21.7 | 100.0 ± 0.0 | +25.0 ± 21.7 |
-| PIQA | acc | 4 | 50.0 | 50.0 ± 25.0 | 50.0 ± 25.0 | +0.0 ± 0.0 |
-| PIQA | (acc_norm) | 4 | 50.0 | 75.0 ± 21.7 | 75.0 ± 21.7 | +0.0 ± 0.0 |
-| HellaSwag | acc_norm | 4 | 50.0 | 25.0 ± 21.7 | 75.0 ± 21.7 | +50.0 ± 25.0 |
-| HellaSwag | (acc) | 4 | 50.0 | 0.0 ± 0.0 | 25.0 ± 21.7 | +25.0 ± 21.7 |
-| mean of 3 |  | 12 | 50.0 | 50.0 ± 13.2 | 75.0 ± 11.0 | +25.0 ± 11.0 |
+| BoolQ | acc | 4 | 50.0 | 75.0 [30.1, 95.4] ◇ | 100.0 [51.0, 100.0] ◆ | +25.0 [+0.0, +75.0] |
+| PIQA | acc | 4 | 50.0 | 50.0 [15.0, 85.0] ◆ | 50.0 [15.0, 85.0] ◇ | +0.0 [+0.0, +0.0] |
+| PIQA | (acc_norm) | 4 | 50.0 | 75.0 [30.1, 95.4] ◆ | 75.0 [30.1, 95.4] ◇ | +0.0 [+0.0, +0.0] |
+| HellaSwag | acc_norm | 4 | 50.0 | 25.0 [4.6, 69.9] ◇ | 75.0 [30.1, 95.4] ◆ | +50.0 [+0.0, +100.0] |
+| HellaSwag | (acc) | 4 | 50.0 | 0.0 [0.0, 49.0] ◇ | 25.0 [4.6, 69.9] ◆ | +25.0 [+0.0, +75.0] |
+| mean of 3 |  | 12 | 50.0 | 50.0 [27.1, 72.9] ◇ | 75.0 [50.1, 90.0] ◆ | +25.0 [+8.3, +50.0] |
 
 - base: tiny, float32
 - tuned: tiny with lora, float32
+- ◆ best, ◇ not told apart from it (p ≥ 0.05 after Holm)
 - difference: tuned less base, over the same items
 - rows in brackets are not in the mean"""
     )
@@ -86,47 +101,51 @@ def test_the_terminal_shows_the_same_numbers(before: Path, after: Path, monkeypa
     monkeypatch.setenv("COLUMNS", "20")
     (table,) = tables([before, after])
     with redirect_stdout(io.StringIO()) as printed:
-        show(table)
+        show(table.grid)
     lines = printed.getvalue().splitlines()
-    rows = [line.split() for line in lines if "±" in line]
-    assert rows == [" ".join(cells).split() for cells in table.cells[1:]]
-    assert [line.strip() for line in lines[-4:]] == list(table.notes)
+    rows = [line.split() for line in lines if "[" in line]
+    assert rows[1:] == [" ".join(cells).split() for cells in table.grid.rows]
+    assert [line.strip() for line in lines[-len(table.notes) :]] == list(table.notes)
 
 
 def test_json_holds_shares_and_fingerprints(before: Path, after: Path) -> None:
     (table,) = tables([before, after])
     plain = json.loads(json.dumps(table.as_dict()))
-    assert plain["runs"] == {"base": "tiny, float32", "tuned": "tiny with lora, float32"}
+    assert plain["methods"]["tuned"] == {"about": "tiny with lora, float32", "runs": [str(after)]}
     boolq = plain["rows"][0]
     assert (boolq["task"], boolq["metric"], boolq["n"], boolq["in_mean"]) == ("boolq", "acc", 4, True)
-    assert boolq["scores"]["tuned"] == {"value": 1.0, "error": 0.0}
+    score = boolq["scores"]["tuned"]
+    assert (score["value"], score["error"], score["seeds"], score["best"]) == (1.0, 0.0, 1, True)
+    assert (score["low"], score["high"]) == pytest.approx((0.5101, 1.0), abs=1e-4)
     assert boolq["difference"]["value"] == 0.25
     assert len(boolq["fingerprint"]) == 12
-    assert plain["mean"]["scores"]["base"]["value"] == 0.5
+    assert plain["means"][0]["scores"]["base"]["value"] == 0.5
 
 
 def test_the_difference_is_paired_by_item(before: Path, after: Path) -> None:
     (table,) = tables([before, after])
-    flips = paired_difference([False, False, True, False], [True, True, True, False])
-    assert table.rows[3].difference == flips
+    one, other = ([[[0.0, 0, 1, 0]]], [[[1.0, 1, 1, 0]]])
+    expected = statistics.difference([np.array(task) for task in one], [np.array(task) for task in other])
+    assert table.rows[3].difference == expected
+    assert (expected.value, expected.lost, expected.gained) == (0.5, 0, 2)
 
 
 def test_more_runs_have_no_difference(before: Path, after: Path, tmp_path: Path) -> None:
     third = run(tmp_path / "third", {"boolq": BOOLQ, "piqa": PIQA, "hellaswag": HELLASWAG}, adapter="dora")
     (table,) = tables([before, after, third])
-    assert table.cells[0] == ["task", "metric", "items", "majority", "base", "tuned", "third"]
-    assert {len(cells) for cells in table.cells} == {7}
+    assert table.grid.head == ("task", "metric", "items", "majority", "base", "tuned", "third")
+    assert {len(cells) for cells in table.grid.rows} == {7}
 
 
 def test_one_run_alone(before: Path) -> None:
     (table,) = tables([before, before])
-    assert table.cells[1] == ["BoolQ", "acc", "4", "50.0", "75.0 ± 21.7"]
+    assert table.grid.rows[0] == ("BoolQ", "acc", "4", "50.0", "75.0 [30.1, 95.4]")
 
 
 def test_the_mean_is_over_what_every_run_has(before: Path, tmp_path: Path) -> None:
     less = run(tmp_path / "less", {"piqa": {"acc": "0000", "acc_norm": "0000"}, "openbookqa": {"acc_norm": "1111"}})
     (table,) = tables([before, less])
-    assert [cells[0] for cells in table.cells[1:]] == [
+    assert [cells[0] for cells in table.grid.rows] == [
         "BoolQ",
         "PIQA",
         "PIQA",
@@ -135,15 +154,15 @@ def test_the_mean_is_over_what_every_run_has(before: Path, tmp_path: Path) -> No
         "OBQA",
         "mean of 1",
     ]
-    assert table.cells[1][4:] == ["75.0 ± 21.7", "-", "-"]
-    assert table.cells[-1][4:6] == ["50.0 ± 25.0", "0.0 ± 0.0"]
+    assert table.grid.rows[0][4:] == ("75.0 [30.1, 95.4]", "-", "-")
+    assert [cell and cell.value for cell in table.means[0].cells] == [0.5, 0.0]
 
 
 def test_nothing_in_common_has_no_mean(tmp_path: Path) -> None:
     one, two = run(tmp_path / "one", {"boolq": BOOLQ}), run(tmp_path / "two", {"piqa": PIQA})
     (table,) = tables([one, two])
-    assert table.mean is None
-    assert len(table.markdown().splitlines()) == 2 + 2 + 3 + 1 + 4
+    assert table.means == ()
+    assert [cells[4:6].count("-") for cells in table.grid.rows] == [1, 1, 1]
 
 
 def test_each_protocol_has_its_table(before: Path, after: Path) -> None:
@@ -191,9 +210,148 @@ def test_unlike_numbers_are_refused(before: Path, tmp_path: Path, part: str, rem
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     one, two = run(tmp_path / "a" / "lora", {"boolq": BOOLQ}), run(tmp_path / "b" / "lora", {"boolq": BOOLQ})
     (table,) = tables([one, two])
-    assert table.cells[0][4:6] == [str(one), str(two)]
+    assert table.grid.head[4:6] == (str(one), str(two))
 
 
 def test_truncated_items_are_told(tmp_path: Path) -> None:
     (table,) = tables([run(tmp_path / "base", {"boolq": BOOLQ, "piqa": PIQA}, truncated=3)])
     assert "base: 6 items were longer than the model reads and lost their beginning" in table.notes
+
+
+# Seeds of one method.
+
+RIGHT = ("1111111000", "1111110000", "1111111100")
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> list[Path]:
+    return [trained(tmp_path / f"lora-seed{i}", right, seed=i, runs=f"r{i}") for i, right in enumerate(RIGHT)]
+
+
+def test_runs_that_differ_in_their_seed_are_one_column(seeds: list[Path]) -> None:
+    (table,) = tables(seeds)
+    assert table.grid.head[4:] == ("lora ×3",)
+    cell = table.rows[0].cells[0]
+    assert cell
+    assert (cell.value, cell.sd, cell.seeds) == pytest.approx((0.7, 0.1, 3))
+    assert table.grid.rows[0][4].startswith("70.0 ± 10.0 [")
+    assert "lora-seed1 (seed 1)" in table.notes[0]
+    expected = statistics.estimate([np.array([[float(mark) for mark in right] for right in RIGHT])])
+    assert (cell.low, cell.high) == (expected.low, expected.high)
+
+
+@pytest.mark.parametrize("changes", [{"method": {"name": "lora", "r": 16}}, {"train": {"seed": 3, "steps": 7}}])
+def test_another_setting_is_another_method(seeds: list[Path], tmp_path: Path, changes: dict[str, Any]) -> None:
+    other = trained(tmp_path / "lora-other", RIGHT[0], seed=3, **changes)
+    assert [column.name for column in tables([*seeds, other])[0].columns] == ["lora ×3", "lora-other"]
+
+
+def test_a_seed_twice_is_no_new_evidence(seeds: list[Path], tmp_path: Path) -> None:
+    again = trained(tmp_path / "again", RIGHT[0], seed=0)
+    assert [len(column.runs) for column in tables([*seeds, again])[0].columns] == [3, 1]
+
+
+def test_one_seed_is_said_to_be_one(seeds: list[Path], before: Path) -> None:
+    (table,) = tables([*seeds[:2], trained(seeds[0].parent / "dora", RIGHT[0], seed=0, method={"name": "dora"})])
+    assert "one seed only: dora. Their numbers are about these runs, not methods" in table.notes
+
+
+def test_a_task_that_one_seed_lacks_is_not_there(seeds: list[Path]) -> None:
+    rows = [result for result in json.loads((seeds[1] / "results.json").read_text()) if result["task"] == "piqa"]
+    (seeds[1] / "results.json").write_text(json.dumps(rows))
+    (table,) = tables(seeds)
+    assert [(row.task, row.in_mean) for row in table.rows] == [("piqa", True)]
+
+
+# Ties.
+
+
+def test_ties_with_the_best_are_marked(tmp_path: Path) -> None:
+    marks = {"best": "1" * 60 + "0" * 40, "close": "1" * 56 + "0" * 44, "far": "1" * 20 + "0" * 80}
+    folders = [run(tmp_path / name, {"boolq": {"acc": right}}) for name, right in marks.items()]
+    (table,) = tables(folders)
+    (row,) = table.rows
+    assert [text[-1] for text in row.texts[4:7]] == [BEST, TIED, "]"]
+    p_values = [statistics.mcnemar(0, 4), statistics.mcnemar(0, 40)]
+    assert [cell.p for cell in row.cells if cell] == [None, *statistics.holm(p_values)]
+
+
+def test_holm_corrects_over_the_methods_of_a_row(tmp_path: Path) -> None:
+    """Six items of difference are p = 0.031: enough against one other method, not among three."""
+    folders = [run(tmp_path / "best", {"boolq": {"acc": "1" * 26 + "0" * 4}})]
+    folders += [run(tmp_path / f"m{i}", {"boolq": {"acc": "1" * 20 + "0" * 10}}) for i in range(3)]
+    assert TIED not in tables(folders[:2])[0].markdown().split("-")[0]
+    assert [text[-1] for text in tables(folders[:2])[0].grid.rows[0][4:6]] == [BEST, "]"]
+    assert [text[-1] for text in tables(folders)[0].grid.rows[0][4:]] == [BEST, TIED, TIED, TIED]
+
+
+def test_other_items_under_one_fingerprint_are_refused(before: Path, after: Path) -> None:
+    file = items_file(after, "likelihood", "boolq")
+    file.write_text(file.read_text().replace('"id": 3', '"id": 4'))
+    with pytest.raises(UserError, match="the items of BoolQ in .* are not the same ones"):
+        tables([before, after])
+
+
+# Forms.
+
+
+def test_csv_has_a_line_for_each_task_and_method(before: Path, after: Path) -> None:
+    lines = list(csv.DictReader(io.StringIO(write(tables([before, after]), "csv"))))
+    assert len(lines) == 2 * 6
+    assert {line["method"] for line in lines} == {"base", "tuned"}
+    (one,) = [line for line in lines if line["task"] == "boolq" and line["method"] == "base"]
+    assert (one["value"], one["items"], one["best"]) == ("0.75", "4", "False")
+    assert float(one["low"]) == pytest.approx(0.3006, abs=1e-4)
+
+
+def test_latex_is_escaped_and_marks_the_best(before: Path, after: Path) -> None:
+    text = write(tables([before, after]), "latex")
+    assert "PIQA & (acc\\_norm) & 4 & 50.0 &" in text
+    assert "\\textbf{100.0 [51.0, 100.0]} &" in text
+    assert "\\underline{75.0 [30.1, 95.4]} &" in text
+    rows = [line for line in text.splitlines() if line.endswith("\\\\")]
+    assert {line.count(" & ") for line in rows} == {6}
+    assert text.count("\\midrule") == 2
+    assert not any(symbol in text for symbol in (BEST, TIED))
+
+
+def test_html_is_a_page_with_every_cell(before: Path, after: Path) -> None:
+    (table,) = tables([before, after])
+    page = write([table], "html")
+    assert page.count("<td") == sum(map(len, table.grid.rows))
+    assert page.count("<tbody>") == 2
+    assert f"<td class=best>100.0 [51.0, 100.0] {BEST}</td>" in page
+
+
+def test_a_turned_table_has_methods_down(before: Path, after: Path) -> None:
+    (table,) = tables([before, after])
+    grid = table.grid.turned()
+    assert grid.head == ("task", "BoolQ", "PIQA", "PIQA", "HellaSwag", "HellaSwag", "mean of 3")
+    assert [row[0] for row in grid.rows] == ["metric", "items", "majority", "base", "tuned", "difference"]
+    assert grid.turned().rows == table.grid.rows
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "terminal"])
+def test_every_form_has_every_table(before: Path, after: Path, form: str) -> None:
+    for folder in (before, after):
+        run(folder, {"boolq": BOOLQ}, protocol="llm-adapters")
+    text = write(tables([before, after]), form)
+    assert "likelihood" in text
+    assert "llm-adapters" in text
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_a_plot_is_drawn(seeds: list[Path], tmp_path: Path, suffix: str, begins: bytes) -> None:
+    other = trained(tmp_path / "dora", RIGHT[0], seed=0, method={"name": "dora"})
+    (file,) = plot(tables([*seeds, other]), tmp_path / "plots" / f"scores{suffix}")
+    assert file.read_bytes().startswith(begins)
+
+
+def test_a_plot_is_the_same_each_time(before: Path, after: Path, tmp_path: Path) -> None:
+    drawn = [plot(tables([before, after]), tmp_path / f"{i}.svg")[0].read_bytes() for i in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+def test_an_unknown_kind_of_plot_is_refused(before: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is one of: .png, .svg, .pdf"):
+        plot(tables([before]), tmp_path / "scores.gif")

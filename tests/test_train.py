@@ -14,15 +14,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from subspace import config as configuration
-from subspace.adapter_file import TENSORS
+from subspace.access import Access
+from subspace.adapter_file import TENSORS, load_adapter, save_adapter
+from subspace.checkpoint import checkpoints
+from subspace.checks import LearningCheck, checksum
 from subspace.encoding import IGNORE
 from subspace.errors import RunFailed, UserError
 from subspace.inject import adapters, inject, roles, trained_parameters
+from subspace.loss import summed_loss
 from subspace.method import Adapter
 from subspace.methods.lora import LoRA
 from subspace.run import train_run
-from subspace.train import TrainConfig, checkpoints, parameter_groups, rate_factor, summed_loss
-from tests.material import logged, make_material, saved_adapter
+from subspace.train import TrainConfig, parameter_groups, rate_factor
+from tests.material import STAGES, logged, make_material, saved_adapter
 from tests.tiny import tiny_llama
 
 
@@ -74,7 +78,29 @@ def test_run_folder(material: Path, tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000006"]
     again = configuration.read(folder / "config.yaml", [])
     assert again.train.steps == 6
-    assert again.method.settings.r == 4  # type: ignore[attr-defined]
+    assert again.method[0].settings.r == 4  # type: ignore[attr-defined]
+
+
+def test_several_methods_train_in_one_run(material: Path, tmp_path: Path) -> None:
+    parts = """method:
+- {name: rslora, r: 4, targets: [q_proj, v_proj], patterns: {'layers\\.0\\..*': {r: 2}}}
+- {name: ssb, targets: [up_proj]}
+"""
+    several = tmp_path / "several.yaml"
+    several.write_text(material.read_text().replace("method: {name: lora, r: 4}\n", parts))
+    folder = train(several, tmp_path, "several")
+    about = json.loads((folder / "environment.json").read_text())["adapters"]
+    # q (64, 64) and v (32, 64) at rank 2 in the first layer and 4 in the second; up (128, 64) in both.
+    assert about["methods"] == [
+        {"method": "lora", "sites": 4, "trained": (2 + 4) * (64 + 64 + 32 + 64)},
+        {"method": "ssb", "sites": 2, "trained": 2 * (128 + 64)},
+    ]
+    assert about["trained"] == sum(tensor.numel() for tensor in saved_adapter(folder).values())
+    assert logged(folder)[-1] < logged(folder)[0]
+    again = configuration.read(folder / "config.yaml")
+    assert again.method == configuration.read(several).method
+    description = load_adapter(tiny_llama(), folder / "adapter")
+    assert {part["method"] for part in description["adapters"]} == {"lora", "ssb"}
 
 
 def test_a_run_is_not_overwritten(material: Path, tmp_path: Path) -> None:
@@ -99,8 +125,73 @@ def test_nan_stops_the_run_and_names_the_tensor(
         train(material, tmp_path, "nan", "train.save_every=2")
     assert calls == 3
     assert not (tmp_path / "nan" / "adapter").exists()
-    last = load_file(checkpoints(tmp_path / "nan")[-1] / TENSORS)
+    last = load_file(checkpoints(tmp_path / "nan")[-1] / "adapter" / TENSORS)
     assert all(torch.isfinite(tensor).all() for tensor in last.values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    forward = LoRA.forward
+    spoil: list[bool] = []
+
+    def sometimes_spoiled(self: LoRA, x: Tensor) -> Tensor:
+        # The root of zero is zero, and its slope is infinite.
+        return forward(self, x) + (torch.sqrt((0 * self.B).sum()) if spoil else 0)
+
+    def soon(cls: type[Adapter], group: list[Adapter], clock: Any, access: Any) -> None:
+        spoil.extend([True] if clock.step == 3 else [])
+
+    monkeypatch.setattr(LoRA, "forward", sometimes_spoiled)
+    monkeypatch.setattr(LoRA, "after_step", classmethod(soon))
+    with pytest.raises(
+        RunFailed, match=r"step 4: a gradient is not finite; the gradient of \S+q_proj\.B .*step-000002"
+    ):
+        train(material, tmp_path, "spoiled", "train.save_every=2", f"engine={material.parent / f'zero{stage}.json'}")
+    assert logged(tmp_path / "spoiled", "step") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("section", [{"initial_scale_power": 1}, {"loss_scale": 8}], ids=["dynamic", "static"])
+def test_a_loss_scale_that_never_recovers_is_told(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: dict[str, int]
+) -> None:
+    forward = LoRA.forward
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)  # slow on a CPU, but right
+    monkeypatch.setattr(LoRA, "forward", lambda self, x: forward(self, x) + torch.sqrt((0 * self.B).sum()))
+    (tmp_path / "engine.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": section}))
+    settings = ["model.dtype=float16", f"engine={tmp_path / 'engine.json'}", "train.steps=80", "train.batch=2"]
+    with pytest.raises(
+        RunFailed, match=r"overflow float16 at every loss scale, \d+ steps in a row .*; the gradient of \S+ is not"
+    ):
+        train(material, tmp_path, "overflows", *settings)
+    assert len(logged(tmp_path / "overflows")) <= 50
+
+
+def test_a_file_that_holds_the_start_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    inject(model, "lora", {"r": 4})
+    learning = LearningCheck(model, Access())
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(RunFailed, match="holds the values that training began with"):
+        learning.check_file(tmp_path / "adapter")
+    next(iter(trained_parameters(model).values())).data.add_(1)
+    save_adapter(model, tmp_path / "adapter")
+    learning.check_file(tmp_path / "adapter")
+
+
+def test_a_tensor_may_move_late_where_its_method_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    inject(model, "lora", {"r": 4})
+    for name, parameter in trained_parameters(model).items():
+        parameter.data.add_(1 if name.endswith(".A") else 0)
+    moved = {name: checksum(parameter - 1) for name, parameter in trained_parameters(model).items()}
+    still = {name: checksum(parameter) for name, parameter in trained_parameters(model).items()}
+    start = {name: (moved if name.endswith(".A") else still)[name] for name in moved}
+    with pytest.raises(RunFailed, match=r"10 of 20 trained tensors have not moved, first \S+\.B"):
+        LearningCheck(model, Access(), start).after_step(2)
+    monkeypatch.setattr(LoRA, "moves_late", frozenset({"B"}))
+    LearningCheck(model, Access(), start).after_step(2)
 
 
 def test_a_tensor_that_does_not_learn_stops_the_run(

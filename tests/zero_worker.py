@@ -13,10 +13,10 @@ from subspace.run import train_run
 
 
 def main() -> None:
-    """Train each of the runs that the file lists: the arguments of ``config.read``."""
+    """Train each of the runs that the file lists: the arguments of ``config.read``, and whether it is resumed."""
     start_processes(minutes=5)
-    for file, overrides in json.loads(Path(sys.argv[1]).read_text()):
-        train_run(config.read(file, overrides))
+    for file, overrides, *resume in json.loads(Path(sys.argv[1]).read_text()):
+        train_run(config.read(file, overrides), resume=any(resume))
     leave()
 
 

@@ -13,50 +13,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from subspace.linalg import orthogonality_gap
-from subspace.method import Access, Clock, LinearAdapter, MethodConfig, register
+from subspace.lowrank import LowRankConfig, TripletAdapter
+from subspace.method import Access, Clock, register
 from subspace.settings import setting
 
 
 @register("adalora", family="extension", trains="r * (n_in + n_out + 1)")
-class AdaLoRA(LinearAdapter):
+class AdaLoRA(TripletAdapter):
     """See the module's docstring."""
 
-    roles: ClassVar = {"A": "down", "E": "core", "B": "up"}
-
     @dataclass(frozen=True, kw_only=True)
-    class Config(MethodConfig):
+    class Config(LowRankConfig):
         """AdaLoRA's settings."""
 
         r: int = setting(12, "rank at the start", min=1)
         target_r: int = setting(8, "mean rank of the updates at the end", min=0)
-        alpha: float = setting(32.0, "the update is scaled by alpha / r", min=0)
         warm_up: float = setting(0.1, "share of the run before the budget falls", min=0, max=1)
         cool_down: float = setting(0.3, "share of the run, at its end, with the pattern fixed", min=0, max=1)
         every: int = setting(10, "optimizer steps from one allocation to the next", min=1)
         beta: float = setting(0.85, "smoothing of importances, and of how far they stray", min=0, max=1)
-        orthogonality: float = setting(0.1, "weight of the penalty", min=0)
+        orthogonality: float = setting(0.1, "weight of the penalty; 0 is AdaLoRA without MPC_o", min=0)
 
     def __init__(self, base: nn.Module, config: Config) -> None:
-        super().__init__(base, config)
-        self.scale = config.alpha / config.r
-        self.A = nn.Parameter(torch.empty(config.r, self.in_features).normal_(std=0.02))
-        self.B = nn.Parameter(torch.empty(self.out_features, config.r).normal_(std=0.02))
-        self.E = nn.Parameter(torch.zeros(config.r))
+        super().__init__(base, config, std=0.02)
         self.gradients: dict[str, Tensor] = {}
         self.history = {key: torch.zeros(2, *p.shape) for key, p in self.trained().items()}
-
-    def weight(self, W: Tensor) -> Tensor:
-        return W + self.scale * (self.B * self.E) @ self.A
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = x @ self.A.T.to(x.dtype) * (self.scale * self.E).to(x.dtype)
-        return self.frozen(x) + hidden @ self.B.T.to(x.dtype)
 
     def penalty(self) -> Tensor:
         weight: float = self.config.orthogonality / self.num_siblings
@@ -65,9 +52,8 @@ class AdaLoRA(LinearAdapter):
     def scores(self, access: Access) -> Tensor:
         """Take in this step's importances (eqs. 8, 9); return those of (B_j, E_j, A_j), (r,) (eqs. 7, 10)."""
         for key, gradient in self.gradients.items():
-            importance = (
-                access.value(self.trained()[key]) * gradient
-            ).abs()  # as in the authors' code, p is after the step
+            # As in the authors' code, the value is the one after the step.
+            importance = (access.value(self.trained()[key]) * gradient).abs()
             mean, waver = self.history[key].to(importance.device)
             mean = importance.lerp(mean, self.config.beta)
             self.history[key] = torch.stack([mean, (importance - mean).abs().lerp(waver, self.config.beta)])
@@ -84,16 +70,17 @@ class AdaLoRA(LinearAdapter):
 
     @classmethod
     def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
-        scores = torch.stack([adapter.scores(access) for adapter in adapters])
-        if (pruned := scores.numel() - budget(adapters[0].config, clock, len(adapters))) > 0:
-            kept = scores > scores.flatten().kthvalue(pruned).values
-            for adapter, keep in zip(adapters, kept, strict=True):
-                access.write(adapter.E, access.value(adapter.E) * keep)
+        scores = [adapter.scores(access) for adapter in adapters]
+        initial, target = (sum(getattr(a.config, key) for a in adapters) for key in ("r", "target_r"))
+        if (pruned := initial - budget(adapters[0].config, clock, initial, target)) > 0:
+            threshold = torch.cat(scores).kthvalue(pruned).values
+            for adapter, score in zip(adapters, scores, strict=True):
+                access.write(adapter.E, access.value(adapter.E) * (score > threshold))
 
 
-def budget(config: AdaLoRA.Config, clock: Clock, num_layers: int) -> int:
-    """Return how many E may stay after this step (eq. 11); all of them at a step that allocates nothing."""
+def budget(config: AdaLoRA.Config, clock: Clock, initial: int, target: int) -> int:
+    """Return how many of the initial E may stay after this step (eq. 11); all at a step that allocates nothing."""
     passed = clock.through(config.warm_up, config.cool_down)
     if passed <= 0 or (passed <= 1 and clock.step % config.every):
-        return num_layers * config.r
-    return int(num_layers * (config.target_r + (config.r - config.target_r) * max(0.0, 1 - passed) ** 3))
+        return initial
+    return int(target + (initial - target) * max(0.0, 1 - passed) ** 3)

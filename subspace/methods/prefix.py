@@ -21,14 +21,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.method import AttentionAdapter, MethodConfig, register
+from subspace.method import MethodConfig, register
 from subspace.settings import setting
+from subspace.virtual_tokens import AttentionAdapter
 
 
-@register("prefix", family="reconstruction", trains="2 * n * n_kv", aliases=("prefix-tuning", "p-tuning-v2"))
+@register("prefix", family="reconstruction", trains="2 * n * n_kv", aliases={"prefix-tuning": {}, "p-tuning-v2": {}})
 class Prefix(AttentionAdapter):
     """See the module's docstring."""
 
+    dial: ClassVar = "n"
     roles: ClassVar = {"K": "prompt", "V": "prompt"}
 
     @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,15 @@
     python -m tests.bench.bench_evaluation --items 16 --rounds 5
 
 Likelihood: the same items of the eight suites by this project and by the harness, same model, float32; the answers must
-be the same. The harness is given the fixed batch size of ``--harness-batch``, its items sorted by length as it does by
-itself. Tokenising and asking (templates) count for both.
+be the same. The harness gets all its requests in one call, as its own command gives them, sorts them by length, and
+finds its batch size by itself (``--harness-batch auto``). On few items that search takes much of its time, so its time
+is given without the search too; ``--harness-batch 8`` leaves it out. Tokenising and asking (templates) count for both.
 
 Generation: the same prompts by protocol ``llm-adapters``, and the published way: one prompt at a time, beam search with
 4 beams, 32 tokens. A model that was not trained says no answer word, so nothing stops early: ``--adapter`` gives a
 trained run's.
+
+Together: as many adapters as ``--together`` says on one load of their base, against a load for each.
 
 Absolute figures depend on the machine; the ratios are what to read. On a machine that does other things too, CPU time
 with OMP_NUM_THREADS=1 is the sounder one.
@@ -24,20 +27,27 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace.adapter_file import load_adapter
+from subspace.adapter_file import load_adapter, save_adapter
+from subspace.config import Subject
 from subspace.evaluate import EvaluateConfig, Sample, evaluate, find_tasks, take_sample
-from subspace.generation import MAX_NEW_TOKENS, AnswerWords, Generation
+from subspace.generation import AnswerWords, Generation
+from subspace.inject import eject, inject, trained_parameters
 from subspace.model import ModelConfig, open_model, open_tokenizer
 from subspace.results import read_items
+from subspace.subjects import evaluate_subjects
 from tests.harness import harness_model, harness_predictions, harness_scores, harness_task
 
 Side = Callable[[], Any]
+
+ASIDE: list[float] = []
+"""CPU seconds that the other side spent on what can be left out of the comparison."""
 
 
 def main() -> None:
@@ -51,7 +61,9 @@ def main() -> None:
     parser.add_argument("--answer-tasks", default="piqa,arc_easy")
     parser.add_argument("--answers", type=int, default=5, help="items of each of the answer tasks")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--harness-batch", type=int, default=8)
+    parser.add_argument("--harness-batch", default="auto", help="a number, or auto")
+    parser.add_argument("--harness-most", type=int, default=64, help="where the harness's search begins: its own is 64")
+    parser.add_argument("--together", type=int, default=4, help="adapters on one load")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
 
@@ -69,9 +81,10 @@ def main() -> None:
         sum(len(sample.items) for sample in asked),
         {
             "subspace": lambda: score(model, tokenizer, "likelihood", options.tasks, options.items),
-            "lm-eval": lambda: by_harness(model, tokenizer, asked, options.harness_batch),
+            "lm-eval": lambda: by_harness(model, tokenizer, asked, options.harness_batch, options.harness_most),
         },
         options.rounds,
+        without="search for a batch size",
     )
     alternate(
         "generation",
@@ -82,10 +95,24 @@ def main() -> None:
         },
         options.rounds,
     )
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = made_subjects(config, options.together, options.items, Path(folder))
+        alternate(
+            "together",
+            sum(len(sample.items) for sample in asked) * options.together,
+            {
+                "one load": lambda: together([subjects]),
+                "a load each": lambda: together([[subject] for subject in subjects]),
+            },
+            options.rounds,
+        )
 
 
-def alternate(title: str, num_items: int, sides: Mapping[str, Side], rounds: int) -> None:
-    """Run both sides in turn; print their medians, how many times faster the first is, and how many answers agree."""
+def alternate(title: str, num_items: int, sides: Mapping[str, Side], rounds: int, without: str = "") -> None:
+    """Run both sides in turn; print their medians, how many times faster the first is, and how many answers agree.
+
+    ``without`` names what :data:`ASIDE` holds of the second's CPU time.
+    """
     clocks = (time.perf_counter, time.process_time)
     seconds: dict[str, list[list[float]]] = {name: [] for name in sides}
     answers: dict[str, Any] = {}
@@ -105,6 +132,9 @@ def alternate(title: str, num_items: int, sides: Mapping[str, Side], rounds: int
     one, other = answers.values()
     agree = sum(a == b for a, b in zip(one, other, strict=True))
     print(f"  {their_wall / wall:.2f} times as fast, by CPU time {their_cpu / cpu:.2f}; {agree} of {num_items} agree")
+    if aside := sum(ASIDE) / rounds:
+        print(f"  without the {without} ({aside:.1f} s): by CPU time {(their_cpu - aside) / cpu:.2f} times as fast")
+    ASIDE.clear()
 
 
 def score(
@@ -118,14 +148,24 @@ def score(
 
 
 def by_harness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], batch: str, most: int
 ) -> list[Any]:
     """Score by lm-evaluation-harness; return the answers."""
-    lm, answers = harness_model(model, tokenizer, batch_size), []
-    for sample in samples:
-        task = harness_task(sample.task.name, sample.items)
-        answers += harness_predictions(task, harness_scores(lm, task))
-    return answers
+    lm = harness_model(model, tokenizer, batch if batch == "auto" else int(batch), most)
+    search = lm._detect_batch_size
+
+    def timed(*arguments: Any) -> Any:
+        began = time.process_time()
+        try:
+            return search(*arguments)
+        finally:
+            ASIDE.append(time.process_time() - began)
+
+    lm._detect_batch_size = timed
+    tasks = [harness_task(sample.task.name, sample.items) for sample in samples]
+    with contextlib.redirect_stdout(io.StringIO()):  # it says which batch size it found
+        scores = iter(harness_scores(lm, *tasks))
+    return [answer for task in tasks for answer in harness_predictions(task, list(islice(scores, len(task.eval_docs))))]
 
 
 def by_beams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[Any]:
@@ -136,11 +176,38 @@ def by_beams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples
         scorer = Generation(model, tokenizer, sample.task, sample.items, "alpaca-indented")
         for prompt in scorer.prompts:
             ids = torch.tensor([prompt], device=model.device)
-            settings = {"num_beams": 4, "max_new_tokens": MAX_NEW_TOKENS, "pad_token_id": tokenizer.pad_token_id}
+            settings = {
+                "num_beams": 4,
+                "max_new_tokens": sample.task.max_new_tokens,
+                "pad_token_id": tokenizer.pad_token_id,
+            }
             written = generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
             text = tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
-            answers.append(AnswerWords(sample.task.answer_words).first(str(text)))
+            answers.append(AnswerWords(sample.task.answer_words).find(str(text)))
     return answers
+
+
+def made_subjects(model: ModelConfig, count: int, limit: int, folder: Path) -> list[Subject]:
+    """Make adapters that differ, as runs leave them."""
+    network = open_model(model)
+    subjects = []
+    for number in range(count):
+        inject(network, "lora", {"r": 32}, seed=number)
+        with torch.no_grad():
+            for parameter in trained_parameters(network).values():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        name = folder / str(number)
+        save_adapter(network, name / "adapter")
+        eject(network)
+        config = EvaluateConfig(limit=limit, again=True)
+        subjects.append(Subject(model, config, name, name / "adapter", f"lora {number}"))
+    return subjects
+
+
+def together(groups: list[list[Subject]]) -> list[Any]:
+    """Score the subjects of each group on one load; return the answers."""
+    found = [results for group in groups for results in evaluate_subjects(group)]
+    return [record["prediction"] for results in found for r in results if r.items for record in read_items(r.items)]
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ import torch
 from subspace.batches import DataConfig, StepPlan, open_data
 from subspace.engine import fill, lay_out, start_engine, start_processes
 from subspace.inject import inject, trained_parameters
+from subspace.loss import summed_loss
 from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.train import TrainConfig, count_tokens, parameter_groups, summed_loss
+from subspace.train import TrainConfig, count_tokens, parameter_groups
 
 MODEL = ModelConfig(path="smollm2-135m", dtype="float32")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

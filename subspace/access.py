@@ -1,0 +1,115 @@
+"""How a method's start and schedule reach what an engine holds: gradients, values, the optimizer's memory, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace.base import stored_weight, weight_for
+from subspace.distributed import from_rank, is_main, rank, world_size
+from subspace.method import Adapter
+from subspace.progress import Progress, shown, silent
+from subspace.zero import gathered, is_sharded
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Access:
+    """What a method's schedule may do to trained tensors, whatever ZeRO stage holds them. All ranks call alike."""
+
+    def __init__(self, engine: Any = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.engine = engine
+        self.optimizer = optimizer  # a plain one, where no engine has it
+
+    def grad(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole gradient, averaged over ranks, without the loss scale of float16.
+
+        Valid between the last backward and the step.
+        """
+        gradient: Tensor | None = parameter.grad
+        if is_sharded(parameter) or hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_get_full_grad
+
+            gradient = safe_get_full_grad(parameter)
+        if gradient is None:
+            return torch.zeros_like(parameter)
+        scaled = self.engine is not None and self.engine.fp16_enabled()
+        return gradient.detach() / self.engine.optimizer.cur_scale if scaled else gradient.detach()
+
+    def value(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole parameter."""
+        if not is_sharded(parameter):
+            return parameter.detach()
+        with gathered([parameter]):
+            return parameter.detach().clone()
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the whole parameter, in the model and in the optimizer's float32 copy."""
+        if is_sharded(parameter):
+            with gathered([parameter], modified_by_main=True):
+                parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+        if is_sharded(parameter) or hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value.to(torch.float32))
+
+    def forget(self, parameter: nn.Parameter, where: Tensor) -> None:
+        """Set what Adam remembers of the values where ``where`` is true to zero."""
+        if is_sharded(parameter) or hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+
+            for key in MOMENTS:
+                moment = safe_get_full_optimizer_state(parameter, key)
+                if moment is not None:
+                    safe_set_full_optimizer_state(parameter, moment.masked_fill(where.to(moment.device), 0), key)
+            return
+        optimizer = self.engine.optimizer if self.engine is not None else self.optimizer
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for key in MOMENTS:
+            if key in state:
+                state[key].masked_fill_(where.to(state[key].device), 0)
+
+    def visit(self, adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None]) -> None:
+        """Let each adapter look at its frozen W on one process; see :func:`visit`."""
+        visit(adapters, look, shown if is_main() and self.engine is not None else silent)
+
+
+def visit(
+    adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None], progress: Progress = silent, title: str = ""
+) -> None:
+    """Call ``look(adapter, W)`` for each adapter, on one process each; then all have the tensors that it changed.
+
+    The adapters are dealt out to the processes in turn, which work side by side. W is whole, float32, ``(out, in)``,
+    and no process holds more than one of them. All ranks must call it.
+    """
+    ranks = world_size()
+    name = adapters[0].name if adapters else ""
+    with progress(title or f"reading the weights for {name}", len(adapters), "layers") as at:
+        for first in range(0, len(adapters), ranks):
+            wave = adapters[first : first + ranks]
+            weights = [_weight(adapter, owner) for owner, adapter in enumerate(wave)]
+            mine = [(adapter, W) for adapter, W in zip(wave, weights, strict=True) if W is not None]
+            for adapter, W in mine:
+                with torch.no_grad():
+                    look(adapter, W)
+            for owner, adapter in enumerate(wave):
+                for tensor in (*adapter.trained().values(), *adapter.buffers(recurse=False)):
+                    if not is_sharded(tensor):
+                        from_rank(tensor.data, owner)
+            at(first + len(wave))
+
+
+def _weight(adapter: Adapter, owner: int) -> Tensor | None:
+    """Return the adapter's W on its owner, None elsewhere."""
+    if adapter.checkpoint is None:
+        return weight_for(owner, adapter.base)
+    if owner != rank():
+        return None
+    W = stored_weight(*adapter.checkpoint)
+    assert W is not None, adapter.checkpoint  # inject has looked
+    return W.to(next(adapter.buffers(recurse=False)).device)

@@ -1,0 +1,113 @@
+"""Protocol ``answer-word``: the prompt of ``llm-adapters``, answered by the likeliest of the item's answers.
+
+Nothing is written. Each answer that the model was trained to give ("the correct answer is answer3") is scored by its
+log-probability after the prompt, and the likeliest counts. The answers of an item share their beginning, so this is one
+row of tokens an item and one forward pass a batch, and it works under ZeRO-3. There is always an answer: a model that
+does not know the form of one may do better here than where it has to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from subspace.declarations import Item, Task, prompt
+from subspace.encoding import encode_rows
+from subspace.errors import UserError
+from subspace.generation import Generation, asked
+from subspace.likelihood import choice_scores, reads_trees, rows_of
+from subspace.results import Score, accuracy, digest, read_items, read_results
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = "1"
+
+
+class AnswerWord:
+    """The items of a task, ready to be scored by this protocol."""
+
+    name = "answer-word"
+    metrics: tuple[str, ...] = ("acc",)
+    writes = False
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item], prompt_name: str
+    ) -> None:
+        if task.extraction != "first-word":
+            raise UserError(
+                f"protocol {self.name} was asked for {task.name}, whose answers are no words of a short list. "
+                f"Use evaluate.protocol={Generation.name}"
+            )
+        self.task, self.items, self.template = task, items, prompt(prompt_name)
+        texts = asked(self.template, task, items)
+        self.hashes = [digest(text) for text in texts]
+        # The right answer in the place of every label in turn.
+        possible = [[{**item, "label": label} for label in range(len(item["choices"]))] for item in items]
+        self.words = [[task.answer(item) for item in several] for several in possible]
+        outputs = [[task.output(item) for item in several] for several in possible]
+        pairs = [(text, output) for text, several in zip(texts, outputs, strict=True) for output in several]
+        encoded = iter(encode_rows(tokenizer, pairs))
+        choices = [[next(encoded) for _ in several] for several in outputs]
+
+        config: Any = model.config
+        window = config.max_position_embeddings
+        longest = max(len(ids) for item in choices for ids, _ in item)
+        self.truncated = sum(any(len(ids) > window + 1 for ids, _ in item) for item in choices)
+        self.rows = [rows_of(item, window, share=reads_trees(config, longest)) for item in choices]
+        # For each item how many rows it is in a batch, and how many tokens the longest of them has.
+        self.sizes = [(len(rows), max(len(row.ids) for row in rows)) for rows in self.rows]
+
+    @property
+    def ingredients(self) -> dict[str, str]:
+        """What this protocol's numbers depend on besides task, items and tokenizer."""
+        task = self.task
+        texts = [self.template, task.instruction_template, task.answer_template, task.output_template]
+        return {
+            "protocol": f"{self.name} {VERSION}",
+            "template": digest(texts),
+            "decoding": "none: log-probabilities of the answers",
+        }
+
+    def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
+        """Score the items of these numbers together, in one forward pass; return the record of each."""
+        flat = iter(choice_scores(model, [row for number in batch for row in self.rows[number]]))
+        found = [[score for _ in self.rows[number] for score in next(flat)] for number in batch]
+        return [self._record(number, scores) for number, scores in zip(batch, found, strict=True)]
+
+    def _record(self, number: int, scores: list[float]) -> dict[str, Any]:
+        item, words = self.items[number], self.words[number]
+        prediction = words[scores.index(max(scores))]
+        return {
+            "id": item["id"],
+            "prompt": self.hashes[number],
+            "scores": scores,
+            "prediction": prediction,
+            "label": words[item["label"]],
+            "correct": {"acc": prediction == words[item["label"]]},
+        }
+
+
+def agreement(folder: Path) -> dict[str, Score]:
+    """Return for each task on how many items this protocol and ``llm-adapters`` gave the same answer for one model.
+
+    A task that a folder does not hold by both, of the same items, prompts and weights, is left out.
+    """
+    by_key = {(result.protocol, result.task): result for result in read_results(folder)}
+    found = {}
+    for (protocol, task), scored in by_key.items():
+        written = by_key.get((Generation.name, task))
+        if protocol != AnswerWord.name or not (written and written.items and scored.items):
+            continue
+        if written.subject != scored.subject:
+            continue
+        answers = [
+            {(record["id"], record["prompt"]): record["prediction"] for record in read_items(file)}
+            for file in (scored.items, written.items)
+        ]
+        if answers[0].keys() == answers[1].keys():
+            found[task] = accuracy([answers[1][item] == word for item, word in answers[0].items()])
+    return found

@@ -1,0 +1,59 @@
+"""What the adapters of the bottleneck family share: a small network behind a sub-layer, with a way round it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspace.method import MethodConfig, SublayerAdapter
+from subspace.settings import setting
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckConfig(MethodConfig):
+    """What every bottleneck is told."""
+
+    bottleneck: int = setting(64, "width b of the bottleneck", min=1)
+    activation: str = setting("relu", "the nonlinearity f", choices=tuple(ACTIVATIONS))
+    bias: bool = setting(True, "train the biases c and e")
+    scale: float = setting(1.0, "factor s on what is added")
+    start: str = setting("zero", "U at zero, or D and U Gaussian, near zero", choices=("zero", "gaussian"))
+
+
+class BottleneckAdapter(SublayerAdapter):
+    """``h' = h + s (U f(D h + c) + e)`` for what the sub-layer returns, h ``(..., out)``."""
+
+    dial: ClassVar = "bottleneck"
+    roles: ClassVar = {"D": "down", "U": "up", "c": "bias", "e": "bias"}
+
+    def __init__(self, base: nn.Module, config: BottleneckConfig) -> None:
+        super().__init__(base, config)
+        self.f = ACTIVATIONS[config.activation]
+        self.D = nn.Parameter(torch.empty(config.bottleneck, self.out_features))
+        self.U = nn.Parameter(torch.zeros(self.out_features, config.bottleneck))
+        self.c = nn.Parameter(torch.zeros(config.bottleneck)) if config.bias else None
+        self.e = nn.Parameter(torch.zeros(self.out_features)) if config.bias else None
+        if config.start == "gaussian":  # as BERT's layers start, which the published implementations take
+            nn.init.normal_(self.D, std=0.02)
+            nn.init.normal_(self.U, std=0.02)
+        else:
+            nn.init.kaiming_uniform_(self.D, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.base(x)
+        c, e = (None if bias is None else bias.to(h.dtype) for bias in (self.c, self.e))
+        update = F.linear(self.f(F.linear(h, self.D.to(h.dtype), c)), self.U.to(h.dtype), e)
+        return h + update * float(self.config.scale)

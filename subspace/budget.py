@@ -1,0 +1,96 @@
+"""How many numbers a method trains in a model, and which size of it trains a given number. No weight is read."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from subspace.errors import UserError
+from subspace.inject import inject
+from subspace.method import MethodConfig, methods, resolve
+from subspace.zero import full_shape
+
+
+def count_trained(
+    model: nn.Module,
+    method: str,
+    settings: Mapping[str, Any] | MethodConfig | None = None,
+    *,
+    targets: Sequence[str] | None = None,
+    patterns: Mapping[str, Mapping[str, Any]] | None = None,
+) -> int:
+    """Count the numbers that a method trains in a model, which is left as it is; arguments as of ``inject``."""
+    created = inject(_shape_of(model), method, settings, targets=targets, patterns=patterns, start=False)
+    trained = {id(p): p.numel() for adapter in created.values() for p in adapter.trained().values()}
+    return sum(trained.values())
+
+
+def match_budget(
+    method: str, model: nn.Module, parameters: int, *, targets: Sequence[str] | None = None, **settings: Any
+) -> int:
+    """Return the rank, bottleneck or length with which a method's trained count comes nearest to ``parameters``.
+
+    That is the value of the setting that the method calls its ``dial``; of two as near, the smaller. The other
+    settings are taken as given, else by default: LoRA's ``alpha`` does not grow with the rank that is found.
+
+    Args:
+        method: its name or an alias; a constraint may follow.
+        model: the model, on any device; it is left as it is.
+        parameters: the number of trained values to come near to.
+        targets: which sites; see :func:`subspace.sites.find`.
+        **settings: the method's own settings.
+
+    Raises:
+        UserError: a method whose size cannot be chosen, or settings that fix it.
+    """
+    dial = resolve(method)[0].dial
+    if dial is None:
+        able = [f"{name} ({cls.dial})" for name, cls in methods().items() if cls.dial]
+        raise UserError(f"the size of method {method} cannot be chosen. That of these can: {', '.join(able)}")
+    if dial in settings:
+        raise UserError(f"{dial}={settings[dial]} was given, but {dial} is what is looked for: leave it out")
+    if parameters < 1:
+        raise UserError(f"{parameters} parameters were asked for: at least 1 can be trained")
+    shape = _shape_of(model)
+
+    @cache
+    def count(size: int) -> float:
+        try:
+            return count_trained(shape, method, {**settings, dial: size}, targets=targets)
+        except UserError:
+            if size == 1:
+                raise
+            return math.inf  # some layer is too small for it
+
+    below, above, goal = 1, 2, float(parameters)
+    if count(below) >= goal:
+        return below
+    # Most counts are straight lines in the dial, so its slope leads beside the goal at once.
+    while count(above) < goal:
+        step = (count(above) - count(below)) / (above - below)
+        if step == 0:  # larger makes no difference: look for the smallest that trains as many
+            below, goal = 1, count(above)
+            break
+        below, above = above, above + math.ceil((goal - count(above)) / step)
+    while above - below > 1:
+        share = (goal - count(below)) / (count(above) - count(below))
+        straight = goal == parameters and share > 0
+        middle = below + math.floor(share * (above - below)) if straight else (below + above) // 2
+        middle = min(max(middle, below + 1), above - 1)
+        below, above = (middle, above) if count(middle) < goal else (below, middle)
+    return min((below, above), key=lambda size: abs(count(size) - goal))
+
+
+def _shape_of(model: nn.Module) -> nn.Module:
+    """Return a copy of the model on the meta device, without copying a weight."""
+    shapes: dict[int, Any] = {
+        **{id(b): torch.empty_like(b, device="meta") for b in model.buffers()},
+        **{id(p): nn.Parameter(torch.empty(full_shape(p), device="meta")) for p in model.parameters()},
+    }
+    return copy.deepcopy(model, memo=shapes)  # what stands in the memo counts as copied

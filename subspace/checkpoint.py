@@ -1,0 +1,144 @@
+"""Checkpoints on disk: a folder for each, whole or not there, and every byte of it vouched for.
+
+A run keeps them as ``checkpoints/step-000120``. One is filled under another name, flushed to the disk, read back, and
+renamed, so that a process killed at any moment leaves the older ones as they were. ``manifest.json`` has the size and
+SHA-256 of each file, and of itself; nothing of a folder is opened before the manifest is found true. No file is a
+pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+UNFINISHED, DAMAGED = ".partial", ".damaged"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run's folder, oldest first."""
+    return sorted(path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+
+
+def place(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step belongs."""
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
+def begin(target: Path) -> Path:
+    """Return the folder to fill with a checkpoint's files before :func:`finish`; what a killed process left is gone."""
+    unfinished = target.with_name(target.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def finish(unfinished: Path, target: Path) -> None:
+    """Vouch for what is in the folder, and make it the checkpoint ``target`` in one move."""
+    inside = sorted(unfinished.rglob("*"))
+    files = {str(f.relative_to(unfinished)): [f.stat().st_size, _sha256(f)] for f in inside if f.is_file()}
+    write_checked(unfinished / MANIFEST, _manifest(files))
+    for path in (*inside, unfinished):
+        flush(path)
+    _remove(target)
+    unfinished.rename(target)
+    flush(target.parent)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Say what is wrong with a checkpoint; None where every file is as it was written."""
+    try:
+        text = (checkpoint / MANIFEST).read_bytes()
+        files = json.loads(text)["files"]
+        if text != _manifest(files):
+            return f"{MANIFEST} is damaged"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or damaged"
+    for name, (size, checksum) in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _sha256(path) != checksum:
+            return f"{name} is damaged"
+    return None
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return a run's newest whole checkpoint, and what was passed over for it; that is put aside under another name."""
+    passed_over: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path, passed_over
+        passed_over.append(f"the checkpoint {path.name} cannot be used: {problem}")
+        # Under its own name it would count among those that are kept.
+        _remove(aside := path.with_name(path.name + DAMAGED))
+        path.rename(aside)
+    return None, passed_over
+
+
+def prune(folder: Path, keep: int, also: Collection[int] = ()) -> None:
+    """Remove all but the last ``keep`` checkpoints and those of the steps ``also``, and what was never finished."""
+    found = checkpoints(folder)
+    kept = {*found[-keep:], *(place(folder, step) for step in also)}
+    for path in set(found) - kept:
+        _remove(path)
+    for path in (folder / "checkpoints").iterdir():
+        if path.suffix in (UNFINISHED, DAMAGED):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    partial = file.with_name(file.name + UNFINISHED)
+    write_checked(partial, (json.dumps(content, indent=2, default=str) + "\n").encode())
+    partial.replace(file)
+
+
+def write_checked(file: Path, content: bytes) -> None:
+    """Write a file, flush it to the disk and read it back.
+
+    Raises:
+        OSError: the disk does not take it, or gives back something else.
+    """
+    file.write_bytes(content)
+    flush(file)
+    if file.read_bytes() != content:
+        raise OSError(f"{file.name} reads back differently; is the disk sound?")
+
+
+def flush(path: Path) -> None:
+    """Make sure that what was written to a file, or renamed in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there, so that half of it is never found under its name."""
+    if checkpoint.exists():
+        unfinished = checkpoint.with_name(f"{checkpoint.name}.old{UNFINISHED}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        checkpoint.rename(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _manifest(files: dict[str, Any]) -> bytes:
+    """Return the only spelling of a manifest that counts: with its own checksum, so that none of it can be changed."""
+    seal = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return (json.dumps({"format": 1, "files": files, "seal": seal}, indent=1) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,36 @@
+"""A checksum of a model's weights and adapters: whether what was scored before is what is to be scored now."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace.distributed import sum_over_ranks
+from subspace.inject import adapters
+from subspace.results import digest
+from subspace.zero import full_shape, is_sharded
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def weights_checksum(model: Any) -> str:
+    """Return twelve hexadecimal digits of every tensor and of the adapters' settings. Collective under ZeRO-3.
+
+    A tensor enters by the sum of its bits as integers, which is exact, fast on any device, and the same however the
+    tensor is spread over ranks.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parts = []
+    for name, tensor in tensors.items():
+        total = sum_over_ranks(_sum(tensor.ds_tensor)) if is_sharded(tensor) else _sum(tensor)
+        parts.append([name, list(full_shape(tensor)), str(tensor.dtype), int(total)])
+    settings = [[site, adapter.name, asdict(adapter.config)] for site, adapter in adapters(model).items()]
+    return digest([parts, settings, str(model.config.to_dict())])
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)

@@ -1,0 +1,99 @@
+"""What of model, methods and engine does not go together, told before anything is loaded, with what does.
+
+Some of it never goes (:func:`refusal`), some only not on this machine (:func:`lack`). ``ds_configs/MATRIX.md`` shows
+what was trained and what was refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from subspace.errors import UserError
+from subspace.method import Adapter, MethodConfig
+from subspace.model import ModelConfig
+
+Json = Mapping[str, Any]
+STORAGE = {"nf4": "4bit", "fp4": "4bit", "int8": "int8"}
+#: DeepSpeed's libraries for NVMe, compiled at their first use.
+LIBRARIES = ("async_io", "pin_memory")
+
+
+def check(model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json) -> None:
+    """Refuse what does not go together, here or anywhere, before anything is loaded."""
+    if reason := refusal(model, methods, engine) or lack(model, engine):
+        raise UserError(reason)
+
+
+def refusal(model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json) -> str | None:
+    """Say what does not go together on any machine, and what does; None where all does.
+
+    Args:
+        model: the base.
+        methods: the classes of adapters and their settings.
+        engine: DeepSpeed's configuration, filled.
+    """
+    stage = engine["zero_optimization"]["stage"]
+    optimizer, weights = _offloaded(engine, "offload_optimizer"), _offloaded(engine, "offload_param")
+    if optimizer and stage == 0:
+        return "the engine offloads the optimizer at ZeRO stage 0, where DeepSpeed leaves it in place. Set stage 1 or 2"
+    if optimizer == "nvme":
+        return (
+            "the engine offloads the optimizer to NVMe, where DeepSpeed loses the steps of some trained tensors. "
+            "Set it to cpu: adapters' state is small"
+        )
+    if weights and stage != 3:
+        return f"the engine offloads the weights at ZeRO stage {stage}, which stage 3 alone can. Set stage 3"
+    if weights == "nvme":
+        # DeepSpeed reads them back as numbers of one dtype, the engine's own, whatever they are.
+        kept = next(
+            (f for f, name in (("float16", "fp16"), ("bfloat16", "bf16")) if engine[name]["enabled"]), "float32"
+        )
+        if model.quantize != "none":
+            return (
+                f"the engine offloads weights to NVMe as {kept}, but `quantize: {model.quantize}` packs them into "
+                "bytes. Offload them to cpu, where they stay as they are, or set quantize to none"
+            )
+        if model.dtype != kept:
+            return (
+                f"the engine offloads weights to NVMe as {kept}, but model.dtype is {model.dtype}. Offload them to "
+                f"cpu, or enable bf16 in the engine's file, which makes the adapters {model.dtype} too"
+            )
+    kind = STORAGE.get(model.quantize)
+    for cls, config in methods:
+        if kind and (reason := cls.refusal(config, kind)):
+            return f"method {cls.name} was asked for with `quantize: {model.quantize}`: {reason}"
+    return None
+
+
+def lack(model: ModelConfig, engine: Json) -> str | None:
+    """Say what this machine lacks for a combination, and what it has; None where it lacks nothing."""
+    from deepspeed.accelerator import get_accelerator
+
+    if model.dtype == "float16" and not get_accelerator().is_fp16_supported():
+        return "model.dtype is float16, which this device cannot compute in. Use model.dtype=bfloat16 or float32"
+    if _offloaded(engine, "offload_param") != "nvme":
+        return None
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        return (
+            "the engine offloads to NVMe, for which DeepSpeed compiles a library that needs libaio. "
+            "Install it (apt-get install libaio-dev), or offload to cpu"
+        )
+    for name in LIBRARIES:
+        # A build that was killed leaves its lock behind, and the next one waits for it for ever.
+        lock = Path(_get_build_directory(name, verbose=False)) / "lock"
+        if lock.exists():
+            return (
+                f"the engine offloads to NVMe, for which DeepSpeed compiles a library, and {lock} says that another "
+                "process is doing so. If none is (a build that was killed leaves it behind), remove that file"
+            )
+    return None
+
+
+def _offloaded(engine: Json, what: str) -> str | None:
+    device = (engine["zero_optimization"].get(what) or {}).get("device", "none")
+    return None if device == "none" else str(device)

@@ -1,0 +1,221 @@
+"""``subspace compare``: whether methods differ from a first one on the same items, by tests paired by item."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subspace import declarations, statistics
+from subspace.errors import UserError
+from subspace.formats import Grid
+from subspace.results import read_items
+from subspace.scored_runs import Column, read_columns, refuse_unlike, suite, title
+from subspace.statistics import ALPHA, POWER, Difference
+from subspace.tables import interval
+
+HEAD = ("task", "items", "before", "after", "lost", "gained", "difference", "p", "p (Holm)", "detectable")
+FEW_FLIPS = 10  # below, a bootstrap of what flipped has too little to draw from
+
+
+@dataclass(frozen=True)
+class Line:
+    """One task, or the mean: ``before`` and ``after`` are shares, ``detectable`` the smallest difference to be seen."""
+
+    task: str
+    metric: str
+    n: int
+    before: float
+    after: float
+    difference: Difference
+    corrected: float
+    detectable: float | None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The line as text."""
+        d = self.difference
+        shares = (f"{100 * self.before:.1f}", f"{100 * self.after:.1f}", f"{d.lost:.4g}", f"{d.gained:.4g}")
+        difference = f"{100 * d.value:+.1f} {interval(d.low, d.high, sign='+')}"
+        return title(self.task), str(self.n), *shares, difference, _p(d.p), _p(self.corrected), _points(self.detectable)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An item that only one of two methods got right; shares are over seeds."""
+
+    task: str
+    id: str
+    label: Any
+    before: Any
+    after: Any
+    gained: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against the first one, by one protocol. ``means`` has one line for each suite."""
+
+    protocol: str
+    first: Column
+    other: Column
+    tasks: tuple[Line, ...]
+    means: tuple[Line, ...]
+    others: int
+
+    @property
+    def grid(self) -> Grid:
+        """The comparison as a table."""
+        seeds = len(self.first.runs) > 1 or len(self.other.runs) > 1
+        test = "the hierarchical bootstrap over seeds and items" if seeds else "McNemar's exact test (means: in strata)"
+        notes = [
+            f"before: {self.first.about}",
+            f"after: {self.other.about}",
+            f"p: {test}; p (Holm): corrected over {self.others * len(self.tasks)} tests of tasks, "
+            f"means over {self.others} of methods",
+            f"detectable: the smallest true difference that these items show with a probability of {100 * POWER:.0f} %",
+        ]
+        if few := [
+            title(line.task) for line in self.tasks if 0 < line.difference.lost + line.difference.gained < FEW_FLIPS
+        ]:
+            notes.append(f"fewer than {FEW_FLIPS} items flipped, so the interval is too narrow: {', '.join(few)}")
+        rows = tuple(line.texts for line in (*self.tasks, *self.means))
+        heading = f"{self.protocol}: {self.other.name} less {self.first.name}, in points [95 % interval]"
+        return Grid(heading, HEAD, rows, tuple(notes), left=1, last=len(self.means))
+
+    @property
+    def verdict(self) -> str:
+        """What it comes to, in words."""
+        return "\n".join(self._verdict(line) for line in self.means)
+
+    def _verdict(self, line: Line) -> str:
+        d, names = line.difference, f"{self.other.name} and {self.first.name}"
+        found = f"{100 * d.value:+.1f} points {interval(d.low, d.high, sign='+')}, p {_p(line.corrected, equal=True)}"
+        if line.corrected < ALPHA:
+            word = "better" if d.value > 0 else "worse"
+            return f"{line.task}: {self.other.name} is {word} than {self.first.name}: {found}"
+        smallest = f"the smallest detectable difference is {_points(line.detectable)} points"
+        return f"{line.task}: {names} are not told apart with these items: {found}; {smallest}"
+
+    @property
+    def flips(self) -> list[Flip]:
+        """The items that only one of the two got right, or over seeds at least every other seed of it."""
+        found = []
+        for line in self.tasks:
+            before, after = (column.marks(line.task, line.metric).mean(0) for column in (self.first, self.other))
+            numbers = [i for i, change in enumerate(after - before) if abs(change) >= 0.5]
+            said = [self._said(column, line) for column in (self.first, self.other)]
+            for i in numbers:
+                label, ids = said[0][i][1], self.first.runs[0].marks(line.task).ids
+                found.append(Flip(line.task, ids[i], label, said[0][i][0], said[1][i][0], bool(after[i] > before[i])))
+        return found
+
+    @staticmethod
+    def _said(column: Column, line: Line) -> list[tuple[Any, Any]]:
+        """Return what a method's first run predicted for each item, and what was right."""
+        file = column.runs[0].results[line.task].items
+        assert file
+        found = []
+        for record in read_items(file):
+            said = record.get("prediction")
+            found.append((said.get(line.metric) if isinstance(said, dict) else said, record.get("label")))
+        return found
+
+    @property
+    def flipped(self) -> Grid:
+        """The items that flipped, as a table."""
+        rows = tuple(
+            (title(f.task), f.id, "gained" if f.gained else "lost", str(f.label), str(f.before), str(f.after))
+            for f in self.flips
+        )
+        head = ("task", "item", "change", "label", self.first.name, self.other.name)
+        note = ("what was predicted is the first seed's",) if len(self.first.runs) + len(self.other.runs) > 2 else ()
+        return Grid(f"{len(rows)} items flipped", head, rows, note, left=len(head))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the comparison for machines; shares lie between 0 and 1."""
+
+        def plain(line: Line) -> dict[str, Any]:
+            return {**dataclasses.asdict(line), "difference": line.difference._asdict()}
+
+        return {
+            "protocol": self.protocol,
+            "before": {"name": self.first.name, "about": self.first.about},
+            "after": {"name": self.other.name, "about": self.other.about},
+            "tasks": [plain(line) for line in self.tasks],
+            "means": [plain(line) for line in self.means],
+            "verdict": self.verdict,
+            "flips": [dataclasses.asdict(flip) for flip in self.flips],
+        }
+
+
+def comparisons(folders: Sequence[Path], protocol: str | None = None) -> list[Comparison]:
+    """Compare each method with the first one, by every protocol that all were scored by, or by the one named."""
+    found = []
+    for columns in read_columns(folders, protocol):
+        if len(columns) < 2:
+            given = ", ".join(map(str, folders))
+            hint = " They are seeds of one method." if len(folders) > 1 else ""
+            raise UserError(f"{given} was to be compared, but with what?{hint} Name the run of another method as well")
+        found += compare(columns)
+    return found
+
+
+def compare(columns: Sequence[Column]) -> list[Comparison]:
+    """Compare each method with the first one. Holm corrects over the tests of tasks together, and over the means."""
+    refuse_unlike([run for column in columns for run in column.runs])
+    first, *others = columns
+    tasks = [task for task in declarations.tasks(None) if all(column.result(task) for column in columns)]
+    tasks += sorted({task for run in first.runs for task in run.results if task not in declarations.tasks(None)})
+    tasks = [task for task in tasks if all(column.result(task) for column in columns)]
+    if not tasks:
+        raise UserError(f"{', '.join(c.name for c in columns)} have no task in common. Score them on the same tasks")
+    suites: dict[str, list[str]] = {}
+    for task in tasks:
+        suites.setdefault(suite(task), []).append(task)
+
+    def mean_name(name: str) -> str:
+        return f"mean of {len(suites[name])}" + (f" {name}" if len(suites) > 1 else "")
+
+    by_task = [[_line(first, other, task, [task]) for task in tasks] for other in others]
+    by_suite = [[_line(first, other, mean_name(name), suites[name]) for name in suites] for other in others]
+    return [
+        Comparison(
+            next(iter(first.runs[0].results.values())).protocol, first, other, tuple(lines), tuple(means), len(others)
+        )
+        for other, lines, means in zip(others, _corrected(by_task), _corrected(by_suite), strict=True)
+    ]
+
+
+def _line(first: Column, other: Column, name: str, tasks: Sequence[str]) -> Line:
+    results = [result for task in tasks if (result := first.result(task))]
+    metrics = [next(iter(result.metrics)) for result in results]
+    before, after = (
+        [column.marks(task, metric) for task, metric in zip(tasks, metrics, strict=True)] for column in (first, other)
+    )
+    difference = statistics.difference(before, after)
+    return Line(
+        task=name,
+        metric=metrics[0] if len(tasks) == 1 else "",
+        n=sum(result.n for result in results),
+        before=statistics.estimate(before).value,
+        after=statistics.estimate(after).value,
+        difference=difference,
+        corrected=difference.p,
+        detectable=statistics.detectable_between(before, after),
+    )
+
+
+def _corrected(lines: Sequence[Sequence[Line]]) -> list[list[Line]]:
+    p_values = iter(statistics.holm([line.difference.p for several in lines for line in several]))
+    return [[dataclasses.replace(line, corrected=next(p_values)) for line in several] for several in lines]
+
+
+def _points(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.1f}"
+
+
+def _p(value: float, *, equal: bool = False) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{'= ' if equal else ''}{value:.2g}"

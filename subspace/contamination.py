@@ -1,0 +1,143 @@
+"""Which test items occur in training text, by definitions that are printed with the counts.
+
+A claim that so and so many test items are "in the training data" means nothing without its definition. What is compared
+is the text that training shows of an item: its question, with its topic and context where the prompt has them, and its
+choices, without the words of the template. Everything is hashed to 64 bits, and training text is read once, in pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from subspace.declarations import Item, Task
+
+NGRAM = 13
+KINDS = ("exact", "normalised", "question", "n-gram")
+
+_FIELDS = ("topic", "context", "question")
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash is lost by multiplying
+_WORDS_KEPT = 1_000_000
+
+
+def definitions(ngram: int = NGRAM) -> dict[str, str]:
+    """Return what each kind of match means."""
+    return {
+        "exact": "question and choices, in their order, are a training row's, character for character",
+        "normalised": "the same by letters and digits in lower case, whatever the order of the choices; tags as "
+        "[title] left out",
+        "question": "the question alone is a training row's, normalised; the choices may be others",
+        "n-gram": f"any {ngram} words in a row, normalised, of question and choices occur in a row's",
+        "too short": f"items of fewer than {ngram} words, which can have no such match",
+    }
+
+
+class Text(NamedTuple):
+    """What is compared of an item or a row."""
+
+    question: str
+    choices: tuple[str, ...] = ()
+
+
+def shown(task: Task) -> Callable[[Item], Text]:
+    """Return what finds the text that a task's training prompt shows of an item."""
+    marked = {name: f"<{name}>" for name in _FIELDS}
+    prompt = task.instruction({"id": "", **marked, "choices": ["<choice>"] * 26, "label": 0})
+    fields, choices = [name for name in _FIELDS if marked[name] in prompt], "<choice>" in prompt
+
+    def text(item: Item) -> Text:
+        return Text("\n".join(item[name] for name in fields), tuple(item["choices"]) if choices else ())
+
+    return text
+
+
+class Keys(NamedTuple):
+    """A text's hashes: equal where two texts match by each definition."""
+
+    exact: int
+    normalised: int
+    question: int
+
+
+def keys(text: Text) -> Keys:
+    """Return a text's hashes."""
+    question = _squeezed(text.question)
+    choices = sorted(map(_squeezed, text.choices))
+    return Keys(_hash(text.question, *text.choices), _hash(question, *choices), _hash(question))
+
+
+class Matcher:
+    """Finds items in training text that is read past it: ``found[kind][i]`` is the row where item i was first found."""
+
+    def __init__(self, items: Sequence[Text], ngram: int = NGRAM, prompts: Sequence[Text] | None = None) -> None:
+        """Take the items, and where training rows are known by their prompts alone, what the items' prompts are."""
+        self.ngram = ngram
+        self.found: dict[str, dict[int, str]] = {kind: {} for kind in KINDS}
+        self._words: dict[str, int] = {}
+        self._keys: dict[str, dict[int, list[int]]] = {kind: {} for kind in KINDS[:3]}
+        for number, text in enumerate(prompts or items):
+            for kind, key in keys(text)._asdict().items():
+                self._keys[kind].setdefault(key, []).append(number)
+        grams, owners = self._grams(items)
+        self.too_short = set(range(len(items))) - set(owners.tolist())
+        order = np.argsort(grams, kind="stable")
+        self._sorted, self._owners = grams[order], owners[order]
+
+    def read(self, rows: Sequence[Text], names: Sequence[str]) -> list[Keys]:
+        """Look for the items in some rows; return the rows' hashes."""
+        hashes = [keys(row) for row in rows]
+        for key, name in zip(hashes, names, strict=True):
+            for kind, value in key._asdict().items():
+                for item in self._keys[kind].get(value, ()):
+                    self.found[kind].setdefault(item, name)
+        grams, owners = self._grams(rows)
+        begin, end = (np.searchsorted(self._sorted, grams, side) for side in ("left", "right"))
+        for at in np.flatnonzero(end > begin):
+            for item in self._owners[begin[at] : end[at]].tolist():
+                self.found["n-gram"].setdefault(item, names[owners[at]])
+        return hashes
+
+    def _grams(self, texts: Sequence[Text]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]:
+        """Return the hashes of all n-grams, and which text each is of."""
+        if len(self._words) > _WORDS_KEPT:
+            self._words.clear()
+        counts, codes = [], []
+        for text in texts:
+            words = _words(" ".join([text.question, *text.choices]))
+            codes += [self._words.get(word) or self._words.setdefault(word, _hash(word)) for word in words]
+            counts.append(len(words))
+        code = np.array(codes, dtype=np.uint64)
+        owner = np.repeat(np.arange(len(texts), dtype=np.int32), counts)
+        size = max(0, len(code) - self.ngram + 1)
+        grams = np.zeros(size, dtype=np.uint64)
+        for k in range(self.ngram):  # Horner's rule modulo 2^64, for all n-grams at once
+            grams = grams * _BASE + code[k : k + size]
+        within = owner[:size] == owner[self.ngram - 1 : self.ngram - 1 + size]
+        return grams[within], owner[:size][within]
+
+
+def duplicates(hashes: Iterable[int]) -> int:
+    """Return how many are there again."""
+    seen: set[int] = set()
+    count = 0
+    for value in hashes:
+        count += value in seen
+        seen.add(value)
+    return count
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", re.sub(r"\[\w+\]", " ", text.lower()))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(_words(text))
+
+
+def _hash(*texts: str) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")

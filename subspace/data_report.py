@@ -1,0 +1,328 @@
+"""``subspace data``: what a run would train on and be scored on, counted before it is.
+
+Of the training text: rows, repeats, what is cut, which answers are how frequent. Of each task: items, the baseline of
+always giving the most frequent answer, what is cut, repeats, and how many items occur in the training text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from subspace import declarations, encoding
+from subspace.batches import Data, DataConfig, open_data
+from subspace.contamination import KINDS, NGRAM, Matcher, Text, definitions, duplicates, keys, shown
+from subspace.declarations import Item, Task, render
+from subspace.evaluate import EvaluateConfig, find_tasks, take_sample
+from subspace.formats import Grid
+from subspace.prepare import model_folder, task_items
+from subspace.progress import Progress, silent
+from subspace.rows import FILES, file_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AT_ONCE = 2000  # rows
+MOST_CHOICES = 8  # more kinds of answers are free text
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the training text. ``cut`` rows lose the beginning of their prompt to ``data.max_length``.
+
+    ``repeats`` have the same prompt and answer as a row before them; ``alike`` is how many of the different ones have
+    the question and choices of another, by letters and digits, in any order.
+    """
+
+    name: str
+    rows: int
+    repeats: int
+    alike: int
+    cut: int
+    longest: int
+    answers: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The items of a task. ``found`` has for each kind of match the ids of the items, and a training row of each.
+
+    ``cut`` items are longer than ``data.max_length`` with their answer, as training would have them; ``beyond`` are
+    longer than the model reads, by the likelihood protocol or the prompt.
+    """
+
+    task: str
+    title: str
+    items: int
+    majority: float
+    answers: dict[str, int]
+    repeats: int
+    cut: int
+    beyond: int
+    longest: int
+    too_short: int
+    found: dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is to know about a mixture and the tasks before a run."""
+
+    mixture: str
+    max_length: int
+    ngram: int
+    parts: tuple[Part, ...]
+    suites: tuple[Suite, ...]
+    notices: tuple[str, ...]
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The report as two tables."""
+        rows = [
+            (p.name, *_counts(p.rows, p.repeats, p.alike, p.cut, p.longest), _balance(p.answers)) for p in self.parts
+        ]
+        total = [sum(getattr(p, name) for p in self.parts) for name in ("rows", "repeats", "alike", "cut")]
+        rows.append(("all", *_counts(*total, max(p.longest for p in self.parts)), ""))
+        train = Grid(
+            f"{self.mixture}: training text",
+            ("part", "rows", "repeats", "alike", f"over {self.max_length}", "longest", "answers in %"),
+            tuple(rows),
+            (
+                "repeats: rows whose prompt and answer were there before; alike: of the others, those with the "
+                "question and choices of another, normalised",
+                f"over {self.max_length}: rows that are longer, in tokens, and lose the beginning of their prompt",
+                *self.notices,
+            ),
+            last=1,
+        )
+        head = ("task", "items", "majority", "answers in %", "repeats", f"over {self.max_length}", "over window")
+        grams = f"{self.ngram}-gram"
+        suites = Grid(
+            f"test items, and how many of them are in the training text of {self.mixture}",
+            (*head, *KINDS[:3], grams, "too short"),
+            tuple(
+                (
+                    s.title,
+                    f"{s.items:,}",
+                    f"{100 * s.majority:.1f}",
+                    _balance(s.answers),
+                    *_counts(s.repeats, s.cut, s.beyond),
+                    *(_share(len(s.found[kind]), s.items) for kind in KINDS),
+                    f"{s.too_short:,}",
+                )
+                for s in self.suites
+            ),
+            (
+                "majority: the score of always giving the most frequent answer, in %",
+                f"over {self.max_length}: items that training would cut, with their answer; over window: items that "
+                "are longer than the model reads",
+                *(f"{grams if name == 'n-gram' else name}: {text}" for name, text in definitions(self.ngram).items()),
+            ),
+        )
+        return [train, suites]
+
+    @property
+    def items(self) -> Grid:
+        """The items that were found, each with the training row that it was first found in, by the strictest match."""
+        rows = []
+        for suite in self.suites:
+            said: set[str] = set()
+            for kind in KINDS:
+                rows += [(suite.title, item, kind, row) for item, row in suite.found[kind].items() if item not in said]
+                said |= suite.found[kind].keys()
+        return Grid("test items in the training text", ("task", "item", "match", "training row"), tuple(rows), left=4)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report for machines."""
+        return {**asdict(self), "definitions": definitions(self.ngram)}
+
+
+def report(
+    data: DataConfig,
+    evaluate: EvaluateConfig,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    ngram: int = NGRAM,
+    progress: Progress = silent,
+) -> Report:
+    """Count what a run with these settings would train on, and the items that it would be scored on.
+
+    Args:
+        data: what it would train on.
+        evaluate: which tasks it would be scored on.
+        model: the model's name or path.
+        tokenizer: the model's.
+        seed: the run's, which decides what rows are held out or drawn.
+        ngram: how many words in a row make a match.
+        progress: what is told how far it is.
+    """
+    opened = open_data(data, tokenizer, seed, progress)
+    template = declarations.prompt(data.prompt)
+    from_file = data.mixture.endswith(FILES)
+    window = _window(model)
+    tasks = find_tasks(evaluate.tasks)
+    samples, texts = [], []
+    with progress("read the test items", len(tasks), "tasks") as at:
+        for task in tasks:
+            samples.append(take_sample(task, evaluate.split, evaluate.limit, evaluate.data))
+            texts.append(list(map(shown(task), samples[-1].items)))
+            at(len(samples), task.title)
+    prompts = [Text(prompt) for s in samples for prompt, _ in _rows(s.task, s.items, template)] if from_file else None
+    matcher = Matcher([text for several in texts for text in several], ngram, prompts)
+    parts = list(_read_past(matcher, opened, data, tokenizer, template, progress))
+
+    suites, begin = [], 0
+    with progress("count the test items", len(tasks), "tasks") as at:
+        for sample, several in zip(samples, texts, strict=True):
+            task, ids, end = sample.task, [item["id"] for item in sample.items], begin + len(sample.items)
+            trained, read = _lengths(task, sample.items, template, tokenizer)
+            suites.append(
+                Suite(
+                    task=task.name,
+                    title=task.title,
+                    items=len(ids),
+                    majority=sample.majority,
+                    answers=_answers(task, sample.items),
+                    repeats=duplicates(keys(text).normalised for text in several),
+                    cut=sum(length > data.max_length for length in trained),
+                    beyond=sum(length > window for length in read) if window else 0,
+                    longest=max(trained),
+                    too_short=sum(begin <= n < end for n in matcher.too_short),
+                    found={
+                        kind: {ids[n - begin]: where for n, where in sorted(rows.items()) if begin <= n < end}
+                        for kind, rows in matcher.found.items()
+                    },
+                )
+            )
+            begin = end
+            at(len(suites), task.title)
+    notices = [*opened.notices]
+    if from_file:
+        notices.append("a file's rows are compared by their whole prompts, so 'question' is as 'normalised'")
+    return Report(opened.report["mixture"], data.max_length, ngram, tuple(parts), tuple(suites), tuple(notices))
+
+
+def _read_past(
+    matcher: Matcher,
+    opened: Data,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    progress: Progress,
+) -> Iterator[Part]:
+    """Let the matcher read the training text, part by part, each row once; count the parts."""
+    order, row_keys = opened.train.order, opened.train.keys
+    lengths = np.asarray(opened.train.table.data.column("length").to_numpy())[order]
+    ends = [*list(opened.parts.values())[1:], len(opened.train.table)]
+    done = 0
+    with progress("read the training text", len(np.unique(order)), "rows") as at:
+        for (name, begin), end in zip(opened.parts.items(), ends, strict=True):
+            mine = (order >= begin) & (order < end)
+            numbers, times = np.unique(order[mine] - begin, return_counts=True)
+            label = name[0] if data.mixture.endswith(FILES) else "/".join(name)
+            several = _file_texts(data, tokenizer, template) if data.mixture.endswith(FILES) else _task_texts(*name)
+            alike: set[int] = set()
+            answers: Counter[str] = Counter()
+            for first in range(0, len(numbers), AT_ONCE):
+                some = numbers[first : first + AT_ONCE]
+                texts, said = several(some)
+                alike.update(key.normalised for key in matcher.read(texts, [f"{label} row {n}" for n in some]))
+                for answer, count in zip(said, times[first : first + AT_ONCE], strict=True):
+                    answers[answer] += int(count)
+                done += len(some)
+                at(done, label)
+            distinct = len(np.unique(row_keys[mine]))
+            yield Part(
+                name=label,
+                rows=int(mine.sum()),
+                repeats=int(mine.sum()) - distinct,
+                alike=distinct - len(alike),
+                cut=int((lengths[mine] > data.max_length).sum()),
+                longest=int(lengths[mine].max(initial=0)),
+                answers=dict(sorted(answers.items())),
+            )
+
+
+Read = Callable[[npt.NDArray[np.int64]], tuple[list[Text], list[str]]]
+
+
+def _task_texts(name: str, split: str) -> Read:
+    """Return what reads rows of a task, by their numbers: their texts and answers."""
+    task, rows = declarations.task(name), task_items(name, split)
+    text = shown(task)
+
+    def read(numbers: npt.NDArray[np.int64]) -> tuple[list[Text], list[str]]:
+        columns = rows[numbers.tolist()]
+        items = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [text(item) for item in items], [_answer(task, item) for item in items]
+
+    return read
+
+
+def _file_texts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, template: str) -> Read:
+    """Return what reads rows of a user's file, which are known by their prompts alone."""
+    rows = file_rows(Path(data.mixture), template, tokenizer).read()
+
+    def read(numbers: npt.NDArray[np.int64]) -> tuple[list[Text], list[str]]:
+        return [Text(rows[n][0]) for n in numbers], [rows[n][1] for n in numbers]
+
+    return read
+
+
+def _rows(task: Task, items: Sequence[Item], template: str) -> list[tuple[str, str]]:
+    """Return the prompts and answers of items, as training would have them."""
+    return [(render(template, {"instruction": task.instruction(i), "input": ""}), task.output(i)) for i in items]
+
+
+def _lengths(
+    task: Task, items: Sequence[Item], template: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of each item: with its answer and its end as training has them, and at most in a scoring."""
+    encoded = encoding.encode_rows(tokenizer, _rows(task, items, template))
+    read = [start for _, start in encoded]
+    if task.extraction == "first-word":
+        requests = [task.likelihood.requests(item) for item in items]
+        choices = iter(encoding.encode_pairs(tokenizer, [pair for pairs in requests for pair in pairs]))
+        read = [max(n, *(len(next(choices)[0]) - 1 for _ in pairs)) for n, pairs in zip(read, requests, strict=True)]
+    return [len(ids) + 1 for ids, _ in encoded], read
+
+
+def _window(model: str) -> int | None:
+    """Return how many tokens a model reads at once, as its files say."""
+    about = json.loads((model_folder(model) / "config.json").read_text(encoding="utf-8"))
+    window: int | None = about.get("max_position_embeddings")
+    return window
+
+
+def _answer(task: Task, item: Item) -> str:
+    """Return which choice is right, counted from 1; or the answer, where there is nothing to choose."""
+    return str(item["label"] + 1) if task.extraction == "first-word" else str(item["choices"][0])
+
+
+def _answers(task: Task, items: Sequence[Item]) -> dict[str, int]:
+    return dict(sorted(Counter(_answer(task, item) for item in items).items()))
+
+
+def _balance(answers: dict[str, int]) -> str:
+    """Return how frequent each answer is, in per cent; of free text, how many there are."""
+    total = sum(answers.values())
+    if len(answers) > MOST_CHOICES:
+        return f"{len(answers):,} different"
+    return " / ".join(f"{100 * count / total:.0f}" for count in answers.values())
+
+
+def _counts(*numbers: int) -> tuple[str, ...]:
+    return tuple(f"{number:,}" for number in numbers)
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count:,} ({100 * count / of:.1f} %)" if count else "0"

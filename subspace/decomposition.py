@@ -1,0 +1,92 @@
+r"""Singular value decompositions of weights: each computed once, kept on disk, and shared by all methods.
+
+W, ``(out, in)``, is :math:`U\,\mathrm{diag}(\sigma)\,V^T` with :math:`\sigma` falling; ``V`` is given transposed, as
+``(k, in)``. Signs are fixed, so that a decomposition that is computed again is the same one: the largest entry of each
+column of U is positive.
+
+The largest directions of a large W come from a randomised range finder (Halko, Martinsson, Tropp, arXiv:0909.4061,
+algorithm 4.4 with 12 power iterations); the smallest need the exact decomposition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from subspace.paths import decompositions
+
+#: Up to this smaller side, the exact decomposition takes under a second.
+SMALL = 1024
+
+
+class SVD(NamedTuple):
+    """Some singular triplets of W: ``U (out, k)``, ``sigma (k,)``, ``Vt (k, in)``."""
+
+    U: Tensor
+    sigma: Tensor
+    Vt: Tensor
+
+
+def largest(W: Tensor, k: int) -> SVD:
+    """Return the k largest singular triplets of W, ``(out, in)``, float32."""
+    return _kept(W, f"largest-{min(k, *W.shape)}", lambda: _largest(W, min(k, *W.shape)))
+
+
+def smallest(W: Tensor, k: int) -> SVD:
+    """Return the k smallest singular triplets of W, ``(out, in)``, float32, from an exact decomposition."""
+    return _kept(W, f"smallest-{min(k, *W.shape)}", lambda: SVD(*(_some(t, i, k) for i, t in enumerate(_exact(W)))))
+
+
+def whole(W: Tensor) -> SVD:
+    """Return all min(out, in) singular triplets of W, ``(out, in)``, float32."""
+    return _kept(W, "whole", lambda: _exact(W))
+
+
+def _some(tensor: Tensor, position: int, k: int) -> Tensor:
+    return tensor[:, -k:] if position == 0 else tensor[-k:]
+
+
+def _exact(W: Tensor) -> SVD:
+    return _signed(*torch.linalg.svd(W, full_matrices=False))
+
+
+def _largest(W: Tensor, k: int) -> SVD:
+    if min(W.shape) <= SMALL:
+        U, sigma, Vt = _exact(W)
+        return SVD(U[:, :k], sigma[:k], Vt[:k])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        U, sigma, V = torch.svd_lowrank(W, q=min(2 * k + 32, *W.shape), niter=12)
+    return _signed(U[:, :k], sigma[:k], V.T[:k])
+
+
+def _signed(U: Tensor, sigma: Tensor, Vt: Tensor) -> SVD:
+    top = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+    return SVD(U * top, sigma, Vt * top.T)
+
+
+def _kept(W: Tensor, kind: str, compute: object) -> SVD:
+    """Read the decomposition from the cache, or compute it and write it there."""
+    from safetensors.torch import load_file, save_file
+
+    assert callable(compute)
+    file = _file(W, kind)
+    if file.exists():
+        stored = load_file(file)
+        return SVD(*(stored[name].to(W.device) for name in SVD._fields))
+    found: SVD = compute()
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.cpu().contiguous() for name, t in found._asdict().items()}, partial)
+    partial.replace(file)  # whole or not at all: another process may be doing the same
+    return found
+
+
+def _file(W: Tensor, kind: str) -> Path:
+    digest = hashlib.sha256(W.detach().float().cpu().contiguous().numpy().data).hexdigest()[:24]
+    return decompositions() / f"{digest}-{'x'.join(map(str, W.shape))}-{kind}.safetensors"

@@ -1,0 +1,140 @@
+"""A table of texts in the forms that people read: terminal, Markdown, LaTeX, HTML. JSON and CSV take the numbers."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.table
+
+FORMATS = ("terminal", "markdown", "latex", "csv", "json", "html")
+BEST, TIED = "◆", "◇"
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "±": "$\\pm$",
+    "×": "$\\times$",
+    "≥": "$\\geq$",
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em; color: #1c1c1c }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+caption { text-align: left; font-weight: 600; padding: .5em 0 }
+th, td { padding: .25em .8em; text-align: right; white-space: nowrap }
+thead { border-bottom: 1.5px solid }
+tbody + tbody { border-top: 1px solid }
+.left { text-align: left }
+.best { font-weight: 700 }
+ul { color: #555; padding-left: 1.2em }
+"""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as it is shown: the first ``left`` columns are words, the others numbers; ``last`` rows are set apart."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    left: int = 1
+    last: int = 0
+
+    @property
+    def blocks(self) -> list[tuple[tuple[str, ...], ...]]:
+        """The rows, and those that are set apart."""
+        cut = len(self.rows) - self.last
+        return [block for block in (self.rows[:cut], self.rows[cut:]) if block]
+
+    def turned(self) -> Grid:
+        """Return the table with its rows as columns."""
+        head, *rows = zip(self.head, *self.rows, strict=True)
+        return Grid(self.title, head, tuple(rows), self.notes)
+
+    def markdown(self) -> str:
+        """Return the table in Markdown, its notes below."""
+        rule = [":---"] * self.left + ["---:"] * (len(self.head) - self.left)
+        cells = [[text.replace("|", "\\|") for text in row] for row in (self.head, rule, *self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        return "\n".join([f"**{self.title}**", "", *lines, "", *(f"- {note}" for note in self.notes)]).rstrip()
+
+    def latex(self) -> str:
+        """Return the table for LaTeX with the package booktabs; the best is bold, its ties underlined."""
+        columns = "l" * self.left + "r" * (len(self.head) - self.left)
+        blocks = ["\n".join(f"{' & '.join(map(_latex_cell, row))} \\\\" for row in block) for block in self.blocks]
+        head = f"{' & '.join(map(_latex, self.head))} \\\\"
+        body = "\n\\midrule\n".join([head, *blocks])
+        notes = "\n".join(f"% {note.replace(BEST, 'bold').replace(TIED, 'underlined')}" for note in self.notes)
+        begin = f"% {self.title}\n\\begin{{tabular}}{{{columns}}}\n\\toprule"
+        return f"{begin}\n{body}\n\\bottomrule\n\\end{{tabular}}\n{notes}"
+
+    def html(self) -> str:
+        """Return the table as HTML, its notes below."""
+
+        def line(row: Sequence[str], tag: str) -> str:
+            kinds = ["left" if i < self.left else "best" if BEST in text else "" for i, text in enumerate(row)]
+            cells = (
+                f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>"
+                for kind, text in zip(kinds, row, strict=True)
+            )
+            return f"<tr>{''.join(cells)}</tr>"
+
+        bodies = ["\n".join(["<tbody>", *(line(row, "td") for row in block), "</tbody>"]) for block in self.blocks]
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        head = f"<caption>{html.escape(self.title)}</caption>\n<thead>{line(self.head, 'th')}</thead>"
+        return "\n".join(["<table>", head, *bodies, "</table>", f"<ul>{notes}</ul>"])
+
+    def rich(self) -> rich.table.Table:
+        """Return the table for a terminal."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        # As Text, because rich takes plain strings with brackets for markup.
+        table = Table(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.caption, table.caption_justify = Text("\n".join(self.notes)), "left"
+        for number, name in enumerate(self.head):
+            table.add_column(Text(name), justify="left" if number < self.left else "right", no_wrap=True)
+        for block in self.blocks:
+            for row in block:
+                table.add_row(*(Text(text, style="bold" if BEST in text else "") for text in row))
+            table.add_section()
+        return table
+
+
+def page(grids: Sequence[Grid]) -> str:
+    """Return a web page of these tables."""
+    tables = "\n".join(grid.html() for grid in grids)
+    head = f'<meta charset="utf-8"><title>{html.escape(grids[0].title)}</title><style>{_STYLE}</style>'
+    return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{tables}\n</body></html>"
+
+
+def written(grids: Sequence[Grid], form: str) -> str:
+    """Return tables as text, in Markdown, LaTeX or HTML."""
+    if form == "html":
+        return page(grids)
+    return "\n\n".join(grid.markdown() if form == "markdown" else grid.latex() for grid in grids)
+
+
+def show(grid: Grid) -> None:
+    """Print a table on standard output, in its full width whatever the terminal's."""
+    from rich.console import Console
+
+    table = grid.rich()
+    Console(width=Console(width=1000).measure(table).maximum).print(table)
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _latex_cell(text: str) -> str:
+    plain = _latex(re.sub(f" ?[{BEST}{TIED}]$", "", text))
+    return f"\\textbf{{{plain}}}" if BEST in text else f"\\underline{{{plain}}}" if TIED in text else plain

@@ -1,0 +1,114 @@
+"""What each process holds for good while it trains: weights, adapters, the optimizer's state, and ZeRO's copies.
+
+Counted on a model of the meta device; how DeepSpeed's stages divide and copy things is as its 0.19 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from subspace.base import storage
+from subspace.engine import OFFLOAD
+from subspace.inject import adapters, trained_parameters
+
+#: Bytes that bitsandbytes takes on a CPU for each number of a matrix that it quantises: the matrix, a float32 copy,
+#: and places in the code book as int64. On a GPU it is one kernel.
+QUANTISING = 14
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one thing takes on each device, or in the host's memory for each process."""
+
+    name: str
+    bytes: int
+    host: bool = False
+
+
+class Holdings:
+    """What a model with adapters takes on each of some processes under an engine's configuration."""
+
+    def __init__(self, model: nn.Module, engine: Mapping[str, Any], ranks: int, state: float, *, gpu: bool) -> None:
+        self.zero, self.ranks, self.gpu = engine["zero_optimization"], ranks, gpu
+        self.stage: int = self.zero["stage"]
+        self.trained = sum(tensor.numel() for tensor in trained_parameters(model).values())
+        self.state = round(state * self.trained)  # the optimizer's, whole
+        self.whole, self.spread, self.scales, self.own, self.largest = 0, 0, 0, 0, 0
+        mine = {id(t) for adapter in adapters(model).values() for t in adapter.own_tensors().values()}
+        threshold = self.zero.get("stage3_param_persistence_threshold", 0) if self.stage == 3 else None
+        seen: set[int] = set()
+        for module in model.modules():
+            if type(module).__name__.startswith("Linear") and storage(module) != "plain":
+                self.scales += sum(tensor.nbytes for tensor in _scales(module))
+                self.largest = max(self.largest, module.in_features * module.out_features)  # type: ignore[assignment, operator]
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                if id(tensor) in mine:
+                    self.own += tensor.nbytes
+                elif threshold is None or tensor.numel() <= threshold or not isinstance(tensor, nn.Parameter):
+                    self.whole += tensor.nbytes
+                else:
+                    self.spread += tensor.nbytes
+        self.tensors = [t.nbytes for t in model.parameters() if id(t) not in mine]
+
+    def parts(self) -> Iterator[Part]:
+        """Yield what is there between two steps."""
+        frozen_away = bool(self.zero.get("offload_param"))
+        states_away = bool(self.zero.get(OFFLOAD))
+        yield Part("frozen weights" + (" (this process's share)" if self.spread else ""), self.share, frozen_away)
+        if self.scales:
+            yield Part("scales of the quantisation", self.scales)
+        if self.stage == 3:
+            yield Part("weights gathered at a time", self._gathered())
+        yield Part("adapters", self.own)
+        yield Part("gradients", self._gradients())
+        yield Part("state of the optimizer", -(-self.state // self.ranks), states_away)
+        if self.stage:
+            # A float32 copy for the optimizer, and the flat gradients that it is given in a step.
+            yield Part("ZeRO's copies of the adapters", 2 * 4 * -(-self.trained // self.ranks), states_away)
+            yield Part("ZeRO's buckets", self._buckets())
+
+    @property
+    def share(self) -> int:
+        """Bytes of the frozen weights that a process holds."""
+        return self.whole + -(-self.spread // self.ranks)
+
+    def loading(self) -> int:
+        """Return the most that is held while the model loads."""
+        if self.largest:
+            # It is quantised tensor by tensor.
+            return self.whole + self.spread + self.scales + self.largest * (2 if self.gpu else QUANTISING)
+        if self.stage == 3:
+            return self.share + 2 * max(self.tensors)
+        return self.share
+
+    def _gathered(self) -> int:
+        """Return what ZeRO-3 keeps whole of others' parts: it does not let go of what it will soon use again."""
+        soon = self.zero.get("stage3_max_reuse_distance", 10**9) / 2 + self.zero.get("stage3_prefetch_bucket_size", 5e7)
+        numbers = min(float(self.zero.get("stage3_max_live_parameters", 10**9)), soon)
+        each = max(2, self.spread // max(1, sum(self.tensors)) * 2)
+        return min(self.spread, int(numbers * each))
+
+    def _gradients(self) -> int:
+        return 4 * (self.trained if self.stage < 2 else -(-self.trained // self.ranks))
+
+    def _buckets(self) -> int:
+        bucket = self.zero.get("reduce_bucket_size", 500_000_000)
+        if not self.gpu:
+            bucket = min(bucket, self.trained)  # the system gives memory where it is written to
+        return 4 * int(bucket) * (2 if self.zero.get("overlap_comm") else 1)
+
+
+def _scales(layer: Any) -> Iterator[Tensor]:
+    state = getattr(layer.weight, "quant_state", None)
+    while state is not None:
+        yield from (state.absmax, state.code)
+        state = state.state2
+    if getattr(layer.weight, "SCB", None) is not None:
+        yield layer.weight.SCB

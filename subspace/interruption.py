@@ -1,0 +1,65 @@
+"""Signals that ask a run to stop: they are noted, and the training loop heeds them at the end of a step.
+
+SIGTERM and SIGINT come from users and systems, SIGUSR1 from SLURM shortly before a job's time is up and from our
+launcher. SIGTERM has a second meaning: DeepSpeed's launcher sends it to the ranks that are left when one has died.
+They would wait for the dead one for ever, so a rank that misses another ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+#: In the ranks' environment: a file for the run's status. The ranks leave their process numbers beside it.
+STATUS_FILE = "SUBSPACE_STATUS_FILE"
+
+
+class Interruption:
+    """While entered, ``asked`` tells whether a signal has asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Self:
+        # Python hands signals to the main thread only; a run in another one keeps what its host set.
+        heed = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS} if heed else {}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt  # asked twice: at once
+        if number == signal.SIGTERM and any(not _alive(pid) for pid in ranks_here()):
+            os._exit(128 + number)
+        self.asked = True
+
+
+def announce_rank() -> None:
+    """Leave this process's number where the launcher and the other ranks of this machine find it."""
+    if file := os.environ.get(STATUS_FILE):
+        Path(file).with_name(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
+
+
+def ranks_here(status_file: str | Path | None = None) -> list[int]:
+    """Return the process numbers of the ranks that a launcher of ours started on this machine, as far as they came."""
+    file = status_file or os.environ.get(STATUS_FILE)
+    return [int(text) for path in Path(file).parent.glob("rank-*") if (text := path.read_text())] if file else []
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

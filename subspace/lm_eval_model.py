@@ -1,0 +1,45 @@
+"""Run any task of lm-evaluation-harness on a run's adapters: its model type ``subspace``.
+
+The harness finds a model type once the module that registers it is imported. From the command line this module does
+that and goes on as the harness's own command, with all of its options::
+
+    python -m subspace.lm_eval_model --model subspace --model_args run=runs/quickstart --tasks lambada_openai
+
+From Python, ``import subspace.lm_eval_model`` and ``lm_eval.simple_evaluate(model="subspace", model_args=...)``.
+
+``run`` is what ``subspace evaluate`` takes: a run's folder, a configuration (then its base model), or a model's name.
+Other arguments are settings of ``model``, such as ``dtype=float32``. Nothing else of this package imports the harness.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from subspace.adapter_file import load_adapter
+from subspace.config import read_subject
+from subspace.model import open_model, open_tokenizer
+
+
+@register_model("subspace")
+class SubspaceLM(HFLM):  # type: ignore[misc]
+    """A run's model with its adapters, as the harness runs any model of transformers."""
+
+    def __init__(
+        self, run: str, batch_size: int | str = 1, max_batch_size: int | None = 64, device: Any = None, **settings: Any
+    ) -> None:
+        subject = read_subject(run, [f"model.{name}={value}" for name, value in settings.items()])
+        model = open_model(subject.model)
+        if subject.adapter:
+            load_adapter(model, subject.adapter)
+        tokenizer = open_tokenizer(subject.model)
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=max_batch_size or 64
+        )
+
+
+if __name__ == "__main__":
+    cli_evaluate()

@@ -1,0 +1,167 @@
+r"""What LoRA's family shares: two factors, a scale, dropout, and the matrix pattern constraints on the factors.
+
+The constraints are those of Si, Yang, Shen, arXiv:2407.05417, section "matrix pattern constraints". With every weight
+``(out, in)``, ``A (r, in)`` and ``B (out, r)``:
+
+=====  ===============================================================================================================
+``o``  orthogonality: adds :math:`w\,(\lVert AA^T - I\rVert_F^2 + \lVert B^TB - I\rVert_F^2)` to the loss
+``d``  diagonality: :math:`w\,(\lVert AA^T - I\rVert_F^2 + \lVert B^TB - \mathrm{diag}(B^TB)\rVert_F^2)`
+``n``  no linear pattern: :math:`s\,B\,\mathrm{relu}(A x)`, which makes LoRA a parallel adapter; it cannot be merged
+=====  ===============================================================================================================
+
+The paper gives no weight w. It is 0 by default; B at zero is a stationary point of ``o``, so the term acts on B only
+after the task has moved it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspace.decomposition import SVD
+from subspace.errors import UserError
+from subspace.linalg import add_product, off_diagonal
+from subspace.method import LinearAdapter, MethodConfig
+from subspace.settings import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(MethodConfig):
+    """What every method with two factors is told."""
+
+    r: int = setting(16, "rank of the update", min=1)
+    alpha: float | None = setting(32.0, "the update is scaled by alpha / r; none is r", min=0)
+    rslora: bool = setting(False, "scale by alpha / sqrt(r) instead")
+    dropout: float = setting(0.0, "dropout on the input of A, in training only", min=0, max=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstrainedConfig(LowRankConfig):
+    """What a method whose factors may be constrained is told besides."""
+
+    mpc: str = setting("none", "matrix pattern constraint on the factors", choices=("none", "o", "d", "n"))
+    mpc_weight: float = setting(0.0, "weight of the constraint's penalty; the paper gives none", min=0)
+    mpc_reduce: str = setting("sum", "the penalty over all layers", choices=("sum", "mean"))
+    mpc_squared: bool = setting(True, "square the penalty's norms")
+
+
+class LowRankAdapter(LinearAdapter):
+    """``W' = W + s B C A`` with a small core ``C (r, r)``, which is the identity unless a method says otherwise."""
+
+    dial: ClassVar = "r"
+    roles: ClassVar = {"A": "down", "B": "up"}
+
+    def __init__(self, base: nn.Module, config: LowRankConfig) -> None:
+        super().__init__(base, config)
+        alpha = config.r if config.alpha is None else config.alpha
+        self.scale = alpha / (math.sqrt(config.r) if config.rslora else config.r)
+        self.A = nn.Parameter(torch.empty(config.r, self.in_features))
+        self.B = nn.Parameter(torch.zeros(self.out_features, config.r))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.mpc: str = getattr(config, "mpc", "none")
+        self.mergeable = self.mpc != "n"
+
+    def core(self, h: Tensor) -> Tensor:
+        """Return C h for the hidden values h, ``(..., r)``."""
+        return h
+
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        C = self.core(torch.eye(len(self.A), dtype=self.A.dtype, device=self.A.device)).T
+        return C @ self.A, self.scale * self.B
+
+    def weight(self, W: Tensor) -> Tensor:
+        if not self.mergeable:
+            raise UserError(f"{self.name} with mpc-n has no weight: a ReLU stands between its factors")
+        A, B = self.to_lora()
+        return W + B @ A
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return what stands between the factors, ``(..., in) -> (..., r)``."""
+        x = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        h = F.linear(x, self.A.to(x.dtype))
+        return self.core(torch.relu(h) if self.mpc == "n" else h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # B (A x) costs r * (in + out) per token; (B A) x would cost in * out.
+        return add_product(self.frozen(x), self.hidden(x), self.B.to(x.dtype), self.scale)
+
+    def penalty(self) -> Tensor | None:
+        config = self.config
+        if self.mpc not in ("o", "d") or not config.mpc_weight:
+            return None
+        A, B = self.A @ self.A.T, self.B.T @ self.B
+        one = torch.eye(len(A), dtype=A.dtype, device=A.device)
+        gaps = [A - one, B - one if self.mpc == "o" else off_diagonal(B)]
+        norms = [gap.square().sum() if config.mpc_squared else torch.linalg.matrix_norm(gap) for gap in gaps]
+        share = 1 if config.mpc_reduce == "sum" else self.num_siblings
+        penalty: Tensor = (norms[0] + norms[1]) * (config.mpc_weight / share)
+        return penalty
+
+
+class TripletAdapter(LowRankAdapter):
+    """``W' = W + s B diag(E) A``: an update in the form of a singular value decomposition. E starts at zero."""
+
+    roles: ClassVar = {"A": "down", "E": "core", "B": "up"}
+
+    def __init__(self, base: nn.Module, config: LowRankConfig, *, std: float | None = None, spare: int = 0) -> None:
+        super().__init__(base, config)
+        if spare:
+            self.A = nn.Parameter(torch.empty(config.r + spare, self.in_features))
+            self.B = nn.Parameter(torch.empty(self.out_features, config.r + spare))
+        self.E = nn.Parameter(torch.zeros(len(self.A)))
+        if std is None:
+            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.A, std=std)
+            nn.init.normal_(self.B, std=std)
+
+    def core(self, h: Tensor) -> Tensor:
+        return h * self.E.to(h.dtype)
+
+
+class DifferenceAdapter(LowRankAdapter):
+    """``W' = W + s (B A - B_0 A_0)``, where ``s B_0 A_0`` is a part of W itself: that part is trained, the rest is not.
+
+    Both products are computed apart and alike, so that at the start their difference is zero to the last bit.
+    """
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, base: nn.Module, config: LowRankConfig) -> None:
+        super().__init__(base, config)
+        smaller = min(self.in_features, self.out_features)
+        if config.r > smaller:
+            raise UserError(
+                f"{self.name} was asked for r={config.r} singular directions of a layer that has {smaller}. Set "
+                f"method.r={smaller} or less, or leave that layer out of `targets`"
+            )
+        self.register_buffer("A0", torch.zeros_like(self.A, requires_grad=False))
+        self.register_buffer("B0", torch.zeros_like(self.B, requires_grad=False))
+
+    def part(self, W: Tensor) -> SVD:
+        """Return the r singular triplets of W, ``(out, in)``, that are trained."""
+        raise NotImplementedError
+
+    def start(self, W: Tensor) -> None:
+        U, sigma, Vt = self.part(W)
+        root = (sigma / self.scale).sqrt()
+        for tensor, value in ((self.A, root[:, None] * Vt), (self.B, U * root)):
+            tensor.data.copy_(value)
+        self.A0.copy_(self.A.data)
+        self.B0.copy_(self.B.data)
+
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.A, self.A0]), self.scale * torch.cat([self.B, -self.B0], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        now, before = (
+            F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype)) for A, B in ((self.A, self.B), (self.A0, self.B0))
+        )
+        return self.frozen(x) + self.scale * (now - before)

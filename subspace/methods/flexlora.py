@@ -1,0 +1,98 @@
+r"""FlexLoRA: low-rank updates that trade directions among layers by the entropy of their spectra.
+
+Paper: Liu, Si, Jia, "FlexLoRA: Entropy-Guided Flexible Low-Rank Adaptation", ICLR 2026, arXiv:2601.22905.
+
+.. math:: W' = W + s\,B\,\mathrm{diag}(E \odot a)\,A,\qquad B \in R^{out \times R},\ A \in R^{R \times in}
+
+with s = alpha / r, R = r + headroom, a in {0, 1}: r directions are alive at first, and as many in all layers together
+for ever. Trains R * (in + out + 1) numbers per layer. E starts at zero: training starts from the frozen model.
+Mergeable. A layer matters by :math:`-\sum p \log p / \log r`, :math:`p = E^2 / \sum E^2`. Every so often the layers
+that matter least lose the direction with the smallest abs(E), and those that matter most get a new one.
+
+Departs from the authors' code, by the formulas: abs(E), not E; a layer with one direction matters 0 and one whose E are
+all zero 1, where theirs is not a number; no optimizer is rebuilt: only the new directions' moments are cleared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from subspace.linalg import orthogonality_gap, spectral_entropy
+from subspace.lowrank import LowRankConfig, TripletAdapter
+from subspace.method import Access, Clock, register
+from subspace.settings import setting
+
+STD = 0.02
+
+
+@register("flexlora", family="extension", trains="(r + headroom) * (n_in + n_out + 1)")
+class FlexLoRA(TripletAdapter):
+    """See the module's docstring."""
+
+    alive: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LowRankConfig):
+        """FlexLoRA's settings."""
+
+        headroom: int = setting(4, "directions that a layer may gain", min=0)
+        moves: int = setting(4, "layers that lose a direction at the first reallocation", min=0)
+        decay: str = setting("paper", "how moves fall, as p goes from 0 to 1", choices=("paper", "code", "constant"))
+        warm_up: float = setting(0.1, "share of the run before the first reallocation", min=0, max=1)
+        cool_down: float = setting(0.3, "share of the run, at its end, with the ranks fixed", min=0, max=1)
+        every: int = setting(10, "optimizer steps from one reallocation to the next", min=1)
+        orthogonality: float = setting(0.1, "weight of the penalty for factors that are not orthonormal", min=0)
+
+    def __init__(self, base: nn.Module, config: Config) -> None:
+        super().__init__(base, config, std=STD, spare=config.headroom)
+        self.register_buffer("alive", (torch.arange(len(self.E)) < config.r).float())
+
+    def core(self, h: Tensor) -> Tensor:
+        return h * (self.E * self.alive).to(h.dtype)
+
+    def penalty(self) -> Tensor:
+        weight: float = self.config.orthogonality / self.num_siblings
+        return weight * orthogonality_gap(self.A, self.B.T)
+
+    @classmethod
+    def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
+        config = adapters[0].config
+        passed = clock.through(config.warm_up, config.cool_down)
+        if not 0 < passed < 1 or clock.step % config.every:
+            return
+        E = [access.value(adapter.E) for adapter in adapters]
+        order = sorted(range(len(adapters)), key=lambda i: spectral_entropy(E[i][adapters[i].alive > 0]))
+        losing = [i for i in order if adapters[i].alive.sum() > 1]
+        gaining = [i for i in reversed(order) if 1 < adapters[i].alive.sum() < len(adapters[i].alive)]
+        count = min(moves(config, passed), len(losing), len(gaining), len(adapters) // 2)
+        for i, j in zip(losing[:count], gaining[:count], strict=True):
+            adapters[i].drop(E[i], access)
+            adapters[j].grow(E[j], access, seed=clock.step * len(adapters) + j)
+
+    def drop(self, E: Tensor, access: Access) -> None:
+        """Let the direction with the smallest abs(E) go."""
+        lost = torch.where(self.alive > 0, E.abs(), torch.inf).argmin()
+        self.alive[lost] = 0
+        access.write(self.E, E.index_fill(0, lost, 0))
+
+    def grow(self, E: Tensor, access: Access, seed: int) -> None:
+        """Begin a direction afresh, with E zero, so that the output does not change."""
+        new, generator = self.alive.argmin(), torch.Generator().manual_seed(seed)
+        self.alive[new] = 1
+        for parameter, axis in ((self.A, 0), (self.B, 1), (self.E, 0)):
+            value = access.value(parameter).clone()
+            where = torch.zeros_like(value, dtype=torch.bool)
+            drawn = STD * torch.randn(value.select(axis, 0).shape, generator=generator)
+            value.select(axis, int(new)).copy_(drawn if parameter is not self.E else torch.zeros(()))
+            access.write(parameter, value)
+            access.forget(parameter, where.index_fill_(axis, new, True))
+
+
+def moves(config: FlexLoRA.Config, passed: float) -> int:
+    """Return how many directions change places, as the share ``passed`` of the schedule grows from 0 to 1."""
+    return round(config.moves * {"paper": (1 - passed) ** 3, "code": 1 - passed**3, "constant": 1.0}[config.decay])

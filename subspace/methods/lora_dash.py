@@ -1,0 +1,86 @@
+r"""LoRA-Dash: LoRA that, once warm, also trains the directions of W that it has found to matter.
+
+Paper: Si, Shi, Zhang, et al., "Unleashing the Power of Task-Specific Directions in Parameter Efficient Fine-tuning",
+ICLR 2025, arXiv:2409.01035.
+
+.. math:: W' = W + s\,B A + U_S\,\mathrm{diag}(\delta)\,V_S^T,\qquad U_S \in R^{out \times d},\ V_S \in R^{in \times d}
+
+Every weight is (out, in). Trains r * (in + out) + d numbers per layer. B and delta start at zero, so training starts
+from the frozen model and goes on smoothly at the launch. At the launch, S are the d singular directions of W with the
+largest rate of change :math:`|u_j^T (s B A) v_j| / (\sigma_j + \epsilon)`. Mergeable; as a LoRA it has rank r + d.
+Reads W once, at the launch: all of it, exactly; small directions of a quantised W are noise, so they come from the
+unquantised checkpoint. The directions are kept with the adapter, so that a run that is resumed has launched.
+
+Departs from the authors' code: the launch is at an optimizer step, where that counts forward passes, in evaluation and
+recomputation too; the launched state is saved; a small epsilon stands in the rate, as the paper has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspace.decomposition import whole
+from subspace.linalg import add_product
+from subspace.lowrank import LowRankAdapter, LowRankConfig
+from subspace.method import Access, Clock, register
+from subspace.settings import setting
+
+EPSILON = 1e-6
+
+
+@register("lora-dash", family="combination", trains="r * (n_in + n_out) + d", aliases={"dash": {}})
+class LoRADash(LowRankAdapter):
+    """See the module's docstring."""
+
+    U: Tensor
+    Vt: Tensor
+    roles: ClassVar = {"A": "down", "B": "up", "delta": "core"}
+    reads: ClassVar = "late"
+    moves_late: ClassVar = frozenset({"delta"})
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LowRankConfig):
+        """LoRA-Dash's settings."""
+
+        d: int = setting(8, "task-specific directions of each layer", min=1)
+        launch: int = setting(100, "optimizer step after which they are chosen", min=1)
+
+    def __init__(self, base: nn.Module, config: Config) -> None:
+        super().__init__(base, config)
+        self.delta = nn.Parameter(torch.zeros(config.d))
+        self.register_buffer("U", torch.zeros(self.out_features, config.d))
+        self.register_buffer("Vt", torch.zeros(config.d, self.in_features))
+        self.seen: tuple[Tensor, Tensor] | None = None
+
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.A, self.Vt]), torch.cat([self.scale * self.B, self.U * self.delta], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dashed = F.linear(x, self.Vt.to(x.dtype)) * self.delta.to(x.dtype)
+        return add_product(super().forward(x), dashed, self.U.to(x.dtype))
+
+    @classmethod
+    def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
+        if clock.step != adapters[0].config.launch:
+            return
+        for adapter in adapters:
+            adapter.seen = access.value(adapter.A).float(), access.value(adapter.B).float()
+        access.visit(adapters, cls.choose)
+        for adapter in adapters:
+            adapter.seen = None
+
+    def choose(self, W: Tensor) -> None:
+        """Fill U and Vt with the directions of W, ``(out, in)``, that the update changes most for their size."""
+        assert self.seen is not None
+        A, B = self.seen
+        U, sigma, Vt = whole(W)
+        change = self.scale * ((U.T @ B) * (Vt @ A.T)).sum(dim=1)  # the diagonal of U^T (s B A) V
+        chosen = (change.abs() / (sigma + EPSILON)).topk(min(self.config.d, len(sigma))).indices
+        self.U[:, : len(chosen)] = U[:, chosen]
+        self.Vt[: len(chosen)] = Vt[chosen]

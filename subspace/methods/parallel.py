@@ -1,0 +1,75 @@
+r"""Parallel adapter: a bottleneck network beside a frozen layer, reading what the layer reads.
+
+Paper: He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", ICLR 2022, arXiv:2110.04366,
+section 3.3 and table 1.
+
+.. math:: y' = y + s\,B f(A x),\qquad A \in R^{b \times in},\ B \in R^{out \times b}
+
+At a linear layer it is LoRA with the constraint ``mpc: n`` under another name: same tensors, same function. With
+``site: ffn`` it stands beside a whole feed-forward block, as in the paper. Trains b * (in + out) numbers per site: with
+b = 256 at up and down, the 3.54 % that are published for LLaMA-7B. B starts at zero, so training starts from the
+frozen model. Not mergeable, for f is nonlinear. Reads nothing of W.
+
+Departs from the paper: no biases. LLM-Adapters' (arXiv:2304.01933) has ``activation: tanh`` and starts elsewhere.
+``scaled-parallel`` is the paper's best: beside the FFN, with s = 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspace.bottleneck import ACTIVATIONS
+from subspace.linalg import add_product
+from subspace.method import Adapter, MethodConfig, register
+from subspace.settings import setting
+
+ALIASES = {"parallel-adapter": {}, "pa": {}, "scaled-parallel": {"site": "ffn", "scale": 4.0}}
+
+
+@register("parallel", family="extension", trains="bottleneck * (n_in + n_out)", aliases=ALIASES)
+class Parallel(Adapter):
+    """See the module's docstring."""
+
+    site = "linear"
+    mergeable = False
+    dial: ClassVar = "bottleneck"
+    roles: ClassVar = {"A": "down", "B": "up"}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MethodConfig):
+        """The parallel adapter's settings."""
+
+        bottleneck: int = setting(256, "width b of the bottleneck", min=1)
+        activation: str = setting("relu", "the nonlinearity f", choices=tuple(ACTIVATIONS))
+        scale: float = setting(1.0, "factor s on what is added")
+        dropout: float = setting(0.0, "dropout on the input of A, in training only", min=0, max=1)
+        site: str = setting("linear", "beside linear layers or whole feed-forward blocks", choices=("linear", "ffn"))
+
+    @classmethod
+    def site_of(cls, config: Any) -> str:
+        return "mlp" if config.site == "ffn" else "linear"
+
+    @classmethod
+    def usual_targets(cls, config: Any) -> Sequence[str] | None:
+        return None if config.site == "ffn" else ("up_proj", "down_proj")
+
+    def __init__(self, base: nn.Module, config: Config) -> None:
+        super().__init__(base, config)
+        linears = [module for module in base.modules() if isinstance(module, nn.Linear)]  # of a block, or itself alone
+        self.in_features, self.out_features = linears[0].in_features, linears[-1].out_features
+        self.f = ACTIVATIONS[config.activation]
+        self.A = nn.Parameter(torch.empty(config.bottleneck, self.in_features))
+        self.B = nn.Parameter(torch.zeros(self.out_features, config.bottleneck))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        hidden = self.f(F.linear(read, self.A.to(x.dtype)))
+        return add_product(self.base(x), hidden, self.B.to(x.dtype), self.config.scale)

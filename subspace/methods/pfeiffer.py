@@ -1,0 +1,37 @@
+r"""Pfeiffer adapter: one bottleneck network per layer, after the MLP.
+
+Paper: Pfeiffer et al., "AdapterFusion: Non-Destructive Task Composition for Transfer Learning", EACL 2021,
+arXiv:2005.00247, section 2.2 and appendix A.1.
+
+.. math:: h' = h + s\,(U f(D h + c) + e),\qquad D \in R^{b \times d},\ U \in R^{d \times b}
+
+h is what the MLP is about to add to the residual stream. Trains 2 * b * d + b + d numbers per layer. Not mergeable,
+for f is nonlinear. Reads nothing of W.
+
+Departs from the paper: there the adapter stands behind the sub-layer's norm (BERT), which in a pre-norm decoder is the
+MLP's output itself; U starts at zero, so that training starts from the frozen model (``start: gaussian``: as theirs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from subspace.bottleneck import BottleneckAdapter, BottleneckConfig
+from subspace.method import register
+
+TRAINS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
+
+
+@register("pfeiffer", family="extension", trains=TRAINS, aliases={"adapterp": {}})
+class Pfeiffer(BottleneckAdapter):
+    """See the module's docstring."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BottleneckConfig):
+        """The bottleneck's settings."""
+
+    @classmethod
+    def usual_targets(cls, config: Any) -> Sequence[str]:
+        return ("down_proj",)

@@ -1,0 +1,42 @@
+r"""PiSSA: train the principal part of a weight, and freeze the rest.
+
+Paper: Meng, Wang, Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+NeurIPS 2024, arXiv:2404.02948, eqs. 2-4.
+
+.. math:: W' = W + s\,(B A - B_0 A_0),\qquad B_0 = U_r\sqrt{\Sigma_r / s},\ A_0 = \sqrt{\Sigma_r / s}\,V_r^T
+
+Every weight is (out, in); U_r, Sigma_r, V_r are its r largest singular triplets. Trains r * (in + out) numbers per
+layer. B and A start at B_0 and A_0, so training starts from the frozen model, to the last bit. Mergeable; as a LoRA it
+has rank 2 r. Reads W once; the largest directions of a quantised W serve as well.
+
+Departs from the paper, which replaces W by :math:`W - s B_0 A_0`: here W stays as it is, the adapter is usable without
+a second base model, and nothing is rounded. alpha is r unless given, as in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from subspace.decomposition import SVD, largest
+from subspace.lowrank import DifferenceAdapter, LowRankConfig
+from subspace.method import register
+from subspace.settings import setting
+
+
+@register("pissa", family="reconstruction", trains="r * (n_in + n_out)")
+class PiSSA(DifferenceAdapter):
+    """See the module's docstring."""
+
+    reads: ClassVar = "largest"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LowRankConfig):
+        """PiSSA's settings."""
+
+        alpha: float | None = setting(None, "the update is scaled by alpha / r; none is r", min=1e-6)
+
+    def part(self, W: Tensor) -> SVD:
+        return largest(W, self.config.r)

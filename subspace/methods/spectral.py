@@ -1,0 +1,78 @@
+r"""Spectral adapter: fine-tune the top singular vectors of a weight additively.
+
+Paper: Zhang and Pilanci, "Spectral Adapter: Fine-Tuning in Spectral Space", NeurIPS 2024, arXiv:2405.13952, eq. 2.
+
+.. math:: W' = W + (U_r + P)\,\Sigma_r\,(V_r + Q)^T - U_r \Sigma_r V_r^T
+
+Every weight is (out, in); U_r, Sigma_r, V_r are its r largest singular triplets. Trains r * (in + out) numbers per
+layer. P and Q start at zero, so training starts from the frozen model, to the last bit; both have a gradient in the
+first step. Mergeable; as a LoRA it has rank 2 r. Reads W once; the largest directions of a quantised W serve as well.
+
+Departs from the subspace-tuning authors' code, which multiplies the update by alpha / r: there is no such scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspace.decomposition import largest
+from subspace.errors import UserError
+from subspace.linalg import add_product
+from subspace.method import LinearAdapter, MethodConfig, register
+from subspace.settings import setting
+
+
+@register("spectral", family="combination", trains="r * (n_in + n_out)")
+class Spectral(LinearAdapter):
+    """See the module's docstring."""
+
+    U: Tensor
+    sigma: Tensor
+    Vt: Tensor
+    roles: ClassVar = {"Q": "down", "P": "up"}
+    reads: ClassVar = "largest"
+    dial: ClassVar = "r"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MethodConfig):
+        """The spectral adapter's settings."""
+
+        r: int = setting(16, "singular directions that are tuned", min=1)
+
+    def __init__(self, base: nn.Module, config: Config) -> None:
+        super().__init__(base, config)
+        r, smaller = config.r, min(self.in_features, self.out_features)
+        if r > smaller:
+            raise UserError(
+                f"spectral was asked for r={r} singular directions of a layer that has {smaller}. Set "
+                f"method.r={smaller} or less, or leave that layer out of `targets`"
+            )
+        self.P = nn.Parameter(torch.zeros(self.out_features, r))
+        self.Q = nn.Parameter(torch.zeros(self.in_features, r))
+        self.register_buffer("U", torch.zeros(self.out_features, r))
+        self.register_buffer("sigma", torch.zeros(r))
+        self.register_buffer("Vt", torch.zeros(r, self.in_features))
+
+    def start(self, W: Tensor) -> None:
+        for own, found in zip((self.U, self.sigma, self.Vt), largest(W, self.config.r), strict=True):
+            own.copy_(found)
+
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        # P S (V + Q)^T + U S Q^T, which is the equation with W's own part taken out.
+        return torch.cat([self.Vt + self.Q.T, self.Q.T]), torch.cat([self.P * self.sigma, self.U * self.sigma], dim=1)
+
+    def weight(self, W: Tensor) -> Tensor:
+        moved = ((self.U + self.P) * self.sigma) @ (self.Vt + self.Q.T)
+        return W + moved - (self.U * self.sigma) @ self.Vt
+
+    def forward(self, x: Tensor) -> Tensor:
+        sigma = self.sigma.to(x.dtype)
+        q = F.linear(x, self.Q.T.to(x.dtype)) * sigma
+        v = F.linear(x, self.Vt.to(x.dtype)) * sigma
+        out = add_product(self.frozen(x), q + v, self.P.to(x.dtype))
+        return add_product(out, q, self.U.to(x.dtype))

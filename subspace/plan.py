@@ -1,0 +1,316 @@
+"""What a run will take, told before anything is loaded: memory by part, disk, steps, time.
+
+No figure is fitted to a run. Weights are counted on the meta device (:mod:`subspace.holdings`), activations by a step
+without numbers (:mod:`subspace.rehearsal`), and what the libraries themselves take by looking at this process, which
+has imported them as the run will.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from subspace import config as configuration
+from subspace import declarations
+from subspace.batches import StepPlan, is_encoded, open_data, share
+from subspace.config import RunConfig
+from subspace.encoding import IGNORE
+from subspace.engine import OFFLOAD, Layout, fill, lay_out, read_engine_file
+from subspace.errors import RunFailed, UserError
+from subspace.holdings import Holdings, Part
+from subspace.host_memory import resident_memory
+from subspace.inject import inject, trained_parameters
+from subspace.model import device, open_shape, open_tokenizer
+from subspace.optimizers import STATE_BYTES, check_optimizer
+from subspace.rehearsal import Batch, Footprint, rehearse
+
+#: Tokens of an answer and its end, where the data is not there to be looked at.
+ANSWER = 16
+#: The slowest step over the time of its matrix products alone: the range that is told reaches that far.
+SLOWEST = 5.0
+VERIFIED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is fed: the largest micro-batch, and how much of it there is."""
+
+    batch: Batch
+    lengths: str
+    steps: int | None
+    tokens: int | None
+
+    @classmethod
+    def of(cls, config: RunConfig, layout: Layout) -> Work:
+        """Look at the data where it is encoded already; else take the longest rows that the run allows."""
+        try:
+            tokenizer = open_tokenizer(config.model)
+            known = is_encoded(config.data, tokenizer)
+        except UserError:
+            known = False
+        if known:
+            return cls._seen(config, layout, tokenizer)
+        longest = -(-config.data.max_length // 8) * 8
+        columns = longest - 1 if config.data.loss_on == "all" else min(ANSWER, longest - 1)
+        rows = None
+        if not config.data.mixture.endswith((".json", ".jsonl", ".parquet")):
+            rows = declarations.mixture(config.data.mixture).rows
+        rows = min(rows or config.data.limit or 0, config.data.limit or rows or 0)
+        steps = config.train.steps or (int(config.train.epochs * rows / layout.batch) or None)
+        batch = Batch(layout.micro_batch, longest, columns, layout.micro_batch * columns)
+        return cls(batch, "data.max_length", steps, None)
+
+    @classmethod
+    def _seen(cls, config: RunConfig, layout: Layout, tokenizer: Any) -> Work:
+        data = open_data(config.data, tokenizer, config.train.seed)
+        lengths = data.train.lengths
+        steps = StepPlan(
+            lengths,
+            batch=layout.batch,
+            epochs=config.train.epochs,
+            steps=config.train.steps,
+            seed=config.train.seed,
+            group_by_length=config.data.group_by_length,
+        )
+        first = np.array([lengths[steps[number][0]] for number in range(len(steps))])
+        longest = steps[int(first.argmax())]
+        batch = data.batch(share(longest, 0, layout.ranks, layout.accumulate)[0])
+        targets = batch["labels"][:, 1:] != IGNORE
+        rows, columns = batch["input_ids"].shape
+        shape = Batch(rows, columns, int(targets.any(dim=0).sum()), int(targets.sum()))
+        tokens = sum(int(lengths[steps[number]].sum()) for number in range(len(steps)))
+        return cls(shape, "the longest of the data", len(steps), tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. Bytes are those of one device, or of one process on a CPU."""
+
+    model: str
+    method: str
+    device: str
+    processes: int
+    stage: int
+    micro_batch: int
+    accumulate: int
+    tokens: int
+    lengths: str
+    trained: int
+    parts: tuple[Part, ...]
+    loading: int
+    peak: int
+    checkpoint: int
+    adapter: int
+    steps: int | None
+    all_tokens: int | None
+    seconds: tuple[float, float] | None
+    largest_micro_batch: int | None = None
+    memory: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """Yield what a user reads."""
+        many = f"{self.processes} processes, " if self.processes > 1 else ""
+        yield f"{self.method} on {self.model}: {self.trained:,} trained numbers; {many}ZeRO {self.stage}, {self.device}"
+        yield f"micro-batch of {self.micro_batch} x {self.tokens} tokens ({self.lengths}), {self.accumulate} a step"
+        yield ""
+        for part in self.parts:
+            yield f"  {part.name:<42} {_size(part.bytes):>10}{'  in host memory' if part.host else ''}"
+        yield f"  {'most while loading':<42} {_size(self.loading):>10}"
+        yield f"  {'most in a step':<42} {_size(self.peak):>10}"
+        yield ""
+        if self.memory:
+            most = self.largest_micro_batch
+            told = f"a micro-batch of {most} fits" if most else "not even a micro-batch of 1 fits"
+            yield f"into {_size(self.memory)}: {told}"
+        yield f"on disk: adapter {_size(self.adapter)}, a checkpoint {_size(self.checkpoint)}"
+        if self.steps:
+            yield f"{self.steps:,} steps" + (f", {self.all_tokens:,} tokens" if self.all_tokens else "")
+        if self.seconds:
+            yield f"time here: {_time(self.seconds[0])} to {_time(self.seconds[1])}"
+
+
+def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> Plan:
+    """Tell what a run takes. No weight is read and no process started.
+
+    Args:
+        config: the run.
+        processes: how many it will have.
+        memory: bytes of a device into which the largest micro-batch is to fit.
+    """
+    layout = lay_out(config.train.batch, config.train.micro_batch, processes)
+    raw = read_engine_file(config.engine)
+    gpu = device().type == "cuda"
+    work = Work.of(config, layout)
+    model: Any = open_shape(config.model)
+    libraries = 0 if gpu else _libraries(config)
+    for part in config.method:
+        inject(model, part.name, part.settings, targets=part.targets, patterns=part.patterns, start=False)
+    trained = trained_parameters(model)
+    count = sum(tensor.numel() for tensor in trained.values())
+    largest = max(tensor.numel() for tensor in trained.values())
+    engine, _ = fill(
+        raw, layout, dtype=config.model.dtype, clip=config.train.clip, largest_adapter=largest, trained=count
+    )
+    if engine["fp16"]["enabled"] or engine["bf16"]["enabled"]:
+        for tensor in trained.values():
+            tensor.data = tensor.data.to(getattr(torch, config.model.dtype))
+    check_optimizer(config.train.optimizer, gpu=gpu, offloaded=OFFLOAD in engine["zero_optimization"])
+    holdings = Holdings(model, engine, processes, STATE_BYTES[config.train.optimizer], gpu=gpu)
+    libraries_part = [Part("Python and libraries", libraries)] if libraries else []
+    fixed = [*libraries_part, *holdings.parts()]
+    held = sum(part.bytes for part in fixed if not (part.host and gpu))
+    gradients = sum(part.bytes for part in fixed if part.name == "gradients")
+    accumulated = layout.accumulate > 1
+
+    def peak(footprint: Footprint) -> int:
+        # Gradients come as activations go: a rehearsal counts both, unless they were there before.
+        return max(held, held + footprint.peak - (0 if accumulated else gradients))
+
+    footprint = rehearse(model, work.batch, accumulated=accumulated)
+    found = Plan(
+        model=config.model.path,
+        method=config.methods,
+        device=str(device()),
+        processes=processes,
+        stage=holdings.stage,
+        micro_batch=layout.micro_batch,
+        accumulate=layout.accumulate,
+        tokens=work.batch.tokens,
+        lengths=work.lengths,
+        trained=count,
+        parts=(
+            *fixed,
+            Part("activations kept for the backward pass", footprint.activations),
+            Part("output head and loss", footprint.head),
+            Part("more in the backward pass", footprint.backward),
+        ),
+        loading=libraries + holdings.loading(),
+        peak=peak(footprint),
+        checkpoint=4 * count + holdings.state,
+        adapter=4 * count,
+        steps=work.steps,
+        all_tokens=work.tokens,
+        seconds=_seconds(model, config, work.tokens, processes) if work.tokens else None,
+    )
+    if memory is None:
+        return found
+    # What a row takes more is the same for every row.
+    one, two = (peak(rehearse(model, _of_rows(work.batch, rows), accumulated=accumulated)) for rows in (1, 2))
+    most = 0 if one > memory else 1 + int((memory - one) // max(1, two - one))
+    return dataclasses.replace(found, memory=memory, largest_micro_batch=most)
+
+
+def _of_rows(batch: Batch, rows: int) -> Batch:
+    return dataclasses.replace(batch, rows=rows, labelled=max(1, batch.labelled * rows // batch.rows))
+
+
+def _libraries(config: RunConfig) -> int:
+    """Return what this process holds when it has imported what the run will."""
+    names = ["subspace.run", "deepspeed", "transformers.modeling_utils", "accelerate"]
+    names += ["torch._inductor.lowering"]  # which DeepSpeed imports as its engine starts
+    names += ["bitsandbytes"] if config.model.quantize != "none" else []
+    names += ["torch.utils.tensorboard"] if "tensorboard" in config.train.trackers else []
+    for name in names:
+        importlib.import_module(name)
+    return resident_memory()
+
+
+def _seconds(model: Any, config: RunConfig, tokens: int, processes: int) -> tuple[float, float]:
+    """Return a range of the run's time on this machine, from the time of its matrix products alone."""
+    where, dtype = device(), getattr(torch, config.model.dtype)
+    linears = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
+    # Forward, the gradient of the input, and once more forward where activations are computed again.
+    work = 2.0 * linears * tokens * (3 if config.model.gradient_checkpointing else 2)
+    width = 1024
+    a, b = (torch.randn(width, width, device=where).to(dtype) for _ in "ab")
+    done, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < 0.3:
+        (a @ b).sum().item()
+        done += 1
+    speed = done * 2 * width**3 / spent * (processes if where.type == "cuda" else 1)
+    return work / speed, SLOWEST * work / speed
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A plan of three steps, and what three steps took."""
+
+    plan: Plan
+    peak: int
+    checkpoint: int
+    seconds: float
+
+    @property
+    def predicted(self) -> int:
+        """The most that was told, while loading or in a step."""
+        return max(self.plan.loading, self.plan.peak)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        measured = {"peak": self.peak, "checkpoint": self.checkpoint, "seconds": self.seconds}
+        return {"predicted": self.predicted, "measured": measured, "plan": self.plan.as_dict()}
+
+    def lines(self) -> Iterator[str]:
+        """Yield what a user reads."""
+        kind = "resident" if self.plan.device == "cpu" else "allocated"
+        yield f"{VERIFIED_STEPS} steps of {self.plan.micro_batch} x {self.plan.tokens} tokens, run here:"
+        yield f"  {'':<30} {'predicted':>10} {'measured':>10}"
+        apart = 100 * (self.predicted / self.peak - 1)
+        yield f"  {f'most memory, {kind}':<30} {_size(self.predicted):>10} {_size(self.peak):>10}  ({apart:+.1f} %)"
+        yield f"  {'a checkpoint':<30} {_size(self.plan.checkpoint):>10} {_size(self.checkpoint):>10}"
+        if self.plan.seconds:
+            told = " to ".join(map(_time, self.plan.seconds))
+            yield f"  {'time':<30} {told:>10}, measured {_time(self.seconds)}"
+
+
+def verify(file: str, settings: Sequence[str], *, processes: int = 1) -> Verified:
+    """Run three steps of a run in fresh processes, and return them beside their plan."""
+    with tempfile.TemporaryDirectory(prefix="subspace-plan-") as folder:
+        few = [*settings, f"train.steps={VERIFIED_STEPS}", f"runs={folder}", "name=verify"]
+        told = plan(configuration.read(file, few), processes=processes)
+        command = [sys.executable, "-m", "subspace", "train", file, *few, "--processes", str(processes)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode:
+            last = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
+            raise RunFailed(f"the three steps were not trained: {last[0]}")
+        run = Path(folder) / "verify"
+        outcome = json.loads((run / "environment.json").read_text())["outcome"]
+        saved = next((run / "checkpoints").iterdir())
+        size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
+    return Verified(told, outcome["peak_memory"], size, outcome["seconds"])
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``24GB`` or ``80 GiB`` stand for."""
+    number = text.lower().rstrip("gib ").strip()
+    try:
+        return int(float(number) * (2**30 if "i" in text.lower() else 10**9))
+    except ValueError:
+        raise UserError(f"--memory {text} was given, but it takes gigabytes, as 24GB or 80GiB") from None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.0f} seconds"

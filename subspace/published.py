@@ -1,0 +1,138 @@
+"""Protocol ``llm-adapters-published``: the published evaluator as it is, each of its defects a switch.
+
+Beam search with four beams, 32 tokens, temperature and top-p given but without effect, the text between the first and
+the second "### Response:", stripped, its first answer word. It is slow, and is here so that published checkpoints give
+their published numbers; ``llm-adapters`` is the same protocol without the defects.
+
+Source: AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py and evaluate.py. NVlabs/DoRA and
+Chongjie-Si/Subspace-Tuning run the former with the change that ``last_response`` names, on weights that were merged
+in float16 (here: ``subspace merge --dtype float16``, and score that folder). Everybody runs it one prompt at a time,
+where ``no_attention_mask`` and ``pad_is_zero`` have no effect; so they are off here. How the items are put into
+batches here changes nothing in any case: what stood in a batch of the published evaluator is imitated by its padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from subspace.declarations import Item, Task, prompt
+from subspace.encoding import encode_prompt
+from subspace.generation import answer_record, asked, end_tokens, extractor, refuse_sharded
+from subspace.results import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = "1"
+NUM_BEAMS = 4
+MARKER = "### Response:"
+
+DEFECTS = {
+    "unequal_prompts": "the prompt has other white space than in training, and ends in 16 spaces that are a token",
+    "no_attention_mask": "padding is read like text, so answers depend on what else is in the batch",
+    "pad_is_zero": "padding is token 0, whatever that is to the model: '!' to LLaMA-3",
+    "dropout_active": "the model is scored in training mode, adapters' dropout included",
+    "last_response": "the text after the last marker counts, as in DoRA's copy, not that after the first",
+}
+"""What can be switched on."""
+
+PUBLISHED = ("unequal_prompts",)
+"""What is on in the published evaluator at its batch size, one."""
+
+
+class Published:
+    """The items of a task, ready to be scored by this protocol."""
+
+    name = "llm-adapters-published"
+    metrics: tuple[str, ...] = ("acc",)
+    writes = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        items: Sequence[Item],
+        defects: Sequence[str] = PUBLISHED,
+        *,
+        batch: int = 1,
+    ) -> None:
+        refuse_sharded(model, self.name)
+        self.tokenizer, self.task, self.items, self.defects = tokenizer, task, items, sorted(defects)
+        self.extractor = extractor(task)
+        unequal = "unequal_prompts" in defects
+        self.template = prompt("alpaca-indented-scoring" if unequal else "alpaca-indented")
+        self.texts = asked(self.template, task, items)
+        self.hashes = [digest(text) for text in self.texts]
+        # The published evaluator encodes the text as it stands, the white space at its end included.
+        encode: Any = tokenizer
+        self.prompts: list[list[int]] = [
+            encode(text)["input_ids"] if unequal else encode_prompt(tokenizer, text) for text in self.texts
+        ]
+        self.pad = 0 if "pad_is_zero" in defects else tokenizer.pad_token_id or 0
+        self.batch = batch if "no_attention_mask" in defects else 1
+        # All that the others in its published batch do to a prompt is to pad it to the longest, and that is read.
+        for first in range(0, len(items), self.batch):
+            longest = max(map(len, self.prompts[first : first + self.batch]))
+            for number in range(first, min(first + self.batch, len(items))):
+                self.prompts[number] = [self.pad] * (longest - len(self.prompts[number])) + self.prompts[number]
+        self.ends = sorted(end_tokens(model, tokenizer))
+        self.truncated = 0
+        # Each beam is a row of its own.
+        self.sizes = [(NUM_BEAMS, len(ids) + task.max_new_tokens) for ids in self.prompts]
+
+    @property
+    def ingredients(self) -> dict[str, str]:
+        """What this protocol's numbers depend on besides task, items and tokenizer."""
+        decoding = f"{NUM_BEAMS} beams, {self.task.max_new_tokens} tokens, {self.extractor}"
+        return {
+            "protocol": f"{self.name} {VERSION}",
+            "template": digest([self.template, self.task.instruction_template, self.task.answer_template]),
+            "decoding": f"{decoding}; defects: {', '.join(self.defects) or 'none'}; batches of {self.batch}",
+        }
+
+    def score(self, model: Any, batch: Sequence[int]) -> list[dict[str, Any]]:
+        """Let the model answer the items of these numbers together; return the record of each."""
+        prompts = [self.prompts[number] for number in batch]
+        length = max(map(len, prompts))
+        device = next(model.parameters()).device
+        inputs = torch.tensor([[self.pad] * (length - len(ids)) + ids for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        settings = type(model.generation_config)(
+            num_beams=NUM_BEAMS,
+            do_sample=False,
+            max_new_tokens=self.task.max_new_tokens,
+            pad_token_id=self.pad,
+            eos_token_id=self.ends,
+        )
+        with _dropout(model, [self.hashes[number] for number in batch], active="dropout_active" in self.defects):
+            written = model.generate(inputs, attention_mask=mask, generation_config=settings)
+        return [self._record(number, row[length:].tolist()) for number, row in zip(batch, written, strict=True)]
+
+    def _record(self, number: int, tokens: list[int]) -> dict[str, Any]:
+        # What was read is in the decoded text too, and so a marker in an instruction would count.
+        text = str(self.tokenizer.decode([*self.prompts[number], *tokens], skip_special_tokens=True))
+        parts = text.split(MARKER)
+        answer = parts[-1 if "last_response" in self.defects else 1].strip()
+        return answer_record(self.extractor, self.task, self.items[number], self.hashes[number], answer)
+
+
+@contextmanager
+def _dropout(model: nn.Module, seed: Sequence[str], *, active: bool) -> Iterator[None]:
+    """Score in training mode, with random numbers that a repetition draws again."""
+    if not active:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(hashlib.sha256("".join(seed).encode()).digest()[:8], "little"))
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()

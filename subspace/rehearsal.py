@@ -1,0 +1,155 @@
+"""A training step without numbers: the model's own code runs forward and backward on shapes, and its memory is counted.
+
+Every tensor lies on torch's meta device, which has shapes and no values; a ledger sees each one come and go. So what is
+kept for the backward pass is what the model, its adapters, gradient checkpointing and the loss really keep, of any
+architecture and method, and not what a formula says. What a kernel takes for itself inside is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from subspace.loss import loss_at
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The shape of a micro-batch: rows, tokens of each with padding, columns with a label, and labelled tokens."""
+
+    rows: int
+    tokens: int
+    columns: int
+    labelled: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes beyond what the model and its adapters hold.
+
+    Attributes:
+        activations: kept for the backward pass when the output head begins.
+        head: taken by head and loss on top of that.
+        backward: taken in the backward pass on top of both, as for what checkpointing computes again.
+        peak: the most at any moment, with the gradients that were there by then.
+        left: what remains after the backward pass: gradients.
+    """
+
+    activations: int
+    head: int
+    backward: int
+    peak: int
+    left: int
+
+
+def rehearse(model: Any, batch: Batch, *, accumulated: bool = False) -> Footprint:
+    """Run forward and backward of a model on the meta device and count.
+
+    With ``accumulated``, gradients of an earlier micro-batch are there already, and are not counted.
+    """
+    assert next(model.parameters()).is_meta
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if accumulated and parameter.requires_grad else None
+    with torch.device("meta"):
+        ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
+        # As it reaches attention; a mask of padding would be looked at on the way there.
+        mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
+        columns = torch.zeros(batch.columns, dtype=torch.int64)
+        targets = torch.zeros(batch.rows * batch.columns, dtype=torch.int64)
+        labelled = torch.zeros(batch.labelled, dtype=torch.int64)
+
+    ledger, at_head = Ledger(), []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(ledger.live))
+    model.train()
+    with _kernels(), ledger:
+        loss = loss_at(model, ids, mask, columns, targets, labelled, sure=True)
+        with_head = ledger.peak
+        loss.backward()  # type: ignore[no-untyped-call]
+        del loss
+    hook.remove()
+    left = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    model.zero_grad()
+    return Footprint(
+        activations=at_head[0],
+        head=max(0, with_head - at_head[0]),
+        backward=max(0, ledger.peak - max(with_head, at_head[0])),
+        peak=ledger.peak,
+        left=left,
+    )
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that were made inside it and are still held."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self.known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, run: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs or {})):
+            self._see(value, 0)
+        out = run(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            self._see(value, 1)
+        return out
+
+    def _see(self, value: Any, counts: int) -> None:
+        if not isinstance(value, Tensor):
+            return
+        storage = value.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes() * counts
+        self.known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int) -> None:
+        del self.known[key]
+        self.live -= size
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Run the fused attention that CPU and GPU take, where the meta device would take the plain one."""
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return out
+
+
+@contextlib.contextmanager
+def _kernels() -> Iterator[None]:
+    """Take the kernels that training takes."""
+    # No mode of torch, which the thread that computes activations again would not have.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))
+        if not torch.cuda.is_available():
+            with contextlib.suppress(ImportError):
+                from bitsandbytes.autograd import _functions as int8
+
+                stack.enter_context(mock.patch.object(int8, "MatMul8bitLt", int8.MatMul8bitFp))
+        yield

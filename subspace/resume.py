@@ -1,0 +1,234 @@
+"""All that a run needs to go on as if it had never stopped: gathered into a checkpoint, and given back.
+
+A checkpoint folder holds ``adapter/`` (an ordinary adapter folder), ``training.safetensors`` (optimizer and what the
+methods' schedules remember) and ``training.json`` (step, outcome, schedule position, loss scale, random states of each
+process, configuration). Frozen weights are not in it. It fits any number of processes and any ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from subspace import checkpoint, optimizer_state
+from subspace.adapter_file import read_adapter, save_adapter
+from subspace.distributed import gather_objects, is_main, rank, share_object, world_size
+from subspace.engine import flat
+from subspace.errors import UserError
+from subspace.inject import adapters
+from subspace.zero import full_shape, gathered
+
+ADAPTER, TENSORS, FACTS = "adapter", "training.safetensors", "training.json"
+HISTORY = "history"
+#: Settings that decide what the numbers of a checkpoint mean, and those among them that do not after all.
+FIXED = ("model.", "method", "targets", "data.", "train.batch", "train.seed", "train.optimizer")
+FREE = ("model.attention", "model.gradient_checkpointing", "model.trust_remote_code")
+UNTOLD = ("name", "runs", "engine", "evaluate.")  # of no concern to the training, or told by what they lead to
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's content, the same on every process."""
+
+    path: Path
+    facts: dict[str, Any]
+    adapter: dict[str, Tensor]
+    training: dict[str, Tensor]
+
+
+def save_checkpoint(
+    engine: Any, target: Path, facts: Mapping[str, Any], about: Mapping[str, Any], check: Callable[[Path], None]
+) -> None:
+    """Write a checkpoint. Collective over ranks.
+
+    Args:
+        engine: DeepSpeed's, between two steps.
+        target: the checkpoint's folder, which appears when all is written.
+        facts: what the loop will want back, fit for JSON.
+        about: goes into ``adapter.json``.
+        check: looks at the adapter's folder before it counts; collective.
+
+    Raises:
+        UserError: a disk that does not take it, or an adapter that must not be kept. Older checkpoints are as they
+        were.
+    """
+    readable = optimizer_state.is_readable(engine)
+    tensors = optimizer_state.read(engine) if readable else {}
+    for site, adapter in adapters(engine.module).items():
+        for key, value in adapter.get_extra_state().items():
+            tensors[f"{HISTORY}/{site}.{key}"] = value.detach().cpu()
+    everything = {
+        **facts,
+        "engine_state": _counters(engine),
+        "optimizer": readable,
+        "random": gather_objects(_random_state()),
+        "ranks": world_size(),
+    }
+
+    unfinished = target.with_name(target.name + checkpoint.UNFINISHED)
+    try:
+        _on_main(target, lambda: checkpoint.begin(target))
+        save_adapter(engine.module, unfinished / ADAPTER, **about)
+        check(unfinished / ADAPTER)
+
+        def write() -> None:
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            checkpoint.write_checked(unfinished / TENSORS, save(contiguous))
+            checkpoint.write_checked(unfinished / FACTS, json.dumps(everything).encode())
+            checkpoint.finish(unfinished, target)
+
+        _on_main(target, write)
+    except UserError:
+        if is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def find_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
+    """Return a run's newest whole checkpoint, if it has one, and what a user should know. Collective over ranks.
+
+    The first process reads, so the folder need not be there for the others.
+    """
+    path, notices = share_object(checkpoint.newest(folder) if is_main() else None)
+    if path is None:
+        return None, notices
+    facts: dict[str, Any] = share_object(json.loads((path / FACTS).read_text()) if is_main() else None)
+    contents = []
+    for content in (
+        read_adapter(path / ADAPTER)[1] if is_main() else {},
+        load((path / TENSORS).read_bytes()) if is_main() else {},
+    ):
+        names = share_object(list(content))
+        contents.append({name: share_object(content.get(name)) for name in names})
+    if not facts["optimizer"]:
+        raise UserError(
+            f"{path} holds adapters only, because the optimizer was offloaded to NVMe: there is nothing to go on from. "
+            "Evaluate or merge its adapter, or train again with the optimizer on the CPU"
+        )
+    return Saved(path, facts, *contents), notices
+
+
+def compare(saved: Saved, config: Mapping[str, Any], engine: Mapping[str, Any], ranks: int) -> list[str]:
+    """Return what is set otherwise than when the checkpoint was written, as ``train.clip: 1.0 -> 0.5``.
+
+    Raises:
+        UserError: a change that would make the checkpoint's numbers mean something else.
+    """
+    changed = _changes(saved.facts["config"], config)
+    refused = [c for key, c in changed.items() if key.startswith(FIXED) and not key.startswith(FREE)]
+    if refused:
+        raise UserError(
+            f"{saved.path.parent.parent} was trained with other settings, which cannot change on the way: "
+            f"{', '.join(refused)}. Resume with the settings of its config.yaml, or give this run another name"
+        )
+    told = [c for key, c in changed.items() if not key.startswith(UNTOLD)]
+    of_engine = _changes(saved.facts["engine"], engine)
+    told += [f"engine {c}" for key, c in of_engine.items() if not key.startswith(("train_", "gradient_"))]
+    if ranks != saved.facts["ranks"]:
+        told.append(f"processes: {saved.facts['ranks']} -> {ranks}")
+    return told
+
+
+def restore(engine: Any, saved: Saved, seed: int) -> None:
+    """Make engine, adapters and random generators what they were when the checkpoint was written. Collective.
+
+    On another number of processes the random generators start afresh, from ``seed``, the step and the rank.
+    """
+    own = {f"{s}.{n}": t for s, adapter in adapters(engine.module).items() for n, t in adapter.own_tensors().items()}
+    expected = {name: tensor.shape for name, tensor in saved.adapter.items()}
+    if {name: full_shape(tensor) for name, tensor in own.items()} != expected:
+        raise UserError(f"{saved.path} does not fit this model: its adapters have other names or shapes")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            with gathered([tensor], modified_by_main=True):
+                tensor.data.copy_(saved.adapter[name])
+        _restore_history(engine.module, saved.training)
+        state = {name: t for name, t in saved.training.items() if not name.startswith(f"{HISTORY}/")}
+        optimizer_state.write(engine, state)
+
+    counters = saved.facts["engine_state"]
+    engine.global_steps, engine.skipped_steps = counters["steps"], counters["skipped"]
+    scheduler = engine.lr_scheduler
+    scheduler.last_epoch = counters["schedule"]
+    rates = zip(engine.basic_optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, base, factor in rates:
+        group["lr"] = base * factor(scheduler.last_epoch)
+    if engine.fp16_enabled() and counters["loss_scale"]:
+        vars(engine.optimizer.loss_scaler).update(counters["loss_scale"])
+
+    if saved.facts["ranks"] == world_size():
+        _set_random_state(saved.facts["random"][rank()])
+    else:
+        fresh = np.random.SeedSequence([seed, saved.facts["step"], rank()]).generate_state(1)
+        torch.manual_seed(int(fresh[0]))
+
+
+def _on_main(target: Path, action: Callable[[], object]) -> None:
+    problem = None
+    if is_main():
+        try:
+            action()
+        except OSError as error:
+            problem = f"the checkpoint {target} could not be saved: {error.strerror or error}"
+    if problem := share_object(problem):
+        raise UserError(problem)
+
+
+def _counters(engine: Any) -> dict[str, Any]:
+    scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else {}
+    return {
+        "steps": engine.global_steps,
+        "skipped": engine.skipped_steps,
+        "schedule": engine.lr_scheduler.last_epoch,
+        "loss_scale": {k: v for k, v in scaler.items() if k.startswith(("cur_", "last_"))},
+    }
+
+
+def _restore_history(model: nn.Module, training: Mapping[str, Tensor]) -> None:
+    for site, adapter in adapters(model).items():
+        prefix = f"{HISTORY}/{site}."
+        device = next(iter(adapter.own_tensors().values())).device
+        kept = {name.removeprefix(prefix): t.to(device) for name, t in training.items() if name.startswith(prefix)}
+        adapter.set_extra_state({**adapter.get_extra_state(), **kept})
+
+
+def _random_state() -> dict[str, Any]:
+    version, state, gauss = random.getstate()
+    own = np.random.get_state(legacy=False)
+    assert isinstance(own, dict)
+    return {
+        "python": [version, list(state), gauss],
+        "numpy": {**own, "state": {"key": own["state"]["key"].tolist(), "pos": int(own["state"]["pos"])}},
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else "",
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    own = dict(state["numpy"])
+    np.random.set_state({**own, "state": {**own["state"], "key": np.array(own["state"]["key"], dtype=np.uint32)}})
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    old, new = dict(flat(before)), dict(flat(json.loads(json.dumps(now, default=str))))
+    keys = [*old, *(key for key in new if key not in old)]
+    return {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)}

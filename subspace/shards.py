@@ -1,0 +1,109 @@
+"""Read a checkpoint tensor by tensor, so that no process ever holds more of its files than it is about to use.
+
+transformers maps files into memory: every page that was touched counts as resident until the last tensor is loaded,
+so that a quantised model takes the room of the unquantised one while it loads. And under ZeRO-3 it takes all of a
+checkpoint's tensors before it spreads the first. Tensors that stay as they are stored are left mapped: processes of
+one machine share them, and the system may drop them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from subspace.host_memory import return_what_is_freed
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
+
+
+@contextlib.contextmanager
+def tensor_by_tensor(*, keep: torch.dtype | None, later: bool) -> Iterator[None]:
+    """Let transformers read files in this way inside the block.
+
+    Args:
+        keep: the dtype whose tensors will stay as they are stored, if any.
+        later: what is taken for a tensor is read only where it is used, for code that wants all tensors at once.
+    """
+    from transformers import modeling_utils
+
+    mapped = modeling_utils.safe_open  # type: ignore[attr-defined]
+    modeling_utils.safe_open = partial(_Shard if later else _open, keep=keep)  # type: ignore[assignment, attr-defined]
+    return_what_is_freed()
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped  # type: ignore[attr-defined]
+
+
+def _open(file: str | Path, framework: str = "pt", device: str = "cpu", backend: str = "", *, keep: Any = None) -> Any:
+    """Open a file as ``safetensors.safe_open`` does, but to be read where its tensors do not stay as they are."""
+    mapped = safe_open(file, framework=framework, device=device)
+    stored = {mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
+    if {DTYPES.get(dtype) for dtype in stored} == {keep}:
+        return mapped
+    return safe_open(file, framework=framework, device=device, backend="pread")
+
+
+class _Shard:
+    """An open file that hands out its tensors unread."""
+
+    def __init__(self, file: str | Path, *arguments: Any, keep: Any, **options: Any) -> None:
+        self.path, self.file = file, _open(file, *arguments, **options)
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def get_tensor(self, name: str) -> Tensor:
+        piece = self.file.get_slice(name)
+        return Unread(self.path, name, piece.get_shape(), DTYPES[piece.get_dtype()])
+
+
+class Unread(Tensor):
+    """A tensor of a file: shape and dtype are known, and whatever computes with it reads its values, each time."""
+
+    path: str | Path
+    key: str
+
+    @staticmethod
+    def __new__(cls, path: str | Path, key: str, shape: list[int], dtype: torch.dtype) -> Unread:
+        tensor: Unread = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        tensor.path, tensor.key = path, key
+        return tensor
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__()
+
+    def read(self) -> Tensor:
+        """Return the values."""
+        with _open(self.path) as file:
+            values: Tensor = file.get_tensor(self.key)
+        return values
+
+    @classmethod
+    def __torch_dispatch__(cls, run: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs or {}))
+        return run(*args, **kwargs)

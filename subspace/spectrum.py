@@ -1,0 +1,83 @@
+"""What the methods that train singular values share: W's own singular vectors, frozen, and a factor between them.
+
+All of them, and W is replaced: ``y = U (s * V^T x)``, two products of the smaller side. Or the p largest, and W stays:
+``y = W x + U_p ((s - sigma)_p * V_p^T x)``, as cheap as LoRA of rank p and fit for quantised bases. The second form is
+this project's; with all triplets and exact arithmetic both are the same function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspace.decomposition import largest, whole
+from subspace.linalg import add_product
+from subspace.method import LinearAdapter, MethodConfig
+from subspace.settings import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumConfig(MethodConfig):
+    """How much of the spectrum is trained."""
+
+    p: int | None = setting(
+        None, "train the p largest singular values only, beside W; none is all, in its place", min=1
+    )
+
+
+class SpectrumAdapter(LinearAdapter):
+    """``W' = U diag(values) V^T`` with :meth:`values` in place of W's singular values."""
+
+    U: Tensor
+    Vt: Tensor
+    sigma: Tensor
+    dial: ClassVar = "p"
+    reads: ClassVar = "spectrum"
+    start_error: ClassVar = 1e-4  # float32 rounding of the decomposition, where W is replaced
+
+    def __init__(self, base: nn.Module, config: SpectrumConfig) -> None:
+        super().__init__(base, config)
+        self.k = min(config.p or self.in_features, self.in_features, self.out_features)
+        self.register_buffer("sigma", torch.zeros(self.k))
+        # Larger than W where all of them are kept, and to be had from W again: an adapter's file holds only a few.
+        few = config.p is not None
+        dtype = self.base.weight.dtype if self.base.weight.dtype.is_floating_point and not few else torch.float32
+        self.register_buffer("U", torch.zeros(self.out_features, self.k, dtype=dtype), persistent=few)
+        self.register_buffer("Vt", torch.zeros(self.k, self.in_features, dtype=dtype), persistent=few)
+
+    @classmethod
+    def refusal(cls, config: SpectrumConfig, storage: str) -> str | None:
+        if config.p:
+            return None
+        return "all of W's singular vectors would be held in 16 bits, twice the size that W had. Set method.p=64, say"
+
+    def values(self) -> Tensor:
+        """Return the singular values in W's place, ``(k,)``."""
+        raise NotImplementedError
+
+    def start(self, W: Tensor) -> None:
+        svd = largest(W, self.k) if self.config.p else whole(W)
+        for own, found in zip((self.U, self.sigma, self.Vt), svd, strict=True):
+            own.copy_(found)
+
+    def weight(self, W: Tensor) -> Tensor:
+        kept = self.sigma if self.config.p else None
+        base = W if kept is not None else torch.zeros_like(W)
+        values = self.values() - (0 if kept is None else kept)
+        return base + (self.U.to(W.dtype) * values.to(W.dtype)) @ self.Vt.to(W.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.Vt.to(x.dtype))
+        if self.config.p:
+            return add_product(self.frozen(x), h * (self.values() - self.sigma).to(x.dtype), self.U.to(x.dtype))
+        b = self.base_bias()
+        return F.linear(h * self.values().to(x.dtype), self.U.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def to_lora(self) -> tuple[Tensor, Tensor] | None:
+        if not self.config.p:
+            return None
+        return self.Vt.clone(), self.U * (self.values() - self.sigma)

@@ -1,0 +1,163 @@
+"""Adapters that let the model see more than it reads: keys and values at an attention, vectors at the embedding.
+
+Both are invisible from outside: logits, masks, positions, labels and the key-value cache's owner know nothing of the
+virtual tokens, whether a text is read at once, in parts with a cache, padded, or as a tree with a 4-d mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspace.errors import UserError
+from subspace.method import Adapter
+
+
+class AttentionAdapter(Adapter):
+    """A method that lets every query of an attention see further keys and values, from :meth:`prefix`.
+
+    The keys join after the rotary embedding, so they carry none, and real tokens keep their positions. It works with
+    any decoder of transformers that hands its keys to ``past_key_values.update`` and masks with a 4-d mask (``sdpa``
+    and ``eager``), with gradient checkpointing and with a key-value cache.
+    """
+
+    site = "attention"
+    mergeable = False
+    starts_as_frozen = False
+
+    def __init__(self, base: nn.Module, config: Any) -> None:
+        super().__init__(base, config)
+        kind = self.base.config._attn_implementation
+        if kind not in ("sdpa", "eager"):
+            raise UserError(
+                f"method {self.name} was asked for with `attention: {kind}`, which cannot show a prefix to every "
+                "query. Set `model.attention: sdpa`"
+            )
+        self.num_kv_heads: int = self.base.config.num_key_value_heads
+        self.head_dim: int = self.base.head_dim
+
+    def prefix(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values that precede the real ones, each ``(kv_heads, n, head_dim)``."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, **context: Any) -> Any:
+        """Run the frozen attention, whose mask and key-value cache are in ``context``, with the prefix in front."""
+        cache = _PrefixedKeys(context.get("past_key_values"), *self.prefix())
+        mask = context.get("attention_mask")
+        if mask is None:
+            mask = _causal_mask(hidden_states, context.get("past_key_values"), self.base.layer_idx)
+        # A boolean mask marks what is seen; a float mask is added to the logits.
+        seen = True if mask.dtype == torch.bool else 0.0
+        mask = F.pad(mask, (cache.num_tokens, 0), value=seen)
+        return self.base(hidden_states, **{**context, "past_key_values": cache, "attention_mask": mask})
+
+
+class _PrefixedKeys:
+    """Stands where an attention expects a key-value cache, and answers with the prefix in front of what that holds."""
+
+    def __init__(self, cache: Any, keys: Tensor, values: Tensor) -> None:
+        self.cache, self.keys, self.values = cache, keys, values
+        self.num_tokens = keys.shape[-2]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.cache is not None:
+            keys, values = self.cache.update(keys, values, layer, *args, **kwargs)
+        rows = keys.shape[0]
+        return (
+            torch.cat([self.keys.to(keys.dtype).expand(rows, -1, -1, -1), keys], dim=-2),
+            torch.cat([self.values.to(values.dtype).expand(rows, -1, -1, -1), values], dim=-2),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+def _causal_mask(hidden_states: Tensor, cache: Any, layer: int) -> Tensor:
+    """Return the boolean mask, ``(1, 1, queries, keys)``, that transformers leaves out where a kernel implies it."""
+    queries = hidden_states.shape[1]
+    past = cache.get_seq_length(layer) if cache is not None else 0
+    ones = torch.ones(queries, past + queries, dtype=torch.bool, device=hidden_states.device)
+    return ones.tril(diagonal=past)[None, None]
+
+
+class PromptAdapter(Adapter):
+    """A method that puts n trained vectors in front of the embedded text, from :meth:`vectors`.
+
+    It holds the decoder that owns the embedding by two hooks: what goes in is widened by n places, and what comes out
+    loses them again. The vectors stand at the positions 0 to n - 1; the text follows.
+    """
+
+    site = "embedding"
+    mergeable = False
+    starts_as_frozen = False
+
+    def __init__(self, base: nn.Module, config: Any) -> None:
+        super().__init__(base, config)
+        self.in_features: int = self.base.num_embeddings
+        self.out_features: int = self.base.embedding_dim
+        #: What the embedding multiplies its rows by (Gemma does).
+        self.gain = float(getattr(self.base, "scalar_embed_scale", 1.0))
+        self.at_the_front = False  # whether the decoder is reading a text's beginning
+        self.hooks: list[Any] = []
+
+    def vectors(self) -> Tensor:
+        """Return the vectors that precede the text's, ``(n, width)``, as they enter the first layer."""
+        raise NotImplementedError
+
+    def attach(self, model: nn.Module) -> None:
+        decoder = next(module for module in model.modules() if any(child is self for child in module.children()))
+        self.hooks = [
+            decoder.register_forward_pre_hook(self._widen, with_kwargs=True),
+            decoder.register_forward_hook(self._narrow),
+        ]
+
+    def detach(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``(rows, tokens) -> (rows, tokens, width)``, with n more tokens where the decoder reads a beginning."""
+        out: Tensor = self.base(ids)
+        if not self.at_the_front:
+            return out
+        return torch.cat([self.vectors().to(out.dtype).expand(len(out), -1, -1), out], dim=1)
+
+    def _widen(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = {**dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)), **kwargs}
+        if given.get("input_ids") is None:
+            raise UserError(f"method {self.name} puts vectors before a text's tokens: give the model `input_ids`")
+        n: int = self.config.n
+        cache, mask, positions = (given.get(key) for key in ("past_key_values", "attention_mask", "position_ids"))
+        self.at_the_front = cache is None or not cache.get_seq_length()
+        if mask is not None:
+            given["attention_mask"] = _with_visible_columns(mask, n, n if self.at_the_front else 0)
+        if positions is not None:
+            positions = positions + n
+            if self.at_the_front:
+                first = torch.arange(n, device=positions.device).expand(*positions.shape[:-1], n)
+                positions = torch.cat([first, positions], dim=-1)
+            given["position_ids"] = positions
+        return (), given
+
+    def _narrow(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.at_the_front:
+            output.last_hidden_state = output.last_hidden_state[:, self.config.n :]
+            self.at_the_front = False
+        return output
+
+
+def _with_visible_columns(mask: Tensor, columns: int, rows: int) -> Tensor:
+    """Return an attention mask with columns on the left that all may see, and above it rows that see one another."""
+    if mask.ndim == 2:
+        return F.pad(mask, (columns, 0), value=1)
+    # A boolean mask marks what is seen; a float mask is added to the logits.
+    boolean = mask.dtype == torch.bool
+    mask = F.pad(mask, (columns, 0), value=True if boolean else 0.0)
+    above = torch.ones(rows, mask.shape[-1], dtype=torch.bool, device=mask.device).tril()
+    if not boolean:
+        hidden = torch.finfo(mask.dtype).min
+        above = torch.zeros_like(above, dtype=mask.dtype).masked_fill(~above, hidden)
+    return torch.cat([above.expand(*mask.shape[:2], -1, -1), mask], dim=-2)

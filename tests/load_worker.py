@@ -1,0 +1,40 @@
+"""Opens a model spread by ZeRO-3, under a launcher, and prints the bytes of memory that it took as a JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import torch
+
+from subspace.engine import fill, lay_out, start_processes
+from subspace.host_memory import resident_memory
+from subspace.model import ModelConfig, describe, open_model
+from subspace.zero import whole_copies
+
+
+def main() -> None:
+    """Open the folder, then a small one to have all code imported before; say what the first one took."""
+    small, folder = sys.argv[1:3]
+    start_processes()
+    ranks = int(os.environ["WORLD_SIZE"])
+    engine, _ = fill({"zero_optimization": {"stage": 3}}, lay_out(ranks, None, ranks), dtype="bfloat16", clip=1.0)
+    open_model(ModelConfig(path=small), zero3=engine)
+    before = resident_memory()
+    config = ModelConfig(path=folder)
+    model = open_model(config, zero3=engine)
+    first = next(iter(whole_copies([next(iter(model.named_parameters()))]).values()))
+    line = {
+        "rank": int(os.environ["RANK"]),
+        "most": resident_memory("VmHWM") - before,
+        "held": describe(model, config).bytes,
+        "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "first": first.float().sum().item(),
+    }
+    torch.distributed.barrier()
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Every base with every ZeRO stage, one and two processes and every family of methods: which go, and how exactly.
+
+``python -m tests.matrix`` trains all cells, which takes about half an hour, and writes ``ds_configs/matrix.json`` and,
+from it, ``ds_configs/MATRIX.md``; with ``--table`` it only does the latter. A cell trains a tiny LLaMA. Its losses are
+held against those of a plain loop of torch's, on one process and without DeepSpeed, on the same base. Its adapter is
+then read back from its file, scored and merged.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace import config, launcher
+from subspace.adapter_file import load_adapter
+from subspace.batches import Data, open_data
+from subspace.combination import lack, refusal
+from subspace.config import RunConfig
+from subspace.engine import fill, lay_out
+from subspace.errors import UserError
+from subspace.inject import eject
+from subspace.loss import summed_loss
+from subspace.merge import merge, unmerge
+from subspace.method import methods, resolve
+from subspace.model import ModelConfig, open_model, open_tokenizer
+from subspace.paths import REPOSITORY
+from subspace.train import count_tokens
+from tests.material import logged, make_material
+
+Json = dict[str, Any]
+RECORD, TABLE = REPOSITORY / "ds_configs" / "matrix.json", REPOSITORY / "ds_configs" / "MATRIX.md"
+
+BASES: dict[str, Json] = {
+    "fp32": {"dtype": "float32"},
+    "bf16": {"dtype": "bfloat16"},
+    "fp16": {"dtype": "float16"},
+    "nf4": {"dtype": "float32", "quantize": "nf4"},
+    "fp4": {"dtype": "float32", "quantize": "fp4"},
+    "int8": {"dtype": "float32", "quantize": "int8"},
+    "nf4-double": {"dtype": "bfloat16", "quantize": "nf4", "double_quant": True},  # as QLoRA has it
+}
+#: How far a loss may lie from the reference's: 16 bits round differently in another order of sums, and on a GPU int8
+#: rounds what enters a layer, of which some falls on the other side.
+TOLERANCE = {"fp32": 1e-5, "nf4": 1e-5, "fp4": 1e-5, "int8": 5e-4, "bf16": 1e-2, "nf4-double": 1e-2, "fp16": 2e-2}
+#: The same for the held-out loss of an adapter that was read back. In evaluation int8 rounds on a CPU too, and leaves
+#: out columns that are large somewhere in a batch, so that the batch matters.
+RELOADED = {**TOLERANCE, "int8": 1e-2}
+#: How far a logit of the merged model may lie from the unmerged one's, as a share of the largest; both in float32.
+MERGED = 1e-4
+
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "NVME"}
+#: Without the threshold, everything in a model as small as this would be held whole.
+SPREAD = {"stage": 3, "stage3_param_persistence_threshold": 0}
+ENGINES: dict[str, Json] = {
+    "0": {"stage": 0},
+    "1": {"stage": 1},
+    "2": {"stage": 2},
+    "2+cpu": {"stage": 2, "offload_optimizer": CPU},
+    "3": SPREAD,
+    "3+cpu": {**SPREAD, "offload_optimizer": CPU, "offload_param": CPU},
+    # A buffer for each of its tensors, as for those that a layer of a real model holds at once.
+    "3+nvme": {
+        **SPREAD,
+        "offload_optimizer": CPU,
+        "offload_param": {**NVME, "buffer_size": 100_000, "buffer_count": 99},
+    },
+}
+RANKS = (1, 2)
+#: One method of each family, with the learning rate of its cells.
+METHODS = {"lora": 0.005, "ssb": 0.005, "pissa": 0.005, "dora": 0.005, "liera": 0.005, "houlsby": 0.005, "prompt": 0.05}
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination."""
+
+    base: str
+    engine: str
+    ranks: int
+    method: str
+
+    @property
+    def name(self) -> str:
+        """Its run's name."""
+        return f"{self.base}-zero{self.engine}-{self.ranks}-{self.method}"
+
+
+CELLS = [Cell(*cell) for cell in itertools.product(BASES, ENGINES, RANKS, METHODS)]
+
+
+def refused(cell: Cell, why: Callable[..., str | None] = refusal) -> str | None:
+    """Return what the code says against a cell; ``why`` is ``refusal``, or ``lack`` for this machine's reasons."""
+    model = ModelConfig(**BASES[cell.base])
+    layout = lay_out(8, 4, cell.ranks)
+    engine, _ = fill({"zero_optimization": ENGINES[cell.engine]}, layout, dtype=model.dtype, clip=1.0)
+    if why is lack:
+        return lack(model, engine)
+    cls, settings = resolve(cell.method)
+    return refusal(model, [(cls, cls.Config(**settings))], engine)
+
+
+def covering() -> list[Cell]:
+    """Choose cells so that each two of base, engine, ranks and method meet, among what every CPU can train."""
+    able = [cell for cell in CELLS if cell.base != "fp16" and cell.engine != "3+nvme" and refused(cell) is None]
+    pairs = {cell: _pairs(cell) for cell in able}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        best = max(able, key=lambda cell: (len(pairs[cell] & missing), cell.ranks))
+        chosen.append(best)
+        missing -= pairs[best]
+    return sorted(chosen, key=CELLS.index)
+
+
+def _pairs(cell: Cell) -> set[tuple[tuple[int, Any], ...]]:
+    return set(itertools.combinations(enumerate((cell.base, cell.engine, cell.ranks, cell.method)), 2))
+
+
+def measure(cells: Sequence[Cell], root: Path) -> dict[str, Json]:
+    """Train the cells, read them back and merge them; return what came of each by its name.
+
+    What a folder holds already is not trained again, so that a measurement that was cut short can go on.
+    """
+    make_material(root)
+    for name, zero in ENGINES.items():
+        engine = {"zero_optimization": zero, "aio": {"block_size": 4096}}
+        (root / f"zero{name}.json").write_text(json.dumps(engine).replace("NVME", str(root / "nvme")))
+    outcomes: dict[str, Json] = {cell.name: {"refused": why} for cell in cells if (why := refused(cell, lack))}
+    able = [cell for cell in cells if cell.name not in outcomes]
+    plain = sorted({Cell(cell.base, "0", 1, cell.method) for cell in able}, key=CELLS.index)
+    todo = [cell for cell in able if not (root / cell.name / "adapter").exists()]
+    one = [
+        ("plain", cell, _reference(cell)) for cell in plain if not (root / _reference(cell) / "losses.json").exists()
+    ]
+    one += [("run", cell, cell.name) for cell in todo if cell.ranks == 1]
+    launch([[kind, *_run(root, cell, name)] for kind, cell, name in one], root, 1)
+    launch([["run", *_run(root, cell, cell.name)] for cell in todo if cell.ranks == 2], root, 2)
+    with torch.no_grad():
+        for base in BASES:
+            judge = Judge(root, base)
+            outcomes |= {cell.name: judge(cell) for cell in able if cell.base == base}
+    return outcomes
+
+
+def _reference(cell: Cell) -> str:
+    return f"plain-{cell.base}-{cell.method}"
+
+
+def _run(root: Path, cell: Cell, name: str) -> tuple[str, list[str]]:
+    """Return a run as ``config.read`` takes it."""
+    settings = [f"runs={root}", f"name={name}", f"engine={root}/zero{cell.engine}.json", f"method={cell.method}"]
+    settings += [f"model.{key}={value}" for key, value in BASES[cell.base].items()]
+    settings += [f"train.steps={STEPS}", f"train.learning_rate={METHODS[cell.method]}", "train.micro_batch=4"]
+    settings += [f"train.validate_every={STEPS}", "train.save_every=0"]
+    return str(root / "run.yaml"), settings
+
+
+def launch(jobs: Sequence[Any], root: Path, ranks: int) -> None:
+    """Let processes train the jobs one after another."""
+    if not jobs:
+        return
+    (root / f"jobs{ranks}.json").write_text(json.dumps(jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port())}
+    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    command = [sys.executable, str(REPOSITORY / "tests" / "matrix_worker.py"), str(root / f"jobs{ranks}.json")]
+    with (root / f"said{ranks}.txt").open("w") as said:
+        started = [
+            subprocess.Popen(
+                command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=said
+            )
+            for rank in range(ranks)
+        ]
+        statuses = [process.wait() for process in started]
+    assert statuses == [0] * ranks, (root / f"said{ranks}.txt").read_text()[-6000:]
+
+
+class Judge:
+    """Looks at what the cells of one base left, on one process, with the base opened afresh."""
+
+    def __init__(self, root: Path, base: str) -> None:
+        self.root = root
+        self.config = self.read(Cell(base, "0", 1, "lora"))
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The base as the cells had it."""
+        return open_model(self.config.model)
+
+    @functools.cached_property
+    def dense(self) -> Any:
+        """The base's weights in float32, of a quantised one as they dequantise."""
+        model = open_model(replace(self.config.model, dtype="float32"))
+        return model if self.config.model.quantize == "none" else model.dequantize(dtype=torch.float32)  # type: ignore[no-untyped-call]
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """What they were trained on and validated with."""
+        return open_data(self.config.data, open_tokenizer(self.config.model), self.config.train.seed)
+
+    def read(self, cell: Cell) -> RunConfig:
+        """Return a cell's configuration."""
+        return config.read(*_run(self.root, cell, cell.name))
+
+    def __call__(self, cell: Cell) -> Json:
+        """Return how far a cell is from its reference, its file from what was in memory, and its merged model."""
+        folder = self.root / cell.name
+        losses, expected = logged(folder), json.loads((self.root / _reference(cell) / "losses.json").read_text())
+        assert len(losses) == len(expected) == STEPS
+        (validation,) = logged(folder, "validation_loss")
+        outcome = {
+            "loss": max(abs(a - b) for a, b in zip(losses, expected, strict=True)),
+            "moved": max(expected) - min(expected),
+            "reloaded": abs(self.validation(folder / "adapter") - validation),
+            "merged": self.merged(folder / "adapter", mergeable=methods()[cell.method].mergeable),
+            "held": json.loads((folder / "environment.json").read_text())["outcome"]["weights_held"],
+        }
+        return outcome
+
+    def validation(self, adapter: Path) -> float:
+        """Return the loss on the held-out rows with the adapter as its file has it."""
+        load_adapter(self.model, adapter)
+        batches = [
+            {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+            for batch in self.data.validation_batches(4, 0, 1)
+        ]
+        total = sum(float(summed_loss(self.model, batch)) for batch in batches)
+        eject(self.model)
+        return total / count_tokens(batches)[0]
+
+    def merged(self, adapter: Path, *, mergeable: bool) -> float | None:
+        """Return how far the merged model's logits are from the unmerged one's; None for what says it cannot merge."""
+        load_adapter(self.dense, adapter)
+        try:
+            ids = torch.arange(2, 26, device=self.dense.device).view(2, 12)
+            before: Tensor = self.dense(input_ids=ids, use_cache=False).logits
+            if not mergeable:
+                try:
+                    merge(self.dense)
+                except UserError:
+                    return None
+                raise AssertionError(f"{adapter} merged, though its method cannot")
+            merge(self.dense)
+            after: Tensor = self.dense(input_ids=ids, use_cache=False).logits
+            unmerge(self.dense)
+            return float((after - before).abs().max() / before.abs().max())
+        finally:
+            eject(self.dense)
+
+
+def table(record: Json) -> str:
+    """Return the Markdown page of a record."""
+    outcomes, machine = record["cells"], record["machine"]
+    lines = [
+        "# What goes together",
+        "",
+        "Written by `python -m tests.matrix`; `tests/test_matrix.py` keeps it current. A tiny LLaMA was trained for",
+        f"{STEPS} steps in each combination that is not refused, on {machine}. A number is the largest distance of a loss",
+        "from that of a plain loop of torch's, on one process and without DeepSpeed, on the same base: with 1 and with",
+        "2 processes. `a`, `b`, ... are refused before anything is loaded, with the words below. `held` is what one",
+        "process has in memory of weights, quantisation and adapters, in kB, with 1 and with 2 processes (lora).",
+        "",
+        "| base | ZeRO | tolerance | " + " | ".join(METHODS) + " | held |",
+        "| --- | --- | --- | " + " | ".join("---" for _ in METHODS) + " | --- |",
+    ]
+    reasons: dict[str, str] = {}
+    for base, engine in itertools.product(BASES, ENGINES):
+        cells = {method: [Cell(base, engine, ranks, method) for ranks in RANKS] for method in METHODS}
+        columns = [_entry([outcomes[cell.name] for cell in both], reasons) for both in cells.values()]
+        held = [outcomes[cell.name].get("held") for cell in cells["lora"]]
+        kept = ", ".join(f"{max(each) / 1000:.0f}" for each in held if each)
+        lines.append(f"| {base} | {engine} | {TOLERANCE[base]:.0e} | {' | '.join(columns)} | {kept} |")
+    done = [outcome for outcome in outcomes.values() if "loss" in outcome]
+    reloaded = ", ".join(f"{RELOADED[base]:.0e} ({base})" for base in BASES)
+    merged = [outcome["merged"] for outcome in done if outcome["merged"] is not None]
+    lines += [
+        "",
+        f"{len(done)} combinations were trained and {len(outcomes) - len(done)} refused. Read back from its file by",
+        f"one process, each adapter gives the held-out loss of its run within {reloaded}.",
+        f"Merged in float32, {len(merged)} of them differ by at most {max(merged):.0e} of the largest logit from the",
+        "unmerged model; houlsby and prompt cannot be merged and say so.",
+        "",
+        "`0` to `3` are ZeRO's stages; `+cpu` offloads the optimizer to the host, at stage 3 the weights too, and",
+        "`+nvme` the weights to a disk instead. nf4, fp4 and int8 compute in float32 here, nf4-double, with quantised",
+        "scales, in bfloat16, as QLoRA does.",
+        "",
+        *(f"- `{letter}`: {reason}" for reason, letter in reasons.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(outcomes: Iterable[Json], reasons: dict[str, str]) -> str:
+    entries = [
+        f"`{reasons.setdefault(outcome['refused'], chr(ord('a') + len(reasons)))}`"
+        if "refused" in outcome
+        else f"{outcome['loss']:.0e}"
+        for outcome in outcomes
+    ]
+    return entries[0] if len(set(entries)) == 1 and entries[0].startswith("`") else ", ".join(entries)
+
+
+def main() -> None:
+    """Measure everything and write it down."""
+    if "--table" not in sys.argv[1:]:
+        ruled_out = {cell.name: {"refused": why} for cell in CELLS if (why := refused(cell))}
+        with tempfile.TemporaryDirectory() as root:
+            measured = measure([cell for cell in CELLS if cell.name not in ruled_out], Path(root))
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "two CPU cores"
+        cells = {cell.name: {**ruled_out, **measured}[cell.name] for cell in CELLS}
+        RECORD.write_text(json.dumps({"machine": device, "cells": cells}, indent=1) + "\n")
+    TABLE.write_text(table(json.loads(RECORD.read_text())))
+
+
+if __name__ == "__main__":
+    main()

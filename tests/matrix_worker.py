@@ -1,0 +1,74 @@
+"""Trains cells of the matrix, and what they are held against, in the processes that a launcher started."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from subspace import config
+from subspace.adapter_file import save_adapter
+from subspace.batches import StepPlan, open_data, share
+from subspace.config import RunConfig
+from subspace.distributed import leave
+from subspace.engine import start_processes
+from subspace.inject import adapters, trained_parameters
+from subspace.loss import summed_loss
+from subspace.model import open_model, open_tokenizer
+from subspace.progress import silent
+from subspace.run import add, train_run
+from subspace.train import count_tokens, parameter_groups, rate_factor
+
+
+def main() -> None:
+    """Train each run that the file lists: ``[kind, file, overrides]``, with the engine or, a ``plain`` one, without."""
+    swap_small_tensors()
+    start_processes(minutes=10)
+    for kind, file, overrides in json.loads(Path(sys.argv[1]).read_text()):
+        (train_plainly if kind == "plain" else train_run)(config.read(file, overrides))
+    leave()
+
+
+def swap_small_tensors() -> None:
+    """Let DeepSpeed offload to NVMe what is smaller than a megabyte: weights of a tiny model, but not its adapters."""
+    from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
+
+    partitioned_param_swapper.MIN_AIO_BYTES = optimizer_utils.MIN_AIO_BYTES = 8192
+
+
+def train_plainly(config: RunConfig) -> None:
+    """Train as :func:`train_run` does, on one process, by torch alone; leave ``losses.json`` and ``adapter/``."""
+    data = open_data(config.data, open_tokenizer(config.model), config.train.seed)
+    plan = StepPlan(
+        data.train.lengths, batch=config.train.batch, epochs=1, steps=config.train.steps, seed=config.train.seed
+    )
+    model = open_model(config.model).train()
+    add(model, config.method[0], config.train.seed, silent, start=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.train))
+    schedule = LambdaLR(optimizer, lambda step: rate_factor(config.train, step, len(plan)))
+    losses = []
+    assert config.train.micro_batch is not None
+    accumulate = config.train.batch // config.train.micro_batch
+    for step in range(len(plan)):
+        batches = [data.batch(part) for part in share(plan[step], 0, 1, accumulate)]
+        total = 0.0
+        for batch in batches:
+            loss = summed_loss(model, batch) / count_tokens(batches)[0]
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(list(trained_parameters(model).values()), config.train.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        for adapter in adapters(model).values():
+            adapter.kept = {}
+        losses.append(total)
+    save_adapter(model, config.folder / "adapter")
+    (config.folder / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Protocol ``answer-word``: each answer by its log-probability after the prompt, and how often generation agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from subspace import declarations, evaluate
+from subspace.answer_word import AnswerWord, agreement
+from subspace.encoding import encode_prompt
+from subspace.evaluate import EvaluateConfig
+from subspace.generation import AnswerWords, Generation
+from subspace.results import read_items, write_items
+from tests.evaluate_worker import score
+from tests.items import items
+from tests.tiny import bpe_tokenizer, tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def plain_scores(name: str, item: dict[str, Any]) -> list[float]:
+    """Score each answer alone after the prompt that ``llm-adapters`` asks, from the definition."""
+    model, tokenizer, task = tiny_llama(), bpe_tokenizer(), declarations.task(name)
+    template = declarations.prompt("alpaca-indented")
+    prompt = declarations.render(template, {"instruction": task.instruction(item), "input": ""})
+    context = encode_prompt(tokenizer, prompt)
+    line = " " * 16  # the prompt's last line, whose spaces go to the answer
+    scores = []
+    for label in range(len(item["choices"])):
+        answer = tokenizer(f"\n{line}{task.output({**item, 'label': label})}", add_special_tokens=False)["input_ids"]
+        log_probabilities = model(torch.tensor([context + answer])).logits[0].double().log_softmax(-1)
+        scores.append(sum(float(log_probabilities[len(context) + i - 1, token]) for i, token in enumerate(answer)))
+    return scores
+
+
+@pytest.mark.parametrize("name", declarations.tasks())
+def test_scores_are_those_of_the_answers_after_the_prompt(name: str) -> None:
+    made = items(name, 6)
+    records = AnswerWord(tiny_llama(), bpe_tokenizer(), declarations.task(name), made, "alpaca-indented").score(
+        tiny_llama(), range(6)
+    )
+    for item, record in zip(made, records, strict=True):
+        plain = plain_scores(name, item)
+        assert record["scores"] == pytest.approx(plain, abs=1e-4)
+        words = [declarations.task(name).answer({**item, "label": label}) for label in range(len(plain))]
+        assert record["prediction"] == words[plain.index(max(plain))]
+        assert record["label"] == declarations.task(name).answer(item)
+        assert record["correct"] == {"acc": record["prediction"] == record["label"]}
+
+
+def test_an_item_is_one_row() -> None:
+    scorer = AnswerWord(tiny_llama(), bpe_tokenizer(), declarations.task("arc_easy"), items("arc_easy", 5), "alpaca")
+    assert [rows for rows, _ in scorer.sizes] == [1] * 5
+
+
+def test_the_prompt_is_generation_s() -> None:
+    given = tiny_llama(), bpe_tokenizer(), declarations.task("piqa"), items("piqa", 5), "alpaca-indented"
+    assert AnswerWord(*given).hashes == Generation(*given).hashes
+
+
+@pytest.fixture
+def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Score by both protocols, a random model's text made to say the first word of an item's answers."""
+    find = AnswerWords.find
+    monkeypatch.setattr(AnswerWords, "find", lambda self, text: find(self, text) or self.words[len(text) % 2])
+    score(tmp_path, "answer-word,llm-adapters", stage=0)
+    return tmp_path
+
+
+def test_agreement_is_the_share_of_equal_answers(both: Path) -> None:
+    found = agreement(both)
+    assert list(found) == ["hellaswag", "piqa"]
+    for task, share in found.items():
+        a, b = (
+            [r["prediction"] for r in read_items(both / "evaluation" / protocol / f"{task}.jsonl")]
+            for protocol in ("answer-word", "llm-adapters")
+        )
+        assert share.value == sum(x == y for x, y in zip(a, b, strict=True)) / 17
+    assert 0 < found["piqa"].value < 1
+
+
+def test_only_the_same_items_of_the_same_weights_are_compared(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = both / "evaluation" / "llm-adapters" / "piqa.jsonl"
+    write_items(file, read_items(file)[:-1])
+    assert list(agreement(both)) == ["hellaswag"]
+    other = tiny_llama(seed=1)
+    monkeypatch.setattr(evaluate, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 21)))
+    config = EvaluateConfig(protocol="answer-word", tasks="hellaswag", limit=17)
+    evaluate.evaluate(other, bpe_tokenizer(), config, both)
+    assert not agreement(both)

@@ -1,0 +1,89 @@
+"""Counting and matching: what a method trains in a model, and which size of it comes nearest to a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import subspace
+from subspace.budget import count_trained, match_budget
+from subspace.errors import UserError
+from subspace.inject import inject, trained_parameters
+from subspace.method import methods
+from tests.tiny import tiny_llama
+
+DIALS = [name for name, method in methods().items() if method.dial]
+MODEL = tiny_llama()
+
+
+@pytest.mark.parametrize("method", methods())
+def test_what_is_counted_is_what_is_trained(method: str) -> None:
+    model = tiny_llama()
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    counted = count_trained(model, method)
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+    inject(model, method, start=False)
+    assert counted == sum(p.numel() for p in trained_parameters(model).values())
+
+
+@pytest.mark.parametrize("method", DIALS)
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 32])
+def test_a_size_is_found_again_from_its_count(method: str, size: int) -> None:
+    dial = methods()[method].dial
+    assert dial
+    parameters = count_trained(MODEL, method, {dial: size})
+    assert match_budget(method, MODEL, parameters) == size
+
+
+@pytest.mark.parametrize("method", DIALS)
+@pytest.mark.parametrize("parameters", [1, 5_000, 9_137])
+def test_no_neighbor_comes_nearer(method: str, parameters: int) -> None:
+    dial = methods()[method].dial
+    assert dial
+    size = match_budget(method, MODEL, parameters)
+    missed = {
+        near: abs(count_trained(MODEL, method, {dial: near}) - parameters)
+        for near in (size - 1, size, size + 1)
+        if near >= 1
+    }
+    assert missed[size] == min(missed.values())
+    assert missed.get(size - 1) != missed[size], "of two as near, the smaller"
+
+
+def test_the_settings_and_targets_given_are_kept() -> None:
+    targets = ["q_proj", "v_proj"]
+    parameters = count_trained(MODEL, "lora-dash", {"r": 9, "d": 3}, targets=targets)
+    assert subspace.match_budget("lora-dash", MODEL, parameters, targets=targets, d=3) == 9
+    assert subspace.match_budget("LoRA+MPC_o", MODEL, parameters, targets=targets) == 9
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora", "spectral"])
+def test_a_size_that_a_layer_refuses_is_not_taken(method: str) -> None:
+    assert match_budget(method, MODEL, 10**6) == 32
+
+
+def test_a_spectrum_ends_where_it_ends() -> None:
+    """Singular values are no more than the smaller side: 32 at k and v, 64 elsewhere."""
+    every = count_trained(MODEL, "svdiff")
+    assert match_budget("svdiff", MODEL, 10 * every) == 64
+    assert match_budget("svdiff", MODEL, every) == 64
+    assert match_budget("svdiff", MODEL, every - 2) == 64
+    assert match_budget("svdiff", MODEL, every - 4) == 63
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "settings", "complaint"),
+    [
+        ("ssl", 100, {}, r"the size of method ssl cannot be chosen\. That of these can: .*lora \(r\)"),
+        ("lora", 100, {"r": 4}, "r=4 was given, but r is what is looked for"),
+        ("lora", 0, {}, "0 parameters were asked for"),
+        ("lora", 100, {"rank": 4}, "method lora has no setting 'rank'"),
+        ("lroa", 100, {}, "Did you mean 'lora'"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused(
+    method: str, parameters: int, settings: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        match_budget(method, MODEL, parameters, **settings)

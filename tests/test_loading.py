@@ -1,0 +1,92 @@
+"""Loading: a quantised or spread model never takes the room of the whole one. By resident memory, so on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from subspace.model import ModelConfig, open_model
+from subspace.shards import Unread, tensor_by_tensor
+from tests.bench.random_model import write_random
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS, HIDDEN = 10, 2048  # 0.94 G numbers, 1.9 GB
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.processes
+def test_zero_3_holds_a_share_and_two_layers(tmp_path: Path) -> None:
+    whole = write_random(tmp_path / "model", "llama-7b", num_hidden_layers=LAYERS, hidden_size=HIDDEN)
+    assert whole > 10**9
+    tiny_llama(tmp_path / "small")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/load_worker.py"]
+    printed = run(*command, str(tmp_path / "small"), str(tmp_path / "model"), PYTHONPATH=str(ROOT))
+    ranks = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * 11008)
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert rank["dtypes"] == ["torch.bfloat16"]
+        assert rank["held"] == pytest.approx(whole / 2, rel=0.01)
+        assert rank["most"] < whole / 2 + 2 * layer
+    assert ranks[0]["first"] == ranks[1]["first"] != 0
+
+
+@pytest.mark.long
+@pytest.mark.processes
+def test_a_7b_model_trains_in_24_gb(tmp_path: Path) -> None:
+    """Of LLaMA-7B's true shape, in NF4, with LoRA r=32 and 256 tokens."""
+    if shutil.disk_usage(tmp_path).free < 20 * 10**9:
+        pytest.skip("needs 20 GB of disk")
+    write_random(tmp_path / "model", "llama-7b")
+    found = json.loads(run("-m", "tests.bench.bench_7b", str(tmp_path / "model")))
+    assert found["most_while_loading"] < 1.3 * found["loaded"]
+    assert found["at_the_end"] < 8e9
+    assert found["losses"][-1] < found["losses"][0]
+
+
+def test_a_model_is_the_same_however_it_is_read(tmp_path: Path) -> None:
+    expected = tiny_llama(tmp_path / "m")
+    as_stored = open_model(ModelConfig(path=str(tmp_path / "m"), dtype="float32"))
+    converted = open_model(ModelConfig(path=str(tmp_path / "m"), dtype="bfloat16"))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(as_stored.state_dict()[name], tensor)
+        assert torch.equal(converted.state_dict()[name], tensor.bfloat16())
+
+
+def test_a_tensor_is_read_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import modeling_utils
+
+    file = tmp_path / "shard.safetensors"
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, file)
+    reads: list[str] = []
+    read = Unread.read
+    monkeypatch.setattr(Unread, "read", lambda tensor: reads.append(tensor.key) or read(tensor))  # type: ignore[func-returns-value]
+    with tensor_by_tensor(keep=None, later=True):
+        unread: dict[str, Any] = modeling_utils.load_state_dict(str(file))
+    assert (unread["a"].shape, unread["b"].dtype, reads) == ((2, 3), torch.bfloat16, [])
+    here = torch.zeros(2, 3)
+    here.copy_(unread["a"])
+    assert torch.equal(here, load_file(file)["a"])
+    assert reads == ["a"]

@@ -1,0 +1,106 @@
+"""The loss over all tokens, computed a few tokens at a time, is the plain one, and holds no logits of all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from subspace import loss
+from subspace.encoding import IGNORE
+from subspace.engine import fill, lay_out, start_engine, start_processes
+from subspace.inject import inject, trained_parameters
+from subspace.loss import summed_loss
+from tests.tiny import ARCHITECTURES, VOCABULARY, tiny, tiny_llama
+
+
+def batch(rows: int = 3, tokens: int = 24) -> dict[str, Tensor]:
+    """Return rows of random tokens, all labelled but for the padding and the first row's beginning."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, VOCABULARY, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, tokens // 2 :] = 0
+    labels = ids.masked_fill(mask == 0, IGNORE)
+    labels[0, :5] = IGNORE
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def plain(model: Any, of: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=of["input_ids"], attention_mask=of["attention_mask"], use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), of["labels"][:, 1:].flatten(), reduction="sum")
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in trained_parameters(model).values() if p.grad is not None]
+
+
+@pytest.fixture
+def a_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "AT_ONCE", 10 * VOCABULARY)
+
+
+@pytest.mark.usefixtures("a_few_at_once")
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj", "qkv_proj"], ["lm_head"]], ids=["inside", "the head"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parts_give_the_plain_loss_and_gradients(architecture: str, targets: list[str]) -> None:
+    model, of = tiny(architecture), batch()
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    inject(model, "lora", {"r": 4}, targets=[target for target in targets if target in names])
+    for tensor in trained_parameters(model).values():
+        nn.init.normal_(tensor, std=0.1)
+    expected = plain(model, of)
+    expected.backward()  # type: ignore[no-untyped-call]
+    wanted = [gradient.clone() for gradient in gradients(model)]
+    model.zero_grad()
+
+    found = summed_loss(model, of)
+    found.backward()  # type: ignore[no-untyped-call]
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(gradients(model), wanted, strict=True))
+    assert torch.allclose(plain(model, of), expected)  # the head is as before
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the size of the largest tensor that was made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, run: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = run(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, out.numel() if isinstance(out, Tensor) else 0)
+        return out
+
+
+@pytest.mark.usefixtures("a_few_at_once")
+def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
+    model, of = tiny_llama(), batch(rows=4, tokens=64)
+    inject(model, "lora", {"r": 4}, targets=["q_proj"])
+    summed_loss(model, of).backward()  # type: ignore[no-untyped-call]
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        summed_loss(model, of).backward()  # type: ignore[no-untyped-call]
+    assert largest.numbers <= max(VOCABULARY * 64, 4 * 64 * 128)  # the head's weight, an MLP's inside
+
+
+@pytest.mark.usefixtures("a_few_at_once")
+def test_parts_under_zero_3() -> None:
+    start_processes()
+    of, losses = batch(), []
+    for stage in (0, 3):
+        model = tiny_llama()
+        inject(model, "lora", {"r": 4}, targets=["q_proj"])
+        raw = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+        config, _ = fill(raw, lay_out(3, None, 1), dtype="float32", clip=1.0)
+        optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=0.01)
+        engine = start_engine(model, config, optimizer, lambda step: 1.0)
+        for _ in range(3):
+            summed = summed_loss(engine, of)
+            engine.backward(summed / 30)
+            engine.step()
+            losses.append(summed.item())
+        engine.destroy()
+    assert losses[2] < losses[0] - 1
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)

@@ -1,0 +1,84 @@
+"""Every base with every ZeRO stage, one and two processes and every family of methods; see tests/matrix.py.
+
+The default suite trains a selection in which each two of these meet, ``-m long`` all of them. The recorded table is
+compared with what the code refuses today.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from subspace.combination import lack
+from tests.matrix import CELLS, MERGED, RECORD, RELOADED, TABLE, TOLERANCE, Cell, covering, measure, refused, table
+
+COVERING = covering()
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return measure(COVERING, tmp_path_factory.mktemp("some"))
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return measure([cell for cell in CELLS if refused(cell) is None], tmp_path_factory.mktemp("all"))
+
+
+@pytest.fixture(scope="module")
+def record() -> Any:
+    return json.loads(RECORD.read_text())
+
+
+def by_name(cell: Cell) -> str:
+    return cell.name
+
+
+def hold(cell: Cell, outcome: dict[str, Any]) -> None:
+    """Check that a cell did as its reference, that its file is what it trained, and that it merges."""
+    if "refused" in outcome:
+        assert outcome["refused"] == refused(cell, lack)
+        return
+    assert outcome["loss"] < TOLERANCE[cell.base]
+    assert outcome["moved"] > 2 * TOLERANCE[cell.base]  # so there is something to agree on
+    assert outcome["reloaded"] < RELOADED[cell.base]
+    assert (outcome["merged"] is None) == (cell.method in ("houlsby", "prompt"))
+    assert (outcome["merged"] or 0) < MERGED
+    assert len(outcome["held"]) == cell.ranks
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("cell", COVERING, ids=by_name)
+def test_a_selection_trains_reloads_and_merges(some: dict[str, Any], cell: Cell) -> None:
+    hold(cell, some[cell.name])
+
+
+@pytest.mark.long
+@pytest.mark.processes
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if refused(cell) is None], ids=by_name)
+def test_every_combination_trains_reloads_and_merges(everything: dict[str, Any], cell: Cell) -> None:
+    hold(cell, everything[cell.name])
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=by_name)
+def test_the_record_holds(record: Any, cell: Cell) -> None:
+    """What was refused is refused still, with the same words, and what was trained lies within today's tolerance."""
+    outcome = record["cells"][cell.name]
+    if (why := refused(cell)) or "refused" not in outcome:
+        assert outcome.get("refused") == why
+    if "loss" in outcome:
+        hold(cell, outcome)
+
+
+def test_the_table_is_that_of_the_record(record: Any) -> None:
+    assert list(record["cells"]) == [cell.name for cell in CELLS]
+    assert TABLE.read_text() == table(record), "write it anew: python -m tests.matrix --table"
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16", "nf4", "fp4", "int8", "nf4-double"])
+def test_frozen_weights_are_spread_at_stage_3(record: Any, base: str) -> None:
+    """Two processes hold about half of the weights each, packed ones too; only scales and norms are held twice."""
+    whole, parts = (record["cells"][Cell(base, engine, 2, "lora").name]["held"] for engine in ("2", "3"))
+    assert max(parts) < 0.6 * min(whole)

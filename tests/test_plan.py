@@ -1,0 +1,167 @@
+"""What is told before a run, beside what the run takes; and what it is told for models that are not here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from subspace import cli
+from subspace import config as configuration
+from subspace.engine import fill, lay_out
+from subspace.errors import UserError
+from subspace.holdings import Holdings
+from subspace.inject import inject
+from subspace.model import ModelConfig, open_shape
+from subspace.optimizers import make_optimizer
+from subspace.plan import Plan, parse_size, plan
+from subspace.rehearsal import Batch, Ledger, rehearse
+from tests.material import make_material
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).resolve().parent.parent
+GB = 10**9
+
+#: Runs of SmolLM2-135M that differ in what takes memory.
+CASES = {
+    "lora": ["train.batch=4"],
+    "checkpointing": ["train.batch=8", "method=dora", "method.r=8", "model.gradient_checkpointing=true"],
+    "bfloat16": ["train.batch=4", "model.dtype=bfloat16"],
+    "nf4": ["train.batch=4", "model.quantize=nf4", "model.dtype=float32"],
+    "micro-batches": ["train.batch=8", "train.micro_batch=2", "method=houlsby", "targets=null"],
+}
+SHORT = ["train.trackers=[]", "data.max_length=128", "engine=ds_configs/zero1.json"]
+
+
+@pytest.mark.long
+@pytest.mark.model
+@pytest.mark.processes
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_resident_memory_is_told_within_a_tenth(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["plan", "launch/recipes/quickstart.yaml", *SHORT, *settings, "--verify", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["predicted"] == pytest.approx(told["measured"]["peak"], rel=0.1)
+    assert told["plan"]["checkpoint"] == pytest.approx(told["measured"]["checkpoint"], rel=0.1)
+
+
+def tiny_plan(root: Path, *settings: str, processes: int = 1) -> Plan:
+    return plan(configuration.read(make_material(root), settings), processes=processes)
+
+
+def parts(found: Plan) -> dict[str, int]:
+    return {part.name: part.bytes for part in found.parts}
+
+
+def test_a_7b_model_is_planned_without_a_file() -> None:
+    settings = ["model.path=llama-7b", "model.dtype=bfloat16", "model.quantize=nf4", "train.micro_batch=1"]
+    found = plan(configuration.read(ROOT / "launch/recipes/llama-7b-lora-r32.yaml", settings), memory=24 * GB)
+    assert found.trained == 56_098_816
+    packed = (6_738_415_616 - 2 * 32000 * 4096 - 65 * 4096) / 2
+    held = packed + 2 * (2 * 32000 * 4096 + 65 * 4096)
+    assert parts(found)["frozen weights"] == pytest.approx(held, rel=1e-3)
+    assert parts(found)["scales of the quantisation"] == pytest.approx(packed * 2 / 64 * 4, rel=1e-2)
+    assert found.largest_micro_batch
+    assert found.largest_micro_batch >= 1
+
+
+def test_checkpointing_keeps_a_fraction_of_the_activations(tmp_path: Path) -> None:
+    kept = [
+        parts(tiny_plan(tmp_path, f"model.gradient_checkpointing={how}"))["activations kept for the backward pass"]
+        for how in ("false", "true")
+    ]
+    assert kept[1] < kept[0] / 4
+
+
+def test_zero_3_shares_the_weights(tmp_path: Path) -> None:
+    whole = tiny_plan(tmp_path)
+    shared = tiny_plan(tmp_path, f"engine={tmp_path / 'zero3.json'}", processes=4)
+    share = parts(shared)["frozen weights (this process's share)"]
+    assert share == pytest.approx(parts(whole)["frozen weights"] / 4, rel=0.01)
+
+
+def test_what_is_held_is_what_a_model_holds() -> None:
+    model = tiny_llama()
+    frozen = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    created = inject(model, "lora", {"r": 4}, targets=["q_proj"])
+    own = sum(t.nbytes for adapter in created.values() for t in adapter.own_tensors().values())
+    engine, _ = fill(
+        {"zero_optimization": {"stage": 1}}, lay_out(4, None, 2), dtype="float32", clip=1.0, trained=own // 4
+    )
+    found = {part.name: part.bytes for part in Holdings(model, engine, 2, 8, gpu=False).parts()}
+    assert found["frozen weights"] == frozen
+    assert found["adapters"] == found["gradients"] == own
+    assert found["state of the optimizer"] == own  # two moments, half of each
+
+
+def test_the_ledger_counts_what_is_held() -> None:
+    with Ledger() as ledger:
+        a = torch.zeros(1000)
+        b = a.view(10, 100).t()
+        assert ledger.live == 4000
+        c = b + 1
+        assert (ledger.live, ledger.peak) == (8000, 8000)
+        del c
+        assert (ledger.live, ledger.peak) == (4000, 8000)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_rehearsal_keeps_what_a_step_keeps(quantize: str, checkpointing: bool, tmp_path: Path) -> None:
+    """A step with numbers, under the same ledger, takes the same bytes."""
+    from subspace.loss import summed_loss
+    from subspace.model import open_model
+
+    tiny_llama(tmp_path / "m")
+    config = ModelConfig(
+        path=str(tmp_path / "m"), dtype="float32", quantize=quantize, gradient_checkpointing=checkpointing
+    )
+    told = open_shape(config)
+    real = open_model(config)
+    for model in (told, real):
+        inject(model, "lora", {"r": 4}, targets=["q_proj", "up_proj"], start=model is real)
+        model.train()
+    ids = torch.randint(2, 300, (4, 32))
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    with Ledger() as ledger:
+        summed_loss(real, batch).backward()  # type: ignore[no-untyped-call]
+    found = rehearse(told, Batch(4, 32, 31, int((batch["labels"][:, 1:] != -100).sum())))
+    assert found.peak == pytest.approx(ledger.peak, rel=0.05)
+
+
+def test_plan_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(make_material(tmp_path))
+    assert cli.main(["plan", run, "--memory", "1GB"]) == 0
+    told = capsys.readouterr().out
+    assert "largest" not in told
+    assert "activations kept" in told
+    assert "fits" in told
+    assert cli.main(["plan", run, "--memory", "much"]) == 2
+    assert "takes gigabytes" in capsys.readouterr().err
+    assert (parse_size("24GB"), parse_size("80 GiB")) == (24 * GB, 80 * 2**30)
+
+
+def test_8_bit_state_trains_and_pages_need_a_gpu(tmp_path: Path) -> None:
+    from subspace.run import train_run
+    from tests.material import logged
+
+    run = make_material(tmp_path)
+    config = configuration.read(run, [f"runs={tmp_path}", "train.optimizer=adamw8bit"])
+    losses = logged(train_run(config))
+    assert losses[-1] < losses[0] - 0.1
+    parameter = nn.Parameter(torch.ones(4096))
+    optimizer = make_optimizer("adamw8bit", [{"params": [parameter], "lr": 0.1, "weight_decay": 0.0}])
+    parameter.sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    assert optimizer.state[parameter]["state1"].dtype is torch.uint8
+    if not torch.cuda.is_available():
+        paged = configuration.read(run, [f"runs={tmp_path}", "name=p", "train.optimizer=paged_adamw8bit"])
+        with pytest.raises(UserError, match="Use train.optimizer=adamw8bit"):
+            train_run(paged)

@@ -1,0 +1,260 @@
+"""A run that stops and goes on is the run that never stopped, to the bit; and what cannot go on is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from subspace import config as configuration
+from subspace import train as loop
+from subspace.adapter_file import TENSORS
+from subspace.checkpoint import MANIFEST, checkpoints, place
+from subspace.errors import RunStopped, UserError
+from subspace.inject import adapters, inject
+from subspace.interruption import Interruption
+from subspace.method import methods
+from subspace.resume import Saved, _random_state, _set_random_state, restore
+from subspace.run import is_finished, train_run
+from tests.material import logged, make_material
+from tests.tiny import SOON, tiny_llama
+
+STEPS = 9
+#: With what has a state of its own: epochs, accumulation, a schedule, decay. Every step has a checkpoint.
+SETTINGS = [f"train.steps={STEPS}", "train.micro_batch=2", "train.schedule=cosine", "train.weight_decay=0.1"]
+SETTINGS += ["train.save_every=1", "train.keep_checkpoints=99"]
+DROPOUT = ["method=lora", "method.r=4", "method.dropout=0.2"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_material(tmp_path_factory.mktemp("material"), rows=24)  # four and a half epochs in nine steps
+
+
+def train(material: Path, runs: Path, name: str, *overrides: str, resume: bool = False) -> Path:
+    config = configuration.read(material, [f"runs={runs}", f"name={name}", *SETTINGS, *overrides])
+    return train_run(config, resume=resume)
+
+
+def killed(whole: Path, name: str, step: int) -> Path:
+    """Return a copy of a run as a kill after the checkpoint of a step would have left it, two steps further on."""
+    folder = whole.with_name(name)
+    shutil.copytree(whole, folder, ignore=lambda at, names: {"adapter"} if Path(at) == whole else set())
+    for path in checkpoints(folder):
+        if path.name > place(folder, step).name:
+            shutil.rmtree(path)
+    lines = [line for line in (folder / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step + 2]
+    (folder / "log.jsonl").write_text("\n".join([*lines, '{"step": 9, "lo']))
+    about = json.loads((folder / "environment.json").read_text())
+    del about["outcome"]
+    (folder / "environment.json").write_text(json.dumps(about))
+    return folder
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert (one / "adapter" / TENSORS).read_bytes() == (other / "adapter" / TENSORS).read_bytes()
+    for key in ("step", "loss", "learning_rate", "gradient_norm", "validation_loss"):
+        assert logged(one, key) == logged(other, key)
+
+
+@pytest.fixture(scope="module")
+def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs."""
+    return train(material, tmp_path_factory.mktemp("runs"), "whole", *DROPOUT, "train.validate_every=3")
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 8])
+def test_a_run_goes_on_from_any_step(material: Path, whole: Path, step: int) -> None:
+    folder = killed(whole, f"after-{step}", step)
+    train(material, whole.parent, folder.name, *DROPOUT, "train.validate_every=3", resume=True)
+    assert_same(whole, folder)
+    assert json.loads((folder / "environment.json").read_text())["resumed_after"] == step
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_goes_on(material: Path, tmp_path: Path, method: str) -> None:
+    settings = [f"method={method}", *(f"method.{key}={value}" for key, value in SOON.get(method, {}).items())]
+    whole = train(material, tmp_path, "whole", *settings)
+    folder = killed(whole, "killed", 5)
+    train(material, tmp_path, "killed", *settings, resume=True)
+    assert_same(whole, folder)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_every_schedule_goes_on(material: Path, tmp_path: Path, schedule: str) -> None:
+    settings = [f"train.schedule={schedule}", "train.warmup_steps=7"]
+    whole = train(material, tmp_path, "whole", *settings)
+    folder = killed(whole, "killed", 4)
+    train(material, tmp_path, "killed", *settings, resume=True)
+    assert_same(whole, folder)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_state_of_eight_bits_goes_on(material: Path, tmp_path: Path, stage: int) -> None:
+    # Large enough that bitsandbytes does not keep its state in 32 bits.
+    settings = ["method=lora", "method.r=64", "train.optimizer=adamw8bit", f"engine={material.parent}/zero{stage}.json"]
+    whole = train(material, tmp_path, "whole", *settings)
+    folder = killed(whole, "killed", 5)
+    train(material, tmp_path, "killed", *settings, resume=True)
+    assert_same(whole, folder)
+    other = killed(whole, "other", 5)
+    with pytest.raises(UserError, match="in blocks of 8 bits"):
+        train(material, tmp_path, other.name, *settings, f"engine={material.parent}/zero{2 - stage}.json", resume=True)
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Ask a run to stop, as a signal does, once so many steps are done."""
+    real, asked = loop.Fed.add, []
+
+    def add(self: loop.Fed, number: int) -> None:
+        real(self, number)
+        if number == step:
+            asked.append(number)
+
+    patch.setattr(loop.Fed, "add", add)
+    patch.setattr(Interruption, "asked", property(lambda self: bool(asked), lambda self, value: None), raising=False)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(material: Path, whole: Path) -> None:
+    settings = [*DROPOUT, "train.validate_every=3", "train.save_every=0"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(RunStopped, match="after step 4, by a signal. Its checkpoint is saved"):
+            train(material, whole.parent, "asked", *settings)
+    folder = whole.parent / "asked"
+    # The best so far has one too.
+    assert [path.name for path in checkpoints(folder)] == ["step-000003", "step-000004"]
+    assert not (folder / "adapter").exists()
+    train(material, whole.parent, "asked", *settings, resume=True)
+    assert_same(whole, folder)
+
+
+def test_a_run_that_is_stopped_before_it_began_starts_over(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Interruption, "asked", property(lambda self: True, lambda self, value: None), raising=False)
+    with pytest.raises(RunStopped, match="before the first step"):
+        train(material, tmp_path, "run")
+    monkeypatch.undo()
+    assert len(logged(train(material, tmp_path, "run", resume=True))) == STEPS
+
+
+def test_a_damaged_checkpoint_is_passed_over(material: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = killed(whole, "damaged", 5)
+    (place(folder, 5) / "training.safetensors").write_bytes(b"")
+    (place(folder, 4) / MANIFEST).unlink()
+    train(material, whole.parent, folder.name, *DROPOUT, "train.validate_every=3", resume=True)
+    assert_same(whole, folder)
+    said = capsys.readouterr().err
+    assert "checkpoint step-000005 cannot be used: training.safetensors has 0 bytes instead of" in said
+    assert "checkpoint step-000004 cannot be used: manifest.json is missing or damaged" in said
+    assert "goes on after step 3" in said
+
+
+def test_without_a_checkpoint_it_starts_at_the_beginning(
+    material: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = killed(whole, "none", 0)
+    train(material, whole.parent, folder.name, *DROPOUT, "train.validate_every=3", resume=True)
+    assert_same(whole, folder)
+    assert "holds no checkpoint to resume from" in capsys.readouterr().err
+
+
+def test_a_checkpoint_has_no_frozen_weights(whole: Path) -> None:
+    size = sum(path.stat().st_size for path in (whole / "adapter").rglob("*"))
+    saved = sum(path.stat().st_size for path in place(whole, 5).rglob("*") if path.is_file())
+    random = 50_000  # states of generators
+    assert saved < 4 * size + random
+    assert not list(whole.rglob("*.pt"))
+
+
+def test_early_stopping_is_remembered(material: Path, tmp_path: Path) -> None:
+    settings = ["train.learning_rate=3", "train.schedule=constant", "train.validate_every=1", "train.patience=3"]
+    settings += ["train.keep=best", "train.clip=0", "train.steps=30"]
+    whole = train(material, tmp_path, "whole", *settings)
+    last = len(logged(whole))
+    assert last < 30
+    for step in (last - 1, last):
+        folder = killed(whole, f"after-{step}", step)
+        train(material, tmp_path, folder.name, *settings, resume=True)
+        assert_same(whole, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("method.r=8", r"method\.r: 4 -> 8"),
+        ("data.max_length=32", r"data\.max_length: 64 -> 32"),
+        ("train.batch=4", r"train\.batch: 8 -> 4"),
+        ("model.dtype=bfloat16", r"model\.dtype: float32 -> bfloat16"),
+        ("targets=q_proj", r"targets.*q_proj"),
+        ("train.seed=1", r"train\.seed: 0 -> 1"),
+        ("train.optimizer=adamw8bit", r"train\.optimizer: adamw -> adamw8bit"),
+    ],
+)
+def test_a_change_that_would_be_wrong_is_refused(material: Path, whole: Path, change: str, complaint: str) -> None:
+    folder = killed(whole, change.replace("=", "-"), 3)
+    with pytest.raises(UserError, match=f"other settings, which cannot change on the way: {complaint}"):
+        train(material, whole.parent, folder.name, *DROPOUT, change, resume=True)
+    assert [path.name for path in checkpoints(folder)] == [f"step-{n:06d}" for n in (1, 2, 3)]
+
+
+def test_a_change_that_may_be_is_told(material: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = killed(whole, "changed", 3)
+    changes = ["train.learning_rate=0.001", "train.micro_batch=4", f"engine={material.parent / 'zero2.json'}"]
+    train(material, whole.parent, folder.name, *DROPOUT, "train.validate_every=3", *changes, resume=True)
+    said = capsys.readouterr().err
+    assert "changed: train.learning_rate: 0.01 -> 0.001" in said
+    assert "changed: train.micro_batch: 2 -> 4" in said
+    assert "changed: engine zero_optimization.stage: 0 -> 2" in said
+    assert logged(folder, "learning_rate")[3] == pytest.approx(logged(whole, "learning_rate")[3] / 10)
+
+
+def test_other_rows_are_refused(material: Path, whole: Path) -> None:
+    text = (material.parent / "data.jsonl").read_text()
+    folder = killed(whole, "other-rows", 3)
+    try:
+        (material.parent / "data.jsonl").write_text(text.replace("soap", "book"))
+        with pytest.raises(UserError, match="its first 3 steps were fed other rows"):
+            train(material, whole.parent, folder.name, *DROPOUT, "train.validate_every=3", resume=True)
+    finally:
+        (material.parent / "data.jsonl").write_text(text)
+
+
+def test_a_finished_run_can_be_made_longer_and_is_known(material: Path, whole: Path) -> None:
+    folder = whole.with_name("longer")
+    shutil.copytree(whole, folder)
+    settings = [f"runs={whole.parent}", "name=longer", *SETTINGS, *DROPOUT, "train.validate_every=3"]
+    assert is_finished(configuration.read(material, settings))
+    longer = configuration.read(material, [*settings, "train.steps=12"])
+    assert not is_finished(longer)
+    # With rows grouped by length over all steps there are, more steps deal out other rows.
+    with pytest.raises(UserError, match="were fed other rows"):
+        train_run(longer, resume=True)
+
+
+def test_random_states_come_back() -> None:
+    import random
+
+    import numpy as np
+
+    before = json.loads(json.dumps(_random_state()))
+    drawn = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()]
+    _set_random_state(before)
+    assert [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()] == drawn
+
+
+def test_a_checkpoint_of_another_layer_is_refused() -> None:
+    """Shapes are equal in all layers, so what goes by position would load there without a word."""
+    model = tiny_llama()
+    inject(model, "lora", {"r": 4}, targets=[r"model\.layers\.0\.self_attn\.q_proj"])
+    own = {
+        f"{site}.{name}": t for site, adapter in adapters(model).items() for name, t in adapter.own_tensors().items()
+    }
+    elsewhere = {name.replace("layers.0", "layers.1"): tensor for name, tensor in own.items()}
+    with pytest.raises(UserError, match="other names or shapes"):
+        restore(SimpleNamespace(module=model), Saved(Path("step-000001"), {}, elsewhere, {}), seed=0)

@@ -1,0 +1,121 @@
+"""Several subjects on one load: adapters of different methods go in and out, and each scores as it does alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from subspace import evaluate, subjects
+from subspace.adapter_file import load_adapter, save_adapter
+from subspace.config import Subject
+from subspace.evaluate import EvaluateConfig
+from subspace.inject import adapters, eject, inject, trained_parameters
+from subspace.method import methods
+from subspace.model import ModelConfig, open_model, open_tokenizer
+from subspace.results import read_items
+from subspace.subjects import evaluate_subjects
+from tests.items import items
+from tests.tiny import tiny_llama
+
+METHODS = ["lora", "prefix", "houlsby", "dora"]
+
+
+@pytest.fixture(autouse=True)
+def made_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 12)))
+
+
+def perturb(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_model_is_what_it_was_once_adapters_are_out(method: str) -> None:
+    model, ids = tiny_llama(), torch.arange(20)[None]
+    before, tensors, modules = model(ids).logits, model.state_dict(), [type(m) for m in model.modules()]
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    inject(model, method)
+    perturb(model)
+    assert not torch.equal(model(ids).logits, before)
+    eject(model)
+    assert torch.equal(model(ids).logits, before)
+    after = model.state_dict()
+    assert after.keys() == copies.keys()
+    assert all(torch.equal(after[name], copies[name]) for name in copies)
+    assert [type(m) for m in model.modules()] == modules
+
+
+def test_adapters_within_adapters_come_out() -> None:
+    model, ids = tiny_llama(), torch.arange(20)[None]
+    before = model(ids).logits
+    inject(model, "lora")
+    inject(model, "prefix")
+    eject(model)
+    assert not adapters(model)
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny model, and adapters of several methods for it."""
+    folder = tmp_path_factory.mktemp("subjects")
+    tiny_llama(folder / "base")
+    for method in METHODS:
+        model = tiny_llama()
+        inject(model, method)
+        perturb(model)
+        save_adapter(model, folder / method)
+    return folder
+
+
+def subject(base: Path, out: Path, method: str = "", **settings: Any) -> Subject:
+    config = EvaluateConfig(**{"protocol": "likelihood,llm-adapters", "tasks": "siqa,openbookqa", **settings})
+    model = ModelConfig(path=str(base / "base"), dtype="float32")
+    return Subject(model, config, out / (method or "base"), base / method if method else None, method)
+
+
+def test_all_are_scored_on_one_load_as_each_is_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[ModelConfig] = []
+    laid_out: list[EvaluateConfig] = []
+
+    def counting(config: ModelConfig) -> Any:
+        opened.append(config)
+        return open_model(config)
+
+    def laying(model: Any, tokenizer: Any, config: EvaluateConfig, progress: Any) -> Any:
+        laid_out.append(config)
+        return evaluate.lay_out(model, tokenizer, config, progress)
+
+    monkeypatch.setattr(subjects, "open_model", counting)
+    monkeypatch.setattr(subjects, "lay_out", laying)
+    wanted = [subject(base, tmp_path, method) for method in ("lora", "", *METHODS[1:])]
+    together = evaluate_subjects(wanted)
+    assert (len(opened), len(laid_out)) == (1, 1)
+
+    seen = set()
+    for one, results in zip(wanted, together, strict=True):
+        model, tokenizer = open_model(one.model), open_tokenizer(one.model)
+        if one.adapter:
+            load_adapter(model, one.adapter)
+        alone = evaluate.evaluate(model, tokenizer, one.evaluate, tmp_path / "alone" / one.folder.name)
+        for mine, its in zip(results, alone, strict=True):
+            assert mine.items
+            assert its.items
+            assert read_items(mine.items) == read_items(its.items)
+            assert (mine.adapter, mine.subject) == (one.method, its.subject)
+        seen.add(str(read_items(results[0].items or Path())))
+    assert len(seen) == len(wanted)
+
+
+def test_subjects_that_are_scored_otherwise_are_laid_out_otherwise(base: Path, tmp_path: Path) -> None:
+    plain, short = subject(base, tmp_path), subject(base, tmp_path, "lora", limit=5)
+    assert [[r.n for r in results] for results in evaluate_subjects([plain, short])] == [[12] * 4, [5] * 4]

@@ -7,6 +7,7 @@ compared with what the code refuses today.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from subspace.combination import lack
 from tests.matrix import CELLS, MERGED, RECORD, RELOADED, TABLE, TOLERANCE, Cell, covering, measure, refused, table
 
 COVERING = covering()
+FLOAT16 = [cell for cell in CELLS if cell.base == "fp16" and cell.engine != "3+nvme" and cell.ranks == 1]
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,13 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return measure([cell for cell in CELLS if refused(cell) is None], tmp_path_factory.mktemp("all"))
+
+
+@pytest.fixture(scope="module")
+def float16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cuda")
+        yield measure(FLOAT16, tmp_path_factory.mktemp("float16"))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +69,14 @@ def test_a_selection_trains_reloads_and_merges(some: dict[str, Any], cell: Cell)
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if refused(cell) is None], ids=by_name)
 def test_every_combination_trains_reloads_and_merges(everything: dict[str, Any], cell: Cell) -> None:
     hold(cell, everything[cell.name])
+
+
+@pytest.mark.gpu
+@pytest.mark.processes
+@pytest.mark.parametrize("cell", FLOAT16, ids=by_name)
+def test_float16_trains_reloads_and_merges_on_a_gpu(float16: dict[str, Any], cell: Cell) -> None:
+    assert "loss" in float16[cell.name]
+    hold(cell, float16[cell.name])
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=by_name)

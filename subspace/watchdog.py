@@ -18,7 +18,7 @@ from typing import Self
 
 #: Seconds in which the processes have all had their say, before the first of them ends the run.
 TIME_TO_SPEAK = 5.0
-FRAMES = 8  # that are shown of a stack; the file has all
+FRAMES = 4  # the innermost of a stack that are shown, after the last of this package; the file has all
 
 
 class Watchdog:
@@ -65,7 +65,8 @@ class Watchdog:
         stack = traceback.format_stack(sys._current_frames()[self._watched])
         head = f"rank {self.rank} of {self.ranks} has been in step {self.step} for {self.seconds:g} s, here:\n"
         # One write, so that what several processes say at a time stays apart.
-        os.write(2, "".join([head, *stack[-FRAMES:]]).encode())
+        own = [frame for frame in stack[:-FRAMES] if str(Path(__file__).parent) in frame][-1:]
+        os.write(2, "".join([head, *own, *stack[-FRAMES:]]).encode())
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"rank-{self.rank}.txt").write_text("".join([head, *stack]))

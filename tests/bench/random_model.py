@@ -54,7 +54,8 @@ def write_random(folder: Path, shape: str, **changes: Any) -> int:
         shard[name] = drawn[kind].roll(number, -1).contiguous()
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
             flush()
-    flush()
+    if shard:
+        flush()
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": written}, "weight_map": where})
     )

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -31,7 +32,6 @@ def score(
     def made(name: str, split: str) -> datasets.Dataset:
         return datasets.Dataset.from_list(items(name, count))
 
-    vars(evaluate)["task_items"] = made if count else PREPARED
     if model_name == "tiny":
         model, tokenizer = tiny_llama().requires_grad_(False), bpe_tokenizer()
     else:
@@ -45,7 +45,8 @@ def score(
         optimizer = torch.optim.AdamW(model.lm_head.parameters())
         model = start_engine(model, engine, optimizer, lambda step: 1.0).module
     config = evaluate.EvaluateConfig(protocol=protocol, **{**SETTINGS, **settings})
-    return evaluate.evaluate(model, tokenizer, config, folder, model_name=model_name)
+    with mock.patch.object(evaluate, "task_items", made if count else PREPARED):
+        return evaluate.evaluate(model, tokenizer, config, folder, model_name=model_name)
 
 
 def main() -> None:

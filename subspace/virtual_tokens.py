@@ -6,6 +6,7 @@ virtual tokens, whether a text is read at once, in parts with a cache, padded, o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,12 +37,17 @@ class AttentionAdapter(Adapter):
                 f"method {self.name} was asked for with `attention: {kind}`, which cannot show a prefix to every "
                 "query. Set `model.attention: sdpa`"
             )
+        self.num_heads: int = self.base.config.num_attention_heads
         self.num_kv_heads: int = self.base.config.num_key_value_heads
         self.head_dim: int = self.base.head_dim
 
     def prefix(self) -> tuple[Tensor, Tensor]:
         """Return the keys and the values that precede the real ones, each ``(kv_heads, n, head_dim)``."""
         raise NotImplementedError
+
+    def offset(self) -> Tensor | None:
+        """Return what each query head, ``(heads,)``, adds to its logits on the prefix, or None."""
+        return None
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Any:
         """Run the frozen attention, whose mask and key-value cache are in ``context``, with the prefix in front."""
@@ -50,8 +56,15 @@ class AttentionAdapter(Adapter):
         if mask is None:
             mask = _causal_mask(hidden_states, context.get("past_key_values"), self.base.layer_idx)
         # A boolean mask marks what is seen; a float mask is added to the logits.
-        seen = True if mask.dtype == torch.bool else 0.0
-        mask = F.pad(mask, (cache.num_tokens, 0), value=seen)
+        offset = self.offset()
+        if offset is None:
+            mask = F.pad(mask, (cache.num_tokens, 0), value=True if mask.dtype == torch.bool else 0.0)
+        else:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(~mask, float("-inf"))
+            shape = (len(mask), len(offset), mask.shape[-2])
+            columns = offset.to(mask.dtype)[None, :, None, None].expand(*shape, cache.num_tokens)
+            mask = torch.cat([columns, mask.expand(*shape, -1)], dim=-1)
         return self.base(hidden_states, **{**context, "past_key_values": cache, "attention_mask": mask})
 
 
@@ -161,3 +174,10 @@ def _with_visible_columns(mask: Tensor, columns: int, rows: int) -> Tensor:
         hidden = torch.finfo(mask.dtype).min
         above = torch.zeros_like(above, dtype=mask.dtype).masked_fill(~above, hidden)
     return torch.cat([above.expand(*mask.shape[:2], -1, -1), mask], dim=-2)
+
+
+def linear(n_in: int, n_out: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the weight, ``(n_out, n_in)``, and the bias of a small network's layer as torch's linear layers start."""
+    bound = 1 / math.sqrt(n_in)
+    weight, bias = (torch.empty(*shape).uniform_(-bound, bound) for shape in ((n_out, n_in), (n_out,)))
+    return nn.Parameter(weight), nn.Parameter(bias)

@@ -283,6 +283,39 @@ def test_a_zero_prefix_takes_its_share() -> None:
     assert (logits(model) - logits(tiny_llama())).abs().max() > 0.1
 
 
+def test_a_prefix_comes_out_of_its_network() -> None:
+    model = adapted("llama", "prefix", {"n": 3, "hidden": 4})
+    plain = adapted("llama", "prefix", {"n": 3})
+    for site, adapter in adapters(model).items():
+        Z, W1, b1, W2, b2 = (adapter.trained()[name] for name in ("Z", "W1", "b1", "W2", "b2"))
+        rows = torch.tanh(Z @ W1.T + b1) @ W2.T + b2  # of each virtual token: its keys head by head, then its values
+        for name, part in zip(("K", "V"), rows.chunk(2, dim=1), strict=True):
+            heads = part.detach().reshape(3, 2, 16)
+            adapters(plain)[site].trained()[name].data = heads.transpose(0, 1)
+    assert torch.allclose(logits(model), logits(plain), atol=1e-5)
+    assert (logits(model) - logits(tiny_llama())).abs().max() > 0.1
+    model(IDS, use_cache=False).logits.square().sum().backward()
+    trained = trained_parameters(model)
+    assert len(trained) == 10
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_closed_gate_is_the_frozen_model_and_an_open_one_the_plain_prefix(attention: str) -> None:
+    def gated(start: float | None) -> Any:
+        model = tiny_llama()
+        model.set_attn_implementation(attention)
+        inject(model, "prefix", {"n": 3, "gate": start}, seed=3)
+        return model
+
+    assert torch.allclose(logits(gated(-30.0)), logits(tiny_llama()), atol=1e-5)
+    assert torch.allclose(logits(gated(0.0)), logits(gated(None)), atol=1e-5)
+    near, model = logits(gated(-3.0)), gated(-3.0)
+    assert 0.001 < (near - logits(tiny_llama())).abs().max() < (logits(gated(0.0)) - logits(tiny_llama())).abs().max()
+    model(IDS, use_cache=False).logits.square().sum().backward()
+    assert all(p.grad.abs().min() > 0 for name, p in trained_parameters(model).items() if name.endswith("gate"))  # type: ignore[union-attr]
+
+
 def test_the_order_of_a_prefix_is_free() -> None:
     model = adapted("llama", "prefix", {"n": 5})
     before, order = logits(model), torch.tensor([3, 0, 4, 1, 2])

@@ -142,7 +142,7 @@ class _Attention(nn.Module):
 
     class config:  # noqa: N801
         _attn_implementation = "sdpa"
-        num_key_value_heads = 1
+        num_key_value_heads = num_attention_heads = 1
 
     head_dim = 2
     layer_idx = 0

@@ -147,7 +147,7 @@ def test_trains_as_many_numbers_as_it_says(method: type[Adapter]) -> None:
         elif method.site == "module":
             scope.update(n_values=sum(p.numel() for p in adapter.aside.values()))
         else:
-            scope.update(n_kv=adapter.num_kv_heads * adapter.head_dim)  # type: ignore[operator]
+            scope.update(n_kv=adapter.num_kv_heads * adapter.head_dim, heads=adapter.num_heads)  # type: ignore[operator]
         assert sum(p.numel() for p in adapter.trained().values()) == eval(method.trains, {}, scope)
 
 

@@ -14,7 +14,6 @@ the text. ``p-tuning-v2`` is another method, ``prefix``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 from subspace.method import MethodConfig, register
 from subspace.settings import setting
-from subspace.virtual_tokens import PromptAdapter
+from subspace.virtual_tokens import PromptAdapter, linear
 
 TRAINS = "n * n_out + 2 * n_out * hidden + hidden**2 + 2 * hidden + n_out"
 
@@ -50,17 +49,10 @@ class PTuning(PromptAdapter):
         super().__init__(base, config)
         d, h = self.out_features, config.hidden
         self.Z = nn.Parameter(torch.empty(config.n, d).normal_())
-        self.W1, self.b1 = _layer(d, h)
-        self.W2, self.b2 = _layer(h, h)
-        self.W3, self.b3 = _layer(h, d)
+        self.W1, self.b1 = linear(d, h)
+        self.W2, self.b2 = linear(h, h)
+        self.W3, self.b3 = linear(h, d)
 
     def vectors(self) -> Tensor:
         hidden = F.relu(F.linear(self.Z, self.W1, self.b1))
         return F.linear(F.relu(F.linear(hidden, self.W2, self.b2)), self.W3, self.b3)
-
-
-def _layer(n_in: int, n_out: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return weight and bias as torch's linear layers start."""
-    bound = 1 / math.sqrt(n_in)
-    weight, bias = (torch.empty(*shape).uniform_(-bound, bound) for shape in ((n_out, n_in), (n_out,)))
-    return nn.Parameter(weight), nn.Parameter(bias)

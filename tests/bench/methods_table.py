@@ -25,6 +25,7 @@ from typing import Any
 
 from subspace import config
 from subspace.budget import count_trained, match_budget
+from subspace.inject import inject, roles
 from subspace.method import methods
 from subspace.model import open_shape
 from subspace.paths import REPOSITORY
@@ -82,7 +83,9 @@ def rate(name: str) -> float:
     base: float = config.read(RECIPE).train.learning_rate
     if name == "full":
         return base / 50
-    return base if FACTORS & set(methods()[name].roles.values()) else 10 * base
+    shape = open_shape(config.read(RECIPE).model)
+    inject(shape, name, settings(name), start=False)
+    return base if FACTORS & set(roles(shape).values()) else 10 * base
 
 
 def run(name: str) -> tuple[str, str]:

@@ -168,7 +168,7 @@ def main() -> None:
 
 
 def plant(bug: Bug) -> str:
-    """Return the first test that fails with the bug in place, or nothing."""
+    """Return the first test that fails with the bug in place and passes without it, or nothing."""
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         copy = Path(folder)
         for part in ("subspace", "tests", "data", "ds_configs", "launch", "pyproject.toml", "README.md"):
@@ -181,17 +181,25 @@ def plant(bug: Bug) -> str:
         text = file.read_text()
         assert bug.right in text, f"{bug.what}: {bug.file} has no {bug.right!r}"
         file.write_text(text.replace(bug.right, bug.wrong, 1))
-        tests = [f"tests/{name}.py" for name in bug.tests.split()]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(copy),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "ZERO_METHODS": bug.methods,
-        }
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
-        return f"`{failed[1]}`" if failed else ""
+        failed = first_failure(copy, bug, [f"tests/{name}.py" for name in bug.tests.split()])
+        file.write_text(text)
+        if failed and first_failure(copy, bug, [f"tests/{failed}"]):
+            raise SystemExit(f"{failed} fails without the bug too: '{bug.what}' proves nothing")
+        return f"`{failed}`" if failed else ""
+
+
+def first_failure(copy: Path, bug: Bug, tests: list[str]) -> str:
+    """Return the first of these tests that fails in the copy, or nothing."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "ZERO_METHODS": bug.methods,
+    }
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else ""
 
 
 if __name__ == "__main__":

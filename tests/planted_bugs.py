@@ -198,6 +198,8 @@ def first_failure(copy: Path, bug: Bug, tests: list[str]) -> str:
         "ZERO_METHODS": bug.methods,
     }
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):  # all passed, or one failed
+        raise SystemExit(f"'{bug.what}': pytest itself failed\n{done.stdout}{done.stderr}")
     failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", done.stdout, re.MULTILINE)
     return failed[1] if failed else ""
 

@@ -16,6 +16,7 @@ import pytest
 from subspace import catalogue, cli, launcher
 from subspace.interruption import STATUS_FILE
 from subspace.method import methods
+from subspace.verb import Verb
 from tests.tiny import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,11 +101,11 @@ def test_a_mistake_is_one_message_and_status_2(
     assert complaint in said.err
 
 
-def _failing(error: BaseException) -> list[cli.Verb]:
+def _failing(error: BaseException) -> list[Verb]:
     def fail(_: object) -> int:
         raise error
 
-    return [cli.Verb("fail", "", "", lambda parser: None, fail)]
+    return [Verb("fail", "", "", lambda parser: None, fail)]
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,8 +232,9 @@ def test_sigint_ends_a_verb(tmp_path: Path) -> None:
     script.write_text(
         "import sys, time\n"
         "from subspace import cli\n"
+        "from subspace.verb import Verb\n"
         "def wait(_):\n    print('here', flush=True)\n    time.sleep(60)\n"
-        "cli.VERBS = [cli.Verb('wait', '', '', lambda parser: None, wait)]\n"
+        "cli.VERBS = [Verb('wait', '', '', lambda parser: None, wait)]\n"
         "sys.exit(cli.main(['wait']))\n"
     )
     waiting = subprocess.Popen(

@@ -1,0 +1,101 @@
+"""What a verb of the command is, and the options and outputs that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from subspace import launcher
+from subspace.errors import UserError, nearest
+from subspace.formats import FORMATS
+
+if TYPE_CHECKING:
+    from subspace.tables import Table
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One thing that the command does."""
+
+    name: str
+    summary: str
+    examples: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    more_help: Callable[[], str] | None = None  # worked out only when it is asked for
+
+
+def json_argument(parser: argparse.ArgumentParser) -> None:
+    """Let a verb print its outcome as JSON."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the outcome as JSON; progress goes to standard error"
+    )
+
+
+def count(text: str) -> int:
+    """Read a number of things, at least one."""
+    if not text.isdecimal() or text == "0":
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a verb run in several processes; :func:`elsewhere` starts them."""
+    group = parser.add_argument_group("processes")
+    group.add_argument(
+        "--processes", type=count, metavar="N", help="how many; default: one a device, or one where there is none"
+    )
+    group.add_argument("--hostfile", metavar="FILE", help="run on these hosts, reached by ssh: lines 'HOST slots=N'")
+    group.add_argument("--dry-run", action="store_true", help="print the exact command instead of running it")
+
+
+def elsewhere(options: argparse.Namespace, arguments: Sequence[str]) -> int | None:
+    """Start the processes that the options ask for and return their status; None where this process does the work."""
+    if launcher.under_launcher():
+        started = int(os.environ["WORLD_SIZE"])
+        if options.processes not in (None, started):
+            raise UserError(
+                f"--processes {options.processes} was given to one of {started} processes that a launcher started"
+            )
+        return None
+    if options.json:
+        arguments = [*arguments, "--json"]
+    launch = launcher.plan(arguments, options.processes, options.hostfile)
+    if options.dry_run:
+        print(launch if launch else shlex.join([sys.executable, "-m", "subspace", *arguments]))
+        return 0
+    return launch.run() if launch else None
+
+
+def scored_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a verb read runs that have been scored."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that `subspace evaluate` wrote results to")
+    parser.add_argument("--protocol", metavar="NAME", help="by which they were scored; default: all that every run has")
+
+
+def settings_manual() -> str:
+    """Return what can be set in a run's configuration, for the end of a verb's help."""
+    from subspace.config import manual
+
+    return manual()
+
+
+def show_tables(found: Sequence[Table], options: argparse.Namespace) -> None:
+    """Print tables in the format that the options ask for; `evaluate` has but --json."""
+    from subspace.formats import show
+    from subspace.tables import write
+
+    given = {name: getattr(options, name, None) for name in ("format", "markdown", "transpose")}
+    form = "json" if options.json else "markdown" if given["markdown"] else given["format"] or "terminal"
+    if form not in FORMATS:
+        raise UserError(f"--format {form} was given, but a table cannot be written so. {nearest(form, FORMATS)}")
+    if form != "terminal":
+        print(write(found, form, turned=bool(given["transpose"])))
+        return
+    for table in found:
+        show(table.grid.turned() if given["transpose"] else table.grid)

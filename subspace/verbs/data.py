@@ -1,0 +1,56 @@
+"""``subspace data``: what a run would train on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from subspace.verb import Verb, count, json_argument, settings_manual
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="CONFIG", help="a run's configuration; or a mixture, a task or a data file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
+    parser.add_argument("--ngram", type=count, default=13, metavar="N", help="words in a row that make a match: 13")
+    parser.add_argument("--items", action="store_true", help="list the test items that are in the training text")
+    parser.add_argument("--markdown", action="store_true", help="for a document")
+    json_argument(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from subspace.config import read_data
+    from subspace.data_report import report
+    from subspace.formats import show
+    from subspace.model import open_tokenizer
+    from subspace.progress import shown
+
+    config = read_data(options.data, options.settings)
+    found = report(
+        config.data,
+        config.evaluate,
+        config.model.path,
+        open_tokenizer(config.model),
+        seed=config.train.seed,
+        ngram=options.ngram,
+        progress=shown,
+    )
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return 0
+    for grid in [*found.grids, found.items] if options.items else found.grids:
+        print(f"{grid.markdown()}\n") if options.markdown else show(grid)
+    return 0
+
+
+VERB = Verb(
+    "data",
+    "count what a run would train on and be scored on: repeats, cuts, contamination",
+    """examples:
+  subspace data commonsense
+  subspace data launch/recipes/quickstart.yaml data.max_length=400
+  subspace data boolq,piqa:500 evaluate.tasks=boolq,piqa --items
+  subspace data mine.jsonl --ngram 8 --json""",
+    _arguments,
+    _run,
+    settings_manual,
+)

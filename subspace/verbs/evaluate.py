@@ -1,0 +1,96 @@
+"""``subspace evaluate``: score models and adapters."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from subspace import launcher
+from subspace.errors import UserError
+from subspace.verb import Verb, count, elsewhere, json_argument, launch_arguments, settings_manual, show_tables
+
+if TYPE_CHECKING:
+    from subspace.config import Subject
+    from subspace.evaluate import Job
+    from subspace.tables import Table
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    what = "a run's folder; a configuration, for its base model; or a model's name or path"
+    parser.add_argument("subjects", nargs="+", metavar="RUN", help=f"{what}; and settings as key=value")
+    parser.add_argument("--limit", type=count, metavar="N", help="items of each task: short for evaluate.limit=N")
+    launch_arguments(parser)
+    json_argument(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if launcher.under_launcher():
+        launcher.become_rank()
+    from subspace import config as configuration
+
+    given = [*options.subjects, *([f"evaluate.limit={options.limit}"] if options.limit else [])]
+    settings = [word for word in given if re.match(r"[a-z_.]+=", word)]
+    subjects = [configuration.read_subject(word, settings) for word in given if word not in settings]
+    if not subjects:
+        raise UserError("subspace evaluate was given settings, but nothing to score: a run's folder or a model")
+    status = elsewhere(options, ["evaluate", *given])
+    if status is not None:
+        return status
+    launcher.become_rank()
+
+    from subspace.distributed import is_main, leave
+    from subspace.engine import start_processes
+    from subspace.progress import shown
+    from subspace.subjects import evaluate_subjects
+
+    start_processes()
+    evaluate_subjects(subjects, shown, _say_what_shows if is_main() else None)
+    if is_main():
+        _show_scores(subjects, options)
+    leave()
+    launcher.mark_finished()
+    return 0
+
+
+def _say_what_shows(jobs: Sequence[Job]) -> None:
+    """Say before the scoring how large a difference between two runs these items can show."""
+    from subspace.statistics import expectation
+
+    print(expectation({job.sample.task.title: len(job.sample.items) for job in jobs}), file=sys.stderr)
+
+
+def _show_scores(subjects: Sequence[Subject], options: argparse.Namespace) -> None:
+    """Print a table for each protocol: side by side what can be compared, else one for each subject."""
+    from subspace.answer_word import agreement
+    from subspace.tables import tables
+
+    found: list[Table] = []
+    for protocol in dict.fromkeys(name for s in subjects for name in s.evaluate.protocols):
+        folders = [s.folder for s in subjects if protocol in s.evaluate.protocols]
+        try:
+            found += tables(folders, protocol)
+        except UserError:
+            found += [table for folder in folders for table in tables([folder], protocol)]
+    show_tables(found, options)
+    for folder in dict.fromkeys(s.folder for s in subjects if "answer-word" in s.evaluate.protocols):
+        by_task = ", ".join(f"{task} {100 * share.value:.1f} %" for task, share in agreement(folder).items())
+        if by_task and not options.json:
+            print(f"{folder}: answer-word gives llm-adapters' answer on {by_task}")
+
+
+VERB = Verb(
+    "evaluate",
+    "score a base model or adapters on the suites",
+    """examples:
+  subspace evaluate runs/quickstart --processes 2
+  subspace evaluate smollm2-135m evaluate.tasks=boolq,piqa --limit 100
+  subspace evaluate runs/quickstart evaluate.protocol=llm-adapters,answer-word
+  subspace evaluate smollm2-135m runs/lora runs/dora       one load of their base for all three
+  subspace evaluate launch/recipes/quickstart.yaml         the base model, scored as that run will be""",
+    _arguments,
+    _run,
+    settings_manual,
+)

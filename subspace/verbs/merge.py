@@ -1,0 +1,44 @@
+"""``subspace merge``: one plain model of base and adapter."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from subspace.verb import Verb, json_argument
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run's folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the run's"
+    )
+    parser.add_argument("--as-trained", action="store_true", help="into a quantised base's rounded weights")
+    json_argument(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from subspace import config as configuration
+    from subspace.merge import merged_folder
+
+    run, out = configuration.read_run(Path(options.run)), Path(options.out)
+    assert run.adapter
+    report = merged_folder(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)
+    print(
+        json.dumps({"folder": str(out), **dataclasses.asdict(report)}) if options.json else f"{report}\nmerged: {out}"
+    )
+    return 0
+
+
+VERB = Verb(
+    "merge",
+    "write base model and adapter as one plain Hugging Face folder, proved equal",
+    """examples:
+  subspace merge runs/quickstart --out merged
+  subspace merge runs/quickstart --out merged --dtype float32""",
+    _arguments,
+    _run,
+)

@@ -1,0 +1,48 @@
+"""``subspace plan``: what a run takes, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from subspace.verb import Verb, count, json_argument, settings_manual
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
+    parser.add_argument(
+        "--processes", type=count, default=1, metavar="N", help="how many the run will have; default: 1"
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="tell the largest micro-batch that fits a device of 24GB, say")
+    parser.add_argument("--verify", action="store_true", help="train three steps and show what was told beside it")
+    json_argument(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from subspace import config as configuration
+    from subspace import plan
+
+    memory = plan.parse_size(options.memory) if options.memory else None
+    config = configuration.read(options.config, options.settings)
+    found: plan.Plan | plan.Verified
+    if options.verify:
+        found = plan.verify(options.config, options.settings, processes=options.processes)
+    else:
+        found = plan.plan(config, processes=options.processes, memory=memory)
+    print(json.dumps(found.as_dict(), indent=2) if options.json else "\n".join(found.lines()))
+    return 0
+
+
+VERB = Verb(
+    "plan",
+    "tell before anything is loaded what a run takes: memory by part, disk, steps, time",
+    """examples:
+  subspace plan launch/recipes/quickstart.yaml
+  subspace plan launch/recipes/llama-7b-lora-r32.yaml model.quantize=nf4 --memory 24GB
+  subspace plan launch/recipes/quickstart.yaml engine=ds_configs/zero3.json --processes 2
+  subspace plan launch/recipes/quickstart.yaml train.micro_batch=4 --verify""",
+    _arguments,
+    _run,
+    settings_manual,
+)

@@ -1,0 +1,46 @@
+"""``subspace table``: results side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from subspace.formats import FORMATS
+from subspace.verb import Verb, json_argument, scored_arguments, show_tables
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    scored_arguments(parser)
+    parser.add_argument("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}; default: terminal")
+    parser.add_argument("--markdown", action="store_true", help="for a document: short for --format markdown")
+    parser.add_argument("--transpose", action="store_true", help="methods down, tasks across: for many methods")
+    parser.add_argument("--plot", metavar="FILE", help="draw scores and intervals as well: a .png, .svg or .pdf")
+    json_argument(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from subspace.tables import tables
+
+    found = tables([Path(run) for run in options.runs], options.protocol)
+    show_tables(found, options)
+    if options.plot:
+        from subspace.plots import plot
+
+        for file in plot(found, Path(options.plot)):
+            print(f"drawn: {file}", file=sys.stderr)
+    return 0
+
+
+VERB = Verb(
+    "table",
+    "put the results of runs side by side",
+    """examples:
+  subspace table runs/smollm2-135m runs/quickstart
+  subspace table runs/* --protocol llm-adapters --markdown
+  subspace table runs/dora-seed0 runs/dora-seed1 runs/dora-seed2      seeds of one method are one column: mean ± sd
+  subspace table runs/* --format latex --transpose
+  subspace table runs/* --plot scores.svg""",
+    _arguments,
+    _run,
+)

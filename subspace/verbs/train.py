@@ -1,0 +1,70 @@
+"""``subspace train``: train adapters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from subspace import launcher
+from subspace.verb import Verb, elsewhere, json_argument, launch_arguments, settings_manual
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run's newest checkpoint; start it where there is none"
+    )
+    launch_arguments(parser)
+    json_argument(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if launcher.under_launcher():
+        launcher.become_rank()
+    from subspace import config as configuration
+    from subspace.distributed import is_main, leave
+    from subspace.engine import read_engine_file
+    from subspace.run import is_finished, refuse_used, train_run
+
+    config = configuration.read(options.config, options.settings)
+    # What can be refused now is refused before any process starts.
+    read_engine_file(config.engine)
+    finished = options.resume and is_finished(config)
+    if finished:
+        print(f"{config.folder} is finished: there is nothing left to train", file=sys.stderr)
+    elif not options.resume:
+        refuse_used(config.folder)
+    resume = ["--resume"] if options.resume else []
+    status = None if finished else elsewhere(options, ["train", options.config, *options.settings, *resume])
+    if status is not None:
+        return status
+    launcher.become_rank()
+    folder = config.folder if finished else train_run(config, resume=options.resume)
+    if is_main():
+        outcome = json.loads((folder / "environment.json").read_text())["outcome"]
+        if options.json:
+            print(json.dumps({"run": str(folder), **outcome}))
+        else:
+            print(f"{outcome['steps']} steps, last loss {outcome['loss']:.4f}, {outcome['seconds'] / 60:.1f} min")
+            print(f"adapter: {folder / 'adapter'}")
+            print(f"next: subspace evaluate {folder}")
+    leave()
+    launcher.mark_finished()
+    return 0
+
+
+VERB = Verb(
+    "train",
+    "train adapters as a configuration says",
+    """examples:
+  subspace train launch/recipes/quickstart.yaml
+  subspace train launch/recipes/quickstart.yaml method=dora train.learning_rate=1e-4 name=dora
+  subspace train launch/recipes/quickstart.yaml --processes 2 --dry-run
+  subspace train launch/recipes/quickstart.yaml --resume   after it was stopped or killed
+  deepspeed --num_gpus 2 launch/train.py launch/recipes/quickstart.yaml        the same run""",
+    _arguments,
+    _run,
+    settings_manual,
+)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspace.decomposition import SVD
+from subspace.dropout import dropout
 from subspace.errors import UserError
 from subspace.linalg import add_product, off_diagonal
 from subspace.method import LinearAdapter, MethodConfig
@@ -82,8 +83,7 @@ class LowRankAdapter(LinearAdapter):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return what stands between the factors, ``(..., in) -> (..., r)``."""
-        x = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
-        h = F.linear(x, self.A.to(x.dtype))
+        h = F.linear(dropout(x, self.config.dropout, self.training), self.A.to(x.dtype))
         return self.core(torch.relu(h) if self.mpc == "n" else h)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class DifferenceAdapter(LowRankAdapter):
         return torch.cat([self.A, self.A0]), self.scale * torch.cat([self.B, -self.B0], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        dropped = dropout(x, self.config.dropout, self.training)
         now, before = (
             F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype)) for A, B in ((self.A, self.B), (self.A0, self.B0))
         )

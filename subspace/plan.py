@@ -1,8 +1,8 @@
 """What a run will take, told before anything is loaded: memory by part, disk, steps, time.
 
 No figure is fitted to a run. Weights are counted on the meta device (:mod:`subspace.holdings`), activations by a step
-without numbers (:mod:`subspace.rehearsal`), and what the libraries themselves take by looking at this process, which
-has imported them as the run will.
+without numbers (:mod:`subspace.rehearsal`), and what is there besides tensors by looking at this process, which by
+then has imported what the run will, opened the rows, built model and adapters, and gone through a step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from subspace import config as configuration
 from subspace import declarations
-from subspace.batches import StepPlan, is_encoded, open_data, share
+from subspace.batches import Data, StepPlan, is_encoded, open_data, share
 from subspace.config import RunConfig
 from subspace.encoding import IGNORE
 from subspace.engine import OFFLOAD, Layout, fill, lay_out, read_engine_file
@@ -51,6 +51,7 @@ class Work:
     lengths: str
     steps: int | None
     tokens: int | None
+    data: Data | None = None  # as open as the run will have it: what was read of mapped files counts as held
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout) -> Work:
@@ -91,7 +92,7 @@ class Work:
         rows, columns = batch["input_ids"].shape
         shape = Batch(rows, columns, int(targets.any(dim=0).sum()), int(targets.sum()))
         tokens = sum(int(lengths[steps[number]].sum()) for number in range(len(steps)))
-        return cls(shape, "the longest of the data", len(steps), tokens)
+        return cls(shape, "the longest of the data", len(steps), tokens, data)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,6 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
     gpu = device().type == "cuda"
     work = Work.of(config, layout)
     model: Any = open_shape(config.model)
-    libraries = 0 if gpu else _libraries(config)
     for part in config.method:
         inject(model, part.name, part.settings, targets=part.targets, patterns=part.patterns, start=False)
     trained = trained_parameters(model)
@@ -172,17 +172,18 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
             tensor.data = tensor.data.to(getattr(torch, config.model.dtype))
     check_optimizer(config.train.optimizer, gpu=gpu, offloaded=OFFLOAD in engine["zero_optimization"])
     holdings = Holdings(model, engine, processes, STATE_BYTES[config.train.optimizer], gpu=gpu)
-    libraries_part = [Part("Python and libraries", libraries)] if libraries else []
-    fixed = [*libraries_part, *holdings.parts()]
+    accumulated = layout.accumulate > 1
+    footprint = rehearse(model, work.batch, accumulated=accumulated)
+    seconds = _seconds(model, config, work.tokens, processes) if work.tokens else None
+    program = 0 if gpu else _program(config)
+    fixed = [*([Part("Python, libraries and rows", program)] if program else []), *holdings.parts()]
     held = sum(part.bytes for part in fixed if not (part.host and gpu))
     gradients = sum(part.bytes for part in fixed if part.name == "gradients")
-    accumulated = layout.accumulate > 1
 
     def peak(footprint: Footprint) -> int:
         # Gradients come as activations go: a rehearsal counts both, unless they were there before.
         return max(held, held + footprint.peak - (0 if accumulated else gradients))
 
-    footprint = rehearse(model, work.batch, accumulated=accumulated)
     found = Plan(
         model=config.model.path,
         method=config.methods,
@@ -200,13 +201,13 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
             Part("output head and loss", footprint.head),
             Part("more in the backward pass", footprint.backward),
         ),
-        loading=libraries + holdings.loading(),
+        loading=program + holdings.loading(),
         peak=peak(footprint),
         checkpoint=4 * count + holdings.state,
         adapter=4 * count,
         steps=work.steps,
         all_tokens=work.tokens,
-        seconds=_seconds(model, config, work.tokens, processes) if work.tokens else None,
+        seconds=seconds,
     )
     if memory is None:
         return found
@@ -220,8 +221,8 @@ def _of_rows(batch: Batch, rows: int) -> Batch:
     return dataclasses.replace(batch, rows=rows, labelled=max(1, batch.labelled * rows // batch.rows))
 
 
-def _libraries(config: RunConfig) -> int:
-    """Return what this process holds when it has imported what the run will."""
+def _program(config: RunConfig) -> int:
+    """Return what this process holds, which has no numbers, with all imported that the run will."""
     names = ["subspace.run", "deepspeed", "transformers.modeling_utils", "accelerate"]
     names += ["torch._inductor.lowering"]  # which DeepSpeed imports as its engine starts
     names += ["bitsandbytes"] if config.model.quantize != "none" else []

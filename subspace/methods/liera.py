@@ -54,7 +54,7 @@ class LieRA(LowRankAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         # What is small is kept apart from W x, or a 16-bit W' would round it away.
-        dropped = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        dropped = dropout(x, self.config.dropout, self.training)
         update: Tensor = _Update.apply(dropped, self.A, self.B, self)  # type: ignore[no-untyped-call]
         return self.frozen(x) + update
 

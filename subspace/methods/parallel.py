@@ -70,6 +70,6 @@ class Parallel(Adapter):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        read = F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        read = dropout(x, self.config.dropout, self.training)
         hidden = self.f(F.linear(read, self.A.to(x.dtype)))
         return add_product(self.base(x), hidden, self.B.to(x.dtype), self.config.scale)

@@ -51,6 +51,9 @@ class DataConfig(Settings):
     validation: int = setting(120, "rows held out", min=0)
     limit: int | None = setting(None, "rows to train on, drawn at random; null for all", min=1)
     group_by_length: bool = setting(True, "fill a step with rows of like length, which pads less")
+    packing: bool = setting(
+        False, "put rows one after another, blind to each other, into sequences of max_length, which pads hardly at all"
+    )
 
 
 class Row(NamedTuple):
@@ -85,6 +88,11 @@ class Tokenized:
         return np.minimum(_column(self.table, "length")[self.order], self.max_length)
 
     @property
+    def answers(self) -> Integers:
+        """How many of each row's tokens are its answer's, with its end."""
+        return (_column(self.table, "length") - _column(self.table, "answer_start"))[self.order]
+
+    @property
     def keys(self) -> Integers:
         """A number for each row's text: equal where the texts are."""
         return _column(self.table, "key")[self.order]
@@ -104,10 +112,12 @@ class Data:
     report: dict[str, Any]
     notices: tuple[str, ...]
     parts: dict[tuple[str, str], int] = field(default_factory=dict)
+    packing: bool = False
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Return these rows of the training data as tensors."""
-        return collate([self.train[number] for number in numbers], self.pad_id, self.loss_on)
+        rows = [self.train[number] for number in numbers]
+        return collate(rows, self.pad_id, self.loss_on, room=self.train.max_length if self.packing else None)
 
     def validation_batches(self, micro_batch: int, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
         """Yield this rank's part of the held-out rows. All ranks get equally many batches, maybe without labels."""
@@ -197,7 +207,14 @@ def open_data(
     assert tokenizer.pad_token_id is not None
     parts = {name: int(begin) for name, begin in begins.items()}
     return Data(
-        opened(train), opened(validation), int(tokenizer.pad_token_id), config.loss_on, report, tuple(notices), parts
+        train=opened(train),
+        validation=opened(validation),
+        pad_id=int(tokenizer.pad_token_id),
+        loss_on=config.loss_on,
+        report=report,
+        notices=tuple(notices),
+        parts=parts,
+        packing=config.packing,
     )
 
 
@@ -274,21 +291,51 @@ def share(numbers: Sequence[int], rank: int, ranks: int, accumulate: int) -> lis
     return [[int(number) for number in part[rank::ranks]] for part in together]
 
 
-def collate(batch: Sequence[Row], pad_id: int, loss_on: str = "answer", pad_to_multiple: int = 8) -> dict[str, Tensor]:
-    """Pad rows on the right into tensors (rows, tokens). What is padding is told by position, whatever id it has."""
+def collate(
+    batch: Sequence[Row], pad_id: int, loss_on: str = "answer", pad_to_multiple: int = 8, room: int | None = None
+) -> dict[str, Tensor]:
+    """Pad rows on the right into tensors (sequences, tokens). What is padding is told by position, whatever id it has.
+
+    With ``room``, a sequence of so many tokens takes as many rows as fit, one after another. Their positions, which
+    begin again with each row and with the padding, are then given, too.
+    """
     import torch
 
-    longest = max(len(row.input_ids) for row in batch)
-    shape = (len(batch), -(-longest // pad_to_multiple) * pad_to_multiple)
+    sequences = [[row] for row in batch] if room is None else packed(batch, room)
+    longest = max(sum(len(row.input_ids) for row in sequence) for sequence in sequences)
+    shape = (len(sequences), -(-longest // pad_to_multiple) * pad_to_multiple)
     ids = torch.full(shape, pad_id, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
+    mask, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE, dtype=torch.int64)
-    for i, row in enumerate(batch):
-        end, start = len(row.input_ids), 0 if loss_on == "all" else row.answer_start
-        ids[i, :end] = torch.tensor(row.input_ids)
-        mask[i, :end] = 1
-        labels[i, start:end] = ids[i, start:end]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    for i, sequence in enumerate(sequences):
+        begin = 0
+        for row in sequence:
+            end = begin + len(row.input_ids)
+            # A row's first token follows none that it could be told from.
+            start = begin + (1 if loss_on == "all" else row.answer_start)
+            ids[i, begin:end] = torch.tensor(row.input_ids)
+            mask[i, begin:end] = 1
+            labels[i, start:end] = ids[i, start:end]
+            positions[i, begin:end] = torch.arange(end - begin)
+            begin = end
+        positions[i, begin:] = torch.arange(shape[1] - begin)
+    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return tensors if room is None else {**tensors, "position_ids": positions}
+
+
+def packed(rows: Sequence[Row], room: int) -> list[list[Row]]:
+    """Put rows, the longest first, each into the first sequence that has room for it among so many tokens."""
+    sequences: list[list[Row]] = []
+    left: list[int] = []
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+        size = len(row.input_ids)
+        at = next((i for i, free in enumerate(left) if size <= free), len(left))
+        if at == len(left):
+            sequences.append([])
+            left.append(room)
+        sequences[at].append(row)
+        left[at] -= size
+    return sequences
 
 
 def _tokenized(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> datasets.Dataset:

@@ -209,6 +209,14 @@ def largest_gradient(engine: Any) -> torch.Tensor:
     return torch.stack([norm.float() for norm in torch._foreach_norm(gradients, math.inf)]).max().to(engine.device)
 
 
+def plain_norm(engine: Any) -> float | None:
+    """Return the gradient's norm between last backward and step without ZeRO; ZeRO itself tells it after the step."""
+    if engine.zero_optimization():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
 def scale_is_spent(engine: Any) -> bool:
     """Tell whether float16's loss scale is as small as it may become."""
     scaler = engine.optimizer.loss_scaler

@@ -83,6 +83,9 @@ class EvaluateConfig(Settings):
     seen: str = setting(
         "refuse", "a suite with more than 1 % of its items in a run's training text", choices=("refuse", "score")
     )
+    mixed: bool = setting(
+        False, "several subjects of one base: score in the same batches those whose adapters act on linear layers alone"
+    )
     again: bool = setting(False, "score anew what is scored already")
 
     def __post_init__(self) -> None:
@@ -157,6 +160,7 @@ def evaluate(
     adapter: str = "",
     progress: Progress = silent,
     jobs: Sequence[Job] | None = None,
+    checksum: str = "",
 ) -> list[TaskResult]:
     """Score a model on the tasks. All ranks call it, and each returns all results.
 
@@ -170,9 +174,10 @@ def evaluate(
         adapter: what the results call the adapters; nothing for the base model.
         progress: what is told how far it is, on the first process.
         jobs: what ``lay_out`` made of this configuration for a model of the same base.
+        checksum: of base and adapters, where the model holds those of several subjects.
     """
     jobs = lay_out(model, tokenizer, config, progress) if jobs is None else jobs
-    subject = weights_checksum(model) if folder else ""
+    subject = checksum or (weights_checksum(model) if folder else "")
     total, done = sum(_work(job.scorer, range(len(job.sample.items))) for job in jobs), 0
     results = []
     title = f"score {adapter or model_name or 'the model'} by {', '.join(config.protocols)}"

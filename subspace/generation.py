@@ -85,7 +85,8 @@ class Generation:
     def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
         """Let the model answer the items of these numbers together; return the record of each."""
         prompts = [self.prompts[number] for number in batch]
-        written = decode_greedily(model, prompts, self._finished, self.task.max_new_tokens)
+        mixed = len(set(batch)) < len(batch)  # an item has a row for each of several subjects
+        written = decode_greedily(model, prompts, self._finished, self.task.max_new_tokens, drop=not mixed)
         return [self._record(number, tokens) for number, tokens in zip(batch, written, strict=True)]
 
     def _finished(self, tokens: list[int]) -> bool:
@@ -192,6 +193,8 @@ def decode_greedily(
     prompts: Sequence[Sequence[int]],
     finished: Callable[[list[int]], bool],
     max_new_tokens: int,
+    *,
+    drop: bool = True,
 ) -> list[list[int]]:
     """Return what the model writes after each prompt. The prompts are one batch, padded on the left.
 
@@ -200,6 +203,7 @@ def decode_greedily(
         prompts: token ids.
         finished: tells by what a row has written, the last token included, whether to go on with it.
         max_new_tokens: where a row ends at the latest.
+        drop: whether rows that are finished leave the batch. Where they are several subjects', all stay to the end.
     """
     device = next(model.parameters()).device
     length = max(map(len, prompts))
@@ -211,7 +215,7 @@ def decode_greedily(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache: Any = None
     written: list[list[int]] = [[] for _ in prompts]
-    unfinished = list(range(len(prompts)))
+    rows, over = list(range(len(prompts))), set[int]()
 
     for _ in range(max_new_tokens):
         out = model(
@@ -224,14 +228,17 @@ def decode_greedily(
         )
         cache = out.past_key_values
         tokens = out.logits[:, -1].argmax(-1)
-        for row, token in zip(unfinished, tokens.tolist(), strict=True):
-            written[row].append(token)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if row not in over:
+                written[row].append(token)
+                if finished(written[row]):
+                    over.add(row)
 
-        going_on = [i for i, row in enumerate(unfinished) if not finished(written[row])]
+        going_on = [i for i, row in enumerate(rows) if row not in over]
         if not going_on:
             break
-        if len(going_on) < len(unfinished):
-            unfinished = [unfinished[i] for i in going_on]
+        if drop and len(going_on) < len(rows):
+            rows = [rows[i] for i in going_on]
             kept = torch.tensor(going_on, device=device)
             tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
             cache.batch_select_indices(kept)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 # Of mallopt.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-LARGE = 1 << 17  # bytes; glibc's own threshold grows to 256 times that
+LARGE = 1 << 17  # bytes; glibc's own threshold grows to 256 times that,
+LARGEST = 1 << 25  # which is the most that it takes
+MANY = (1 << 31) - 1
 
 
 def resident_memory(line: str = "VmRSS") -> int:
@@ -29,7 +31,19 @@ def resident_memory(line: str = "VmRSS") -> int:
 
 def return_what_is_freed() -> None:
     """Let large blocks go back to the system when they are freed, from now on. Without glibc, nothing happens."""
+    _set_thresholds(LARGE, LARGE)
+
+
+def keep_what_is_freed() -> None:
+    """Let freed blocks stay and be used again, from now on, as glibc does where nobody asks otherwise.
+
+    What a step frees, the next one wants again, and the system clears every page before it gives it back.
+    """
+    _set_thresholds(LARGEST, MANY)
+
+
+def _set_thresholds(mapped: int, trimmed: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(MMAP_THRESHOLD, LARGE)
-        libc.mallopt(TRIM_THRESHOLD, LARGE)
+        libc.mallopt(MMAP_THRESHOLD, mapped)
+        libc.mallopt(TRIM_THRESHOLD, trimmed)

@@ -1,8 +1,8 @@
 """The loss of a batch: cross entropy where a token carries a label, and no more of the output head than it needs.
 
 A vocabulary is wide: float32 logits of 4,096 tokens over 128,256 words are 2.1 GB, and a backward pass holds them
-three times. Here the head runs on the columns with a label only; where those are many, as with the loss on all
-tokens, it runs on a few tokens at a time, and their logits are computed again in the backward pass.
+three times. Here the head runs on the labelled tokens only; where those are many, as with the loss on all tokens, it
+runs on a few of them at a time, and their logits are computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from subspace.distributed import gather_objects
 from subspace.encoding import IGNORE
+from subspace.zero import is_sharded
 
 #: Logits that are held at a time: 64 MiB of float32.
 AT_ONCE = 1 << 24
@@ -31,29 +33,50 @@ _straight: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the cross entropy summed over labelled tokens, in nats, of a model or of an engine that holds one."""
-    targets = batch["labels"][:, 1:]
+    ids, labels, positions = batch["input_ids"], batch["labels"], batch.get("position_ids")
+    mask: Tensor | None = batch["attention_mask"]
+    if positions is not None:
+        # Packed rows. That they do not see each other, transformers takes from positions that begin again, if no mask
+        # says otherwise; for flash attention only where all stand in one sequence.
+        mask = None
+        if getattr(model, "module", model).config._attn_implementation.startswith("flash"):
+            ids, labels, positions = (tensor.reshape(1, -1) for tensor in (ids, labels, positions))
+    targets = labels[:, 1:]
     columns = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
     wanted = targets[:, columns].flatten()
     labelled = (wanted != IGNORE).nonzero().squeeze(1)
-    return loss_at(model, batch["input_ids"], batch["attention_mask"], columns, wanted, labelled)
+    return loss_at(model, ids, mask, columns, wanted, labelled, positions=positions)
 
 
 def loss_at(
-    model: Any, ids: Tensor, mask: Tensor, columns: Tensor, targets: Tensor, labelled: Tensor, *, sure: bool = False
+    model: Any,
+    ids: Tensor,
+    mask: Tensor | None,
+    columns: Tensor,
+    targets: Tensor,
+    labelled: Tensor,
+    *,
+    positions: Tensor | None = None,
+    sure: bool = False,
 ) -> Tensor:
     """Return the summed cross entropy of ``targets``, which follow the tokens in ``columns``, row by row.
 
     ``labelled`` are the places of the targets that count. Where the caller is ``sure``, the mark is not looked at.
     """
+    where = {"attention_mask": mask, "position_ids": positions}
 
     def logits() -> Tensor:
-        out: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns).logits
+        out: Tensor = model(input_ids=ids, **where, use_cache=False, logits_to_keep=columns).logits
         return out
 
     head = getattr(model, "module", model).get_output_embeddings()
     width = getattr(head, "out_features", 0)
-    if targets.numel() * width > AT_ONCE and head not in _bent:
-        with _ends_in(head, lambda run, hidden: _in_parts(run, hidden, targets, labelled, AT_ONCE // width)):
+    if width and head not in _bent:
+        parts = max(1, -(-len(labelled) // max(1, AT_ONCE // width)))
+        if any(is_sharded(tensor) for inside in head.children() for tensor in inside.parameters()):
+            # The frozen head inside an adapter is gathered for each part, which all processes must do equally often.
+            parts = max(gather_objects(parts))
+        with _ends_in(head, lambda run, hidden: _in_parts(run, hidden, targets, labelled, parts)):
             loss, mark = logits().unbind()
         if sure or head in _straight or bool(mark == MARK):
             _straight.add(head)
@@ -66,20 +89,18 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
-def _in_parts(
-    run: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, labelled: Tensor, tokens: int
-) -> Tensor:
-    """Return the loss and the mark; ``run`` makes logits of hidden values, ``tokens`` labelled ones at a time."""
+def _in_parts(run: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, labelled: Tensor, parts: int) -> Tensor:
+    """Return the loss and the mark; ``run`` makes logits of hidden values, of the labelled ones in so many parts."""
     hidden, wanted = hidden.flatten(0, 1)[labelled], targets[labelled]
 
     def part(some: Tensor, of: Tensor) -> Tensor:
         return _cross_entropy(run(some), of)
 
-    losses = [
-        checkpoint(part, some, of, use_reentrant=False)
-        for some, of in zip(hidden.split(tokens), wanted.split(tokens), strict=True)  # type: ignore[no-untyped-call]
-    ]
-    total = torch.stack(losses).sum() if losses else hidden.float().sum()
+    if parts == 1:
+        total = part(hidden, wanted)
+    else:
+        pieces = zip(hidden.tensor_split(parts), wanted.tensor_split(parts), strict=True)
+        total = torch.stack([checkpoint(part, some, of, use_reentrant=False) for some, of in pieces]).sum()
     return torch.stack([total, torch.full_like(total, MARK)])
 
 

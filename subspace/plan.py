@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from subspace import config as configuration
@@ -45,13 +46,20 @@ VERIFIED_STEPS = 3
 
 @dataclass(frozen=True)
 class Work:
-    """What is fed: the largest micro-batch, and how much of it there is."""
+    """What is fed: the longest micro-batch, and how much of it there is.
+
+    Attributes:
+        data: the rows, where they are encoded already. They stay open as the run will have them, because what was
+            read of their files counts as held.
+        micro_batches: which rows each micro-batch of the first process has.
+    """
 
     batch: Batch
     lengths: str
     steps: int | None
     tokens: int | None
-    data: Data | None = None  # as open as the run will have it: what was read of mapped files counts as held
+    data: Data | None = None
+    micro_batches: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout) -> Work:
@@ -85,14 +93,29 @@ class Work:
             seed=config.train.seed,
             group_by_length=config.data.group_by_length,
         )
-        first = np.array([lengths[steps[number][0]] for number in range(len(steps))])
-        longest = steps[int(first.argmax())]
-        batch = data.batch(share(longest, 0, layout.ranks, layout.accumulate)[0])
-        targets = batch["labels"][:, 1:] != IGNORE
-        rows, columns = batch["input_ids"].shape
-        shape = Batch(rows, columns, int(targets.any(dim=0).sum()), int(targets.sum()))
-        tokens = sum(int(lengths[steps[number]].sum()) for number in range(len(steps)))
-        return cls(shape, "the longest of the data", len(steps), tokens, data)
+        rows = [steps[number] for number in range(len(steps))]
+        fed = [part for step in rows for part in share(step, 0, layout.ranks, layout.accumulate)]
+        micro_batches = np.array(fed)
+        longest = _shape(data, fed[int(lengths[micro_batches].max(axis=1).argmax())])
+        tokens = int(lengths[np.array(rows)].sum())
+        return cls(longest, "the heaviest of the data", len(steps), tokens, data, micro_batches)
+
+    def heaviest(self, footprint: Footprint) -> Batch:
+        """Return the micro-batch that takes the most memory, going by what tokens and labels take of the longest."""
+        if self.data is None or self.micro_batches is None:
+            return self.batch
+        lengths = self.data.train.lengths[self.micro_batches]
+        labels = lengths - 1 if self.data.loss_on == "all" else self.data.train.answers[self.micro_batches]
+        each = (footprint.activations + footprint.backward) / self.batch.tokens
+        taken = each * lengths.max(axis=1) + footprint.head / self.batch.labelled * labels.sum(axis=1)
+        return _shape(self.data, self.micro_batches[int(taken.argmax())].tolist())
+
+
+def _shape(data: Data, rows: Sequence[int]) -> Batch:
+    batch = data.batch(rows)
+    targets = batch["labels"][:, 1:] != IGNORE
+    count, tokens = batch["input_ids"].shape
+    return Batch(count, tokens, int(targets.any(dim=0).sum()), int(targets.sum()))
 
 
 @dataclass(frozen=True)
@@ -173,7 +196,8 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
     check_optimizer(config.train.optimizer, gpu=gpu, offloaded=OFFLOAD in engine["zero_optimization"])
     holdings = Holdings(model, engine, processes, STATE_BYTES[config.train.optimizer], gpu=gpu)
     accumulated = layout.accumulate > 1
-    footprint = rehearse(model, work.batch, accumulated=accumulated)
+    batch = work.heaviest(rehearse(model, work.batch, accumulated=accumulated))
+    footprint = rehearse(model, batch, accumulated=accumulated)
     seconds = _seconds(model, config, work.tokens, processes) if work.tokens else None
     program = 0 if gpu else _program(config)
     fixed = [*([Part("Python, libraries and rows", program)] if program else []), *holdings.parts()]
@@ -192,7 +216,7 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
         stage=holdings.stage,
         micro_batch=layout.micro_batch,
         accumulate=layout.accumulate,
-        tokens=work.batch.tokens,
+        tokens=batch.tokens,
         lengths=work.lengths,
         trained=count,
         parts=(
@@ -212,7 +236,7 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
     if memory is None:
         return found
     # What a row takes more is the same for every row.
-    one, two = (peak(rehearse(model, _of_rows(work.batch, rows), accumulated=accumulated)) for rows in (1, 2))
+    one, two = (peak(rehearse(model, _of_rows(batch, rows), accumulated=accumulated)) for rows in (1, 2))
     most = 0 if one > memory else 1 + int((memory - one) // max(1, two - one))
     return dataclasses.replace(found, memory=memory, largest_micro_batch=most)
 

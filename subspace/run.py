@@ -28,6 +28,7 @@ from subspace.config import Part, RunConfig, read, write
 from subspace.distributed import barrier, gather_objects, is_main, rank, world_size
 from subspace.engine import OFFLOAD, fill, lay_out, read_engine_file, start_engine, start_processes
 from subspace.errors import UserError
+from subspace.host_memory import keep_what_is_freed
 from subspace.inject import adapters, inject, trained_parameters
 from subspace.log import LOG, Recorder, peak_memory
 from subspace.method import resolve
@@ -36,7 +37,9 @@ from subspace.optimizers import check_optimizer, make_optimizer
 from subspace.paths import REPOSITORY
 from subspace.progress import Progress, shown, silent
 from subspace.resume import Saved, compare, find_checkpoint
+from subspace.speedups import check_speedups, compile_layers, use_liger
 from subspace.train import Outcome, last_good, parameter_groups, rate_factor, train
+from subspace.unseen import seen_before
 from subspace.zero import full_shape
 
 ENVIRONMENT = "environment.json"
@@ -56,9 +59,16 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
     engine_config, notices = fill_engine()
     offloaded = OFFLOAD in engine_config["zero_optimization"]
     check_optimizer(config.train.optimizer, gpu=device().type == "cuda", offloaded=offloaded)
+    check_speedups(compiled=config.train.compile, liger=config.train.liger, gpu=device().type == "cuda")
     check(config.model, [(resolve(part.name)[0], part.settings) for part in config.method], engine_config)
     if config.train.validate_every and not config.data.validation:
         raise UserError("train.validate_every needs held-out rows, but data.validation is 0. Set it to 120, say")
+    unpackable = [part.name for part in config.method if resolve(part.name)[0].site == "embedding"]
+    if config.data.packing and unpackable:
+        raise UserError(
+            f"data.packing puts several rows into a sequence, but method {unpackable[0]} puts its vectors before the "
+            "first one only. Set data.packing=false, or take prefix, whose vectors every row sees"
+        )
     folder = config.folder
     if not resume:
         refuse_used(folder)
@@ -85,6 +95,8 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
     model = open_model(config.model, zero3=engine_config if sharded else None)
     model.train()
     model.config.use_cache = False
+    if config.train.liger:
+        use_liger(model)
     progress = shown if is_main() else silent
     parts = [add(model, part, config.train.seed, progress, start=saved is None) for part in config.method]
     # Adapters are whole until the engine starts. What ZeRO-3 has in parts, as the model itself, has no numbers here.
@@ -93,6 +105,7 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
 
     if saved:
         passed_over += going_on(saved, config, engine_config, ranks)
+    seen: list[str] = []
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         write(config, folder / "config.yaml")
@@ -101,6 +114,7 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
             "model": asdict(describe(model, config.model)),
             "data": data.report,
         }
+        seen = about["data"]["seen"] = seen_before(config.data.mixture, config.evaluate)
         about["adapters"] = {
             "methods": parts,
             "sites": list(adapters(model)),
@@ -125,9 +139,13 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
     ) as recorder:
         for part in parts:
             recorder.note(f"{part['method']}: {part['trained']:,} trained numbers at {part['sites']} sites")
-        for notice in (*passed_over, *notices, *data.notices):
+        for notice in (*passed_over, *notices, *data.notices, *seen):
             recorder.note(notice)
         engine = start_engine(model, engine_config, optimizer, schedule)
+        if config.train.compile:
+            compile_layers(model)
+        if config.train.keep_memory:
+            keep_what_is_freed()
         held = gather_objects(held_bytes(model))
         torch.manual_seed(config.train.seed + rank())  # what processes draw for dropout should differ
         kept = {"config": config.as_dict(), "engine": engine_config}

@@ -1,31 +1,30 @@
 """Score several subjects in one go: each base model is opened once, and adapters are put in and taken out again.
 
 A subject is a base model as it is, or a run's adapters on it. Subjects of one base may have adapters of any methods.
-The tasks are laid out once for all subjects that are scored alike.
+The tasks are laid out once for all subjects that are scored alike. With ``evaluate.mixed`` those of them whose adapters
+can be mixed are scored in the same batches.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
-from subspace import declarations
 from subspace.adapter_file import load_adapter
+from subspace.checksum import weights_checksum
 from subspace.config import Subject
-from subspace.contamination import Text, keys
 from subspace.distributed import is_main
 from subspace.errors import UserError
-from subspace.evaluate import Job, Sample, evaluate, lay_out
-from subspace.inject import eject
+from subspace.evaluate import Job, Sample, Scorer, evaluate, lay_out
+from subspace.inject import adapters, eject
+from subspace.mixed import Found, can_be_mixed, mixed
 from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.prepare import task_items
 from subspace.progress import Progress, silent
+from subspace.published import Published
 from subspace.results import TaskResult
-from subspace.rows import FILES, records
-
-MOST_SEEN = 0.01
-"""What share of a suite's items a run may have been trained on before its score says nothing."""
+from subspace.unseen import MOST_SEEN, seen_items
 
 
 def evaluate_subjects(
@@ -36,69 +35,84 @@ def evaluate_subjects(
     ``tell`` is told what is about to be scored, before it is.
     """
     results: dict[int, list[TaskResult]] = {}
-    bases: dict[ModelConfig, list[int]] = {}
+    bases: dict[ModelConfig, dict[str, list[int]]] = {}
     for number, subject in enumerate(subjects):
-        bases.setdefault(subject.model, []).append(number)
-    for base, numbers in bases.items():
-        model, tokenizer = open_model(base), open_tokenizer(base)
-        laid_out: dict[str, list[Job]] = {}
-        for number in numbers:
-            one = subjects[number]
-            alike = str(one.evaluate)
-            if alike not in laid_out:
-                laid_out[alike] = lay_out(model, tokenizer, one.evaluate, progress)
-                if tell:
-                    tell(laid_out[alike])
-            check_unseen(one, [job.sample for job in laid_out[alike]])
-            if one.adapter:
-                load_adapter(model, one.adapter)
-            results[number] = evaluate(
-                model,
-                tokenizer,
-                one.evaluate,
-                one.folder,
-                model_name=base.path,
-                adapter=one.method,
-                progress=progress,
-                jobs=laid_out[alike],
-            )
-            eject(model)
+        bases.setdefault(subject.model, {}).setdefault(str(subject.evaluate), []).append(number)
+    for base, groups in bases.items():
+        opened = open_model(base), open_tokenizer(base)
+        for numbers in groups.values():
+            alike = [subjects[number] for number in numbers]
+            jobs = lay_out(*opened, alike[0].evaluate, progress)
+            if tell:
+                tell(jobs)
+            results.update(zip(numbers, _score_alike(*opened, alike, jobs, progress), strict=True))
     return [results[number] for number in range(len(subjects))]
 
 
-def check_unseen(subject: Subject, samples: Iterable[Sample]) -> None:
-    """Refuse to score a run on items that it was trained on; say so where they are few.
+def _score_alike(
+    model: Any, tokenizer: Any, subjects: Sequence[Subject], jobs: Sequence[Job], progress: Progress
+) -> list[list[TaskResult]]:
+    """Score subjects of one base and one configuration."""
+    results: dict[int, list[TaskResult]] = {}
+    put_off: dict[int, tuple[Found, str]] = {}
 
-    The commonsense suites and their own mixtures are left out: what those share is known, and little. An item is seen
-    if its question, letters and digits compared, is a training row's.
+    def score(number: int, jobs: Sequence[Job], checksum: str = "") -> None:
+        one = subjects[number]
+        told = {"model_name": one.model.path, "adapter": one.method, "checksum": checksum}
+        results[number] = evaluate(model, tokenizer, one.evaluate, one.folder, jobs=jobs, progress=progress, **told)
+
+    for number, one in enumerate(subjects):
+        check_unseen(one, [job.sample for job in jobs])
+        if one.adapter:
+            load_adapter(model, one.adapter)
+        # The published evaluator runs adapters in training mode on demand, which is no form of W + B A.
+        if one.evaluate.mixed and Published.name not in one.evaluate.protocols and can_be_mixed(model):
+            put_off[number] = adapters(model), weights_checksum(model)
+        else:
+            score(number, jobs)
+        eject(model)
+
+    shared = [Shared(job.scorer, len(put_off)) for job in jobs]
+    with mixed(model, [found for found, _ in put_off.values()]):
+        for place, (number, (_, checksum)) in enumerate(put_off.items()):
+            for scorer in shared:
+                scorer.place = place
+            score(number, [replace(job, scorer=one) for job, one in zip(jobs, shared, strict=True)], checksum)
+    return [results[number] for number in range(len(subjects))]
+
+
+class Shared:
+    """A scorer for subjects that are mixed: the first one's batches are scored for all, and the others find theirs.
+
+    A batch that a killed scoring left to the later ones alone is scored for all again, so that it is the very same.
     """
-    from_file = subject.mixture.endswith(FILES)
-    by_task = {s.task.name: s for s in samples if from_file or s.task.suite != "commonsense"}
-    trained = set(map(_key, _questions(subject.mixture))) if by_task and subject.mixture else set()
-    for name, sample in by_task.items():
-        asked = [{_key(sample.task.instruction(item)), _key(item["question"])} for item in sample.items]
-        seen = sum(not trained.isdisjoint(texts) for texts in asked)
-        if not seen:
-            continue
-        told = f"{subject.folder} was trained on {subject.mixture}, which holds {seen} of {len(asked)} items of {name}"
-        if seen > MOST_SEEN * len(asked) and subject.evaluate.seen == "refuse":
+
+    def __init__(self, scorer: Scorer, count: int) -> None:
+        self.scorer, self.count = scorer, count
+        self.place = 0
+        self.name, self.metrics = scorer.name, scorer.metrics
+        self.writes, self.truncated, self.ingredients = scorer.writes, scorer.truncated, scorer.ingredients
+        self.sizes = [(count * rows, length) for rows, length in scorer.sizes]
+        self.found: list[dict[int, dict[str, Any]]] = [{} for _ in range(count)]
+
+    def score(self, model: Any, batch: Sequence[int]) -> list[dict[str, Any]]:
+        """Return what the subject whose turn it is has for the items of these numbers."""
+        mine = self.found[self.place]
+        if not mine.keys() >= set(batch):
+            records = self.scorer.score(model, [*batch] * self.count)
+            for place, found in enumerate(self.found):
+                found.update(zip(batch, records[place * len(batch) :], strict=False))
+        return [mine[number] for number in batch]
+
+
+def check_unseen(subject: Subject, samples: Iterable[Sample]) -> None:
+    """Refuse to score a run on items that it was trained on; say so where they are few."""
+    for name, (seen, of) in seen_items(subject.mixture, samples).items():
+        told = f"{subject.folder} was trained on {subject.mixture}, which holds {seen} of {of} items of {name}"
+        if seen > MOST_SEEN * of and subject.evaluate.seen == "refuse":
             raise UserError(
                 f"{told}: its score would say nothing. Score other suites (evaluate.tasks=...), or this one with "
                 "evaluate.seen=score"
             )
         if is_main():
             print(f"note: {told}", file=sys.stderr)
-
-
-def _questions(mixture: str) -> Iterator[str]:
-    if mixture.endswith(FILES):
-        for _, record in records(Path(mixture)):
-            turns = record.get("messages") or [{"content": record.get("instruction", "")}]
-            yield from (str(turn["content"]) for turn in turns)
-        return
-    for task, split in {(part.task, part.split) for part in declarations.mixture(mixture).parts}:
-        yield from task_items(task, split)["question"]
-
-
-def _key(text: str) -> int:
-    return keys(Text(text)).question

@@ -1,17 +1,21 @@
 """Every base with every ZeRO stage, one and two processes and every family of methods: which go, and how exactly.
 
 ``python -m tests.matrix`` trains all cells, which takes about half an hour, and writes ``ds_configs/matrix.json`` and,
-from it, ``ds_configs/MATRIX.md``; with ``--table`` it only does the latter. A cell trains a tiny LLaMA. Its losses are
+from it, ``ds_configs/MATRIX.md``; with ``--table`` it only does the latter. With ``--in FOLDER`` the runs stay there,
+and a measurement that was cut short goes on where it was. A cell trains a tiny LLaMA. Its losses are
 held against those of a plain loop of torch's, on one process and without DeepSpeed, on the same base. Its adapter is
 then read back from its file, scored and merged.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -140,7 +144,9 @@ def measure(cells: Sequence[Cell], root: Path) -> dict[str, Json]:
     outcomes: dict[str, Json] = {cell.name: {"refused": why} for cell in cells if (why := refused(cell, lack))}
     able = [cell for cell in cells if cell.name not in outcomes]
     plain = sorted({Cell(cell.base, "0", 1, cell.method) for cell in able}, key=CELLS.index)
-    todo = [cell for cell in able if not (root / cell.name / "adapter").exists()]
+    todo = [cell for cell in able if not _is_done(root / cell.name)]
+    for cell in todo:
+        shutil.rmtree(root / cell.name, ignore_errors=True)
     one = [
         ("plain", cell, _reference(cell)) for cell in plain if not (root / _reference(cell) / "losses.json").exists()
     ]
@@ -152,6 +158,12 @@ def measure(cells: Sequence[Cell], root: Path) -> dict[str, Json]:
             judge = Judge(root, base)
             outcomes |= {cell.name: judge(cell) for cell in able if cell.base == base}
     return outcomes
+
+
+def _is_done(folder: Path) -> bool:
+    """Tell whether a cell's run has reached its end."""
+    file = folder / "environment.json"
+    return file.exists() and "outcome" in json.loads(file.read_text())
 
 
 def _reference(cell: Cell) -> str:
@@ -314,9 +326,13 @@ def _entry(outcomes: Iterable[Json], reasons: dict[str, str]) -> str:
 
 def main() -> None:
     """Measure everything and write it down."""
-    if "--table" not in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="write the table of the record that is there")
+    parser.add_argument("--in", dest="root", type=Path, help="where the runs are, and stay")
+    options = parser.parse_args()
+    if not options.table:
         ruled_out = {cell.name: {"refused": why} for cell in CELLS if (why := refused(cell))}
-        with tempfile.TemporaryDirectory() as root:
+        with contextlib.nullcontext(options.root) if options.root else tempfile.TemporaryDirectory() as root:
             measured = measure([cell for cell in CELLS if cell.name not in ruled_out], Path(root))
         cells = {cell.name: {**ruled_out, **measured}[cell.name] for cell in CELLS}
         RECORD.write_text(json.dumps({"machine": "two CPU cores", "cells": cells}, indent=1) + "\n")

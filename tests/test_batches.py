@@ -87,7 +87,7 @@ def test_only_the_answer_and_its_end_carry_loss() -> None:
 
 def test_all_tokens_carry_loss_where_asked() -> None:
     labels = collate(ROWS, pad_id=1, loss_on="all", pad_to_multiple=1)["labels"]
-    assert labels.tolist() == [[5, 6, 7, 8, 1], [9, 1, 4, 1, IGNORE]]
+    assert labels.tolist() == [[IGNORE, 6, 7, 8, 1], [IGNORE, 1, 4, 1, IGNORE]]  # nothing stands before the first
 
 
 @pytest.mark.parametrize(("multiple", "width"), [(1, 5), (4, 8), (8, 8), (64, 64)])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
-from subspace import evaluate, subjects
+from subspace import evaluate, subjects, unseen
 from subspace.config import Subject
 from subspace.custom import custom_task, local_items
 from subspace.declarations import task, tasks
@@ -220,7 +221,23 @@ def test_other_questions_are_not_told(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_named_mixture_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = datasets.Dataset.from_list([{"question": item["question"]} for item in sample().items])
-    monkeypatch.setattr(subjects, "task_items", lambda name, split: rows)
+    monkeypatch.setattr(unseen, "task_items", lambda name, split: rows)
     subject = Subject(ModelConfig(), EvaluateConfig(tasks="gsm8k"), tmp_path, mixture="boolq")
     with pytest.raises(UserError, match="trained on boolq, which holds 200 of 200 items of gsm8k"):
         subjects.check_unseen(subject, [sample()])
+
+
+def test_a_run_is_told_before_it_is_trained(tmp_path: Path) -> None:
+    folder = published(tmp_path, "gsm8k", [("How many?", "1"), ("How much?", "2"), ("How far?", "3")])
+    subject = trained_on(tmp_path, ["how many", "other"], data=str(folder))
+    (told,) = unseen.seen_before(subject.mixture, subject.evaluate)
+    assert re.search(r"own.json holds 440 of 1319 items of gsm8k, too many.*refused", told)
+    assert not unseen.seen_before(trained_on(tmp_path, ["other"], data=str(folder)).mixture, subject.evaluate)
+
+
+def test_a_suite_that_is_not_there_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(name: str, split: str) -> datasets.Dataset:
+        raise UserError(f"{name} is not on this machine")
+
+    monkeypatch.setattr(evaluate, "task_items", lacking)
+    assert not unseen.seen_before(trained_on(tmp_path, ["x"]).mixture, EvaluateConfig(tasks="gsm8k,boolq"))

@@ -16,17 +16,17 @@ PACKAGE = ROOT / "subspace"
 # A file may import files of the lines above its own, nothing beside it and nothing below.
 LAYERS = [
     "errors paths distributed zero linalg progress statistics formats checkpoint interruption watchdog host_memory",
-    "optimizers settings base sites methods model_files results decomposition shards",
+    "optimizers speedups settings dropout base sites methods model_files results decomposition shards",
     "method",
     "access lowrank spectrum bottleneck virtual_tokens",
     "methods.* declarations encoding",
     "inject contamination sources proof likelihood generation partial workload loss",
-    "adapter_file budget log prepare answer_word published checksum",
+    "mixed adapter_file budget log prepare answer_word published checksum",
     "rows model optimizer_state checks",
     "batches engine custom combination",
     "resume",
     "train evaluate merge scored_runs holdings rehearsal",
-    "config tables catalogue launcher",
+    "unseen config tables catalogue launcher",
     "run data_report subjects comparison plots lm_eval_model",
     "plan verb verbs",
     "verbs.*",
@@ -50,6 +50,7 @@ OWNERS = {
     "safetensors": "base decomposition adapter_file resume merge shards",
     "psutil": "launcher",
     "lm_eval": "lm_eval_model",
+    "liger_kernel": "speedups",
 }
 #: What may be imported where only a type checker sees it.
 TYPES_ONLY = {"transformers": "encoding rows batches data_report evaluate generation likelihood answer_word published"}
@@ -59,6 +60,7 @@ METHODS_KNOW = {"torch"} | {
     for name in [
         "method",
         "linalg",
+        "dropout",
         "settings",
         "errors",
         "decomposition",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +20,8 @@ from subspace.holdings import Holdings
 from subspace.inject import inject
 from subspace.model import ModelConfig, open_shape
 from subspace.optimizers import make_optimizer
-from subspace.plan import Plan, parse_size, plan
-from subspace.rehearsal import Batch, Ledger, rehearse
+from subspace.plan import Plan, Work, _shape, parse_size, plan
+from subspace.rehearsal import Batch, Footprint, Ledger, rehearse
 from tests.material import make_material
 from tests.tiny import tiny_llama
 
@@ -36,18 +39,46 @@ CASES = {
 SHORT = ["train.trackers=[]", "data.max_length=128", "engine=ds_configs/zero1.json"]
 
 
+def verified(*arguments: str) -> dict[str, Any]:
+    """Return what `plan --verify` tells, in a process of its own: what this one holds would count as the run's."""
+    command = [sys.executable, "-m", "subspace", "plan", *arguments, "--verify", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
 @pytest.mark.long
 @pytest.mark.model
 @pytest.mark.processes
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
-def test_resident_memory_is_told_within_a_tenth(
-    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    assert cli.main(["plan", "launch/recipes/quickstart.yaml", *SHORT, *settings, "--verify", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+def test_resident_memory_is_told_within_a_tenth(settings: list[str]) -> None:
+    told = verified("launch/recipes/quickstart.yaml", *SHORT, *settings)
     assert told["predicted"] == pytest.approx(told["measured"]["peak"], rel=0.1)
     assert told["plan"]["checkpoint"] == pytest.approx(told["measured"]["checkpoint"], rel=0.1)
+
+
+@pytest.mark.processes
+def test_a_small_run_takes_what_is_told(tmp_path: Path) -> None:
+    told = verified(str(make_material(tmp_path)), "train.batch=768")
+    assert told["predicted"] == pytest.approx(told["measured"]["peak"], rel=0.1)
+    activations = sum(part["bytes"] for part in told["plan"]["parts"] if part["name"].startswith("activations"))
+    assert activations > 0.3 * told["predicted"]  # else nothing but Python's own memory would be compared
+
+
+def test_the_micro_batch_that_takes_most_is_planned_for(tmp_path: Path) -> None:
+    """Where the head weighs more than the layers, it is not the longest one."""
+    config = configuration.read(make_material(tmp_path), ["train.batch=4", "data.group_by_length=false"])
+    work = Work.of(config, lay_out(4, None, 1))
+    assert work.data is not None
+    assert work.micro_batches is not None
+    shapes = [_shape(work.data, rows.tolist()) for rows in work.micro_batches]
+    assert max(shape.tokens for shape in shapes) == work.batch.tokens
+    by_head = work.heaviest(Footprint(activations=0, head=1, backward=0, peak=0, left=0))
+    assert by_head.labelled == max(shape.labelled for shape in shapes)
+    by_layers = work.heaviest(Footprint(activations=1, head=0, backward=0, peak=0, left=0))
+    assert by_layers.tokens == work.batch.tokens
+    assert by_layers.labelled < by_head.labelled
 
 
 def tiny_plan(root: Path, *settings: str, processes: int = 1) -> Plan:

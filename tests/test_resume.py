@@ -84,9 +84,9 @@ def test_every_method_goes_on(material: Path, tmp_path: Path, method: str) -> No
     assert_same(whole, folder)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_every_schedule_goes_on(material: Path, tmp_path: Path, schedule: str) -> None:
-    settings = [f"train.schedule={schedule}", "train.warmup_steps=7"]
+@pytest.mark.parametrize("setting", ["train.schedule=linear", "train.schedule=constant", "data.packing=true"])
+def test_every_schedule_and_packing_goes_on(material: Path, tmp_path: Path, setting: str) -> None:
+    settings = [setting, "train.warmup_steps=7", "method.dropout=0.1"]
     whole = train(material, tmp_path, "whole", *settings)
     folder = killed(whole, "killed", 4)
     train(material, tmp_path, "killed", *settings, resume=True)

@@ -48,6 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two = [
         arguments(f"two-zero{stage}", stage, method, "train.micro_batch=2") for stage in STAGES for method in METHODS
     ]
+    two.append(arguments("packed", 3, "lora", "train.micro_batch=2", "data.packing=true"))
     launch(two, root, ranks=2)
     return root
 
@@ -83,6 +84,15 @@ def test_loss_curve_is_that_of_one_process(runs: Path, method: str, stage: int) 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stage", STAGES)
+def test_gradient_is_as_large_as_that_of_one_process(runs: Path, method: str, stage: int) -> None:
+    """Adam and clipping would hide a gradient that is too large or too small by a factor; weight decay would not."""
+    one, two = (losses(runs / f"{ranks}-{method}", "gradient_norm") for ranks in ("one", f"two-zero{stage}"))
+    assert len(one) == STEPS
+    assert torch.allclose(one, two, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_validation_and_adapter_agree_too(runs: Path, method: str, stage: int) -> None:
     one, two = runs / f"one-{method}", runs / f"two-zero{stage}-{method}"
     assert torch.allclose(losses(one, "validation_loss"), losses(two, "validation_loss"), atol=1e-5)
@@ -92,3 +102,8 @@ def test_validation_and_adapter_agree_too(runs: Path, method: str, stage: int) -
         apart = (tensor - found[name]).abs()
         assert (apart > 2e-4).float().mean() <= STRAY.get(method, 0), name
         assert apart.max() < 5e-3, name
+
+
+def test_packed_rows_have_the_same_loss_curve(runs: Path) -> None:
+    # Sums in another order: Adam makes more of it than of the ranks' sums.
+    assert (losses(runs / "one-lora") - losses(runs / "packed-lora")).abs().max() < 5e-4

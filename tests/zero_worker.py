@@ -6,14 +6,19 @@ import json
 import sys
 from pathlib import Path
 
-from subspace import config
+from subspace import config, loss
 from subspace.distributed import leave
 from subspace.engine import start_processes
 from subspace.run import train_run
 
 
 def main() -> None:
-    """Train each of the runs that the file lists: the arguments of ``config.read``, and whether it is resumed."""
+    """Train each of the runs that the file lists: the arguments of ``config.read``, and whether it is resumed.
+
+    A second argument is how many logits the loss holds at once; so it comes in parts with models as small as these.
+    """
+    if len(sys.argv) > 2:
+        loss.AT_ONCE = int(sys.argv[2])
     start_processes(minutes=5)
     for file, overrides, *resume in json.loads(Path(sys.argv[1]).read_text()):
         train_run(config.read(file, overrides), resume=any(resume))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subspace.dropout import dropout
 from subspace.errors import UserError
 from subspace.linalg import add_product
 from subspace.lowrank import ConstrainedConfig, LowRankAdapter
@@ -87,9 +88,8 @@ class DoRA(LowRankAdapter):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.simple):
             norm = self.keep("norm", lambda: self.norm(x.dtype)) if self.config.simple else self.norm(x.dtype)
         g, out, bias = (self.m / norm).to(x.dtype), self.product(x), self.base_bias()
-        dropout = self.config.dropout if self.training and self.config.direction else 0.0
-        if dropout and self.config.dropout_form == "official":
-            dropped = F.dropout(x, dropout)
+        if self.training and self.config.direction and self.config.dropout and self.config.dropout_form == "official":
+            dropped = dropout(x, self.config.dropout)
             update = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.scale * self.B.to(x.dtype))
             out = out + (g - 1) * self.product(dropped) + g * update
         else:

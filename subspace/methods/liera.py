@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from subspace.base import frozen_weight
+from subspace.dropout import dropout
 from subspace.lowrank import LowRankAdapter, LowRankConfig
 from subspace.method import register
 from subspace.settings import setting

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspace.bottleneck import ACTIVATIONS
+from subspace.dropout import dropout
 from subspace.linalg import add_product
 from subspace.method import Adapter, MethodConfig, register
 from subspace.settings import setting

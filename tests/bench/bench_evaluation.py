@@ -13,6 +13,8 @@ trained run's.
 
 Together: as many adapters as ``--together`` says on one load of their base, against a load for each.
 
+Mixed: the same adapters in the same batches, against one after the other; both on one load.
+
 Absolute figures depend on the machine; the ratios are what to read. On a machine that does other things too, CPU time
 with OMP_NUM_THREADS=1 is the sounder one.
 """
@@ -27,6 +29,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,8 @@ ASIDE: list[float] = []
 def main() -> None:
     """Run the rounds and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("likelihood", "generation", "together", "mixed")
+    parser.add_argument("--only", nargs="+", default=parts, choices=parts, help="some of the comparisons")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--adapter", type=Path, help="folder of trained adapters: runs/NAME/adapter")
@@ -76,36 +81,33 @@ def main() -> None:
         return [take_sample(task, "test", limit) for task in find_tasks(tasks)]
 
     asked, answered = samples(options.tasks, options.items), samples(options.answer_tasks, options.answers)
-    alternate(
-        "likelihood",
-        sum(len(sample.items) for sample in asked),
-        {
+    num_asked, num_answered = (sum(len(sample.items) for sample in several) for several in (asked, answered))
+    if "likelihood" in options.only:
+        sides: dict[str, Side] = {
             "subspace": lambda: score(model, tokenizer, "likelihood", options.tasks, options.items),
             "lm-eval": lambda: by_harness(model, tokenizer, asked, options.harness_batch, options.harness_most),
-        },
-        options.rounds,
-        without="search for a batch size",
-    )
-    alternate(
-        "generation",
-        sum(len(sample.items) for sample in answered),
-        {
+        }
+        alternate("likelihood", num_asked, sides, options.rounds, without="search for a batch size")
+    if "generation" in options.only:
+        sides = {
             "subspace": lambda: score(model, tokenizer, "llm-adapters", options.answer_tasks, options.answers),
             "LLM-Adapters": lambda: by_beams(model, tokenizer, answered),
-        },
-        options.rounds,
-    )
+        }
+        alternate("generation", num_answered, sides, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        subjects = made_subjects(config, options.together, options.items, Path(folder))
-        alternate(
-            "together",
-            sum(len(sample.items) for sample in asked) * options.together,
-            {
+        evaluate_config = EvaluateConfig(tasks=options.tasks, limit=options.items, again=True)
+        if {"together", "mixed"} & {*options.only}:
+            subjects = made_subjects(config, evaluate_config, options.together, Path(folder))
+        if "together" in options.only:
+            sides = {
                 "one load": lambda: together([subjects]),
                 "a load each": lambda: together([[subject] for subject in subjects]),
-            },
-            options.rounds,
-        )
+            }
+            alternate("together", num_asked * options.together, sides, options.rounds)
+        if "mixed" in options.only:
+            in_one = [replace(subject, evaluate=replace(evaluate_config, mixed=True)) for subject in subjects]
+            sides = {"mixed": lambda: together([in_one]), "one by one": lambda: together([subjects])}
+            alternate("mixed", num_asked * options.together, sides, options.rounds)
 
 
 def alternate(title: str, num_items: int, sides: Mapping[str, Side], rounds: int, without: str = "") -> None:
@@ -187,7 +189,7 @@ def by_beams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples
     return answers
 
 
-def made_subjects(model: ModelConfig, count: int, limit: int, folder: Path) -> list[Subject]:
+def made_subjects(model: ModelConfig, config: EvaluateConfig, count: int, folder: Path) -> list[Subject]:
     """Make adapters that differ, as runs leave them."""
     network = open_model(model)
     subjects = []
@@ -199,7 +201,6 @@ def made_subjects(model: ModelConfig, count: int, limit: int, folder: Path) -> l
         name = folder / str(number)
         save_adapter(network, name / "adapter")
         eject(network)
-        config = EvaluateConfig(limit=limit, again=True)
         subjects.append(Subject(model, config, name, name / "adapter", f"lora {number}"))
     return subjects
 

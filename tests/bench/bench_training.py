@@ -1,180 +1,319 @@
-"""Time training steps of this project and of HF PEFT with the HF Trainer, alternating in one process.
+"""Time training steps of this project and of HF PEFT with the HF Trainer, alternating.
 
-    python -m tests.bench.bench_training --steps 6 --rounds 4
+    python -m tests.bench.bench_training --steps 4 --rounds 4
+    python -m tests.bench.bench_training --dropout 0 --sides subspace frozen
+    python -m tests.bench.bench_training --sides subspace packed roomy compiled
+    python -m tests.bench.bench_training --stages
+    python -m tests.bench.bench_training --curves 20 --batch 4
 
-Both train LoRA (r 32, alpha 64, dropout as given, on q, k, v, up and down) on SmolLM2-135M in float32, on the same
-rows of the commonsense mixture with the same prompt, 16 rows a step, AdamW, loss on the answer. Each round runs a
-block of steps of one, then of the other. Printed are the medians over rounds of non-padding tokens a second, their
-ratio, and the mean losses. Besides, the time of the frozen model's own forward and input-gradient pass on the same
-batches.
+All train LoRA (r 32, alpha 64, dropout as given, on q, k, v, up and down) on SmolLM2-135M, on the same rows of the
+commonsense mixture with the same prompt, AdamW, loss on the answer. In each round, every side does a block of steps in
+a process of its own, after a step that does not count: so each has the memory to itself, and as its users have it.
+Printed are the medians over rounds of non-padding tokens a second, and ratios taken round by round.
 
-Absolute figures depend on the machine; the ratio is what to read.
+The sides: ``subspace`` is this project; ``packed``, ``roomy`` and ``compiled`` are the same with data.packing,
+train.keep_memory and train.compile; ``peft`` is HF PEFT with the HF Trainer as its examples set them up; ``frozen`` is
+the frozen model's own forward and input-gradient pass on this project's batches, ``frozen-roomy`` with keep_memory.
+``--stages`` times ZeRO 1, 2 and 3 with one and two processes. ``--curves`` trains this project and PEFT, with two seeds
+of dropout each and all from the same factors, on the same rows in the same steps, and compares their losses.
+
+Absolute figures depend on the machine; the ratios are what to read. ``--clock cpu`` counts processor time instead, of
+all processes together: for a machine that has other work.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from subspace.batches import DataConfig, StepPlan, open_data
+from subspace.batches import DataConfig, StepPlan, open_data, share
+from subspace.distributed import leave, rank, sum_over_ranks, world_size
 from subspace.engine import fill, lay_out, start_engine, start_processes
-from subspace.inject import inject, trained_parameters
+from subspace.host_memory import keep_what_is_freed, resident_memory
+from subspace.inject import adapters, inject, trained_parameters
+from subspace.launcher import free_port
 from subspace.loss import summed_loss
 from subspace.model import ModelConfig, open_model, open_tokenizer
+from subspace.paths import REPOSITORY
+from subspace.speedups import compile_layers
 from subspace.train import TrainConfig, count_tokens, parameter_groups
 
-MODEL = ModelConfig(path="smollm2-135m", dtype="float32")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-BATCH = 16
+RATE = 3e-4
+
+
+@dataclass
+class Block:
+    """What a block of steps came to; memory is the most that the first process held, in MiB."""
+
+    tokens: int
+    seconds: float
+    memory: int
+    losses: list[float]
+
+
+Run = Callable[[range], tuple[int, list[float]]]  # the steps of the plan to the tokens read and the losses
 
 
 def main() -> None:
-    """Run the rounds and print the figures."""
+    """Run what was asked for and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help="steps of a block")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a block")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
     parser.add_argument("--rows", type=int, default=2000, help="rows of the mixture to draw from")
     parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--sides", nargs="+", default=["subspace", "peft", "frozen"], choices=SIDES)
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
+    parser.add_argument("--curves", type=int, default=0, help="steps of loss curves to compare")
+    parser.add_argument("--stages", action="store_true", help="time ZeRO 1, 2 and 3, with one and two processes")
+    parser.add_argument("--block", type=int, help=argparse.SUPPRESS)  # of a process for one side
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
+    if options.block is not None:
+        measure(options)
+        return
+    if options.stages:
+        options.sides = [f"zero{stage}x{ranks}" for ranks in (1, 2) for stage in (1, 2, 3)]
+    report = curves(options) if options.curves else speeds(options)
+    print(json.dumps({"batch": options.batch, "dropout": options.dropout, "clock": options.clock, **report}, indent=2))
 
-    start_processes()
-    tokenizer = open_tokenizer(MODEL)
-    data = open_data(DataConfig(mixture="commonsense", limit=options.rows), tokenizer, 0)
-    sides: dict[str, Callable[[int, int], tuple[int, float, float]]] = {
-        "subspace": subspace_side(data, options),
-        "peft + Trainer": peft_side(data, tokenizer, options),
-        "frozen model": frozen_side(data, options),
+
+def speeds(options: Any) -> dict[str, Any]:
+    """Alternate the sides; return tokens a second and the speed of the first over each of the others."""
+    blocks: dict[str, list[Block]] = {name: [] for name in options.sides}
+    for number, name in itertools.product(range(options.rounds), options.sides):
+        block = in_a_process(name, block=number)
+        blocks[name].append(block)
+        print(f"round {number}  {name:<12} {block.tokens / block.seconds:8.1f} tok/s  {block.memory} MiB", flush=True)
+    per_token = {name: [block.seconds / block.tokens for block in done] for name, done in blocks.items()}
+    first = options.sides[0]
+    ratios = {name: np.divide(values, per_token[first]) for name, values in per_token.items() if name != first}
+    return {
+        "tokens_per_second": {name: round(1 / statistics.median(values), 1) for name, values in per_token.items()},
+        "most_memory_mib": {name: max(block.memory for block in done) for name, done in blocks.items()},
+        f"speed_of_{first}_over": {
+            name: f"{np.median(values):.3f} ({values.min():.3f} to {values.max():.3f})"
+            for name, values in ratios.items()
+        },
     }
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    losses: dict[str, list[float]] = {name: [] for name in sides}
-    for block in range(options.rounds + 1):
-        for name, run in sides.items():
-            tokens, seconds, loss = run(block, options.steps)
-            if block:  # the first block warms up
-                speeds[name].append(tokens / seconds)
-                losses[name].append(loss)
-                print(f"round {block}  {name:<15} {tokens / seconds:8.0f} tok/s  loss {loss:.4f}", flush=True)
 
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    print(
-        json.dumps(
-            {
-                "dropout": options.dropout,
-                "tokens_per_second": {name: round(value) for name, value in medians.items()},
-                "mean_loss": {name: round(statistics.mean(values), 4) for name, values in losses.items()},
-                "subspace_over_peft": round(medians["subspace"] / medians["peft + Trainer"], 2),
-                "time_over_frozen_model": round(medians["frozen model"] / medians["subspace"], 2),
-            },
-            indent=2,
-        )
+
+def curves(options: Any) -> dict[str, Any]:
+    """Train on the same rows in the same steps; return how far the losses are from each other."""
+    found = {}
+    for name, seed in itertools.product(("subspace", "peft-alike"), (0, 1)):
+        found[f"{name}, seed {seed}"] = in_a_process(name, block=0, seed=seed).losses
+        print(f"{name}, seed {seed}:", *(f"{loss:.4f}" for loss in found[f"{name}, seed {seed}"]), flush=True)
+    pairs = itertools.combinations(found, 2)
+    return {
+        "mean_loss": {name: round(float(np.mean(losses)), 4) for name, losses in found.items()},
+        "mean_difference_of_a_step": {
+            f"{a} / {b}": f"{np.abs(np.subtract(found[a], found[b])).mean():.2g}" for a, b in pairs
+        },
+    }
+
+
+def in_a_process(side: str, **own: int) -> Block:
+    """Let a side do a block in its own process, or several."""
+    ranks = int(side.partition("x")[2]) if side.startswith("zero") else 1
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    start = [sys.executable, *(launch if ranks > 1 else []), "-m", "tests.bench.bench_training"]
+    told = [*sys.argv[1:], "--sides", side, *(word for key, value in own.items() for word in (f"--{key}", str(value)))]
+    done = subprocess.run([*start, *told], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return Block(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(options: Any) -> None:
+    """Do a block of steps of one side, and print it."""
+    warnings.simplefilter("ignore")
+    run = SIDES[options.sides[0]](options)
+    steps = range(options.curves)
+    if not steps:
+        run(range(1))
+        steps = range(1 + options.block * options.steps, 1 + (options.block + 1) * options.steps)
+    torch.manual_seed(options.seed)
+    began = now(options.clock)
+    tokens, losses = run(steps)
+    block = Block(tokens, now(options.clock) - began, resident_memory("VmHWM") >> 20, losses)
+    if rank() == 0:
+        print(json.dumps(asdict(block)), flush=True)
+    leave()
+
+
+def now(clock: str) -> float:
+    """Return seconds by the clock, of all processes together where it is the processors'."""
+    if clock == "wall":
+        return time.perf_counter()
+    return float(sum_over_ranks(torch.tensor(time.process_time(), dtype=torch.float64)))
+
+
+def material(options: Any, *, group_by_length: bool) -> tuple[ModelConfig, Any, Any, StepPlan]:
+    """Return the model to open, its tokenizer, the rows, and which of them each step takes."""
+    model = ModelConfig(path="smollm2-135m", dtype=options.dtype)
+    tokenizer = open_tokenizer(model)
+    data = open_data(DataConfig(mixture="commonsense", limit=options.rows), tokenizer, 0)
+    steps = options.curves or 1 + options.rounds * options.steps
+    lengths = data.train.lengths
+    return (
+        model,
+        tokenizer,
+        data,
+        StepPlan(lengths, batch=options.batch, steps=steps, seed=0, group_by_length=group_by_length),
     )
 
 
-def plan_of(data: Any, steps: int, *, group_by_length: bool) -> StepPlan:
-    """Draw the steps of all blocks."""
-    return StepPlan(data.train.lengths, batch=BATCH, steps=steps, epochs=1.0, seed=0, group_by_length=group_by_length)
-
-
-def subspace_side(data: Any, options: Any) -> Callable[[int, int], tuple[int, float, float]]:
+def subspace_side(
+    options: Any, *, stage: int = 0, packing: bool = False, roomy: bool = False, compiled: bool = False
+) -> Run:
     """This project: its engine, its loss, its batches."""
-    config = TrainConfig(batch=BATCH, learning_rate=3e-4, warmup_steps=0, schedule="constant")
-    model = open_model(MODEL)
+    start_processes()
+    ranks = world_size()
+    opened, _, rows, plan = material(options, group_by_length=not packing)
+    data = replace(rows, packing=packing)
+    config = TrainConfig(batch=options.batch, learning_rate=RATE, warmup_steps=0, schedule="constant")
+    model = open_model(opened)
     inject(model, "lora", {"r": 32, "alpha": 64, "dropout": options.dropout}, targets=TARGETS)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
-    engine_config, _ = fill({"zero_optimization": {"stage": 0}}, lay_out(BATCH, None, 1), dtype="float32", clip=1.0)
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    raw, layout = {"zero_optimization": {"stage": stage}}, lay_out(options.batch, None, ranks)
+    engine_config, _ = fill(raw, layout, dtype=options.dtype, clip=1.0, trained=trained)
     engine = start_engine(model, engine_config, optimizer, lambda step: 1.0)
-    plan = plan_of(data, (options.rounds + 1) * options.steps, group_by_length=True)
+    engine.train()
+    if compiled:
+        compile_layers(model)
+    if roomy:
+        keep_what_is_freed()
 
-    def run(block: int, steps: int) -> tuple[int, float, float]:
-        engine.train()
-        tokens, total, began = 0, 0.0, time.perf_counter()
-        for step in range(block * steps, (block + 1) * steps):
-            batch = data.batch(plan[step])
-            labelled, seen = count_tokens([batch])
-            loss = summed_loss(engine, batch) / labelled
+    def run(steps: range) -> tuple[int, list[float]]:
+        tokens, losses = 0, []
+        for step in steps:
+            batch = data.batch(share(plan[step], rank(), ranks, 1)[0])
+            labelled, seen = sum_over_ranks(torch.tensor(count_tokens([batch]))).tolist()
+            loss = summed_loss(engine, batch) * ranks / labelled
             engine.backward(loss)
             engine.step()
-            tokens, total = tokens + seen, total + loss.item()
-        return tokens, time.perf_counter() - began, total / steps
+            tokens += seen
+            losses.append(float(sum_over_ranks(loss.detach())) / ranks)
+        return tokens, losses
 
     return run
 
 
-def peft_side(data: Any, tokenizer: Any, options: Any) -> Callable[[int, int], tuple[int, float, float]]:
-    """HF PEFT and the HF Trainer, as its examples set them up, with the published recipe's settings."""
+def peft_side(options: Any, *, alike: bool = False) -> Run:
+    """HF PEFT and the HF Trainer, as its examples set them up, with the published recipe's settings.
+
+    ``alike``, its factors start as this project's, and its steps are fed the same rows.
+    """
     import peft
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    model = open_model(MODEL)
+    opened, tokenizer, data, plan = material(options, group_by_length=alike)
+    # Not by this project's way of opening, which changes how memory is freed for the whole process.
+    from transformers import AutoModelForCausalLM
+
+    from subspace.prepare import model_folder
+
+    bare = AutoModelForCausalLM.from_pretrained(model_folder(opened.path), dtype=getattr(torch, opened.dtype))
     config = peft.LoraConfig(
         r=32, lora_alpha=64, lora_dropout=options.dropout, target_modules=TARGETS, task_type="CAUSAL_LM"
     )
-    adapted = peft.get_peft_model(model, config)
-    rows = []
-    for number in range(len(data.train)):
-        row = data.train[number]
-        labels = [-100] * row.answer_start + list(row.input_ids[row.answer_start :])
-        rows.append({"input_ids": list(row.input_ids), "attention_mask": [1] * len(row.input_ids), "labels": labels})
+    adapted: Any = peft.get_peft_model(bare, config)
+    if alike:
+        for name, adapter in inject(open_model(opened), "lora", {"r": 32}, targets=TARGETS).items():
+            theirs = adapted.get_submodule(f"base_model.model.{name}.lora_A.default")
+            theirs.weight.data.copy_(adapter.own_tensors()["A"])
+    # One optimizer for all blocks, where each Trainer would make its own.
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     folder = tempfile.mkdtemp(prefix="subspace-bench-")
-    plan = plan_of(data, (options.rounds + 1) * options.steps, group_by_length=False)
 
-    def run(block: int, steps: int) -> tuple[int, float, float]:
-        chosen = [rows[i] for step in range(block * steps, (block + 1) * steps) for i in plan[step]]
+    def fed(number: int) -> dict[str, Any]:
+        ids, start = data.train[number]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * start + ids[start:]}
+
+    def run(steps: range) -> tuple[int, list[float]]:
+        chosen = [fed(i) for step in steps for i in plan[step]]
         arguments = TrainingArguments(
             output_dir=str(Path(folder)),
-            per_device_train_batch_size=BATCH,
-            max_steps=steps,
-            learning_rate=3e-4,
+            per_device_train_batch_size=options.batch,
+            max_steps=len(steps),
+            learning_rate=RATE,
             lr_scheduler_type="constant",
-            logging_steps=steps,
+            logging_steps=1,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
+            train_sampling_strategy="sequential",
+            seed=options.seed,
         )
         trainer = Trainer(
             model=adapted,
             args=arguments,
             train_dataset=chosen,
             data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+            optimizers=(optimizer, schedule),
         )
-        began = time.perf_counter()
-        outcome = trainer.train()
-        return sum(len(r["input_ids"]) for r in chosen), time.perf_counter() - began, outcome.training_loss
+        trainer.train()
+        losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        return sum(len(row["input_ids"]) for row in chosen), losses
 
     return run
 
 
-def frozen_side(data: Any, options: Any) -> Callable[[int, int], tuple[int, float, float]]:
+def frozen_side(options: Any, *, roomy: bool = False) -> Run:
     """The frozen model's forward pass and its gradient with respect to the input, on this project's batches."""
-    model = open_model(MODEL).train()
-    assert not trained_parameters(model)
-    plan = plan_of(data, (options.rounds + 1) * options.steps, group_by_length=True)
-    embedding = model.get_input_embeddings()
+    opened, _, data, plan = material(options, group_by_length=True)
+    model = open_model(opened).train()
+    assert not adapters(model)
+    if roomy:
+        keep_what_is_freed()
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
-    def run(block: int, steps: int) -> tuple[int, float, float]:
-        tokens, total, began = 0, 0.0, time.perf_counter()
-        handle = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-        for step in range(block * steps, (block + 1) * steps):
+    def run(steps: range) -> tuple[int, list[float]]:
+        tokens, losses = 0, []
+        for step in steps:
             batch = data.batch(plan[step])
             labelled, seen = count_tokens([batch])
             loss = summed_loss(model, batch) / labelled
             loss.backward()  # type: ignore[no-untyped-call]
-            tokens, total = tokens + seen, total + loss.item()
-        handle.remove()
-        return tokens, time.perf_counter() - began, total / steps
+            tokens += seen
+            losses.append(loss.item())
+        return tokens, losses
 
     return run
+
+
+SIDES: dict[str, Callable[[Any], Run]] = {
+    "subspace": subspace_side,
+    "packed": partial(subspace_side, packing=True),
+    "roomy": partial(subspace_side, roomy=True),
+    "compiled": partial(subspace_side, compiled=True),
+    "peft": peft_side,
+    "peft-alike": partial(peft_side, alike=True),
+    "frozen": frozen_side,
+    "frozen-roomy": partial(frozen_side, roomy=True),
+    **{f"zero{stage}x{ranks}": partial(subspace_side, stage=stage) for stage in (1, 2, 3) for ranks in (1, 2)},
+}
 
 
 if __name__ == "__main__":

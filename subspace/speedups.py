@@ -1,0 +1,80 @@
+"""What makes a step faster or smaller where the machine has it: compiled layers, Liger's kernels, room on the host.
+
+All are options of the run and change no number but by rounding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace.errors import UserError
+
+SMALL = 1024  # numbers; moving fewer is not worth it
+
+
+def check_speedups(*, compiled: bool, liger: bool, gpu: bool) -> None:
+    """Refuse what this machine has not got."""
+    if compiled and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise UserError(
+            "train.compile needs a C++ compiler, and neither g++ nor clang++ is here. Install one (apt-get install "
+            "g++), or set train.compile=false"
+        )
+    if liger and not gpu:
+        raise UserError("train.liger asks for kernels of a GPU, and there is none here. Set train.liger=false")
+    if liger and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(
+            "train.liger needs the package liger-kernel, which is not installed. Install it (pip install "
+            "liger-kernel), or set train.liger=false"
+        )
+
+
+def use_liger(model: Any) -> None:
+    """Put Liger's kernels into a model that has no adapters yet. The loss stays ours."""
+    from liger_kernel.transformers import monkey_patch
+
+    known, kind = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, model.config.model_type
+    if kind not in known:
+        raise UserError(f"train.liger has no kernels for models of type {kind}. Set train.liger=false")
+    monkey_patch._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer, at its first pass.
+
+    Not the whole model, as DeepSpeed's ``engine.compile`` does: it would compile again for every length of a batch,
+    and layers that are alike share what was compiled for one of them.
+    """
+    kinds = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise UserError(f"train.compile knows no layers of {type(model).__name__}. Set train.compile=false")
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def activations_on_host() -> torch.autograd.graph.saved_tensors_hooks:
+    """Let what passes inside this save for their gradients lie in the host's memory; weights stay where they are."""
+    return torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host)
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a parameter, or a parameter seen otherwise, as transposed."""
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
+def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
+    if tensor.device.type == "cpu" or tensor.numel() < SMALL or is_weight(tensor):
+        return tensor.device, tensor
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return tensor.device, copy.copy_(tensor, non_blocking=True)  # in the order of the stream, so before it is read
+
+
+def _from_host(packed: tuple[torch.device, Tensor]) -> Tensor:
+    device, tensor = packed
+    return tensor.to(device, non_blocking=True)

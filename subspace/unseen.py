@@ -1,0 +1,69 @@
+"""Whether a run is trained on items that it is scored on: told when training starts, refused when it is scored.
+
+The commonsense suites and their own mixtures are left out: what those share is known, and little. An item is seen if
+its question, letters and digits compared, is a training row's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from subspace import declarations
+from subspace.contamination import Text, keys
+from subspace.declarations import Task
+from subspace.errors import UserError
+from subspace.evaluate import EvaluateConfig, Sample, find_tasks, take_sample
+from subspace.prepare import task_items
+from subspace.rows import FILES, records
+
+MOST_SEEN = 0.01
+"""What share of a suite's items a run may have been trained on before its score says nothing."""
+
+
+def seen_items(mixture: str, samples: Iterable[Sample]) -> dict[str, tuple[int, int]]:
+    """Return, by task, how many of its items are in a mixture's rows, and of how many; only where some are."""
+    compared = [sample for sample in samples if _is_compared(sample.task, mixture)]
+    trained = set(map(_key, _questions(mixture))) if compared and mixture else set()
+    found = {}
+    for sample in compared:
+        asked = [{_key(sample.task.instruction(item)), _key(item["question"])} for item in sample.items]
+        if seen := sum(not trained.isdisjoint(texts) for texts in asked):
+            found[sample.task.name] = seen, len(asked)
+    return found
+
+
+def seen_before(mixture: str, config: EvaluateConfig) -> list[str]:
+    """Say what of the suites that a run names for its scoring is in the rows that it is about to be trained on.
+
+    A suite whose items are not on this machine is passed over: it is looked at again when it is scored.
+    """
+    samples = []
+    for task in find_tasks(config.tasks):
+        if _is_compared(task, mixture):
+            with contextlib.suppress(UserError):
+                samples.append(take_sample(task, config.split, config.limit, config.data))
+    return [
+        f"{mixture} holds {seen} of {of} items of {name}"
+        + (", too many for its score to mean anything: it will be refused" if seen > MOST_SEEN * of else "")
+        for name, (seen, of) in seen_items(mixture, samples).items()
+    ]
+
+
+def _is_compared(task: Task, mixture: str) -> bool:
+    return mixture.endswith(FILES) or task.suite != "commonsense"
+
+
+def _questions(mixture: str) -> Iterator[str]:
+    if mixture.endswith(FILES):
+        for _, record in records(Path(mixture)):
+            turns = record.get("messages") or [{"content": record.get("instruction", "")}]
+            yield from (str(turn["content"]) for turn in turns)
+        return
+    for task, split in {(part.task, part.split) for part in declarations.mixture(mixture).parts}:
+        yield from task_items(task, split)["question"]
+
+
+def _key(text: str) -> int:
+    return keys(Text(text)).question

@@ -38,10 +38,9 @@ def refusal(model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodCon
     optimizer, weights = _offloaded(engine, "offload_optimizer"), _offloaded(engine, "offload_param")
     if optimizer and stage == 0:
         return "the engine offloads the optimizer at ZeRO stage 0, where DeepSpeed leaves it in place. Set stage 1 or 2"
-    if optimizer == "nvme":
+    if optimizer == "nvme" and stage != 3:
         return (
-            "the engine offloads the optimizer to NVMe, where DeepSpeed loses the steps of some trained tensors. "
-            "Set it to cpu: adapters' state is small"
+            f"the engine offloads the optimizer to NVMe at ZeRO stage {stage}, which stage 3 alone can. Set it to cpu"
         )
     if weights and stage != 3:
         return f"the engine offloads the weights at ZeRO stage {stage}, which stage 3 alone can. Set stage 3"
@@ -73,7 +72,7 @@ def lack(model: ModelConfig, engine: Json) -> str | None:
 
     if model.dtype == "float16" and not get_accelerator().is_fp16_supported():
         return "model.dtype is float16, which this device cannot compute in. Use model.dtype=bfloat16 or float32"
-    if _offloaded(engine, "offload_param") != "nvme":
+    if "nvme" not in (_offloaded(engine, "offload_param"), _offloaded(engine, "offload_optimizer")):
         return None
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from torch.utils.cpp_extension import _get_build_directory

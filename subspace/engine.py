@@ -26,6 +26,7 @@ from subspace.errors import UserError, nearest
 
 Json = dict[str, Any]
 OFFLOAD, PREFETCH = "offload_optimizer", "stage3_prefetch_bucket_size"
+SWAPPED = 1 << 20  # bytes from which on DeepSpeed swaps a tensor to NVMe
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,9 @@ def fill(
         zero[PREFETCH] = 0  # DeepSpeed reads ahead a weight that is used twice in a step twice, and stumbles over it
     if OFFLOAD in zero:
         filled.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's own AdamW works there and needs no compiler
+    if (zero.get(OFFLOAD) or {}).get("device") == "nvme":
+        _keep_gradients_in_memory(filled, 4 * largest_adapter, source)
+        notices.append("the optimizer is on NVMe: checkpoints hold adapters alone, and no run goes on from one")
     filled.setdefault("zero_allow_untested_optimizer", True)
     filled.setdefault("steps_per_print", 10**9)  # the run prints for itself
 
@@ -171,6 +175,23 @@ def fill(
     if autos := [f"{key}={values[key]}" for key, value in flat(engine) if value == "auto"]:
         notices.append(f'{Path(source).name}: "auto" is {", ".join(autos)}')
     return filled, notices
+
+
+def _keep_gradients_in_memory(filled: Json, largest: int, source: str) -> None:
+    """Let no trained tensor, of ``largest`` bytes at most, have its gradient swapped to NVMe with the optimizer.
+
+    DeepSpeed holds gradients in memory anyway, and reads those that it has swapped straight into their places in one
+    flat tensor. Where such a place is not at a multiple of 512 bytes, as after a tensor of odd size, the system reads
+    nothing, without an error, and the tensor does not train. What is smaller than a block is not swapped.
+    """
+    aio = filled.setdefault("aio", {})
+    if aio.get("block_size", "auto") == "auto":
+        aio["block_size"] = max(SWAPPED, (largest // 4096 + 1) * 4096)
+    elif max(aio["block_size"], SWAPPED) <= largest:
+        raise UserError(
+            f"{source} sets aio.block_size to {aio['block_size']}, but with the optimizer on NVMe it must exceed the "
+            f'{largest} bytes of the largest trained tensor, or DeepSpeed loses gradients. Write "auto" there'
+        )
 
 
 def start_engine(

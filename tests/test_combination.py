@@ -33,7 +33,7 @@ def said(model: ModelConfig, zero: dict[str, Any], method: str = "lora") -> str 
     ("model", "zero", "words"),
     [
         ({}, {"stage": 0, "offload_optimizer": CPU}, ["at ZeRO stage 0", "Set stage 1"]),
-        ({}, {"stage": 3, "offload_optimizer": NVME}, ["optimizer to NVMe", "Set it to cpu"]),
+        ({}, {"stage": 2, "offload_optimizer": NVME}, ["optimizer to NVMe at ZeRO stage 2", "Set it to cpu"]),
         ({}, {"stage": 2, "offload_param": CPU}, ["weights at ZeRO stage 2", "Set stage 3"]),
         ({}, {"stage": 3, "offload_param": NVME}, ["as float32", "model.dtype is bfloat16", "to cpu"]),
         ({"dtype": "float32", "quantize": "nf4"}, {"stage": 3, "offload_param": NVME}, ["`quantize: nf4`", "to cpu"]),
@@ -52,6 +52,7 @@ def test_what_never_goes_is_refused(model: dict[str, Any], zero: dict[str, Any],
         ({"quantize": "nf4"}, {"stage": 3, "offload_param": CPU, "offload_optimizer": CPU}),
         ({"quantize": "int8"}, {"stage": 3}),
         ({"dtype": "float32"}, {"stage": 3, "offload_param": NVME}),
+        ({"quantize": "nf4"}, {"stage": 3, "offload_optimizer": NVME}),
         ({}, {"stage": 1, "offload_optimizer": CPU}),
         ({}, {"stage": 0, "offload_optimizer": {"device": "none"}}),
     ],
@@ -87,9 +88,10 @@ def test_the_lock_of_a_build_that_was_killed_does_not_hang(builds: Path, library
     assert "remove that file" in reason
 
 
-def test_a_machine_without_libaio_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["offload_param", "offload_optimizer"])
+def test_a_machine_without_libaio_is_told(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=True: False)
-    engine = filled("float32", {"stage": 3, "offload_param": NVME})
+    engine = filled("float32", {"stage": 3, what: NVME})
     assert "libaio-dev" in str(combination.lack(ModelConfig(dtype="float32"), engine))
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from subspace.engine import fill, lay_out, read_engine_file
 from subspace.errors import UserError
 from subspace.paths import REPOSITORY
+from tests.material import make_material, saved_adapter
 
 LAYOUT = lay_out(16, 4, 2)
 ALL = sorted(file for file in (REPOSITORY / "ds_configs").glob("*.json") if file.stem != "matrix")
@@ -73,6 +76,36 @@ def test_weights_on_nvme_are_not_read_ahead() -> None:
     weights = {"device": "nvme", "nvme_path": "somewhere"}
     engine = filled({"zero_optimization": {"stage": 3, "offload_param": weights}})
     assert engine["zero_optimization"]["stage3_prefetch_bucket_size"] == 0
+
+
+def test_gradients_stay_in_memory_with_the_optimizer_on_nvme() -> None:
+    away: dict[str, Any] = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+    assert filled(away, largest_adapter=100)["aio"]["block_size"] == 2**20
+    assert filled(away, largest_adapter=2**20)["aio"]["block_size"] == 2**22 + 4096
+    given = {**away, "aio": {"block_size": 2**20}}
+    assert filled(given, largest_adapter=100)["aio"]["block_size"] == 2**20
+    with pytest.raises(UserError, match=r"block_size to 1048576, but .* exceed the 1048576 bytes .* Write \"auto\""):
+        filled(given, largest_adapter=2**18)
+
+
+@pytest.mark.long
+@pytest.mark.processes
+@pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="needs libaio")
+def test_tensors_after_one_of_odd_size_train_with_the_optimizer_on_nvme(tmp_path: Path) -> None:
+    """DoRA's magnitudes, 64 numbers, put what follows them where DeepSpeed could not read a gradient of a megabyte."""
+    file, found = make_material(tmp_path), []
+    settings = [f"runs={tmp_path}", "train.steps=4", "train.learning_rate=0.001", "targets=[q_proj]"]
+    settings += ["method=dora", "method.r=4200", "method.alpha=1000"]
+    for name in ("cpu", "nvme"):
+        zero = {"stage": 3, "offload_optimizer": {"device": name, "nvme_path": str(tmp_path / "swapped")}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
+        own = [f"name={name}", f"engine={tmp_path / name}.json"]
+        command = [sys.executable, "-m", "subspace", "train", str(file), *settings, *own, "--processes", "1"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(saved_adapter(tmp_path / name))
+    assert max(tensor.nbytes for tensor in found[0].values()) > 2**20
+    assert all(torch.allclose(tensor, found[1][name], atol=1e-5) for name, tensor in found[0].items())
 
 
 def test_adapters_are_held_whole_at_stage_3() -> None:

@@ -160,6 +160,8 @@ def test_the_command_is_deepspeeds_own_launcher(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launcher, "visible_devices", list)
     launch = _plan(processes=3)
     assert launch.command[:5] == (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "3")
+    port = launch.command[launch.command.index("--master_port") + 1]
+    assert port not in ("0", "29500")  # one hangs, the other is everybody's
     assert launch.command[-5:] == ("--module", "subspace", "train", "x.yaml", "name=a b")
     assert launch.environment["DS_ACCELERATOR"] == "cpu"
     assert str(launch).endswith("--module subspace train x.yaml 'name=a b'")

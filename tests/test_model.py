@@ -222,6 +222,8 @@ def test_evaluation_leaves_quantised_weights_alone(llama: Path, quantize: str, d
         first, second = logits(model), logits(model)
     assert torch.equal(first, second)
     assert all(torch.equal(full_weight(module), before[name]) for name, module in layers.items())
+    # Also where the CPU here does not do it.
+    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
 
 
 # ZeRO-3

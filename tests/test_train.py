@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from subspace import config as configuration
+from subspace import evaluate
 from subspace.access import Access
 from subspace.adapter_file import TENSORS, load_adapter, save_adapter
 from subspace.checkpoint import checkpoints
@@ -26,6 +28,7 @@ from subspace.method import Adapter
 from subspace.methods.lora import LoRA
 from subspace.run import train_run
 from subspace.train import TrainConfig, parameter_groups, rate_factor
+from tests.items import items
 from tests.material import STAGES, logged, make_material, saved_adapter
 from tests.tiny import tiny_llama
 
@@ -79,6 +82,18 @@ def test_run_folder(material: Path, tmp_path: Path) -> None:
     again = configuration.read(folder / "config.yaml", [])
     assert again.train.steps == 6
     assert again.method[0].settings.r == 4  # type: ignore[attr-defined]
+
+
+def test_rows_that_hold_test_items_are_told(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = items("openbookqa", 3)
+    made[1]["question"] = json.loads((material.parent / "data.jsonl").open().readline())["instruction"]
+    monkeypatch.setattr(evaluate, "task_items", lambda name, split: datasets.Dataset.from_list(made))
+    folder = train(material, tmp_path, "seen", "train.steps=1")
+    (told,) = json.loads((folder / "environment.json").read_text())["data"]["seen"]
+    assert "data.jsonl holds 1 of 3 items of openbookqa, too many" in told
+    assert "holds 1 of 3 items" in " ".join(capsys.readouterr().err.split())
 
 
 def test_several_methods_train_in_one_run(material: Path, tmp_path: Path) -> None:

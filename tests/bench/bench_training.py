@@ -1,7 +1,7 @@
 """Time training steps of this project and of HF PEFT with the HF Trainer, alternating.
 
     python -m tests.bench.bench_training --steps 4 --rounds 4
-    python -m tests.bench.bench_training --dropout 0 --sides subspace frozen
+    python -m tests.bench.bench_training --frozen --dropout 0 --steps 12
     python -m tests.bench.bench_training --sides subspace packed roomy compiled
     python -m tests.bench.bench_training --stages
     python -m tests.bench.bench_training --curves 20 --batch 4
@@ -12,10 +12,11 @@ a process of its own, after a step that does not count: so each has the memory t
 Printed are the medians over rounds of non-padding tokens a second, and ratios taken round by round.
 
 The sides: ``subspace`` is this project; ``packed``, ``roomy`` and ``compiled`` are the same with data.packing,
-train.keep_memory and train.compile; ``peft`` is HF PEFT with the HF Trainer as its examples set them up; ``frozen`` is
-the frozen model's own forward and input-gradient pass on this project's batches, ``frozen-roomy`` with keep_memory.
-``--stages`` times ZeRO 1, 2 and 3 with one and two processes. ``--curves`` trains this project and PEFT, with two seeds
-of dropout each and all from the same factors, on the same rows in the same steps, and compares their losses.
+train.keep_memory and train.compile; ``peft`` is HF PEFT with the HF Trainer as its examples set them up.
+``--frozen`` alternates, step by step in one process, this project's steps with the frozen model's own forward and
+input-gradient pass on the same batches. ``--stages`` times ZeRO 1, 2 and 3 with one and two processes. ``--curves``
+trains this project and PEFT, with two seeds of dropout each and all from the same factors, on the same rows in the same
+steps, and compares their losses.
 
 Absolute figures depend on the machine; the ratios are what to read. ``--clock cpu`` counts processor time instead, of
 all processes together: for a machine that has other work.
@@ -79,9 +80,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000, help="rows of the mixture to draw from")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--sides", nargs="+", default=["subspace", "peft", "frozen"], choices=SIDES)
+    parser.add_argument("--sides", nargs="+", default=["subspace", "roomy", "peft"], choices=SIDES)
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     parser.add_argument("--curves", type=int, default=0, help="steps of loss curves to compare")
+    parser.add_argument("--frozen", action="store_true", help="compare with the frozen model's own passes")
+    parser.add_argument("--lean", action="store_true", help="for --frozen: without train.keep_memory")
     parser.add_argument("--stages", action="store_true", help="time ZeRO 1, 2 and 3, with one and two processes")
     parser.add_argument("--block", type=int, help=argparse.SUPPRESS)  # of a process for one side
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -91,7 +94,7 @@ def main() -> None:
         return
     if options.stages:
         options.sides = [f"zero{stage}x{ranks}" for ranks in (1, 2) for stage in (1, 2, 3)]
-    report = curves(options) if options.curves else speeds(options)
+    report = curves(options) if options.curves else against_frozen(options) if options.frozen else speeds(options)
     print(json.dumps({"batch": options.batch, "dropout": options.dropout, "clock": options.clock, **report}, indent=2))
 
 
@@ -112,6 +115,26 @@ def speeds(options: Any) -> dict[str, Any]:
             name: f"{np.median(values):.3f} ({values.min():.3f} to {values.max():.3f})"
             for name, values in ratios.items()
         },
+    }
+
+
+def against_frozen(options: Any) -> dict[str, Any]:
+    """Alternate steps with the frozen model's passes; return the time of the one over that of the other."""
+    warnings.simplefilter("ignore")
+    options.rounds, sides = 1, (subspace_side(options, roomy=not options.lean), frozen_side(options))
+    times = []
+    for step in range(1 + options.steps):
+        both = []
+        for run in sides:
+            began = now(options.clock)
+            run(range(step, step + 1))
+            both.append(now(options.clock) - began)
+        if step:  # the first warms up
+            times.append(both)
+    ratios = np.divide(*np.transpose(times))
+    return {
+        "time_over_frozen": f"{np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})",
+        "time_of_all_steps_over_frozen": round(float(np.divide(*np.sum(times, axis=0))), 3),
     }
 
 
@@ -280,12 +303,12 @@ def peft_side(options: Any, *, alike: bool = False) -> Run:
     return run
 
 
-def frozen_side(options: Any, *, roomy: bool = False) -> Run:
+def frozen_side(options: Any) -> Run:
     """The frozen model's forward pass and its gradient with respect to the input, on this project's batches."""
     opened, _, data, plan = material(options, group_by_length=True)
     model = open_model(opened).train()
     assert not adapters(model)
-    if roomy:
+    if not options.lean:
         keep_what_is_freed()
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
@@ -310,8 +333,6 @@ SIDES: dict[str, Callable[[Any], Run]] = {
     "compiled": partial(subspace_side, compiled=True),
     "peft": peft_side,
     "peft-alike": partial(peft_side, alike=True),
-    "frozen": frozen_side,
-    "frozen-roomy": partial(frozen_side, roomy=True),
     **{f"zero{stage}x{ranks}": partial(subspace_side, stage=stage) for stage in (1, 2, 3) for ranks in (1, 2)},
 }
 

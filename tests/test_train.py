@@ -88,7 +88,7 @@ def test_rows_that_hold_test_items_are_told(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = items("openbookqa", 3)
-    made[1]["question"] = json.loads((material.parent / "data.jsonl").open().readline())["instruction"]
+    made[1]["question"] = json.loads((material.parent / "data.jsonl").read_text().splitlines()[0])["instruction"]
     monkeypatch.setattr(evaluate, "task_items", lambda name, split: datasets.Dataset.from_list(made))
     folder = train(material, tmp_path, "seen", "train.steps=1")
     (told,) = json.loads((folder / "environment.json").read_text())["data"]["seen"]

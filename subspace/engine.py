@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from subspace.distributed import world_size
 from subspace.errors import UserError, nearest
 
 Json = dict[str, Any]
@@ -212,6 +213,28 @@ def start_engine(
         config=config,
         lr_scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, schedule),
     )
+    return engine
+
+
+def fill_to_score(path: str | Path, dtype: str) -> Json:
+    """Return the engine's configuration for a model that is spread over the processes to be scored, not trained."""
+    ranks = world_size()
+    filled, _ = fill(read_engine_file(path), lay_out(ranks, 1, ranks), dtype=dtype, clip=0.0, source=str(path))
+    stage = filled["zero_optimization"]["stage"]
+    if stage != 3:
+        raise UserError(
+            f"evaluate.engine is {path}, of ZeRO stage {stage}, but only stage 3 spreads a model. Take "
+            "ds_configs/zero3.json, or none: then each process has the whole model"
+        )
+    filled["zero_optimization"].pop(OFFLOAD, None)
+    return filled
+
+
+def spread(model: nn.Module, config: Json) -> Any:
+    """Hand a frozen model to ZeRO-3; return the engine. What passes through the model gathers its weights."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=config)
     return engine
 
 

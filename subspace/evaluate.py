@@ -86,6 +86,9 @@ class EvaluateConfig(Settings):
     mixed: bool = setting(
         False, "several subjects of one base: score in the same batches those whose adapters act on linear layers alone"
     )
+    engine: str | None = setting(
+        None, "a base too large for one device: DeepSpeed's JSON of ZeRO-3, as ds_configs/zero3.json, to spread it by"
+    )
     again: bool = setting(False, "score anew what is scored already")
 
     def __post_init__(self) -> None:

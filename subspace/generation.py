@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from subspace.declarations import Item, Task, prompt, render
+from subspace.distributed import sum_over_ranks
 from subspace.encoding import encode_prompt
-from subspace.errors import UserError
 from subspace.results import digest
-from subspace.zero import is_sharded
+from subspace.zero import passes_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,16 +37,6 @@ def asked(template: str, task: Task, items: Sequence[Item]) -> list[str]:
     return [render(template, {"instruction": task.instruction(item), "input": ""}) for item in items]
 
 
-def refuse_sharded(model: nn.Module, protocol: str) -> None:
-    """Refuse to write under ZeRO-3: rows end when they like, but every rank would have to make as many passes."""
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise UserError(
-            f"protocol {protocol} was asked for under ZeRO-3, where every rank would have to write equally many "
-            "tokens. Use evaluate.protocol=answer-word, which asks the same without writing, or score the finished "
-            "run: subspace evaluate RUN"
-        )
-
-
 class Generation:
     """The items of a task, ready to be scored by this protocol."""
 
@@ -57,7 +47,6 @@ class Generation:
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item], prompt_name: str
     ) -> None:
-        refuse_sharded(model, self.name)
         self.tokenizer, self.task, self.items = tokenizer, task, items
         self.extractor = extractor(task)
         self.template = prompt(prompt_name)
@@ -198,6 +187,8 @@ def decode_greedily(
 ) -> list[list[int]]:
     """Return what the model writes after each prompt. The prompts are one batch, padded on the left.
 
+    Under ZeRO-3 every process makes as many passes as the one that has most to write.
+
     Args:
         model: the model.
         prompts: token ids.
@@ -216,6 +207,7 @@ def decode_greedily(
     cache: Any = None
     written: list[list[int]] = [[] for _ in prompts]
     rows, over = list(range(len(prompts))), set[int]()
+    together = passes_together(model)
 
     for _ in range(max_new_tokens):
         out = model(
@@ -235,9 +227,10 @@ def decode_greedily(
                     over.add(row)
 
         going_on = [i for i, row in enumerate(rows) if row not in over]
-        if not going_on:
+        left = len(going_on) if not together else int(sum_over_ranks(torch.tensor(len(going_on), device=device)))
+        if not left:
             break
-        if drop and len(going_on) < len(rows):
+        if drop and 0 < len(going_on) < len(rows):
             rows = [rows[i] for i in going_on]
             kept = torch.tensor(going_on, device=device)
             tokens, mask, positions = tokens[kept], mask[kept], positions[kept]

@@ -23,8 +23,9 @@ from torch import nn
 
 from subspace.declarations import Item, Task, prompt
 from subspace.encoding import encode_prompt
-from subspace.generation import answer_record, asked, end_tokens, extractor, refuse_sharded
+from subspace.generation import answer_record, asked, end_tokens, extractor
 from subspace.results import digest
+from subspace.zero import passes_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,6 @@ class Published:
         *,
         batch: int = 1,
     ) -> None:
-        refuse_sharded(model, self.name)
         self.tokenizer, self.task, self.items, self.defects = tokenizer, task, items, sorted(defects)
         self.extractor = extractor(task)
         unequal = "unequal_prompts" in defects
@@ -112,7 +112,9 @@ class Published:
             eos_token_id=self.ends,
         )
         with _dropout(model, [self.hashes[number] for number in batch], active="dropout_active" in self.defects):
-            written = model.generate(inputs, attention_mask=mask, generation_config=settings)
+            written = model.generate(
+                inputs, attention_mask=mask, generation_config=settings, synced_gpus=passes_together(model)
+            )
         return [self._record(number, row[length:].tolist()) for number, row in zip(batch, written, strict=True)]
 
     def _record(self, number: int, tokens: list[int]) -> dict[str, Any]:

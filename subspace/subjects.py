@@ -2,7 +2,8 @@
 
 A subject is a base model as it is, or a run's adapters on it. Subjects of one base may have adapters of any methods.
 The tasks are laid out once for all subjects that are scored alike. With ``evaluate.mixed`` those of them whose adapters
-can be mixed are scored in the same batches.
+can be mixed are scored in the same batches. With ``evaluate.engine`` the base is spread over the processes (ZeRO-3),
+and is opened anew for each subject: DeepSpeed takes hold of base and adapters together.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from subspace.adapter_file import load_adapter
 from subspace.checksum import weights_checksum
 from subspace.config import Subject
 from subspace.distributed import is_main
+from subspace.engine import fill_to_score, spread
 from subspace.errors import UserError
 from subspace.evaluate import Job, Sample, Scorer, evaluate, lay_out
 from subspace.inject import adapters, eject
@@ -35,22 +37,30 @@ def evaluate_subjects(
     ``tell`` is told what is about to be scored, before it is.
     """
     results: dict[int, list[TaskResult]] = {}
-    bases: dict[ModelConfig, dict[str, list[int]]] = {}
+    bases: dict[tuple[ModelConfig, int | None], dict[str, list[int]]] = {}
     for number, subject in enumerate(subjects):
-        bases.setdefault(subject.model, {}).setdefault(str(subject.evaluate), []).append(number)
-    for base, groups in bases.items():
-        opened = open_model(base), open_tokenizer(base)
+        own = number if subject.evaluate.engine else None
+        bases.setdefault((subject.model, own), {}).setdefault(str(subject.evaluate), []).append(number)
+    for (base, own), groups in bases.items():
+        file = None if own is None else subjects[own].evaluate.engine
+        zero3 = fill_to_score(file, base.dtype) if file else None
+        opened = open_model(base, zero3), open_tokenizer(base)
         for numbers in groups.values():
             alike = [subjects[number] for number in numbers]
             jobs = lay_out(*opened, alike[0].evaluate, progress)
             if tell:
                 tell(jobs)
-            results.update(zip(numbers, _score_alike(*opened, alike, jobs, progress), strict=True))
+            results.update(zip(numbers, _score_alike(*opened, alike, jobs, progress, zero3), strict=True))
     return [results[number] for number in range(len(subjects))]
 
 
 def _score_alike(
-    model: Any, tokenizer: Any, subjects: Sequence[Subject], jobs: Sequence[Job], progress: Progress
+    model: Any,
+    tokenizer: Any,
+    subjects: Sequence[Subject],
+    jobs: Sequence[Job],
+    progress: Progress,
+    zero3: dict[str, Any] | None,
 ) -> list[list[TaskResult]]:
     """Score subjects of one base and one configuration."""
     results: dict[int, list[TaskResult]] = {}
@@ -65,6 +75,11 @@ def _score_alike(
         check_unseen(one, [job.sample for job in jobs])
         if one.adapter:
             load_adapter(model, one.adapter)
+        if zero3:
+            engine = spread(model.requires_grad_(False), zero3)
+            score(number, jobs)
+            engine.destroy()
+            break
         # The published evaluator runs adapters in training mode on demand, which is no form of W + B A.
         if one.evaluate.mixed and Published.name not in one.evaluate.protocols and can_be_mixed(model):
             put_off[number] = adapters(model), weights_checksum(model)

@@ -11,7 +11,9 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from subspace.distributed import world_size
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -22,6 +24,11 @@ def is_sharded(parameter: Tensor) -> bool:
 def full_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of the whole parameter, sharded or not."""
     return torch.Size(getattr(parameter, "ds_shape", ())) if is_sharded(parameter) else parameter.shape
+
+
+def passes_together(model: nn.Module) -> bool:
+    """Tell whether every process must make as many forward passes: ZeRO-3 gathers the weights of each from all."""
+    return world_size() > 1 and any(is_sharded(parameter) for parameter in model.parameters())
 
 
 @contextlib.contextmanager

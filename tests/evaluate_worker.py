@@ -11,16 +11,20 @@ from unittest import mock
 import torch
 
 from subspace import evaluate
+from subspace.config import Subject
 from subspace.distributed import leave
-from subspace.engine import start_engine, start_processes
+from subspace.engine import fill_to_score, spread, start_processes
 from subspace.model import ModelConfig, open_model, open_tokenizer
+from subspace.paths import REPOSITORY
 from subspace.prepare import task_items
 from subspace.results import TaskResult
+from subspace.subjects import evaluate_subjects
 from tests.items import items
 from tests.tiny import bpe_tokenizer, tiny_llama
 
-SETTINGS = {"tasks": "piqa,hellaswag", "limit": 17, "batch_tokens": 300}
+SETTINGS: dict[str, Any] = {"tasks": "piqa,hellaswag", "limit": 17, "batch_tokens": 300}
 PREPARED = task_items
+ZERO3 = str(REPOSITORY / "ds_configs" / "zero3.json")
 
 
 def score(
@@ -38,22 +42,33 @@ def score(
         which = ModelConfig(path=model_name, dtype="float32")
         model, tokenizer = open_model(which), open_tokenizer(which)
     if stage == 3:
-        model.lm_head.requires_grad_(True)  # an engine wants something to train
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-        engine = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        engine |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
-        optimizer = torch.optim.AdamW(model.lm_head.parameters())
-        model = start_engine(model, engine, optimizer, lambda step: 1.0).module
+        model = spread(model, fill_to_score(ZERO3, "float32")).module
     config = evaluate.EvaluateConfig(protocol=protocol, **{**SETTINGS, **settings})
     with mock.patch.object(evaluate, "task_items", made if count else PREPARED):
         return evaluate.evaluate(model, tokenizer, config, folder, model_name=model_name)
+
+
+def score_subjects(folder: Path, protocol: str, stage: int, base: str, methods: list[str]) -> list[TaskResult]:
+    """Score a saved model as it is and with saved adapters, on made-up items; spread over the processes at stage 3."""
+    import datasets
+
+    config = evaluate.EvaluateConfig(protocol=protocol, **SETTINGS, engine=ZERO3 if stage == 3 else None)
+    model = ModelConfig(path=f"{base}/base", dtype="float32")
+    subjects = [Subject(model, config, folder / "base")]
+    subjects += [Subject(model, config, folder / name, Path(base, name), name) for name in methods]
+
+    def made(name: str, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list(items(name, 21))
+
+    with mock.patch.object(evaluate, "task_items", made):
+        return [result for results in evaluate_subjects(subjects) for result in results]
 
 
 def main() -> None:
     """Score in each of the ways that the first argument lists; every rank leaves what it was given back."""
     start_processes(minutes=5)
     for folder, protocol, stage, settings in json.loads(sys.argv[1]):
-        results = score(Path(folder), protocol, stage, **settings)
+        results = (score_subjects if "methods" in settings else score)(Path(folder), protocol, stage, **settings)
         rank = torch.distributed.get_rank()
         values = [[result.task, result.metrics, result.fingerprint] for result in results]
         Path(folder, f"rank{rank}.json").write_text(json.dumps(values))

@@ -11,7 +11,22 @@ import torch
 from subspace.engine import fill, lay_out, start_processes
 from subspace.host_memory import resident_memory
 from subspace.model import ModelConfig, describe, open_model
+from subspace.shards import Unread
 from subspace.zero import whole_copies
+
+
+def count_reading() -> list[int]:
+    """Return a list to which the bytes of each tensor that is read of a file are added from now on."""
+    counts: list[int] = []
+    read = Unread.read
+
+    def counting(tensor: Unread) -> torch.Tensor:
+        values = read(tensor)
+        counts.append(values.nbytes)
+        return values
+
+    Unread.read = counting  # type: ignore[assignment, method-assign]
+    return counts
 
 
 def main() -> None:
@@ -22,6 +37,7 @@ def main() -> None:
     engine, _ = fill({"zero_optimization": {"stage": 3}}, lay_out(ranks, None, ranks), dtype="bfloat16", clip=1.0)
     open_model(ModelConfig(path=small), zero3=engine)
     before = resident_memory()
+    bytes_read = count_reading()
     config = ModelConfig(path=folder)
     model = open_model(config, zero3=engine)
     first = next(iter(whole_copies([next(iter(model.named_parameters()))]).values()))
@@ -30,6 +46,7 @@ def main() -> None:
         "most": resident_memory("VmHWM") - before,
         "held": describe(model, config).bytes,
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "read": sum(bytes_read),
         "first": first.float().sum().item(),
     }
     torch.distributed.barrier()

@@ -19,15 +19,19 @@ import pytest
 import torch
 
 from subspace import declarations, evaluate, launcher
+from subspace.adapter_file import save_adapter
+from subspace.config import Subject
 from subspace.errors import UserError
 from subspace.evaluate import EvaluateConfig, find_tasks, take_sample
-from subspace.inject import eject, inject
+from subspace.inject import eject, inject, trained_parameters
 from subspace.likelihood import Likelihood
+from subspace.model import ModelConfig
 from subspace.paths import REPOSITORY
 from subspace.progress import At
 from subspace.results import TaskResult, read_items, read_results
+from subspace.subjects import evaluate_subjects
 from subspace.workload import count_tokens, plan_batches
-from tests.evaluate_worker import score
+from tests.evaluate_worker import score, score_subjects
 from tests.items import items
 from tests.tiny import bpe_tokenizer, tiny_llama
 
@@ -307,8 +311,7 @@ def laid_out(protocol: str) -> list[evaluate.Job]:
 
 # Two processes
 
-WAYS = {"zero3": ("likelihood", 3), "answer-word under zero3": ("answer-word", 3)}
-WAYS |= {protocol: (protocol, 0) for protocol in PROTOCOLS}
+WAYS = {f"{protocol}, ZeRO-{stage}": (protocol, stage) for protocol in PROTOCOLS for stage in (0, 3)}
 
 
 def by_processes(jobs: list[Any]) -> list[str]:
@@ -345,6 +348,38 @@ def test_every_process_is_given_all_results(by_two: Path, way: str) -> None:
     first, second = (json.loads((by_two / way / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert [task for task, *_ in first] == ["piqa", "hellaswag"]
+
+
+@pytest.mark.processes
+def test_adapters_on_a_base_that_is_spread_answer_as_on_a_whole_one(tmp_path: Path) -> None:
+    base, names = tmp_path / "saved", ["lora", "dora", "liera", "svdiff", "houlsby", "prefix", "prompt"]
+    tiny_llama(base / "base")
+    for name in names:
+        model = tiny_llama()
+        inject(model, name)
+        with torch.no_grad():
+            for parameter in trained_parameters(model).values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        save_adapter(model, base / name)
+    protocols, which = "likelihood,llm-adapters", dict[str, Any](base=str(base), methods=names)
+    score_subjects(tmp_path / "whole", protocols, 0, **which)
+    command = by_processes([(str(tmp_path / "spread"), protocols, 3, which)])
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = sorted((tmp_path / "whole").rglob("*.jsonl"))
+    assert len(files) == (1 + len(names)) * 4
+    answers = [
+        [[r["prediction"] for r in read_items(root / file.relative_to(tmp_path / "whole"))] for file in files]
+        for root in (tmp_path / "whole", tmp_path / "spread")
+    ]
+    assert answers[0] == answers[1]
+    assert len({str(one) for one in answers[0]}) > len(names)
+
+
+def test_only_stage_3_spreads_a_base(tmp_path: Path) -> None:
+    config = EvaluateConfig(engine=str(REPOSITORY / "ds_configs" / "zero2.json"))
+    with pytest.raises(UserError, match="of ZeRO stage 2, but only stage 3 spreads a model. Take ds_configs/zero3"):
+        evaluate_subjects([Subject(ModelConfig(path="tiny"), config, tmp_path)])
 
 
 @pytest.mark.processes

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from subspace import declarations
-from subspace.errors import UserError
 from subspace.generation import AnswerWords, Generation, decode_greedily
 from subspace.inject import inject, trained_parameters
 from subspace.method import methods
@@ -156,10 +155,3 @@ def test_a_prompt_that_is_too_long_keeps_its_end() -> None:
     assert scorer.truncated == 4
     assert [len(prompt) for prompt in scorer.prompts] == [100 - 32] * 4
     assert str(bpe_tokenizer().decode(scorer.prompts[0])).endswith("### Response:")
-
-
-def test_generating_under_zero_3_is_refused() -> None:
-    model = tiny_llama()
-    model.lm_head.weight.ds_id = 0
-    with pytest.raises(UserError, match="llm-adapters was asked for under ZeRO-3.*evaluate.protocol=answer-word"):
-        Generation(model, bpe_tokenizer(), declarations.task("piqa"), items("piqa", 1), "alpaca-indented")

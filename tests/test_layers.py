@@ -15,7 +15,8 @@ PACKAGE = ROOT / "subspace"
 
 # A file may import files of the lines above its own, nothing beside it and nothing below.
 LAYERS = [
-    "errors paths distributed zero linalg progress statistics formats checkpoint interruption watchdog host_memory",
+    "errors paths distributed linalg progress statistics formats checkpoint interruption watchdog host_memory",
+    "zero",
     "optimizers speedups settings dropout base sites methods model_files results decomposition shards",
     "method",
     "access lowrank spectrum bottleneck virtual_tokens",

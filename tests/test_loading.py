@@ -35,17 +35,32 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
+def open_by_two(folder: Path) -> list[dict[str, Any]]:
+    """Let two processes open the model that the folder holds, spread by ZeRO-3; return what they say, by rank."""
+    tiny_llama(folder / "small")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/load_worker.py"]
+    printed = run(*command, str(folder / "small"), str(folder / "model"), PYTHONPATH=str(ROOT))
+    ranks = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert len(ranks) == 2
+    return sorted(ranks, key=lambda rank: int(rank["rank"]))
+
+
+@pytest.mark.processes
+def test_zero_3_reads_each_tensor_once_for_all_processes(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    ranks = open_by_two(tmp_path)
+    assert [rank["read"] for rank in ranks] == [sum(tensor.nbytes for tensor in stored.values()), 0]
+
+
 @pytest.mark.long
 @pytest.mark.processes
 def test_zero_3_holds_a_share_and_two_layers(tmp_path: Path) -> None:
     whole = write_random(tmp_path / "model", "llama-7b", num_hidden_layers=LAYERS, hidden_size=HIDDEN)
     assert whole > 10**9
-    tiny_llama(tmp_path / "small")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/load_worker.py"]
-    printed = run(*command, str(tmp_path / "small"), str(tmp_path / "model"), PYTHONPATH=str(ROOT))
-    ranks = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    ranks = open_by_two(tmp_path)
     layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * 11008)
-    assert len(ranks) == 2
+    assert [rank["read"] for rank in ranks] == [whole, 0]
     for rank in ranks:
         assert rank["dtypes"] == ["torch.bfloat16"]
         assert rank["held"] == pytest.approx(whole / 2, rel=0.01)

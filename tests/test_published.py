@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from subspace import declarations
-from subspace.errors import UserError
 from subspace.inject import inject
 from subspace.published import DEFECTS, PUBLISHED, Published
 from tests.items import items
@@ -153,10 +152,3 @@ def test_the_published_batch_matters_only_without_a_mask() -> None:
 def test_every_defect_is_in_the_fingerprint(defect: str) -> None:
     model = tiny_llama()
     assert scorer(model, count=1, defects=[defect]).ingredients != scorer(model, count=1, defects=[]).ingredients
-
-
-def test_writing_under_zero_3_is_refused() -> None:
-    model = tiny_llama()
-    model.lm_head.weight.ds_id = 0
-    with pytest.raises(UserError, match="llm-adapters-published was asked for under ZeRO-3.*answer-word"):
-        scorer(model)

@@ -87,9 +87,9 @@ def test_all_are_scored_on_one_load_as_each_is_alone(
     opened: list[ModelConfig] = []
     laid_out: list[EvaluateConfig] = []
 
-    def counting(config: ModelConfig) -> Any:
+    def counting(config: ModelConfig, zero3: Any) -> Any:
         opened.append(config)
-        return open_model(config)
+        return open_model(config, zero3)
 
     def laying(model: Any, tokenizer: Any, config: EvaluateConfig, progress: Any) -> Any:
         laid_out.append(config)

@@ -26,6 +26,16 @@ def check(model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfi
         raise UserError(reason)
 
 
+def check_packing(methods: Sequence[type[Adapter]]) -> None:
+    """Refuse rows that share a sequence with methods that would reach only the first of them."""
+    for method in methods:
+        if method.site == "embedding":
+            raise UserError(
+                f"data.packing puts several rows into a sequence, but method {method.name} puts its vectors before the "
+                "first one only. Set data.packing=false, or take prefix, whose vectors every row sees"
+            )
+
+
 def refusal(model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json) -> str | None:
     """Say what does not go together on any machine, and what does; None where all does.
 

@@ -23,7 +23,7 @@ import torch
 from subspace.base import held_bytes
 from subspace.batches import StepPlan, open_data
 from subspace.checkpoint import write_json
-from subspace.combination import check
+from subspace.combination import check, check_packing
 from subspace.config import Part, RunConfig, read, write
 from subspace.distributed import barrier, gather_objects, is_main, rank, world_size
 from subspace.engine import OFFLOAD, fill, lay_out, read_engine_file, start_engine, start_processes
@@ -63,12 +63,8 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
     check(config.model, [(resolve(part.name)[0], part.settings) for part in config.method], engine_config)
     if config.train.validate_every and not config.data.validation:
         raise UserError("train.validate_every needs held-out rows, but data.validation is 0. Set it to 120, say")
-    unpackable = [part.name for part in config.method if resolve(part.name)[0].site == "embedding"]
-    if config.data.packing and unpackable:
-        raise UserError(
-            f"data.packing puts several rows into a sequence, but method {unpackable[0]} puts its vectors before the "
-            "first one only. Set data.packing=false, or take prefix, whose vectors every row sees"
-        )
+    if config.data.packing:
+        check_packing([resolve(part.name)[0] for part in config.method])
     folder = config.folder
     if not resume:
         refuse_used(folder)

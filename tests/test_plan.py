@@ -81,6 +81,29 @@ def test_the_micro_batch_that_takes_most_is_planned_for(tmp_path: Path) -> None:
     assert by_layers.labelled < by_head.labelled
 
 
+def test_packed_rows_are_planned_for(tmp_path: Path) -> None:
+    config = configuration.read(make_material(tmp_path), ["train.batch=8", "data.packing=true", "data.max_length=128"])
+    work = Work.of(config, lay_out(8, None, 1))
+    assert work.data is not None
+    assert work.micro_batches is not None
+    shapes = [_shape(work.data, rows.tolist()) for rows in work.micro_batches]
+    fed = [shape.rows * shape.tokens for shape in shapes]
+    assert len(set(fed)) > 1
+    assert work.batch.rows < 8
+    assert work.batch.rows * work.batch.tokens == pytest.approx(max(fed), rel=0.1)
+
+
+def test_what_training_refuses_to_pack_is_not_planned(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="method prompt puts its vectors before the first one only"):
+        tiny_plan(tmp_path, "method=prompt", "data.packing=true")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_that_is_kept_is_told_of(tmp_path: Path, keep: bool) -> None:
+    found = tiny_plan(tmp_path, f"train.keep_memory={str(keep).lower()}")
+    assert ("freed memory stays with the process" in "\n".join(found.lines())) == keep
+
+
 def tiny_plan(root: Path, *settings: str, processes: int = 1) -> Plan:
     return plan(configuration.read(make_material(root), settings), processes=processes)
 

@@ -1,10 +1,11 @@
-"""Opens a model spread by ZeRO-3, under a launcher, and prints the bytes of memory that it took as a JSON line."""
+"""Opens a model spread by ZeRO-3, under a launcher; a file of its rank tells the bytes of memory that it took."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,8 +31,8 @@ def count_reading() -> list[int]:
 
 
 def main() -> None:
-    """Open the folder, then a small one to have all code imported before; say what the first one took."""
-    small, folder = sys.argv[1:3]
+    """Open a small model to have all code imported, then another; write what the latter took to ``RANK.json``."""
+    small, folder, out = sys.argv[1:4]
     start_processes()
     ranks = int(os.environ["WORLD_SIZE"])
     engine, _ = fill({"zero_optimization": {"stage": 3}}, lay_out(ranks, None, ranks), dtype="bfloat16", clip=1.0)
@@ -49,8 +50,7 @@ def main() -> None:
         "read": sum(bytes_read),
         "first": first.float().sum().item(),
     }
-    torch.distributed.barrier()
-    print(json.dumps(line), flush=True)
+    Path(out, f"{line['rank']}.json").write_text(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ def encode_rows(
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the ids that a model generates from: exactly those that training put before the answer's."""
     return encode_pair(tokenizer, prompt.rstrip(), "")[0]
+
+
+def num_alike(sequences: Sequence[Sequence[int]]) -> int:
+    """Return with how many tokens all of these begin alike."""
+    alike = (len(set(column)) == 1 for column in zip(*sequences, strict=False))
+    return next((i for i, same in enumerate(alike) if not same), min(map(len, sequences)))
 
 
 def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,17 +14,15 @@ math suites have an explanation written first, up to 256 tokens; there the last 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import nn
 
 from subspace.declarations import Item, Task, prompt, render
-from subspace.distributed import sum_over_ranks
-from subspace.encoding import encode_prompt
+from subspace.decoding import decode_greedily
+from subspace.encoding import encode_prompt, encode_rows, num_alike
 from subspace.results import digest
-from subspace.zero import passes_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +51,7 @@ class Generation:
         texts = asked(self.template, task, items)
         self.hashes = [digest(text) for text in texts]
         self.ends = end_tokens(model, tokenizer)
+        self.draft = drafted(tokenizer, task, self.template, items[0]) if items else []
 
         config: Any = model.config
         window = config.max_position_embeddings - task.max_new_tokens
@@ -75,7 +74,9 @@ class Generation:
         """Let the model answer the items of these numbers together; return the record of each."""
         prompts = [self.prompts[number] for number in batch]
         mixed = len(set(batch)) < len(batch)  # an item has a row for each of several subjects
-        written = decode_greedily(model, prompts, self._finished, self.task.max_new_tokens, drop=not mixed)
+        written = decode_greedily(
+            model, prompts, self._finished, self.task.max_new_tokens, draft=self.draft, fixed=mixed
+        )
         return [self._record(number, tokens) for number, tokens in zip(batch, written, strict=True)]
 
     def _finished(self, tokens: list[int]) -> bool:
@@ -177,65 +178,12 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
 
 
-def decode_greedily(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    finished: Callable[[list[int]], bool],
-    max_new_tokens: int,
-    *,
-    drop: bool = True,
-) -> list[list[int]]:
-    """Return what the model writes after each prompt. The prompts are one batch, padded on the left.
-
-    Under ZeRO-3 every process makes as many passes as the one that has most to write.
-
-    Args:
-        model: the model.
-        prompts: token ids.
-        finished: tells by what a row has written, the last token included, whether to go on with it.
-        max_new_tokens: where a row ends at the latest.
-        drop: whether rows that are finished leave the batch. Where they are several subjects', all stay to the end.
-    """
-    device = next(model.parameters()).device
-    length = max(map(len, prompts))
-    padding = [length - len(prompt) for prompt in prompts]
-    inputs = torch.tensor(
-        [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device
-    )
-    mask = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache: Any = None
-    written: list[list[int]] = [[] for _ in prompts]
-    rows, over = list(range(len(prompts))), set[int]()
-    together = passes_together(model)
-
-    for _ in range(max_new_tokens):
-        out = model(
-            input_ids=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = out.past_key_values
-        tokens = out.logits[:, -1].argmax(-1)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if row not in over:
-                written[row].append(token)
-                if finished(written[row]):
-                    over.add(row)
-
-        going_on = [i for i, row in enumerate(rows) if row not in over]
-        left = len(going_on) if not together else int(sum_over_ranks(torch.tensor(len(going_on), device=device)))
-        if not left:
-            break
-        if drop and 0 < len(going_on) < len(rows):
-            rows = [rows[i] for i in going_on]
-            kept = torch.tensor(going_on, device=device)
-            tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
-            cache.batch_select_indices(kept)
-        inputs = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return written
+def drafted(tokenizer: PreTrainedTokenizerBase, task: Task, template: str, item: Item) -> list[int]:
+    """Return the tokens that every answer a model was trained to give to a task begins with."""
+    if task.extraction != "first-word":
+        return []
+    text = asked(template, task, [item])[0]
+    answers = [task.output({**item, "label": label}) for label in range(len(item["choices"]))]
+    rows = encode_rows(tokenizer, [(text, answer) for answer in answers])
+    begun = [ids[num_prompt:] for ids, num_prompt in rows]
+    return begun[0][: num_alike(begun)]

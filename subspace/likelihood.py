@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from subspace.declarations import ITEM_FIELDS, Item, Task
-from subspace.encoding import encode_pairs
+from subspace.encoding import encode_pairs, num_alike
 from subspace.errors import UserError
+from subspace.output_head import head_at
 from subspace.results import digest
 
 if TYPE_CHECKING:
@@ -194,9 +194,7 @@ def _cut(ids: list[int], num_context: int, window: int) -> tuple[list[int], list
 
 def _tree(sequences: Sequence[tuple[list[int], list[int]]]) -> Row:
     inputs = [ids for ids, _ in sequences]
-    shortest = min(map(len, inputs))
-    alike = (len(set(column)) == 1 for column in zip(*inputs, strict=False))
-    shared = next((i for i, same in enumerate(alike) if not same), shortest)
+    shared = num_alike(inputs)
 
     row = Row(inputs[0][:shared], list(range(shared)), [0] * shared, [], [])
     for choice, (ids, targets) in enumerate(sequences, start=1):
@@ -259,20 +257,3 @@ def _tree_mask(branches: Tensor, config: Any) -> Tensor:
         return mask
     # Eager attention adds its mask to the logits, so a boolean one would be silently taken for zeros and ones.
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-
-
-@contextmanager
-def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """Let the output head see only these places of the flattened batch: logits become ``(1, len(places), vocabulary)``.
-
-    A hook, and not a call of decoder and head by hand, so that what a model does to its logits (soft caps) stays done.
-    """
-
-    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].flatten(0, 1)[places][None],)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -27,14 +27,19 @@ MOST_TOKENS, FEWEST_TOKENS = 65536, 256
 def plan_batches(sizes: Sizes, budget: int) -> list[Batch]:
     """Cut items into batches of at most ``budget`` tokens, longest items first; an item that is larger comes alone.
 
+    A batch that has an eighth of the budget takes no items that would be padded by more than a fifth.
+
     Args:
         sizes: of the items.
         budget: tokens, padding included.
     """
     plan: list[Batch] = []
     for number in sorted(range(len(sizes)), key=lambda number: sizes[number][1], reverse=True):
-        if plan and count_tokens(sizes, [*plan[-1], number]) <= budget:
-            plan[-1].append(number)
+        batch = plan[-1] if plan else []
+        padded = bool(batch) and sizes[number][1] < 0.8 * sizes[batch[0]][1]
+        worth = padded and count_tokens(sizes, batch) < budget / 8
+        if batch and (worth or not padded) and count_tokens(sizes, [*batch, number]) <= budget:
+            batch.append(number)
         else:
             plan.append([number])
     return plan

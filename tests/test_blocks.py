@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from subspace.adapter_file import load_adapter, save_adapter
+from subspace.decoding import decode_greedily
 from subspace.errors import UserError
-from subspace.generation import decode_greedily
 from subspace.inject import adapters, eject, inject, roles, trained_parameters
 from subspace.likelihood import choice_scores, rows_of
 from subspace.merge import merge, unmerge

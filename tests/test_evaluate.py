@@ -30,7 +30,6 @@ from subspace.paths import REPOSITORY
 from subspace.progress import At
 from subspace.results import TaskResult, read_items, read_results
 from subspace.subjects import evaluate_subjects
-from subspace.workload import count_tokens, plan_batches
 from tests.evaluate_worker import score, score_subjects
 from tests.items import items
 from tests.tiny import bpe_tokenizer, tiny_llama
@@ -76,17 +75,6 @@ def test_the_majority_is_the_split_s() -> None:
     labels = [item["label"] for item in items("piqa", 21)]
     most = max(labels.count(0), labels.count(1)) / 21
     assert [take_sample(task, "test", n).majority for n in (3, None)] == [most, most]
-
-
-def test_batches_hold_every_item_once_within_the_budget() -> None:
-    sizes = [(1, n) for n in (5, 90, 7, 30, 31, 29, 5, 5, 200)]
-    plan = plan_batches(sizes, 100)
-    assert plan == [[8], [1], [4, 3, 5], [2, 0, 6, 7]]
-    assert [count_tokens(sizes, batch) for batch in plan] == [200, 90, 93, 28]
-
-
-def test_an_item_of_several_rows_counts_as_many() -> None:
-    assert plan_batches([(4, 10), (2, 9), (2, 9)], 60) == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

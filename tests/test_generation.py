@@ -10,7 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from subspace import declarations
-from subspace.generation import AnswerWords, Generation, decode_greedily
+from subspace.decoding import decode_greedily
+from subspace.encoding import encode_rows
+from subspace.generation import AnswerWords, Generation, asked
 from subspace.inject import inject, trained_parameters
 from subspace.method import methods
 from tests.items import items
@@ -45,6 +47,12 @@ def plain(model: PreTrainedModel, prompt: list[int], finished: Finished, count: 
     return ids[len(prompt) :]
 
 
+def perturb(model: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trained_parameters(model).values():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_batch_is_decoded_as_its_rows_are(architecture: str) -> None:
     model = tiny(architecture, attn_implementation="eager" if architecture == "gemma2" else "sdpa")
@@ -57,12 +65,75 @@ def test_adapters_decode_alike(method: str) -> None:
     model = tiny_llama()
     without = decode_greedily(model, prompts(), never, max_new_tokens=8)
     inject(model, method)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in trained_parameters(model).values():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    perturb(model)
     written = decode_greedily(model, prompts(), never, max_new_tokens=8)
     assert written == [plain(model, prompt, never, 8) for prompt in prompts()]
     assert written != without
+
+
+def shapes_read(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return a list to which the shape of what the model reads in a pass is added from now on."""
+    read: list[tuple[int, ...]] = []
+    forward = model.forward
+
+    def counting(**given: Any) -> Any:
+        read.append(tuple(given["input_ids"].shape))
+        return forward(**given)
+
+    monkeypatch.setattr(model, "forward", counting)
+    return read
+
+
+def beginning_alike() -> list[list[int]]:
+    return [[7, 3, 99, 12, 250, 41, *prompt] for prompt in prompts()]
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt", "houlsby"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_prompts_share_is_read_once(architecture: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(architecture, attn_implementation="eager" if architecture == "gemma2" else "sdpa")
+    inject(model, method)
+    perturb(model)
+    read = shapes_read(model, monkeypatch)
+    written = decode_greedily(model, beginning_alike(), never, max_new_tokens=4)
+    monkeypatch.undo()
+    assert written == [plain(model, prompt, never, 4) for prompt in beginning_alike()]
+    longest = max(map(len, prompts()))
+    assert read == [(1, 6), (6, longest), *[(6, 1)] * 3]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 3, 5])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_draft_is_kept_as_far_as_the_model_agrees(architecture: str, kept: int, fixed: bool) -> None:
+    model = tiny(architecture, attn_implementation="eager" if architecture == "gemma2" else "sdpa")
+    expected = [plain(model, prompt, never, 8) for prompt in beginning_alike()]
+    for text in expected:
+        draft = [*text[:kept], *((token + 1) % VOCABULARY for token in text[kept:5])]
+        assert decode_greedily(model, beginning_alike(), never, 8, draft=draft, fixed=fixed) == expected
+
+
+def test_a_draft_that_is_right_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    (prompt,) = prompts(1)
+    expected = plain(model, prompt, never, 6)
+    draft = expected[:5]
+    read = shapes_read(model, monkeypatch)
+    assert decode_greedily(model, [prompt], never, 6, draft=draft) == [expected]
+    assert read == [(1, len(prompt) + 5)]
+    # A row may end within the draft.
+    assert decode_greedily(model, [prompt], never, 3, draft=draft) == [expected[:3]]
+    assert decode_greedily(model, [prompt], lambda tokens: len(tokens) == 3, 6, draft=draft) == [expected[:3]]
+
+
+@pytest.mark.parametrize("name", declarations.tasks())
+def test_every_answer_that_is_trained_begins_with_the_draft(name: str) -> None:
+    task, made = declarations.task(name), items(name, 8)
+    scorer = Generation(tiny_llama(), bpe_tokenizer(), task, made, "alpaca-indented")
+    assert "the correct answer is" in str(bpe_tokenizer().decode(scorer.draft))
+    texts = asked(scorer.template, task, made)
+    for ids, num_prompt in encode_rows(bpe_tokenizer(), list(zip(texts, map(task.output, made), strict=True))):
+        assert ids[num_prompt:][: len(scorer.draft)] == scorer.draft
 
 
 def test_rows_that_end_leave_the_others_as_they_are() -> None:

@@ -14,8 +14,9 @@ from subspace import declarations
 from subspace.encoding import encode_pairs
 from subspace.errors import UserError
 from subspace.inject import inject, trained_parameters
-from subspace.likelihood import Likelihood, Row, choice_scores, head_at, rows_of
+from subspace.likelihood import Likelihood, Row, choice_scores, rows_of
 from subspace.method import methods
+from subspace.output_head import head_at
 from subspace.workload import plan_batches
 from tests.items import items
 from tests.tiny import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama

@@ -19,12 +19,18 @@ SIZES = [(1, n) for n in (5, 90, 7, 30, 31, 29, 5, 5, 200)]
 
 def test_batches_hold_every_item_once_within_the_budget() -> None:
     plan = plan_batches(SIZES, 100)
-    assert plan == [[8], [1], [4, 3, 5], [2, 0, 6, 7]]
-    assert [count_tokens(SIZES, batch) for batch in plan] == [200, 90, 93, 28]
+    assert plan == [[8], [1], [4, 3, 5], [2, 0], [6, 7]]
+    assert [count_tokens(SIZES, batch) for batch in plan] == [200, 90, 93, 14, 10]
 
 
 def test_an_item_of_several_rows_counts_as_many() -> None:
     assert plan_batches([(4, 10), (2, 9), (2, 9)], 60) == [[0, 1], [2]]
+
+
+def test_short_items_are_not_padded_to_long_ones_where_a_batch_is_worth_a_pass() -> None:
+    lengths = [100, 90, 85, 70, 65, 60]
+    assert plan_batches([(1, n) for n in lengths], 1000) == [[0, 1, 2], [3, 4, 5]]
+    assert plan_batches([(1, n) for n in lengths], 5000) == [[0, 1, 2, 3, 4, 5]]
 
 
 def test_writing_has_larger_batches_on_a_cpu() -> None:

@@ -8,8 +8,9 @@ finds its batch size by itself (``--harness-batch auto``). On few items that sea
 is given without the search too; ``--harness-batch 8`` leaves it out. Tokenising and asking (templates) count for both.
 
 Generation: the same prompts by protocol ``llm-adapters``, and the published way: one prompt at a time, beam search with
-4 beams, 32 tokens. A model that was not trained says no answer word, so nothing stops early: ``--adapter`` gives a
-trained run's.
+4 beams, 32 tokens, the adapter in HF PEFT. ``--adapter`` gives a trained run's LoRA: ``python -m
+tests.bench.methods_table --only lora`` trains one. Without it the base is asked, which knows no form of answer, so that
+neither side stops early.
 
 Together: as many adapters as ``--together`` says on one load of their base, against a load for each.
 
@@ -41,7 +42,7 @@ from subspace.adapter_file import load_adapter, save_adapter
 from subspace.config import Subject
 from subspace.evaluate import EvaluateConfig, Sample, evaluate, find_tasks, take_sample
 from subspace.generation import AnswerWords, Generation
-from subspace.inject import eject, inject, trained_parameters
+from subspace.inject import adapters, eject, inject, trained_parameters
 from subspace.model import ModelConfig, open_model, open_tokenizer
 from subspace.results import read_items
 from subspace.subjects import evaluate_subjects
@@ -63,8 +64,8 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, help="folder of trained adapters: runs/NAME/adapter")
     parser.add_argument("--tasks", default="all")
     parser.add_argument("--items", type=int, default=4, help="items of each task")
-    parser.add_argument("--answer-tasks", default="piqa,arc_easy")
-    parser.add_argument("--answers", type=int, default=5, help="items of each of the answer tasks")
+    parser.add_argument("--answer-tasks", default="all")
+    parser.add_argument("--answers", type=int, default=16, help="items of each of the answer tasks")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--harness-batch", default="auto", help="a number, or auto")
     parser.add_argument("--harness-most", type=int, default=64, help="where the harness's search begins: its own is 64")
@@ -89,9 +90,10 @@ def main() -> None:
         }
         alternate("likelihood", num_asked, sides, options.rounds, without="search for a batch size")
     if "generation" in options.only:
+        published = in_peft(config, options.adapter) if options.adapter else model
         sides = {
             "subspace": lambda: score(model, tokenizer, "llm-adapters", options.answer_tasks, options.answers),
-            "LLM-Adapters": lambda: by_beams(model, tokenizer, answered),
+            "LLM-Adapters": lambda: by_beams(published, tokenizer, answered),
         }
         alternate("generation", num_answered, sides, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,6 +170,25 @@ def by_harness(
     with contextlib.redirect_stdout(io.StringIO()):  # it says which batch size it found
         scores = iter(harness_scores(lm, *tasks))
     return [answer for task in tasks for answer in harness_predictions(task, list(islice(scores, len(task.eval_docs))))]
+
+
+def in_peft(config: ModelConfig, adapter: Path) -> Any:
+    """Open a model with the LoRA of a folder as HF PEFT runs it."""
+    import peft
+
+    opened = open_model(config)
+    load_adapter(opened, adapter)
+    found = adapters(opened)
+    settings: Any = next(iter(found.values())).config
+    factors = {site: one.own_tensors() for site, one in found.items()}
+    eject(opened)
+    lora = peft.LoraConfig(r=settings.r, lora_alpha=settings.alpha, target_modules=list(found), task_type="CAUSAL_LM")
+    adapted: Any = peft.get_peft_model(opened, lora).eval()
+    for site, own in factors.items():
+        layer = adapted.get_submodule(f"base_model.model.{site}")
+        layer.lora_A.default.weight.data.copy_(own["A"])
+        layer.lora_B.default.weight.data.copy_(own["B"])
+    return adapted
 
 
 def by_beams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[Any]:

@@ -1,0 +1,96 @@
+"""Greedy decoding of a batch, with as few passes over as few tokens as give the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace.distributed import sum_over_ranks
+from subspace.encoding import num_alike
+from subspace.output_head import head_at
+from subspace.zero import passes_together
+
+
+def decode_greedily(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    finished: Callable[[list[int]], bool],
+    max_new_tokens: int,
+    *,
+    draft: Sequence[int] = (),
+    fixed: bool = False,
+) -> list[list[int]]:
+    """Return what the model writes after each prompt. The prompts are one batch, padded on the left.
+
+    What all prompts begin with is read once. A draft is read behind each prompt, in the same pass, and a row keeps as
+    much of it as the model writes there itself: all of it at the price of one token, and the same text as without
+    (Leviathan et al., arXiv:2211.17192, for a greedy model). Under ZeRO-3 every process makes as many passes as the one
+    that has most to write.
+
+    Args:
+        model: the model.
+        prompts: token ids.
+        finished: tells by what a row has written, the last token included, whether it is at its end.
+        max_new_tokens: where a row ends at the latest.
+        draft: token ids that an answer may well begin with.
+        fixed: whether a row's place in the batch means something, as where rows are several subjects'. Then none leaves
+            before the end, and none is read for others.
+    """
+    device = next(model.parameters()).device
+    together = passes_together(model)
+    shared = 0 if fixed or together or len(prompts) == 1 else min(num_alike(prompts), min(map(len, prompts)) - 1)
+    cache: Any = None
+    if shared:
+        mask = torch.ones(1, shared, dtype=torch.long, device=device)
+        _, cache = _read(model, torch.tensor([prompts[0][:shared]], device=device), mask, None, 1)
+        cache.batch_repeat_interleave(len(prompts))
+
+    texts = [[*prompt[shared:], *draft] for prompt in prompts]
+    padding = [max(map(len, texts)) - len(text) for text in texts]
+    ids = torch.tensor([[0] * pad + text for pad, text in zip(padding, texts, strict=True)], device=device)
+    mask = torch.tensor(
+        [[1] * shared + [0] * pad + [1] * len(text) for pad, text in zip(padding, texts, strict=True)], device=device
+    )
+    guess = torch.tensor(draft, dtype=torch.long, device=device)
+    written: list[list[int]] = [[] for _ in prompts]
+    rows, over = list(range(len(prompts))), set[int]()
+
+    while True:
+        tokens, cache = _read(model, ids, mask, cache, len(guess) + 1)
+        right = (tokens[:, :-1] == guess).cumprod(1)
+        mask[:, mask.shape[1] - len(guess) :] *= right  # what was guessed wrong is never looked at
+        for row, several, kept in zip(rows, tokens.tolist(), right.sum(1).tolist(), strict=True):
+            for token in several[: kept + 1]:
+                if row not in over:
+                    written[row].append(token)
+                    if finished(written[row]) or len(written[row]) == max_new_tokens:
+                        over.add(row)
+
+        going_on = [i for i, row in enumerate(rows) if row not in over]
+        left = len(going_on) if not together else int(sum_over_ranks(torch.tensor(len(going_on), device=device)))
+        if not left:
+            return written
+        ids = tokens.gather(1, right.sum(1, keepdim=True))
+        guess = guess[:0]
+        if not fixed and 0 < len(going_on) < len(rows):
+            rows = [rows[i] for i in going_on]
+            stay = torch.tensor(going_on, device=device)
+            ids, mask = ids[stay], mask[stay]
+            cache.batch_select_indices(stay)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def _read(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int) -> tuple[Tensor, Any]:
+    """Let the model read on; return which token it holds for likeliest after each of the last ones, and the cache.
+
+    ``ids`` are ``(rows, tokens)``, ``mask`` ``(rows, tokens read before + tokens)``; returned are ``(rows, last)``.
+    """
+    rows, width = ids.shape
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
+    places = torch.arange(rows * width, device=ids.device).view(rows, width)[:, -last:].flatten()
+    with head_at(model, places):
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    return out.logits[0].argmax(-1).view(rows, last), out.past_key_values

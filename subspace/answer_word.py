@@ -18,7 +18,7 @@ from subspace.declarations import Item, Task, prompt
 from subspace.encoding import encode_rows
 from subspace.errors import UserError
 from subspace.generation import Generation, asked
-from subspace.likelihood import choice_scores, reads_trees, rows_of
+from subspace.likelihood import Choices
 from subspace.results import Score, accuracy, digest, read_items, read_results
 
 if TYPE_CHECKING:
@@ -52,14 +52,8 @@ class AnswerWord:
         pairs = [(text, output) for text, several in zip(texts, outputs, strict=True) for output in several]
         encoded = iter(encode_rows(tokenizer, pairs))
         choices = [[next(encoded) for _ in several] for several in outputs]
-
-        config: Any = model.config
-        window = config.max_position_embeddings
-        longest = max(len(ids) for item in choices for ids, _ in item)
-        self.truncated = sum(any(len(ids) > window + 1 for ids, _ in item) for item in choices)
-        self.rows = [rows_of(item, window, share=reads_trees(config, longest)) for item in choices]
-        # For each item how many rows it is in a batch, and how many tokens the longest of them has.
-        self.sizes = [(len(rows), max(len(row.ids) for row in rows)) for rows in self.rows]
+        self.choices = Choices(model, choices)
+        self.truncated, self.sizes = self.choices.truncated, self.choices.sizes
 
     @property
     def ingredients(self) -> dict[str, str]:
@@ -74,8 +68,7 @@ class AnswerWord:
 
     def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
         """Score the items of these numbers together, in one forward pass; return the record of each."""
-        flat = iter(choice_scores(model, [row for number in batch for row in self.rows[number]]))
-        found = [[score for _ in self.rows[number] for score in next(flat)] for number in batch]
+        found = self.choices.scores(model, batch)
         return [self._record(number, scores) for number, scores in zip(batch, found, strict=True)]
 
     def _record(self, number: int, scores: list[float]) -> dict[str, Any]:

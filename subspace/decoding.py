@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,40 +16,61 @@ from subspace.output_head import head_at
 from subspace.zero import passes_together
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What prompts begin with, ``ids``, and a model's keys and values of it in one row."""
+
+    ids: list[int]
+    cache: Any
+
+    def rows(self, count: int) -> Any:
+        """Return keys and values for so many rows to go on from."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(count)
+        return cache
+
+
+def read_beginning(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Beginning | None:
+    """Let a model read what all prompts begin with; None where nothing is to be gained.
+
+    Under ZeRO-3 a pass gathers all weights, which costs more than it saves.
+    """
+    count = min(num_alike(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    if not count or passes_together(model):
+        return None
+    ids = torch.tensor([prompts[0][:count]], device=next(model.parameters()).device)
+    return Beginning([*prompts[0][:count]], _read(model, ids, torch.ones_like(ids), None, 1)[1])
+
+
 def decode_greedily(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     finished: Callable[[list[int]], bool],
     max_new_tokens: int,
     *,
+    beginning: Beginning | None = None,
     draft: Sequence[int] = (),
     fixed: bool = False,
 ) -> list[list[int]]:
     """Return what the model writes after each prompt. The prompts are one batch, padded on the left.
 
-    What all prompts begin with is read once. A draft is read behind each prompt, in the same pass, and a row keeps as
-    much of it as the model writes there itself: all of it at the price of one token, and the same text as without
-    (Leviathan et al., arXiv:2211.17192, for a greedy model). Under ZeRO-3 every process makes as many passes as the one
-    that has most to write.
+    A draft is read behind each prompt, in the same pass, and a row keeps as much of it as the model writes there
+    itself: all of it at the price of one token, and the same text as without (Leviathan et al., arXiv:2211.17192, for a
+    greedy model). Under ZeRO-3 every process makes as many passes as the one that has most to write.
 
     Args:
         model: the model.
         prompts: token ids.
         finished: tells by what a row has written, the last token included, whether it is at its end.
         max_new_tokens: where a row ends at the latest.
+        beginning: what this model, as it is now, has read of all prompts.
         draft: token ids that an answer may well begin with.
         fixed: whether a row's place in the batch means something, as where rows are several subjects'. Then none leaves
-            before the end, and none is read for others.
+            before the end.
     """
     device = next(model.parameters()).device
     together = passes_together(model)
-    shared = 0 if fixed or together or len(prompts) == 1 else min(num_alike(prompts), min(map(len, prompts)) - 1)
-    cache: Any = None
-    if shared:
-        mask = torch.ones(1, shared, dtype=torch.long, device=device)
-        _, cache = _read(model, torch.tensor([prompts[0][:shared]], device=device), mask, None, 1)
-        cache.batch_repeat_interleave(len(prompts))
-
+    cache, shared = (beginning.rows(len(prompts)), len(beginning.ids)) if beginning else (None, 0)
     texts = [[*prompt[shared:], *draft] for prompt in prompts]
     padding = [max(map(len, texts)) - len(text) for text in texts]
     ids = torch.tensor([[0] * pad + text for pad, text in zip(padding, texts, strict=True)], device=device)

@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -243,12 +243,13 @@ def _score(model: nn.Module, job: Job, partial: Partial, tell: Callable[[int, st
     left = [batch for batch in plan if not partial.records.keys() >= set(batch)]
     before = set(range(len(scorer.sizes))).difference(*left)
     tell(_work(scorer, before), f"{job.sample.task.title}, {len(before)} items scored before")
-    for turn in turns(left):
-        mine = turn[rank()]
-        partial.add(mine, halving.score(mine))
-        scored += len({number for batch in turn for number in batch})
-        speed = scored / (time.perf_counter() - began)
-        tell(sum(_work(scorer, batch) for batch in turn), f"{job.sample.task.title}, {speed:.1f} items/s")
+    with scorer.beginning_read(model) if isinstance(scorer, Generation) and left else nullcontext():
+        for turn in turns(left):
+            mine = turn[rank()]
+            partial.add(mine, halving.score(mine))
+            scored += len({number for batch in turn for number in batch})
+            speed = scored / (time.perf_counter() - began)
+            tell(sum(_work(scorer, batch) for batch in turn), f"{job.sample.task.title}, {speed:.1f} items/s")
     partial.gather()
     return [partial.records[number] for number in range(len(scorer.sizes))]
 

@@ -14,13 +14,14 @@ math suites have an explanation written first, up to 256 tokens; there the last 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
 from subspace.declarations import Item, Task, prompt, render
-from subspace.decoding import decode_greedily
+from subspace.decoding import Beginning, decode_greedily, read_beginning
 from subspace.encoding import encode_prompt, encode_rows, num_alike
 from subspace.results import digest
 
@@ -52,6 +53,7 @@ class Generation:
         self.hashes = [digest(text) for text in texts]
         self.ends = end_tokens(model, tokenizer)
         self.draft = drafted(tokenizer, task, self.template, items[0]) if items else []
+        self.beginning: Beginning | None = None
 
         config: Any = model.config
         window = config.max_position_embeddings - task.max_new_tokens
@@ -70,13 +72,21 @@ class Generation:
             "decoding": f"greedy, {self.task.max_new_tokens} tokens, {self.extractor}",
         }
 
+    @contextmanager
+    def beginning_read(self, model: nn.Module) -> Iterator[None]:
+        """Read what all prompts begin with, once for all batches scored inside, where the model stays as it is."""
+        self.beginning = read_beginning(model, self.prompts)
+        try:
+            yield
+        finally:
+            self.beginning = None
+
     def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
         """Let the model answer the items of these numbers together; return the record of each."""
         prompts = [self.prompts[number] for number in batch]
         mixed = len(set(batch)) < len(batch)  # an item has a row for each of several subjects
-        written = decode_greedily(
-            model, prompts, self._finished, self.task.max_new_tokens, draft=self.draft, fixed=mixed
-        )
+        how: Any = {"beginning": self.beginning, "draft": self.draft, "fixed": mixed}
+        written = decode_greedily(model, prompts, self._finished, self.task.max_new_tokens, **how)
         return [self._record(number, tokens) for number, tokens in zip(batch, written, strict=True)]
 
     def _finished(self, tokens: list[int]) -> bool:

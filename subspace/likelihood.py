@@ -69,13 +69,8 @@ class Likelihood:
         encoded = iter(encode_pairs(tokenizer, [pair for pairs in requests for pair in pairs]))
         choices = [list(islice(encoded, len(pairs))) for pairs in requests]
 
-        config: Any = model.config
-        window = config.max_position_embeddings
-        longest = max(len(ids) for item in choices for ids, _ in item)
-        self.truncated = sum(any(len(ids) > window + 1 for ids, _ in item) for item in choices)
-        self.rows = [rows_of(item, window, share=reads_trees(config, longest)) for item in choices]
-        # For each item how many rows it is in a batch, and how many tokens the longest of them has.
-        self.sizes = [(len(rows), max(len(row.ids) for row in rows)) for rows in self.rows]
+        self.choices = Choices(model, choices)
+        self.truncated, self.sizes = self.choices.truncated, self.choices.sizes
 
     @property
     def ingredients(self) -> dict[str, str]:
@@ -93,8 +88,7 @@ class Likelihood:
 
     def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
         """Score the items of these numbers together, in one forward pass; return the record of each."""
-        flat = iter(choice_scores(model, [row for number in batch for row in self.rows[number]]))
-        found = [[score for _ in self.rows[number] for score in next(flat)] for number in batch]
+        found = self.choices.scores(model, batch)
         return [self._record(number, scores) for number, scores in zip(batch, found, strict=True)]
 
     def _record(self, number: int, scores: list[float]) -> dict[str, Any]:
@@ -207,6 +201,29 @@ def _tree(sequences: Sequence[tuple[list[int], list[int]]]) -> Row:
         row.positions.extend(range(shared, len(ids)))
         row.branches.extend([choice] * (len(ids) - shared))
     return row
+
+
+class Choices:
+    """The choices of items, laid out as rows.
+
+    Attributes:
+        truncated: how many items have a choice that the model cannot read whole.
+        sizes: for each item how many rows it is in a batch, and how many tokens the longest of them has.
+    """
+
+    def __init__(self, model: nn.Module, choices: Sequence[Sequence[tuple[list[int], int]]]) -> None:
+        """Lay them out; given are each item's choices, each as its token ids and how many are the context's."""
+        config: Any = model.config
+        window = config.max_position_embeddings
+        longest = max(len(ids) for item in choices for ids, _ in item)
+        self.truncated = sum(any(len(ids) > window + 1 for ids, _ in item) for item in choices)
+        self.rows = [rows_of(item, window, share=reads_trees(config, longest)) for item in choices]
+        self.sizes = [(len(rows), max(len(row.ids) for row in rows)) for rows in self.rows]
+
+    def scores(self, model: nn.Module, batch: Sequence[int]) -> list[list[float]]:
+        """Return the log-probability of every choice of the items of these numbers, in one forward pass."""
+        flat = iter(choice_scores(model, [row for number in batch for row in self.rows[number]]))
+        return [[score for _ in self.rows[number] for score in next(flat)] for number in batch]
 
 
 def choice_scores(model: nn.Module, rows: Sequence[Row]) -> list[list[float]]:

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from subspace import declarations
-from subspace.decoding import decode_greedily
-from subspace.encoding import encode_rows
+from subspace.decoding import decode_greedily, read_beginning
+from subspace.encoding import encode_rows, num_alike
 from subspace.generation import AnswerWords, Generation, asked
 from subspace.inject import inject, trained_parameters
 from subspace.method import methods
@@ -94,12 +94,15 @@ def test_what_prompts_share_is_read_once(architecture: str, method: str, monkeyp
     model = tiny(architecture, attn_implementation="eager" if architecture == "gemma2" else "sdpa")
     inject(model, method)
     perturb(model)
+    expected = [plain(model, prompt, never, 4) for prompt in beginning_alike()]
     read = shapes_read(model, monkeypatch)
-    written = decode_greedily(model, beginning_alike(), never, max_new_tokens=4)
-    monkeypatch.undo()
-    assert written == [plain(model, prompt, never, 4) for prompt in beginning_alike()]
-    longest = max(map(len, prompts()))
-    assert read == [(1, 6), (6, longest), *[(6, 1)] * 3]
+    beginning = read_beginning(model, beginning_alike())
+    for several in (range(6), range(2)):
+        asked = [beginning_alike()[number] for number in several]
+        written = decode_greedily(model, asked, never, max_new_tokens=4, beginning=beginning)
+        assert written == [expected[number] for number in several]
+    longest = max(map(len, prompts())), max(map(len, prompts()[:2]))
+    assert read == [(1, 6), (6, longest[0]), *[(6, 1)] * 3, (2, longest[1]), *[(2, 1)] * 3]
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -108,9 +111,11 @@ def test_what_prompts_share_is_read_once(architecture: str, method: str, monkeyp
 def test_a_draft_is_kept_as_far_as_the_model_agrees(architecture: str, kept: int, fixed: bool) -> None:
     model = tiny(architecture, attn_implementation="eager" if architecture == "gemma2" else "sdpa")
     expected = [plain(model, prompt, never, 8) for prompt in beginning_alike()]
+    beginning = None if fixed else read_beginning(model, beginning_alike())
     for text in expected:
         draft = [*text[:kept], *((token + 1) % VOCABULARY for token in text[kept:5])]
-        assert decode_greedily(model, beginning_alike(), never, 8, draft=draft, fixed=fixed) == expected
+        how: Any = {"beginning": beginning, "draft": draft, "fixed": fixed}
+        assert decode_greedily(model, beginning_alike(), never, 8, **how) == expected
 
 
 def test_a_draft_that_is_right_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +175,19 @@ def test_answers_do_not_depend_on_the_batch(name: str) -> None:
     together = scorer.score(model, range(8))
     assert together == [record for number in range(8) for record in scorer.score(model, [number])]
     assert len({record["text"] for record in together}) > 4
+
+
+def test_the_beginning_is_read_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = tiny_llama(), items("piqa", 6)
+    scorer = Generation(model, bpe_tokenizer(), declarations.task("piqa"), made, "alpaca-indented")
+    expected = scorer.score(model, range(6))
+    read = shapes_read(model, monkeypatch)
+    with scorer.beginning_read(model):
+        assert [record for number in range(6) for record in scorer.score(model, [number])] == expected
+    (first, *others) = [width for _, width in read]
+    assert first == num_alike(scorer.prompts) > 20
+    assert max(others) == max(map(len, scorer.prompts)) - first + len(scorer.draft)
+    assert scorer.beginning is None
 
 
 # What models write, good and bad, and what LLM-Adapters' evaluator takes for the answer.

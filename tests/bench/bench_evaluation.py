@@ -42,6 +42,7 @@ from subspace.adapter_file import load_adapter, save_adapter
 from subspace.config import Subject
 from subspace.evaluate import EvaluateConfig, Sample, evaluate, find_tasks, take_sample
 from subspace.generation import AnswerWords, Generation
+from subspace.host_memory import keep_what_is_freed
 from subspace.inject import adapters, eject, inject, trained_parameters
 from subspace.model import ModelConfig, open_model, open_tokenizer
 from subspace.results import read_items
@@ -122,6 +123,7 @@ def alternate(title: str, num_items: int, sides: Mapping[str, Side], rounds: int
     answers: dict[str, Any] = {}
     for _ in range(rounds):
         for name, side in sides.items():
+            keep_what_is_freed()  # for the other side too: loading a model through this project has it returned
             began = [clock() for clock in clocks]
             with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
                 answers[name] = side()

@@ -1,6 +1,7 @@
 """Time scoring by this project, by lm-evaluation-harness, and as LLM-Adapters does it, alternating in one process.
 
     python -m tests.bench.bench_evaluation --items 16 --rounds 5
+    python -m tests.bench.bench_evaluation --only generation --dtype bfloat16 --adapter runs/NAME/adapter
 
 Likelihood: the same items of the eight suites by this project and by the harness, same model, float32; the answers must
 be the same. The harness gets all its requests in one call, as its own command gives them, sorts them by length, and
@@ -8,7 +9,7 @@ finds its batch size by itself (``--harness-batch auto``). On few items that sea
 is given without the search too; ``--harness-batch 8`` leaves it out. Tokenising and asking (templates) count for both.
 
 Generation: the same prompts by protocol ``llm-adapters``, and the published way: one prompt at a time, beam search with
-4 beams, 32 tokens, the adapter in HF PEFT. ``--adapter`` gives a trained run's LoRA: ``python -m
+4 beams, 32 tokens, the adapter in HF PEFT; it runs in 16 bits, hence ``--dtype``. ``--adapter`` gives a trained run's LoRA: ``python -m
 tests.bench.methods_table --only lora`` trains one. Without it the base is asked, which knows no form of answer, so that
 neither side stops early.
 

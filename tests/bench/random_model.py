@@ -26,7 +26,7 @@ SHARD = 10**9  # bytes, about
 
 
 def write_random(folder: Path, shape: str, **changes: Any) -> int:
-    """Write the model, bfloat16, and return its bytes on the disk. ``changes`` replace values of its config.json."""
+    """Write the model, bfloat16, and return the bytes of its tensors. ``changes`` replace values of its config.json."""
     config = AutoConfig.for_model(**{**declarations.shapes()[shape].config, **changes})
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.save_pretrained(folder)
@@ -43,7 +43,7 @@ def write_random(folder: Path, shape: str, **changes: Any) -> int:
         file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         where.update(dict.fromkeys(shard, file))
-        written += (folder / file).stat().st_size
+        written += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()
 
     for number, (name, empty) in enumerate(open_shape(ModelConfig(path=str(folder))).named_parameters()):

@@ -4,6 +4,7 @@
     python -m tests.bench.bench_training --frozen --dropout 0 --steps 12
     python -m tests.bench.bench_training --sides subspace packed roomy compiled
     python -m tests.bench.bench_training --stages
+    python -m tests.bench.bench_training --by-step --sides zero1x1 zero2x1 --steps 12
     python -m tests.bench.bench_training --curves 20 --batch 4
 
 All train LoRA (r 32, alpha 64, dropout as given, on q, k, v, up and down) on SmolLM2-135M, on the same rows of the
@@ -14,9 +15,9 @@ Printed are the medians over rounds of non-padding tokens a second, and ratios t
 The sides: ``subspace`` is this project; ``packed``, ``roomy`` and ``compiled`` are the same with data.packing,
 train.keep_memory and train.compile; ``peft`` is HF PEFT with the HF Trainer as its examples set them up.
 ``--frozen`` alternates, step by step in one process, this project's steps with the frozen model's own forward and
-input-gradient pass on the same batches. ``--stages`` times ZeRO 1, 2 and 3 with one and two processes. ``--curves``
-trains this project and PEFT, with two seeds of dropout each and all from the same factors, on the same rows in the same
-steps, and compares their losses.
+input-gradient pass on the same batches; ``--by-step`` alternates two sides in that way. ``--stages`` times ZeRO 1, 2
+and 3 with one and two processes. ``--curves`` trains this project and PEFT, with two seeds of dropout each and all from
+the same factors, on the same rows in the same steps, and compares their losses.
 
 Absolute figures depend on the machine; the ratios are what to read. ``--clock cpu`` counts processor time instead, of
 all processes together: for a machine that has other work.
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     parser.add_argument("--curves", type=int, default=0, help="steps of loss curves to compare")
     parser.add_argument("--frozen", action="store_true", help="compare with the frozen model's own passes")
+    parser.add_argument("--by-step", action="store_true", help="alternate the steps of two sides in one process")
     parser.add_argument("--lean", action="store_true", help="for --frozen: without train.keep_memory")
     parser.add_argument("--stages", action="store_true", help="time ZeRO 1, 2 and 3, with one and two processes")
     parser.add_argument("--block", type=int, help=argparse.SUPPRESS)  # of a process for one side
@@ -94,7 +96,8 @@ def main() -> None:
         return
     if options.stages:
         options.sides = [f"zero{stage}x{ranks}" for ranks in (1, 2) for stage in (1, 2, 3)]
-    report = curves(options) if options.curves else against_frozen(options) if options.frozen else speeds(options)
+    by_step = options.frozen or options.by_step
+    report = curves(options) if options.curves else step_by_step(options) if by_step else speeds(options)
     print(json.dumps({"batch": options.batch, "dropout": options.dropout, "clock": options.clock, **report}, indent=2))
 
 
@@ -118,10 +121,14 @@ def speeds(options: Any) -> dict[str, Any]:
     }
 
 
-def against_frozen(options: Any) -> dict[str, Any]:
-    """Alternate steps with the frozen model's passes; return the time of the one over that of the other."""
+def step_by_step(options: Any) -> dict[str, Any]:
+    """Alternate the steps of two sides in this process; return the time of the first over that of the second."""
     warnings.simplefilter("ignore")
-    options.rounds, sides = 1, (subspace_side(options, roomy=not options.lean), frozen_side(options))
+    options.rounds = 1
+    if options.frozen:
+        sides = [subspace_side(options, roomy=not options.lean), frozen_side(options)]
+    else:
+        sides = [SIDES[name](options) for name in options.sides]
     times = []
     for step in range(1 + options.steps):
         both = []
@@ -133,8 +140,8 @@ def against_frozen(options: Any) -> dict[str, Any]:
             times.append(both)
     ratios = np.divide(*np.transpose(times))
     return {
-        "time_over_frozen": f"{np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})",
-        "time_of_all_steps_over_frozen": round(float(np.divide(*np.sum(times, axis=0))), 3),
+        "time_over_the_other": f"{np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})",
+        "time_of_all_steps_over_the_other": round(float(np.divide(*np.sum(times, axis=0))), 3),
     }
 
 

@@ -4,7 +4,7 @@
     python -m tests.bench.bench_training --frozen --dropout 0 --steps 12
     python -m tests.bench.bench_training --sides subspace packed roomy compiled
     python -m tests.bench.bench_training --stages
-    python -m tests.bench.bench_training --by-step --sides zero1x1 zero2x1 --steps 12
+    python -m tests.bench.bench_training --by-step zero1x1 zero2x1 --steps 12
     python -m tests.bench.bench_training --curves 20 --batch 4
 
 All train LoRA (r 32, alpha 64, dropout as given, on q, k, v, up and down) on SmolLM2-135M, on the same rows of the
@@ -85,7 +85,8 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     parser.add_argument("--curves", type=int, default=0, help="steps of loss curves to compare")
     parser.add_argument("--frozen", action="store_true", help="compare with the frozen model's own passes")
-    parser.add_argument("--by-step", action="store_true", help="alternate the steps of two sides in one process")
+    alone = [name for name in SIDES if not name.endswith("x2")]
+    parser.add_argument("--by-step", nargs=2, choices=alone, help="alternate the steps of two sides in one process")
     parser.add_argument("--lean", action="store_true", help="for --frozen: without train.keep_memory")
     parser.add_argument("--stages", action="store_true", help="time ZeRO 1, 2 and 3, with one and two processes")
     parser.add_argument("--block", type=int, help=argparse.SUPPRESS)  # of a process for one side
@@ -128,7 +129,7 @@ def step_by_step(options: Any) -> dict[str, Any]:
     if options.frozen:
         sides = [subspace_side(options, roomy=not options.lean), frozen_side(options)]
     else:
-        sides = [SIDES[name](options) for name in options.sides]
+        sides = [SIDES[name](options) for name in options.by_step]
     times = []
     for step in range(1 + options.steps):
         both = []

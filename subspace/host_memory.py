@@ -14,7 +14,7 @@ from pathlib import Path
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 LARGE = 1 << 17  # bytes; glibc's own threshold grows to 256 times that,
 LARGEST = 1 << 25  # which is the most that it takes
-MANY = (1 << 31) - 1
+NEVER = -1
 
 
 def resident_memory(line: str = "VmRSS") -> int:
@@ -39,7 +39,7 @@ def keep_what_is_freed() -> None:
 
     What a step frees, the next one wants again, and the system clears every page before it gives it back.
     """
-    _set_thresholds(LARGEST, MANY)
+    _set_thresholds(LARGEST, NEVER)
 
 
 def _set_thresholds(mapped: int, trimmed: int) -> None:

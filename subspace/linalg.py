@@ -20,12 +20,6 @@ def off_diagonal(matrix: Tensor) -> Tensor:
     return matrix - torch.diag(matrix.diagonal())
 
 
-def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """Return ``y + scale h B^T`` in one pass over y; y ``(..., out)``, h ``(..., r)``, B ``(out, r)``."""
-    out = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.T, alpha=scale)
-    return out.view(y.shape)
-
-
 def spectral_entropy(E: Tensor) -> float:
     r"""Return :math:`-\sum_j p_j \log p_j / \log r` for :math:`p = E^2 / \sum E^2`: 0 for one value, 1 for equal ones.
 

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subspace.branch import add_product, branch_off
 from subspace.decomposition import SVD
 from subspace.dropout import dropout
 from subspace.errors import UserError
-from subspace.linalg import add_product, off_diagonal
+from subspace.linalg import off_diagonal
 from subspace.method import LinearAdapter, MethodConfig
 from subspace.settings import setting
 
@@ -81,14 +82,15 @@ class LowRankAdapter(LinearAdapter):
         A, B = self.to_lora()
         return W + B @ A
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Return what stands between the factors, ``(..., in) -> (..., r)``."""
-        h = F.linear(dropout(x, self.config.dropout, self.training), self.A.to(x.dtype))
-        return self.core(torch.relu(h) if self.mpc == "n" else h)
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x for the frozen layer, and what stands between the factors, ``(..., in) -> (..., r)``."""
+        x, h = branch_off(x, self.A, self.config.dropout if self.training else 0.0)
+        return x, self.core(torch.relu(h) if self.mpc == "n" else h)
 
     def forward(self, x: Tensor) -> Tensor:
         # B (A x) costs r * (in + out) per token; (B A) x would cost in * out.
-        return add_product(self.frozen(x), self.hidden(x), self.B.to(x.dtype), self.scale)
+        x, h = self.hidden(x)
+        return add_product(self.frozen(x), h, self.B, self.scale)
 
     def penalty(self) -> Tensor | None:
         config = self.config

@@ -14,12 +14,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from subspace import declarations
+from subspace.attention import NAME, attend
 from subspace.base import held_bytes, let_int8_spread
 from subspace.errors import UserError, nearest
 from subspace.model_files import ModelFiles, explained, quiet
@@ -122,6 +124,7 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
     _keep_as_stored(model)
     if zero3 is not None:
         let_int8_spread(model)
+    _take_attention(model, config)
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -151,11 +154,25 @@ def open_shape(config: ModelConfig) -> PreTrainedModel:
         )
         if config.quantize != "none":
             _quantise_shape(shape, config)
+    _take_attention(shape, config)
     shape.requires_grad_(False)
     if config.gradient_checkpointing:
         shape.activation_checkpointing_enable({"use_reentrant": False})
     opened: PreTrainedModel = shape
     return opened
+
+
+def _take_attention(model: Any, config: ModelConfig) -> None:
+    """Let training in 16 bits on a CPU run the attention that is faster there."""
+    if config.attention != "sdpa" or config.dtype == "float32" or device().type != "cpu":
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, partial(attend, sdpa_attention_forward))
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
 
 
 def _quantise_shape(shape: Any, config: ModelConfig) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subspace.branch import add_product
 from subspace.decomposition import largest, whole
-from subspace.linalg import add_product
 from subspace.method import LinearAdapter, MethodConfig
 from subspace.settings import setting
 
@@ -73,7 +73,7 @@ class SpectrumAdapter(LinearAdapter):
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.Vt.to(x.dtype))
         if self.config.p:
-            return add_product(self.frozen(x), h * (self.values() - self.sigma).to(x.dtype), self.U.to(x.dtype))
+            return add_product(self.frozen(x), h * (self.values() - self.sigma).to(x.dtype), self.U)
         b = self.base_bias()
         return F.linear(h * self.values().to(x.dtype), self.U.to(x.dtype), None if b is None else b.to(x.dtype))
 

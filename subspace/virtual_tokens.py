@@ -32,7 +32,7 @@ class AttentionAdapter(Adapter):
     def __init__(self, base: nn.Module, config: Any) -> None:
         super().__init__(base, config)
         kind = self.base.config._attn_implementation
-        if kind not in ("sdpa", "eager"):
+        if kind.startswith(("flash", "flex")):
             raise UserError(
                 f"method {self.name} was asked for with `attention: {kind}`, which cannot show a prefix to every "
                 "query. Set `model.attention: sdpa`"

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "subspace"
 # A file may import files of the lines above its own, nothing beside it and nothing below.
 LAYERS = [
     "errors paths distributed linalg progress statistics formats checkpoint interruption watchdog host_memory",
-    "zero",
+    "zero attention",
     "optimizers speedups settings dropout base sites methods model_files results decomposition shards",
-    "method",
+    "method branch",
     "access output_head lowrank spectrum bottleneck virtual_tokens",
     "methods.* declarations encoding",
     "inject contamination sources proof likelihood decoding partial workload loss",
@@ -61,6 +61,7 @@ METHODS_KNOW = {"torch"} | {
     for name in [
         "method",
         "linalg",
+        "branch",
         "dropout",
         "settings",
         "errors",

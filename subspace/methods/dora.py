@@ -4,9 +4,8 @@ Paper: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, arX
 
 .. math:: W' = \mathrm{diag}(g)\,(W + s B A),\qquad g_j = m_j / \lVert (W + s B A)_j \rVert,\ s = \alpha / r
 
-Every weight is (out, in). Trains r * (in + out) + out numbers per layer, or the out lengths alone (``direction:
-false``). B starts at zero and m at the row norms of W, so training starts from the frozen model, up to the rounding
-of g. Mergeable. Reads W once, for its row norms.
+Every weight is (out, in). Trains r * (in + out) + out numbers per layer, or out of them, without ``direction``. B
+starts at zero, m at W's row norms, which it reads once: up to g's rounding the frozen model. Mergeable.
 
 The norm comes from the factors, exactly, without an (out, in) tensor: :math:`\lVert W_j + s B_j A \rVert^2 = \lVert W_j
 \rVert^2 + 2 s B_j (W A^T)_j + s^2 B_j A A^T B_j^T`, where :math:`W A^T` is the frozen layer applied to A's r rows, even
@@ -26,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subspace.branch import add_product
 from subspace.dropout import dropout
 from subspace.errors import UserError
-from subspace.linalg import add_product
 from subspace.lowrank import ConstrainedConfig, LowRankAdapter
 from subspace.method import register
 from subspace.settings import setting
@@ -87,13 +86,14 @@ class DoRA(LowRankAdapter):
     def forward(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.simple):
             norm = self.keep("norm", lambda: self.norm(x.dtype)) if self.config.simple else self.norm(x.dtype)
-        g, out, bias = (self.m / norm).to(x.dtype), self.product(x), self.base_bias()
+        g, bias = (self.m / norm).to(x.dtype), self.base_bias()
         if self.training and self.config.direction and self.config.dropout and self.config.dropout_form == "official":
             dropped = dropout(x, self.config.dropout)
             update = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.scale * self.B.to(x.dtype))
-            out = out + (g - 1) * self.product(dropped) + g * update
+            out = self.product(x) + (g - 1) * self.product(dropped) + g * update
+        elif self.config.direction:
+            x, h = self.hidden(x)
+            out = g * add_product(self.product(x), h, self.B, self.scale)
         else:
-            if self.config.direction:
-                out = add_product(out, self.hidden(x), self.B.to(x.dtype), self.scale)
-            out = g * out
+            out = g * self.product(x)
         return out if bias is None else out + bias

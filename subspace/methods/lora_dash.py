@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subspace.branch import add_product
 from subspace.decomposition import whole
-from subspace.linalg import add_product
 from subspace.lowrank import LowRankAdapter, LowRankConfig
 from subspace.method import Access, Clock, register
 from subspace.settings import setting
@@ -63,7 +63,7 @@ class LoRADash(LowRankAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         dashed = F.linear(x, self.Vt.to(x.dtype)) * self.delta.to(x.dtype)
-        return add_product(super().forward(x), dashed, self.U.to(x.dtype))
+        return add_product(super().forward(x), dashed, self.U)
 
     @classmethod
     def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:

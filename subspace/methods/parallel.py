@@ -23,11 +23,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from subspace.bottleneck import ACTIVATIONS
-from subspace.dropout import dropout
-from subspace.linalg import add_product
+from subspace.branch import add_product, branch_off
 from subspace.method import Adapter, MethodConfig, register
 from subspace.settings import setting
 
@@ -71,6 +69,5 @@ class Parallel(Adapter):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        read = dropout(x, self.config.dropout, self.training)
-        hidden = self.f(F.linear(read, self.A.to(x.dtype)))
-        return add_product(self.base(x), hidden, self.B.to(x.dtype), self.config.scale)
+        x, h = branch_off(x, self.A, self.config.dropout if self.training else 0.0)
+        return add_product(self.base(x), self.f(h), self.B, self.config.scale)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subspace.branch import add_product
 from subspace.decomposition import largest
 from subspace.errors import UserError
-from subspace.linalg import add_product
 from subspace.method import LinearAdapter, MethodConfig, register
 from subspace.settings import setting
 
@@ -74,5 +74,5 @@ class Spectral(LinearAdapter):
         sigma = self.sigma.to(x.dtype)
         q = F.linear(x, self.Q.T.to(x.dtype)) * sigma
         v = F.linear(x, self.Vt.to(x.dtype)) * sigma
-        out = add_product(self.frozen(x), q + v, self.P.to(x.dtype))
-        return add_product(out, q, self.U.to(x.dtype))
+        out = add_product(self.frozen(x), q + v, self.P)
+        return add_product(out, q, self.U)

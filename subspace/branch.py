@@ -1,0 +1,106 @@
+"""A branch beside a frozen layer, through few hidden values: ``y = W x + s B f(A x)``.
+
+Its products are small; what it costs are passes over tensors as wide as the layer. Left to autograd there are three
+that need not be: a copy of W x that the update is added to, the branch's gradient of x, and its addition to the frozen
+layer's. Here the products themselves add to what is there. So a method lets x through :func:`branch_off` on its way to
+the frozen layer, and adds to the layer's output by :func:`add_product`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from subspace.dropout import draws_places, dropout, places
+
+
+def branch_off(x: Tensor, A: Tensor, p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return x for the frozen layer, which alone may read it, and ``A dropout(x)``, ``(..., r)``, for the branch.
+
+    Args:
+        x: ``(..., in)``.
+        A: ``(r, in)``; it is rounded to x's dtype.
+        p: how likely each value of x is to be dropped on its way into the branch.
+    """
+    A = A.to(x.dtype)
+    plain = torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad)
+    if plain or (p and not draws_places(x, p)):
+        return x, F.linear(dropout(x, p), A)
+    out: tuple[Tensor, Tensor] = _BranchOff.apply(x, A, p)  # type: ignore[no-untyped-call]
+    return out
+
+
+def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """Return ``y + scale h B^T``, in y's memory where that can be: nobody else may read y.
+
+    Args:
+        y: ``(..., out)``, which a layer has just returned.
+        h: ``(..., r)``.
+        B: ``(out, r)``; it is rounded to y's dtype.
+        scale: a factor.
+    """
+    B = B.to(y.dtype)
+    if torch.compiler.is_compiling():
+        return torch.addmm(_rows(y), _rows(h), B.T, alpha=scale).view(y.shape)
+    out: Tensor = _AddProduct.apply(y, h, B, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _BranchOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        ctx.kept = 1 - p
+        if not p:
+            ctx.save_for_backward(x, A, None)
+            return x.view_as(x), F.linear(x, A)
+        dropped = places(x.numel(), p)
+        read = x.clone(memory_format=torch.contiguous_format)
+        read.view(-1).index_fill_(0, dropped, 0.0)
+        ctx.save_for_backward(read, A, dropped)
+        return x.view_as(x), F.linear(read, A).div_(ctx.kept)  # what was kept grows where it is narrow
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_x: Tensor, of_h: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        read, A, dropped = ctx.saved_tensors
+        total, h = _rows(of_x), _rows(of_h)  # the former was made by the frozen layer just now, for nobody else
+        if dropped is None:
+            total.addmm_(h, A)
+        else:
+            h = h / ctx.kept
+            own = h @ A
+            own.view(-1).index_fill_(0, dropped, 0.0)
+            total.add_(own)
+        of_A = h.T @ _rows(read) if ctx.needs_input_grad[1] else None
+        return total.view(of_x.shape), of_A, None
+
+
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(h, B)
+        ctx.scale = scale
+        if y.is_contiguous() and not y._is_view():  # ZeRO-3's hooks return a view, which may not be written to
+            ctx.mark_dirty(y)
+        else:
+            y = y.clone(memory_format=torch.contiguous_format)
+        _rows(y).addmm_(_rows(h), B.T, alpha=scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        h, B = ctx.saved_tensors
+        out = _rows(of_y)
+        of_h = (out @ B).mul_(ctx.scale).view(h.shape)
+        # In this order the product reads both along their rows, which is half again as fast.
+        of_B = (_rows(h).T @ out).mul_(ctx.scale).T if ctx.needs_input_grad[2] else None
+        return of_y, of_h, of_B, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from subspace.dropout import draws_places, dropout, places
@@ -45,7 +44,7 @@ def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """
     B = B.to(y.dtype)
     if torch.compiler.is_compiling():
-        return torch.addmm(_rows(y), _rows(h), B.T, alpha=scale).view(y.shape)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(y.shape)
     out: Tensor = _AddProduct.apply(y, h, B, scale)  # type: ignore[no-untyped-call]
     return out
 
@@ -64,18 +63,18 @@ class _BranchOff(torch.autograd.Function):
         return x.view_as(x), F.linear(read, A).div_(ctx.kept)  # what was kept grows where it is narrow
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_x: Tensor, of_h: Tensor) -> tuple[Tensor, Tensor | None, None]:
         read, A, dropped = ctx.saved_tensors
-        total, h = _rows(of_x), _rows(of_h)  # the former was made by the frozen layer just now, for nobody else
+        rows = of_h.reshape(-1, len(A))
+        total = of_x.reshape(-1, A.shape[1])  # which the frozen layer has just made, for nobody else
         if dropped is None:
-            total.addmm_(h, A)
+            total.addmm_(rows, A)
         else:
-            h = h / ctx.kept
-            own = h @ A
+            rows = rows / ctx.kept
+            own = rows @ A
             own.view(-1).index_fill_(0, dropped, 0.0)
             total.add_(own)
-        of_A = h.T @ _rows(read) if ctx.needs_input_grad[1] else None
+        of_A = rows.T @ read.reshape(total.shape) if ctx.needs_input_grad[1] else None
         return total.view(of_x.shape), of_A, None
 
 
@@ -88,19 +87,14 @@ class _AddProduct(torch.autograd.Function):
             ctx.mark_dirty(y)
         else:
             y = y.clone(memory_format=torch.contiguous_format)
-        _rows(y).addmm_(_rows(h), B.T, alpha=scale)
+        y.view(-1, len(B)).addmm_(h.reshape(-1, B.shape[1]), B.T, alpha=scale)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         h, B = ctx.saved_tensors
-        out = _rows(of_y)
-        of_h = (out @ B).mul_(ctx.scale).view(h.shape)
+        rows = of_y.reshape(-1, len(B))
+        of_h = (rows @ B).mul_(ctx.scale).view(h.shape)
         # In this order the product reads both along their rows, which is half again as fast.
-        of_B = (_rows(h).T @ out).mul_(ctx.scale).T if ctx.needs_input_grad[2] else None
+        of_B = (h.reshape(-1, B.shape[1]).T @ rows).mul_(ctx.scale).T if ctx.needs_input_grad[2] else None
         return of_y, of_h, of_B, None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])

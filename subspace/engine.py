@@ -213,6 +213,8 @@ def start_engine(
         config=config,
         lr_scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, schedule),
     )
+    if world_size() == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # it would copy all gradients twice, to add nothing to them
     return engine
 
 

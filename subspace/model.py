@@ -25,6 +25,7 @@ from subspace.attention import NAME, attend
 from subspace.base import held_bytes, let_int8_spread
 from subspace.errors import UserError, nearest
 from subspace.model_files import ModelFiles, explained, quiet
+from subspace.norm import lighten_norms
 from subspace.prepare import model_folder
 from subspace.settings import Settings, setting
 from subspace.shards import tensor_by_tensor
@@ -124,7 +125,7 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
     _keep_as_stored(model)
     if zero3 is not None:
         let_int8_spread(model)
-    _take_attention(model, config)
+    _take_kernels(model, config)
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -154,7 +155,7 @@ def open_shape(config: ModelConfig) -> PreTrainedModel:
         )
         if config.quantize != "none":
             _quantise_shape(shape, config)
-    _take_attention(shape, config)
+    _take_kernels(shape, config)
     shape.requires_grad_(False)
     if config.gradient_checkpointing:
         shape.activation_checkpointing_enable({"use_reentrant": False})
@@ -162,9 +163,12 @@ def open_shape(config: ModelConfig) -> PreTrainedModel:
     return opened
 
 
-def _take_attention(model: Any, config: ModelConfig) -> None:
-    """Let training in 16 bits on a CPU run the attention that is faster there."""
-    if config.attention != "sdpa" or config.dtype == "float32" or device().type != "cpu":
+def _take_kernels(model: Any, config: ModelConfig) -> None:
+    """Let training on a CPU run what is faster there."""
+    if device().type != "cpu":
+        return
+    lighten_norms(model)
+    if config.attention != "sdpa" or config.dtype == "float32":
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

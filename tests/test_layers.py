@@ -16,7 +16,7 @@ PACKAGE = ROOT / "subspace"
 # A file may import files of the lines above its own, nothing beside it and nothing below.
 LAYERS = [
     "errors paths distributed linalg progress statistics formats checkpoint interruption watchdog host_memory",
-    "zero attention",
+    "zero attention norm",
     "optimizers speedups settings dropout base sites methods model_files results decomposition shards",
     "method branch",
     "access output_head lowrank spectrum bottleneck virtual_tokens",

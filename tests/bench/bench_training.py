@@ -52,6 +52,7 @@ from subspace.launcher import free_port
 from subspace.loss import summed_loss
 from subspace.model import ModelConfig, open_model, open_tokenizer
 from subspace.paths import REPOSITORY
+from subspace.prepare import model_folder
 from subspace.speedups import compile_layers
 from subspace.train import TrainConfig, count_tokens, parameter_groups
 
@@ -88,6 +89,9 @@ def main() -> None:
     alone = [name for name in SIDES if not name.endswith("x2")]
     parser.add_argument("--by-step", nargs=2, choices=alone, help="alternate the steps of two sides in one process")
     parser.add_argument("--lean", action="store_true", help="for --frozen: without train.keep_memory")
+    parser.add_argument(
+        "--same-kernels", action="store_true", help="for --frozen: with this project's attention and norms"
+    )
     parser.add_argument("--stages", action="store_true", help="time ZeRO 1, 2 and 3, with one and two processes")
     parser.add_argument("--block", type=int, help=argparse.SUPPRESS)  # of a process for one side
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -260,12 +264,7 @@ def peft_side(options: Any, *, alike: bool = False) -> Run:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     opened, tokenizer, data, plan = material(options, group_by_length=alike)
-    # Not by this project's way of opening, which changes how memory is freed for the whole process.
-    from transformers import AutoModelForCausalLM
-
-    from subspace.prepare import model_folder
-
-    bare = AutoModelForCausalLM.from_pretrained(model_folder(opened.path), dtype=getattr(torch, opened.dtype))
+    bare = open_plainly(opened)
     config = peft.LoraConfig(
         r=32, lora_alpha=64, lora_dropout=options.dropout, target_modules=TARGETS, task_type="CAUSAL_LM"
     )
@@ -313,10 +312,21 @@ def peft_side(options: Any, *, alike: bool = False) -> Run:
     return run
 
 
+def open_plainly(config: ModelConfig) -> Any:
+    """Open the model by transformers, which changes neither its kernels nor how memory is freed in this process."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_folder(config.path), dtype=getattr(torch, config.dtype))
+
+
 def frozen_side(options: Any) -> Run:
-    """The frozen model's forward pass and its gradient with respect to the input, on this project's batches."""
+    """The frozen model's forward pass and its gradient with respect to the input, on this project's batches.
+
+    The model is as transformers opens it, or with ``--same-kernels`` as this project does.
+    """
     opened, _, data, plan = material(options, group_by_length=True)
-    model = open_model(opened).train()
+    model = (open_model(opened) if options.same_kernels else open_plainly(opened)).train()
+    model.requires_grad_(False)
     assert not adapters(model)
     if not options.lean:
         keep_what_is_freed()

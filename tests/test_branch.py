@@ -1,0 +1,108 @@
+"""A branch beside a frozen layer: what autograd would make of it, and where it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspace.branch import add_product, branch_off
+from subspace.dropout import dropout
+
+IN, OUT, RANK, SCALE = 12, 7, 3, 1.7
+Branch = Callable[[Tensor, nn.Linear, Tensor, Tensor, float], Tensor]
+
+
+def ours(x: Tensor, layer: nn.Linear, A: Tensor, B: Tensor, p: float) -> Tensor:
+    x, h = branch_off(x, A, p)
+    return add_product(layer(x), torch.relu(h), B, SCALE)
+
+
+def plainly(x: Tensor, layer: nn.Linear, A: Tensor, B: Tensor, p: float) -> Tensor:
+    out: Tensor = layer(x) + SCALE * F.linear(torch.relu(F.linear(dropout(x, p), A)), B)
+    return out
+
+
+def results(of: Branch, p: float, *, bias: bool = False, seen: str = "values", trained: str = "xAB") -> list[Tensor]:
+    """Return the output and what arrives at the input and the factors; the input goes elsewhere, too."""
+    torch.manual_seed(0)
+    layer = nn.Linear(IN, OUT, bias=bias, dtype=torch.float64).requires_grad_(False)
+    x, A, B = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 5, IN), (RANK, IN), (OUT, RANK)))
+    given = {"x": x.transpose(0, 1).contiguous().transpose(0, 1), "A": A, "B": B}  # as attention leaves it
+    for name in trained:
+        given[name].requires_grad_()
+    out = of(given["x"], layer, given["A"], given["B"], p)
+    total = out.sum() if seen == "sum" else (out * torch.randn(out.shape, dtype=torch.float64)).sum()
+    if "x" in trained:
+        total = total + given["x"].sin().sum()
+    return [out.detach(), *torch.autograd.grad(total, [given[name] for name in trained])]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("seen", ["values", "sum"])
+@pytest.mark.parametrize("trained", ["xAB", "AB", "x", "xB"])
+def test_it_is_what_autograd_makes(p: float, bias: bool, seen: str, trained: str) -> None:
+    found, expected = (results(of, p, bias=bias, seen=seen, trained=trained) for of in (ours, plainly))
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_update_is_written_into_the_output() -> None:
+    y, h, B = torch.randn(4, OUT), torch.randn(4, RANK, requires_grad=True), torch.randn(OUT, RANK)
+    expected = y + SCALE * h @ B.T
+    assert add_product(y, h, B, SCALE) is y
+    assert torch.allclose(y, expected)
+
+
+class Hook(torch.autograd.Function):
+    """Returns a view, as the hooks do that DeepSpeed puts round a layer."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def test_a_view_is_not_written_to() -> None:
+    def hooked(x: Tensor, layer: nn.Linear, A: Tensor, B: Tensor, p: float) -> Tensor:
+        x, h = branch_off(x, A, p)
+        whole = layer(x)
+        before = whole.detach().clone()
+        out = add_product(Hook.apply(whole), torch.relu(h), B, SCALE)  # type: ignore[no-untyped-call]
+        assert torch.equal(whole, before)
+        return out
+
+    found, expected = (results(of, 0.0) for of in (hooked, plainly))
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_factors_are_rounded_to_what_they_meet() -> None:
+    x = torch.randn(3, IN, dtype=torch.bfloat16, requires_grad=True)
+    A, B = torch.randn(RANK, IN, requires_grad=True), torch.randn(OUT, RANK, requires_grad=True)
+    through, h = branch_off(x, A)
+    out = add_product(through @ torch.randn(IN, OUT).bfloat16(), h, B)
+    assert out.dtype == h.dtype == torch.bfloat16
+    out.sum().backward()  # type: ignore[no-untyped-call]
+    assert A.grad is not None
+    assert B.grad is not None
+    assert A.grad.dtype == B.grad.dtype == torch.float32
+
+
+def test_a_second_derivative_is_right() -> None:
+    def curvature(of: Branch) -> Tensor:
+        torch.manual_seed(0)
+        layer = nn.Linear(IN, OUT, bias=False, dtype=torch.float64).requires_grad_(False)
+        x, A, B = (
+            torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, IN), (RANK, IN), (OUT, RANK))
+        )
+        (first,) = torch.autograd.grad(of(x * 1.0, layer, A, B, 0.0).sin().sum(), A, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), B)[0]
+
+    assert torch.allclose(curvature(ours), curvature(plainly))

@@ -83,7 +83,7 @@ class _AddProduct(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(h, B)
         ctx.scale = scale
-        if y.is_contiguous() and not y._is_view():  # ZeRO-3's hooks return a view, which may not be written to
+        if y.is_contiguous() and not y._is_view():  # others may hold what it is a view of
             ctx.mark_dirty(y)
         else:
             y = y.clone(memory_format=torch.contiguous_format)

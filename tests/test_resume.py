@@ -173,11 +173,11 @@ def test_a_checkpoint_has_no_frozen_weights(whole: Path) -> None:
 
 
 def test_early_stopping_is_remembered(material: Path, tmp_path: Path) -> None:
-    settings = ["train.learning_rate=3", "train.schedule=constant", "train.validate_every=1", "train.patience=3"]
-    settings += ["train.keep=best", "train.clip=0", "train.steps=30"]
+    settings = ["train.learning_rate=30", "train.schedule=constant", "train.validate_every=1", "train.patience=3"]
+    settings += ["train.keep=best", "train.clip=0", "train.steps=90"]
     whole = train(material, tmp_path, "whole", *settings)
     last = len(logged(whole))
-    assert last < 30
+    assert last < 90
     for step in (last - 1, last):
         folder = killed(whole, f"after-{step}", step)
         train(material, tmp_path, folder.name, *settings, resume=True)

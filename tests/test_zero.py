@@ -23,7 +23,7 @@ pytestmark = pytest.mark.processes
 
 STEPS = 20
 #: A prompt learns slowly. Where a gradient is nearly zero, Adam makes rounding as large as a step: smaller steps help.
-RATES = {"prompt": 0.05, "lora-dash": 0.001, "parallel": 0.002}
+RATES = {"prompt": 0.05, "lora-dash": 0.001, "parallel": 0.002, "series": 0.002}
 #: After LoRA-Dash's launch, Adam's first step on delta is a whole one however small its gradient.
 SLACK = {"lora-dash": 2}
 #: From there on, one value in a thousand may have a gradient so near zero that its steps are rounding.

@@ -168,7 +168,7 @@ class Plan:
         yield f"  {'most while loading':<42} {_size(self.loading):>10}"
         yield f"  {'most in a step':<42} {_size(self.peak):>10}"
         if self.keeps:
-            yield "  train.keep_memory: freed memory stays with the process, a third to a half more in trials"
+            yield "  train.keep_memory: freed memory stays with the process, a quarter to a half more in trials"
         yield ""
         if self.memory:
             most = self.largest_micro_batch

@@ -64,7 +64,8 @@ class TrainConfig(Settings):
     liger: bool = setting(False, "on a GPU, Liger's kernels for norms, rotary embedding and MLP")
     offload_activations: bool = setting(False, "on a GPU, hold in the host's memory what the backward pass needs")
     keep_memory: bool = setting(
-        False, "on a CPU, keep what a step frees for the next: a quarter faster, and a third to a half more memory"
+        False,
+        "on a CPU, keep what a step frees for the next: a quarter to twice as fast, a quarter to half more memory",
     )
     learning_rate: float = setting(2e-4, "peak learning rate", min=0)
     schedule: str = setting("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))

@@ -1,9 +1,10 @@
-"""Attention as training in 16 bits on a CPU wants it.
+"""Attention as training in bfloat16 on a CPU wants it.
 
 torch's kernel there works through short sequences in blocks of 32 queries, whose products are too small to be fast in
-16 bits: its backward pass takes many times as long as its forward pass. Here the products are those of a few whole rows
+it: its backward pass takes many times as long as its forward pass. Here the products are those of a few whole rows
 at a time, and query heads that share keys are one product, without repeating the keys. Scores are held for those rows
 only, in float32, and computed again in the backward pass; what is saved is query, key and value.
+Not for float16: products are rounded to the dtype before they are scaled, which may leave its range.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 #: What it is called among transformers' attentions.
 NAME = "rows_at_a_time"
-#: Tokens beyond which torch's kernel, which leaves out what no token sees, is the faster one.
-LONGEST = 256
+#: From 192 tokens on torch's kernel takes blocks of 64 queries, and is the faster one.
+LONGEST = 191
 #: Scores that are held at a time: a megabyte of float32, which caches hold.
 AT_ONCE = 1 << 18
 

@@ -168,7 +168,7 @@ def _take_kernels(model: Any, config: ModelConfig) -> None:
     if device().type != "cpu":
         return
     lighten_norms(model)
-    if config.attention != "sdpa" or config.dtype == "float32":
+    if config.attention != "sdpa" or config.dtype != "bfloat16":
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

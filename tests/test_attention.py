@@ -1,4 +1,4 @@
-"""The attention that training in 16 bits takes on a CPU: as exact as torch's, whatever is masked and shared."""
+"""The attention that training in bfloat16 takes on a CPU: as exact as torch's, whatever is masked and shared."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_without_gradients_it_is_the_other() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_in_16_bits_trains_with_it(tmp_path: Path, checkpointing: bool) -> None:
+def test_a_model_in_bfloat16_trains_with_it(tmp_path: Path, checkpointing: bool) -> None:
     tiny_llama().save_pretrained(tmp_path)
     ids, found = torch.arange(2, 62).view(3, 20), {}
     mask = (torch.arange(20) < torch.tensor([20, 11, 16])[:, None]).long()

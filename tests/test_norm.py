@@ -80,3 +80,14 @@ def test_scoring_has_transformers_own() -> None:
     x = torch.randn(4, WIDTH)
     with torch.no_grad():
         assert torch.equal(norm(x), plain(x))
+
+
+def test_float16_has_the_range_of_transformers_own() -> None:
+    """A large value meets a gradient that the loss scale has made large: their product is more than float16 holds."""
+    norm = norm_of("LlamaRMSNorm", torch.float16)
+    lighten_norms(norm)
+    x = torch.ones(1, WIDTH, dtype=torch.float16)
+    x[0, 3] = 3000
+    norm(x.requires_grad_()).backward(torch.full((1, WIDTH), 100.0, dtype=torch.float16))
+    assert x.grad is not None
+    assert bool(torch.isfinite(x.grad).all())

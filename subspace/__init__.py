@@ -19,23 +19,23 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from subspace.adapter_file import load_adapter as load_adapter
-    from subspace.adapter_file import save_adapter as save_adapter
-    from subspace.budget import match_budget as match_budget
+    from subspace.adapters.inject import inject as inject
+    from subspace.adapters.merging import merge as merge
+    from subspace.adapters.merging import unmerge as unmerge
+    from subspace.adapters.parameter_count import match_budget as match_budget
+    from subspace.adapters.registry import methods as methods
+    from subspace.adapters.serialization import load_adapter as load_adapter
+    from subspace.adapters.serialization import save_adapter as save_adapter
     from subspace.errors import UserError as UserError
-    from subspace.inject import inject as inject
-    from subspace.merge import merge as merge
-    from subspace.merge import unmerge as unmerge
-    from subspace.method import methods as methods
 
 PUBLIC = {
-    "inject": "subspace.inject",
-    "merge": "subspace.merge",
-    "unmerge": "subspace.merge",
-    "save_adapter": "subspace.adapter_file",
-    "load_adapter": "subspace.adapter_file",
-    "methods": "subspace.method",
-    "match_budget": "subspace.budget",
+    "inject": "subspace.adapters.inject",
+    "merge": "subspace.adapters.merging",
+    "unmerge": "subspace.adapters.merging",
+    "save_adapter": "subspace.adapters.serialization",
+    "load_adapter": "subspace.adapters.serialization",
+    "methods": "subspace.adapters.registry",
+    "match_budget": "subspace.adapters.parameter_count",
     "UserError": "subspace.errors",
 }
 

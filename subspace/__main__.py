@@ -2,7 +2,7 @@
 
 import sys
 
-from subspace.cli import main
+from subspace.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

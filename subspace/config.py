@@ -21,14 +21,15 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from subspace.batches import DataConfig
+from subspace.adapters.base import Adapter, MethodConfig
+from subspace.adapters.registry import methods, resolve
+from subspace.common.paths import REPOSITORY
+from subspace.common.settings import Settings, setting
+from subspace.data.config import DataConfig
 from subspace.errors import UserError, nearest
-from subspace.evaluate import EvaluateConfig
-from subspace.method import Adapter, MethodConfig, methods, resolve
-from subspace.model import ModelConfig
-from subspace.paths import REPOSITORY
-from subspace.settings import Settings, setting
-from subspace.train import TrainConfig
+from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.models.config import ModelConfig
+from subspace.training.config import TrainConfig
 
 SECTIONS: dict[str, type[Settings]] = {
     "model": ModelConfig,
@@ -204,18 +205,6 @@ def read_data(what: str, overrides: Sequence[str] = ()) -> RunConfig:
     if Path(what).suffix in (".yaml", ".yml") and "parts" not in _from_file(Path(what)):
         return read(what, overrides)
     return _resolve({"data.mixture": what, "name": "data"}, overrides, "the command line", Path())
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is scored: a model as it is, or with the adapters of a run."""
-
-    model: ModelConfig
-    evaluate: EvaluateConfig
-    folder: Path  # where the results go
-    adapter: Path | None = None
-    method: str = ""
-    mixture: str = ""  # that the adapters were trained on
 
 
 def read_run(folder: Path, overrides: Sequence[str] = ()) -> Subject:

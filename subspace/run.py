@@ -20,27 +20,29 @@ from typing import Any
 
 import torch
 
-from subspace.base import held_bytes
-from subspace.batches import StepPlan, open_data
-from subspace.checkpoint import write_json
-from subspace.combination import check, check_packing
+from subspace.adapters.inject import adapters, inject, trained_parameters
+from subspace.adapters.registry import resolve
+from subspace.common.host_memory import keep_what_is_freed
+from subspace.common.paths import REPOSITORY
+from subspace.common.progress import Progress, shown, silent
 from subspace.config import Part, RunConfig, read, write
-from subspace.distributed import barrier, gather_objects, is_main, rank, world_size
-from subspace.engine import OFFLOAD, fill, lay_out, read_engine_file, start_engine, start_processes
+from subspace.data.dataset import open_data
+from subspace.data.leakage import seen_before
+from subspace.data.sampler import StepPlan
+from subspace.distributed.collectives import barrier, gather_objects, is_main, rank, world_size
+from subspace.distributed.deepspeed_config import OFFLOAD, fill, lay_out, read_engine_file
+from subspace.distributed.engine import start_engine, start_processes
+from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
-from subspace.host_memory import keep_what_is_freed
-from subspace.inject import adapters, inject, trained_parameters
-from subspace.log import LOG, Recorder, peak_memory
-from subspace.method import resolve
-from subspace.model import describe, device, open_model, open_tokenizer
-from subspace.optimizers import check_optimizer, make_optimizer
-from subspace.paths import REPOSITORY
-from subspace.progress import Progress, shown, silent
-from subspace.resume import Saved, compare, find_checkpoint
-from subspace.speedups import check_speedups, compile_layers, use_liger
-from subspace.train import Outcome, last_good, parameter_groups, rate_factor, train
-from subspace.unseen import seen_before
-from subspace.zero import full_shape
+from subspace.models.frozen_weights import held_bytes
+from subspace.models.loading import describe, device, open_model, open_tokenizer
+from subspace.training.acceleration import check_speedups, compile_layers, use_liger
+from subspace.training.checkpoint import write_json
+from subspace.training.compatibility import check, check_packing
+from subspace.training.logging import LOG, Recorder, peak_memory
+from subspace.training.loop import Outcome, last_good, train
+from subspace.training.optimizers import check_optimizer, make_optimizer, parameter_groups, rate_factor
+from subspace.training.resume import Saved, compare, find_checkpoint
 
 ENVIRONMENT = "environment.json"
 

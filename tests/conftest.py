@@ -16,8 +16,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from subspace import paths
-from subspace.interruption import STATUS_FILE
+from subspace.common import paths
+from subspace.distributed.signals import STATUS_FILE
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,19 +12,16 @@ A method declares its tensors in ``__init__``; nothing is created later. What it
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.base import frozen_weight, full_weight
-from subspace.errors import UserError, nearest
-from subspace.settings import Settings
+from subspace.adapters.penalties import _charge_penalty
+from subspace.common.settings import Settings
+from subspace.models.frozen_weights import frozen_weight, full_weight
 
 ROLES = {
     "down": "first factor, from the layer's input",
@@ -276,128 +273,3 @@ class SublayerAdapter(Adapter):
         super().__init__(base, config)
         self.in_features: int = self.base.in_features
         self.out_features: int = self.base.out_features
-
-
-# A penalty is charged where the adapter runs, because only there does ZeRO-3 hold its tensors whole, and once per
-# backward pass also when activations are recomputed. Its gradient must carry the factors that the engine puts on the
-# loss (loss scale, 1 / accumulation). Those factors are the gradient that arrives at the loss itself, which is
-# computed before any other.
-_gradient_at_loss: list[Tensor] = []
-
-
-class _LossTap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor) -> Tensor:
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        _gradient_at_loss[:] = [gradients[0].detach()]
-        return gradients[0]
-
-
-class _Charge(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, penalty: Tensor) -> Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        factor = _gradient_at_loss[0] if _gradient_at_loss else torch.ones((), device=gradients[0].device)
-        return gradients[0], factor.to(torch.float32)
-
-
-def with_penalties(loss: Tensor) -> Tensor:
-    """Return the loss, by whose own gradient the adapters' penalties will scale theirs. Its value is unchanged.
-
-    A loop that scales its loss, for accumulation or float16, needs this where a method has a penalty.
-    """
-    tapped: Tensor = _LossTap.apply(loss)  # type: ignore[no-untyped-call]
-    return tapped
-
-
-def _charge_penalty(adapter: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    if not (adapter.training and torch.is_grad_enabled()):
-        return output
-    assert isinstance(adapter, Adapter)
-    penalty = adapter.penalty()
-    if penalty is None:
-        return output
-    charged: Tensor = _Charge.apply(output, penalty)  # type: ignore[no-untyped-call]
-    return charged
-
-
-_register: dict[str, type[Adapter]] = {}
-_Class = TypeVar("_Class", bound=type[Adapter])
-Presets = Mapping[str, Any]
-
-#: The paper's matrix pattern constraints, by the word that follows a method's name: ``lora+mpc-o``.
-CONSTRAINTS: dict[str, Presets] = {f"mpc-{letter}": {"mpc": letter} for letter in "odn"}
-
-
-def register(
-    name: str, *, family: str, trains: str, aliases: Mapping[str, Presets] | None = None
-) -> Callable[[_Class], _Class]:
-    """Enter a method's class into the register.
-
-    ``trains`` is the number of trained values at one site as an expression over the method's settings and ``n_in``,
-    ``n_out`` (the layer's features; of an embedding, its rows and its width), ``n_kv`` (key-value heads times head
-    dimension, at an attention) or ``n_values`` (those of the module itself). An alias may stand for settings:
-    ``aliases={"rslora": {"rslora": True}}``.
-    """
-    assert family in FAMILIES, family
-
-    def enter(cls: _Class) -> _Class:
-        cls.name, cls.family, cls.trains, cls.aliases = name, family, trains, aliases or {}
-        _register[name] = cls
-        return cls
-
-    return enter
-
-
-def methods() -> dict[str, type[Adapter]]:
-    """Return every method by name. A file of ``subspace.methods`` registers what it defines when it is imported."""
-    package = importlib.import_module("subspace.methods")  # subspace.methods is this function
-
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(_register.items()))
-
-
-def resolve(name: str) -> tuple[type[Adapter], Presets]:
-    """Return the method of this name or alias, and the settings that the alias, or a constraint behind it, stands for.
-
-    Letter case is free, and ``_`` stands for ``-``: ``LoRA+MPC_o`` is LoRA with ``mpc: o``.
-    """
-    known = methods()
-    by_name: dict[str, tuple[type[Adapter], Presets]] = {name: (cls, {}) for name, cls in known.items()}
-    for cls in known.values():
-        by_name |= {alias: (cls, presets) for alias, presets in cls.aliases.items()}
-    word, plus, constraint = name.casefold().replace("_", "-").partition("+")
-    if word not in by_name:
-        raise UserError(f"no method is called '{name}'. {nearest(word, by_name)}")
-    cls, presets = by_name[word]
-    if not plus:
-        return cls, presets
-    if constraint not in CONSTRAINTS:
-        raise UserError(f"'{name}' asks for a constraint '{constraint}'. {nearest(constraint, CONSTRAINTS)}")
-    if "mpc" not in cls.Config.__dataclass_fields__:
-        able = [other.name for other in known.values() if "mpc" in other.Config.__dataclass_fields__]
-        raise UserError(f"'{name}': {constraint} constrains two factors, which {cls.name} has not. {nearest('', able)}")
-    return cls, {**presets, **CONSTRAINTS[constraint]}
-
-
-def find_method(name: str) -> type[Adapter]:
-    """Return the method of this name or alias, without the settings that an alias stands for."""
-    return resolve(name)[0]
-
-
-def configure(cls: type[Adapter], settings: Mapping[str, Any]) -> MethodConfig:
-    """Build a method's Config from a mapping; unknown keys are refused with the nearest known one."""
-    import dataclasses
-
-    known = [field.name for field in dataclasses.fields(cls.Config)]
-    for key in settings:
-        if key not in known:
-            raise UserError(f"method {cls.name} has no setting '{key}'. {nearest(key, known)}")
-    return cls.Config(**settings)

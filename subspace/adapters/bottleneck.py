@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.method import MethodConfig, SublayerAdapter
-from subspace.settings import setting
+from subspace.adapters.base import MethodConfig, SublayerAdapter
+from subspace.common.settings import setting
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from subspace import lowrank
-from subspace.budget import count_trained, match_budget
-from subspace.method import CONSTRAINTS, Adapter, methods
+from subspace.adapters import low_rank as lowrank
+from subspace.adapters.base import Adapter
+from subspace.adapters.parameter_count import count_trained, match_budget
+from subspace.adapters.registry import CONSTRAINTS, methods
 
 BEGIN, END = "<!-- methods: written by `subspace methods --markdown` -->", "<!-- end of methods -->"
 CONSTRAINT = "constraint"

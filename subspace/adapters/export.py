@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,15 +18,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from subspace.adapter_file import load_adapter
-from subspace.base import storage
+from subspace.adapters.merging import _frozen, merge
+from subspace.adapters.serialization import load_adapter
+from subspace.adapters.targets import names_of
 from subspace.errors import UserError
-from subspace.inject import adapters
-from subspace.method import Adapter
-from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.model_files import quiet
-from subspace.sites import names_of
-from subspace.zero import is_sharded
+from subspace.models.config import ModelConfig
+from subspace.models.files import quiet
+from subspace.models.loading import open_model, open_tokenizer
 
 TOLERANCE = 1e-3  # of the largest logit; float32 gives about 1e-5, a wrong merge gives about 1
 
@@ -36,71 +33,6 @@ PROBE = (
     "To remove a stain from a carpet, dry it with a towel; then use 2 cups of water, soap, and a little patience.",
     "Below is an instruction that describes a task. Write a response that appropriately completes the request. Answer:",
 )
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """What a merge took out of the model at one site."""
-
-    adapter: Adapter
-    held: dict[str, nn.Parameter | None]  # the module's own parameters, by their names in it
-
-    def changes(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-        """Tell the name, the frozen value, None for what the merge created, and the merged one of each tensor."""
-        for name, held in self.held.items():
-            merged = getattr(self.adapter.base, name)
-            if merged is not None:
-                yield name, self.adapter.aside.get(name, held), merged
-
-
-def merge(model: nn.Module) -> None:
-    """Replace every adapter by the plain layer that computes the same. ``unmerge`` undoes it.
-
-    Raises:
-        UserError: no adapters, a method that cannot be merged, or weights that are quantised or spread over processes.
-            The model is then as before.
-    """
-    found = adapters(model)
-    if not found:
-        raise UserError("cannot merge: the model has no adapters (it may be merged already)")
-    for site, adapter in found.items():
-        _check_mergeable(site, adapter)
-
-    replaced: dict[str, Replaced] = {}
-    shared: dict[nn.Parameter, nn.Parameter] = {}
-    for site, adapter in found.items():
-        layer: Any = adapter.base
-        merged = _merged(adapter)
-        held = {name: getattr(layer, name) for name in merged}
-        replaced[site] = Replaced(adapter, held)
-        for name, value in merged.items():
-            like = adapter.aside.get(name, held[name])
-            # New parameters, not new values: the old ones are kept as they are, bit for bit, and may be shared.
-            new = None if value is None else _frozen(value, like=held["weight"] if like is None else like)
-            if new is not None and isinstance(value, nn.Parameter):  # a trained tensor itself: other sites may have it
-                new = shared.setdefault(value, new)
-            setattr(layer, name, new)
-        model.set_submodule(site, layer)
-    if model.config.tie_word_embeddings and not _shares(model):  # type: ignore[union-attr]
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    model.merged = replaced  # type: ignore[assignment]
-
-
-def unmerge(model: nn.Module) -> None:
-    """Put the adapters and the frozen weights back that ``merge`` replaced: the very same tensors."""
-    replaced: dict[str, Replaced] | None = getattr(model, "merged", None)
-    if replaced is None:
-        raise UserError("cannot unmerge: the model is not merged")
-    if adapters(model):
-        raise UserError("cannot unmerge: adapters were injected after the merge. Merge those first, or save them")
-    for site, old in replaced.items():
-        layer: Any = old.adapter.base
-        for name, held in old.held.items():
-            setattr(layer, name, held)
-        model.set_submodule(site, old.adapter)
-    if _shares(model):
-        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
-    del model.merged
 
 
 @dataclass(frozen=True)
@@ -203,49 +135,6 @@ def merged_folder(
         about = {"base": config.path, "adapter": str(adapter), **asdict(report)}
         (partial / "merge.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return report
-
-
-def _shares(model: nn.Module) -> bool:
-    """Tell whether modules share a parameter, as embedding and head of a model that ties them do."""
-    users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    return any(count > 1 for count in users.values())
-
-
-def _check_mergeable(site: str, adapter: Adapter) -> None:
-    if not adapter.mergeable:
-        raise UserError(
-            f"cannot merge {adapter.name}: what it does at {site} is not what a linear layer can do. "
-            "Evaluate it unmerged: `subspace evaluate RUN` needs no merged model"
-        )
-    layer: Any = adapter.base
-    if hasattr(layer, "weight") and storage(layer) != "plain":
-        raise UserError(
-            f"cannot merge {adapter.name} into the {storage(layer)} layer {site}: the result would be rounded to "
-            f"{storage(layer)} again. Open the base with `quantize: none`, as `subspace merge RUN --out DIR` does"
-        )
-    if any(is_sharded(parameter) for parameter in (*layer.parameters(), *adapter.trained().values())):
-        raise UserError(
-            f"cannot merge {adapter.name} at {site}: ZeRO-3 holds the weights in parts. Save the adapter and merge the "
-            "file: `subspace merge RUN --out DIR`"
-        )
-
-
-@torch.no_grad()
-def _merged(adapter: Adapter) -> dict[str, Tensor | None]:
-    """Return the tensors that replace the frozen ones, in float32."""
-    own = adapter.own_tensors().values()
-    kept = [tensor.data for tensor in own]
-    try:
-        for tensor in own:  # an engine may have made them bfloat16
-            tensor.data = tensor.data.float()
-        return adapter.merged()
-    finally:
-        for tensor, data in zip(own, kept, strict=True):
-            tensor.data = data
-
-
-def _frozen(value: Tensor, like: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.to(like.dtype).contiguous(), requires_grad=False)
 
 
 def _probe(tokenizer: Any) -> Tensor:

@@ -5,19 +5,56 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from subspace.access import visit
-from subspace.base import file_of, storage
-from subspace.distributed import from_rank
+from subspace.adapters.base import Adapter, MethodConfig
+from subspace.adapters.registry import configure, resolve
+from subspace.adapters.targets import find, matching
+from subspace.common.progress import Progress, silent
+from subspace.distributed.collectives import from_rank, rank, world_size
+from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError, nearest
-from subspace.method import Adapter, MethodConfig, configure, resolve
-from subspace.progress import Progress, silent
-from subspace.sites import find, matching
+from subspace.models.frozen_weights import file_of, storage, stored_weight, weight_for
+
+
+def visit(
+    adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None], progress: Progress = silent, title: str = ""
+) -> None:
+    """Call ``look(adapter, W)`` for each adapter, on one process each; then all have the tensors that it changed.
+
+    The adapters are dealt out to the processes in turn, which work side by side. W is whole, float32, ``(out, in)``,
+    and no process holds more than one of them. All ranks must call it.
+    """
+    ranks = world_size()
+    name = adapters[0].name if adapters else ""
+    with progress(title or f"reading the weights for {name}", len(adapters), "layers") as at:
+        for first in range(0, len(adapters), ranks):
+            wave = adapters[first : first + ranks]
+            weights = [_weight(adapter, owner) for owner, adapter in enumerate(wave)]
+            mine = [(adapter, W) for adapter, W in zip(wave, weights, strict=True) if W is not None]
+            for adapter, W in mine:
+                with torch.no_grad():
+                    look(adapter, W)
+            for owner, adapter in enumerate(wave):
+                for tensor in (*adapter.trained().values(), *adapter.buffers(recurse=False)):
+                    if not is_sharded(tensor):
+                        from_rank(tensor.data, owner)
+            at(first + len(wave))
+
+
+def _weight(adapter: Adapter, owner: int) -> Tensor | None:
+    """Return the adapter's W on its owner, None elsewhere."""
+    if adapter.checkpoint is None:
+        return weight_for(owner, adapter.base)
+    if owner != rank():
+        return None
+    W = stored_weight(*adapter.checkpoint)
+    assert W is not None, adapter.checkpoint  # inject has looked
+    return W.to(next(adapter.buffers(recurse=False)).device)
 
 
 def inject(

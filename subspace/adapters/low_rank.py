@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.branch import add_product, branch_off
-from subspace.decomposition import SVD
-from subspace.dropout import dropout
+from subspace.adapters.base import LinearAdapter, MethodConfig
+from subspace.adapters.linalg import SVD, off_diagonal
+from subspace.common.settings import setting
 from subspace.errors import UserError
-from subspace.linalg import off_diagonal
-from subspace.method import LinearAdapter, MethodConfig
-from subspace.settings import setting
+from subspace.kernels.dropout import dropout
+from subspace.kernels.low_rank import add_product, branch_off
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.inject import adapters
-from subspace.method import Adapter, LinearAdapter
+from subspace.adapters.base import Adapter, LinearAdapter
+from subspace.adapters.inject import adapters
 
 Found = Mapping[str, Adapter]
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from subspace.adapters.base import MethodConfig
+from subspace.adapters.inject import inject
+from subspace.adapters.registry import methods, resolve
+from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
-from subspace.inject import inject
-from subspace.method import MethodConfig, methods, resolve
-from subspace.zero import full_shape
 
 
 def count_trained(

@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from subspace.distributed import barrier, is_main, share_object
+from subspace.adapters.inject import adapters, groups, inject, regroup
+from subspace.distributed.collectives import barrier, is_main, share_object
+from subspace.distributed.zero import full_shape, whole_copies
 from subspace.errors import UserError
-from subspace.inject import adapters, groups, inject, regroup
-from subspace.zero import full_shape, whole_copies
 
 TENSORS = "adapter.safetensors"
 SETTINGS = "adapter.json"

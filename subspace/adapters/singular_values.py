@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.branch import add_product
-from subspace.decomposition import largest, whole
-from subspace.method import LinearAdapter, MethodConfig
-from subspace.settings import setting
+from subspace.adapters.base import LinearAdapter, MethodConfig
+from subspace.adapters.linalg import largest, whole
+from subspace.common.settings import setting
+from subspace.kernels.low_rank import add_product
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subspace.adapters.base import Adapter
 from subspace.errors import UserError
-from subspace.method import Adapter
 
 
 class AttentionAdapter(Adapter):

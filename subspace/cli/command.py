@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from subspace import launcher
+from subspace.common.tables import FORMATS
+from subspace.distributed import launcher
 from subspace.errors import UserError, nearest
-from subspace.formats import FORMATS
 
 if TYPE_CHECKING:
-    from subspace.tables import Table
+    from subspace.reporting.tables import Table
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def settings_manual() -> str:
 
 def show_tables(found: Sequence[Table], options: argparse.Namespace) -> None:
     """Print tables in the format that the options ask for; `evaluate` has but --json."""
-    from subspace.formats import show
-    from subspace.tables import write
+    from subspace.common.tables import show
+    from subspace.reporting.tables import write
 
     given = {name: getattr(options, name, None) for name in ("format", "markdown", "transpose")}
     form = "json" if options.json else "markdown" if given["markdown"] else given["format"] or "terminal"

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from subspace import launcher
+from subspace.cli.command import Verb
+from subspace.cli.commands import compare, data, evaluate, merge, methods, plan, prepare, table, train
+from subspace.distributed import launcher
 from subspace.errors import RunStopped, UserError, nearest
-from subspace.verb import Verb
-from subspace.verbs import compare, data, evaluate, merge, methods, plan, prepare, table, train
 
 VERBS = [
     prepare.VERB,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from subspace.declarations import Item, Task
+from subspace.data.tasks import Item, Task
 
 NGRAM = 13
 KINDS = ("exact", "normalised", "question", "n-gram")

@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from subspace.declarations import Item, Task, build_task, read_yaml, tasks
+from subspace.common.declarations import read_yaml
+from subspace.data.records import records
+from subspace.data.tasks import Item, Task, build_task, tasks
 from subspace.errors import UserError, nearest
-from subspace.rows import records
 
 ARC_INSTRUCTION = (
     "Please choose the correct answer to the question: {% if context %}{{ context }} {% endif %}{{ question }}\n\n"

@@ -12,55 +12,33 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from subspace import declarations, encoding, paths, rows, sources
-from subspace.declarations import Mixture, Part
-from subspace.encoding import IGNORE
+from subspace.common import files as files_module
+from subspace.common import paths
+from subspace.common.progress import Progress, silent
+from subspace.data import records as rows
+from subspace.data import tasks as tasks_module
+from subspace.data import tokenization as tokenization_module
+from subspace.data.collate import IGNORE
+from subspace.data.tasks import Mixture, Part
 from subspace.errors import UserError
-from subspace.progress import Progress, silent
-from subspace.settings import Settings, setting
 
 if TYPE_CHECKING:
     import datasets
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+from subspace.data.collate import Row, collate
+from subspace.data.config import DataConfig
+
 FORMAT = 1  # of the cache of token ids
-GROUPED_STEPS = 64  # steps whose rows are sorted by length together: more pads less, fewer shuffles better
 ENCODED_AT_ONCE = 4096  # rows
 
 Integers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Settings):
-    """What a run trains on, and how it is read."""
-
-    mixture: str = setting(
-        "commonsense", "a mixture, a task, tasks with rows or weights, or a file; see data/README.md"
-    )
-    prompt: str = setting("alpaca-indented", "the text round instruction and answer, from data/prompts.yaml")
-    max_length: int = setting(256, "tokens, prompt and answer together; a longer row loses its beginning", min=2)
-    loss_on: str = setting(
-        "answer", "the tokens that carry loss: the answer and its end, or all", choices=("answer", "all")
-    )
-    validation: int = setting(120, "rows held out", min=0)
-    limit: int | None = setting(None, "rows to train on, drawn at random; null for all", min=1)
-    group_by_length: bool = setting(True, "fill a step with rows of like length, which pads less")
-    packing: bool = setting(
-        False, "put rows one after another, blind to each other, into sequences of max_length, which pads hardly at all"
-    )
-
-
-class Row(NamedTuple):
-    """Token ids of prompt and answer, and where the answer starts."""
-
-    input_ids: list[int]
-    answer_start: int
 
 
 @dataclass(frozen=True)
@@ -162,7 +140,7 @@ def open_data(
         order = order[np.sort(np.unique(keys[order], return_index=True)[1])]
 
     # The answer needs a token before it, and is never cut.
-    prefix = len(encoding.prefix(tokenizer))
+    prefix = len(tokenization_module.prefix(tokenizer))
     needed = lengths[order] - starts[order] + max(prefix, 1)
     kept = order[needed <= config.max_length]
     if not len(kept):
@@ -220,122 +198,20 @@ def open_data(
 
 def is_encoded(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether all that a run trains on is in the cache of token ids."""
-    return all(sources.sealed(_folder(part, tokenizer)) for part in _parts(config, tokenizer)[1].values())
+    return all(files_module.sealed(_folder(part, tokenizer)) for part in _parts(config, tokenizer)[1].values())
 
 
 def _parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Mixture, dict[tuple[str, str], rows.Rows]]:
     """Return the mixture, and what of it is prepared."""
-    template = declarations.prompt(config.prompt)
+    template = tasks_module.prompt(config.prompt)
     if config.mixture.endswith(rows.FILES):
         own = rows.file_rows(Path(config.mixture), template, tokenizer)
         mixture, found = Mixture(config.mixture, (Part(own.name),)), {(own.name, "train"): own}
     else:
-        mixture = declarations.mixture(config.mixture)
+        mixture = tasks_module.mixture(config.mixture)
         splits = dict.fromkeys((part.task, part.split) for part in mixture.parts)
         found = {name: part for name in splits if (part := rows.task_rows(*name, template))}
     return mixture, found
-
-
-class StepPlan:
-    """Which rows each optimizer step trains on: ``plan[k]`` are those of step k, longest first, over all processes.
-
-    Every epoch is a fresh shuffle of all rows, and the epochs follow one another without a seam: a step that begins in
-    one may end in the next. So every step has exactly ``batch`` rows, every epoch has every row once, and only what
-    does not fill a step at the very end is left over. With ``group_by_length``, the rows of 64 successive steps are
-    dealt out to them by length.
-    """
-
-    def __init__(
-        self,
-        lengths: npt.ArrayLike,
-        batch: int,
-        epochs: float = 1.0,
-        steps: int | None = None,
-        seed: int = 0,
-        group_by_length: bool = True,
-    ) -> None:
-        lengths = np.asarray(lengths)
-        if not len(lengths):
-            raise UserError("there are no rows to train on")
-        count = max(1, int(epochs * len(lengths) / batch)) if steps is None else steps
-        passes = -(-count * batch // len(lengths))
-        shuffled = [np.random.default_rng((seed, epoch)).permutation(len(lengths)) for epoch in range(passes)]
-        order = np.concatenate(shuffled)[: count * batch].reshape(count, batch)
-
-        if group_by_length:
-            for start in range(0, count, GROUPED_STEPS):
-                together = order[start : start + GROUPED_STEPS]
-                by_length = together.ravel()[np.argsort(lengths[together.ravel()], kind="stable")]
-                # Three numbers, so that this is never the draw of an epoch.
-                together[:] = np.random.default_rng((seed, start, 0)).permutation(by_length.reshape(-1, batch))
-        self._order = np.take_along_axis(order, np.argsort(-lengths[order], axis=1, kind="stable"), axis=1)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, step: int) -> list[int]:
-        return [int(row) for row in self._order[step]]
-
-
-def share(numbers: Sequence[int], rank: int, ranks: int, accumulate: int) -> list[list[int]]:
-    """Return this rank's micro-batches of a step's rows.
-
-    The rows come longest first. Rows of like length are fed at the same time, so that no rank waits for another.
-    """
-    if len(numbers) < ranks * accumulate:
-        raise UserError(
-            f"a step of {len(numbers)} rows cannot be shared by {ranks} processes in {accumulate} micro-batches each. "
-            f"Make train.batch at least {ranks * accumulate}"
-        )
-    together = np.array_split(np.asarray(numbers), accumulate)
-    return [[int(number) for number in part[rank::ranks]] for part in together]
-
-
-def collate(
-    batch: Sequence[Row], pad_id: int, loss_on: str = "answer", pad_to_multiple: int = 8, room: int | None = None
-) -> dict[str, Tensor]:
-    """Pad rows on the right into tensors (sequences, tokens). What is padding is told by position, whatever id it has.
-
-    With ``room``, a sequence of so many tokens takes as many rows as fit, one after another. Their positions, which
-    begin again with each row and with the padding, are then given, too.
-    """
-    import torch
-
-    sequences = [[row] for row in batch] if room is None else packed(batch, room)
-    longest = max(sum(len(row.input_ids) for row in sequence) for sequence in sequences)
-    shape = (len(sequences), -(-longest // pad_to_multiple) * pad_to_multiple)
-    ids = torch.full(shape, pad_id, dtype=torch.int64)
-    mask, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE, dtype=torch.int64)
-    for i, sequence in enumerate(sequences):
-        begin = 0
-        for row in sequence:
-            end = begin + len(row.input_ids)
-            # A row's first token follows none that it could be told from.
-            start = begin + (1 if loss_on == "all" else row.answer_start)
-            ids[i, begin:end] = torch.tensor(row.input_ids)
-            mask[i, begin:end] = 1
-            labels[i, start:end] = ids[i, start:end]
-            positions[i, begin:end] = torch.arange(end - begin)
-            begin = end
-        positions[i, begin:] = torch.arange(shape[1] - begin)
-    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return tensors if room is None else {**tensors, "position_ids": positions}
-
-
-def packed(rows: Sequence[Row], room: int) -> list[list[Row]]:
-    """Put rows, the longest first, each into the first sequence that has room for it among so many tokens."""
-    sequences: list[list[Row]] = []
-    left: list[int] = []
-    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
-        size = len(row.input_ids)
-        at = next((i for i, free in enumerate(left) if size <= free), len(left))
-        if at == len(left):
-            sequences.append([])
-            left.append(room)
-        sequences[at].append(row)
-        left[at] -= size
-    return sequences
 
 
 def _tokenized(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> datasets.Dataset:
@@ -345,7 +221,7 @@ def _tokenized(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Pr
     folder = _folder(part, tokenizer)
 
     def is_good(folder: Path) -> bool:
-        return sources.sealed(folder) is not None
+        return files_module.sealed(folder) is not None
 
     def build(work: Path) -> dict[str, Any]:
         datasets.disable_progress_bars()
@@ -353,13 +229,18 @@ def _tokenized(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Pr
         table.save_to_disk(str(work / "rows"))
         return {"rows": part.name, "key": folder.name.rpartition("-")[2]}
 
-    sources.make_folder(folder, is_good, build)
+    files_module.make_folder(folder, is_good, build)
     return datasets.Dataset.load_from_disk(str(folder / "rows"))
 
 
 def _folder(part: rows.Rows, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Return where a part's token ids are kept."""
-    decided_by = (str(FORMAT), encoding.fingerprint(tokenizer), str(tokenizer.eos_token_id), *part.decided_by)
+    decided_by = (
+        str(FORMAT),
+        tokenization_module.fingerprint(tokenizer),
+        str(tokenizer.eos_token_id),
+        *part.decided_by,
+    )
     key = hashlib.sha256("\0".join(decided_by).encode()).hexdigest()
     return paths.cache() / "tokens" / (re.sub(r"[^\w.-]", "-", part.name) + f"-{key[:16]}")
 
@@ -381,7 +262,7 @@ def _encode(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Progr
     with progress(f"encoding {part.name}", len(texts), "rows") as at:
         for begin in range(0, len(texts), ENCODED_AT_ONCE):
             some = texts[begin : begin + ENCODED_AT_ONCE]
-            for ids, start in encoding.encode_rows(tokenizer, some, special=not part.chat):
+            for ids, start in tokenization_module.encode_rows(tokenizer, some, special=not part.chat):
                 # By id: as text, an end would have to be recognised again, which not every tokenizer does.
                 ended = ids if ids[-1] in own_ends else [*ids, tokenizer.eos_token_id]
                 columns["input_ids"].append(np.asarray(ended, dtype=np.int32))

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from subspace import declarations
-from subspace.contamination import Text, keys
-from subspace.declarations import Task
+from subspace.data import tasks as tasks_module
+from subspace.data.contamination import Text, keys
+from subspace.data.prepare import task_items
+from subspace.data.records import FILES, records
+from subspace.data.samples import Sample, find_tasks, take_sample
+from subspace.data.tasks import Task
 from subspace.errors import UserError
-from subspace.evaluate import EvaluateConfig, Sample, find_tasks, take_sample
-from subspace.prepare import task_items
-from subspace.rows import FILES, records
 
 MOST_SEEN = 0.01
 """What share of a suite's items a run may have been trained on before its score says nothing."""
@@ -34,7 +35,7 @@ def seen_items(mixture: str, samples: Iterable[Sample]) -> dict[str, tuple[int, 
     return found
 
 
-def seen_before(mixture: str, config: EvaluateConfig) -> list[str]:
+def seen_before(mixture: str, config: Any) -> list[str]:
     """Say what of the suites that a run names for its scoring is in the rows that it is about to be trained on.
 
     A suite whose items are not on this machine is passed over: it is looked at again when it is scored.
@@ -61,7 +62,7 @@ def _questions(mixture: str) -> Iterator[str]:
             turns = record.get("messages") or [{"content": record.get("instruction", "")}]
             yield from (str(turn["content"]) for turn in turns)
         return
-    for task, split in {(part.task, part.split) for part in declarations.mixture(mixture).parts}:
+    for task, split in {(part.task, part.split) for part in tasks_module.mixture(mixture).parts}:
         yield from task_items(task, split)["question"]
 
 

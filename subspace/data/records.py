@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subspace.declarations import render, task
+from subspace.common.files import sha256_of
+from subspace.data.prepare import task_checksum, task_items
+from subspace.data.tasks import render, task
 from subspace.errors import UserError, nearest
-from subspace.prepare import task_checksum, task_items
-from subspace.sources import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

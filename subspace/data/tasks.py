@@ -13,23 +13,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
-import yaml
 from jinja2 import StrictUndefined, Template, TemplateError, Undefined
 from jinja2.sandbox import SandboxedEnvironment
 
-from subspace import paths
+from subspace.common import paths
+from subspace.common.declarations import _find, _folder, build, read_yaml
+from subspace.common.download import Hub
 from subspace.errors import UserError, nearest
 
 Item = Mapping[str, Any]
 ITEM_FIELDS = ("id", "topic", "context", "question", "choices", "label")
-
-_Declared = TypeVar("_Declared")
 
 
 def _regex_group(text: str, pattern: str, group: int) -> str:
@@ -60,15 +59,6 @@ def _expression(source: str) -> Any:
 def render(template: str, fields: Mapping[str, Any], /, **more: Any) -> str:
     """Fill a template in; a field that it names and that is not there is an error."""
     return _template(template).render(fields, **more)
-
-
-@dataclass(frozen=True)
-class Hub:
-    """Where a split lies on the Hugging Face hub."""
-
-    repo: str
-    split: str
-    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +112,7 @@ class Part:
 class Published:
     """A published file that a task's splits give back byte for byte, and the git blob id by which that is known."""
 
+    NESTED: ClassVar = {"parts": Part}
     blob: str
     parts: tuple[Part, ...]
 
@@ -241,46 +232,12 @@ class Task:
 class Mixture:
     """What a run trains on: parts of tasks, one after the other. ``rows`` is how many there are if none is missing."""
 
+    NESTED: ClassVar = {"parts": Part}
     name: str
     parts: tuple[Part, ...]
     title: str = ""
     rows: int | None = None
     deduplicate: bool = False
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that a wheel on PyPI carries as a GGUF file."""
-
-    name: str
-    title: str
-    aliases: tuple[str, ...]
-    license: str
-    parameters: int
-    wheel: str
-    file: str
-    pad: str
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What decides the shapes of a model's tensors: the values of its config.json, and which checkpoints have them."""
-
-    checkpoints: tuple[str, ...]
-    parameters: int
-    config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A wheel on PyPI that carries data or a model. It is downloaded and read, never installed or imported."""
-
-    name: str
-    version: str
-    file: str
-    bytes: int
-    sha256: str
-    license: str
 
 
 def tasks(suite: str | None = "commonsense") -> dict[str, Task]:
@@ -292,28 +249,6 @@ def tasks(suite: str | None = "commonsense") -> dict[str, Task]:
 def task(name: str) -> Task:
     """Return one task by its name or an alias, in any case."""
     return _find(name, tasks(None), "task")
-
-
-def models() -> dict[str, Model]:
-    """Return the models that come with no hub."""
-    return _folder("models", Model)
-
-
-def model(name: str) -> Model:
-    """Return one of these models by its name or an alias."""
-    return _find(name, models(), "embedded model")
-
-
-def shapes() -> dict[str, Shape]:
-    """Return the architectures that can be counted in without any file of a model."""
-    declared = read_yaml(paths.declarations() / "shapes.yaml")
-    return {name: build(Shape, shape, "shapes.yaml") for name, shape in declared.items()}
-
-
-def wheels() -> dict[str, Wheel]:
-    """Return the wheels that carry data and models."""
-    declared = read_yaml(paths.declarations() / "wheels.yaml")
-    return {name: build(Wheel, {"name": name, **wheel}, "wheels.yaml") for name, wheel in declared.items()}
 
 
 def mixtures() -> dict[str, Mixture]:
@@ -365,40 +300,6 @@ def prompt(name: str) -> str:
     return str(declared[name]["template"])
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML file whose top level is a mapping."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should be a mapping of names to values")
-    return content
-
-
-def build(kind: type[_Declared], values: Mapping[str, Any], where: str) -> _Declared:
-    """Build a declaration's dataclass from what a YAML file says; ``where`` names that file in an error."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{where}: {kind.__name__.lower()} has no {key!r}. {nearest(key, fields)}")
-    needed = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-    if missing := [name for name in needed if name not in values]:
-        raise UserError(f"{where}: {kind.__name__.lower()} lacks {', '.join(missing)}")
-
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    if "parts" in values:
-        values["parts"] = tuple(build(Part, part, where) for part in values["parts"])
-    return kind(**values)
-
-
-def _folder(name: str, kind: type[_Declared]) -> dict[str, _Declared]:
-    files = sorted((paths.declarations() / name).glob("*.yaml"))
-    return {file.stem: build(kind, {"name": file.stem, **read_yaml(file)}, file.name) for file in files}
-
-
 @cache
 def _tasks(folder: Path) -> dict[str, Task]:
     found = [build_task(file, read_yaml(file)) for file in (folder / "tasks").glob("*.yaml")]
@@ -423,14 +324,3 @@ def build_task(file: Path, values: dict[str, Any]) -> Task:
     for text in ("instruction", "answer", "output"):
         values[f"{text}_template"] = values.pop(text)
     return build(Task, {"name": file.stem, **values}, where)
-
-
-def _find(name: str, declared: Mapping[str, _Declared], kind: str) -> _Declared:
-    def plain(text: str) -> str:
-        return re.sub(r"[\s_-]", "", text).casefold()
-
-    for known, value in declared.items():
-        aliases: Sequence[str] = getattr(value, "aliases", ())
-        if plain(name) in map(plain, (known, *aliases)):
-            return value
-    raise UserError(f"no {kind} is called {name!r}. {nearest(name, declared)}")

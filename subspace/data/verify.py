@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from subspace.declarations import Item, Published, Task
+from subspace.data.tasks import Item, Published, Task
 from subspace.errors import UserError
 
 Rows = Sequence[dict[str, Any]]

@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from subspace.common.paths import REPOSITORY
+from subspace.distributed.signals import STATUS_FILE, announce_rank, ranks_here
 from subspace.errors import UserError
-from subspace.interruption import STATUS_FILE, announce_rank, ranks_here
-from subspace.paths import REPOSITORY
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 #: Seconds that a rank other than the first waits before it reports a failure. The launcher looks every second.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from subspace.distributed import world_size
+from subspace.distributed.collectives import world_size
 
 
 def is_sharded(parameter: Tensor) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from subspace.distributed import world_size
+from subspace.distributed.collectives import world_size
+from subspace.distributed.zero import is_sharded
 from subspace.errors import RunFailed
-from subspace.zero import is_sharded
 
 Batch = list[int]
 Sizes = Sequence[tuple[int, int]]

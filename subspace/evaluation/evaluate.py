@@ -7,9 +7,7 @@ number of processes, each makes equally many forward passes (which ZeRO-3 needs)
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,28 +17,34 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from subspace import declarations, encoding
-from subspace.answer_word import AnswerWord
-from subspace.checksum import weights_checksum
-from subspace.custom import custom_task, local_items
-from subspace.declarations import Item, Task
-from subspace.distributed import is_main, rank, share_object
-from subspace.errors import UserError, nearest
-from subspace.generation import Generation
-from subspace.host_memory import keep_what_is_freed
-from subspace.likelihood import Likelihood, draw_examples
-from subspace.partial import Partial
-from subspace.prepare import task_items
-from subspace.progress import Progress, silent
-from subspace.published import DEFECTS, PUBLISHED, Published
-from subspace.results import TaskResult, accuracy, digest, find_result, items_file, write_items, write_results
-from subspace.settings import Settings, setting
-from subspace.workload import Halving, plan_batches, token_budget, turns
+from subspace.common.host_memory import keep_what_is_freed
+from subspace.common.progress import Progress, silent
+from subspace.data import tasks as tasks_module
+from subspace.data import tokenization as tokenization_module
+from subspace.data.tasks import Item
+from subspace.distributed.collectives import is_main, rank, share_object
+from subspace.evaluation.batching import Halving, plan_batches, token_budget, turns
+from subspace.evaluation.fingerprint import weights_checksum
+from subspace.evaluation.protocols.answer_word import AnswerWord
+from subspace.evaluation.protocols.likelihood import Likelihood, draw_examples
+from subspace.evaluation.protocols.llm_adapters import Generation
+from subspace.evaluation.protocols.llm_adapters_published import Published
+from subspace.evaluation.results import (
+    TaskResult,
+    accuracy,
+    digest,
+    find_result,
+    items_file,
+    write_items,
+    write_results,
+)
+from subspace.evaluation.resume import Partial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROTOCOLS = (Likelihood.name, Generation.name, AnswerWord.name, Published.name)
+from subspace.data.samples import Sample, find_tasks, split_items, take_sample
+from subspace.evaluation.config import EvaluateConfig
 
 
 class Scorer(Protocol):
@@ -60,75 +64,6 @@ class Scorer(Protocol):
         """Score the items of these numbers together; return the record of each."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Settings):
-    """What to score, and how."""
-
-    protocol: str | list[str] = setting(
-        "likelihood", f"how an answer is got out of the model, one or several of {', '.join(PROTOCOLS)}"
-    )
-    tasks: str | list[str] = setting("all", "which tasks: all, a suite's name, their names, or YAML files of your own")
-    limit: int | None = setting(None, "items of each task, always the same ones; none is all", min=1)
-    split: str = setting("test", "which split; test is the one that the literature reports")
-    examples: int = setting(0, "likelihood: answered items of the train split before each question (few-shot)", min=0)
-    by_bytes: bool = setting(False, "likelihood: also acc_bytes, where a choice's score is divided by its bytes")
-    data: str | None = setting(None, "folder of the published test files (gsm8k/test.json), for tasks read from there")
-    prompt: str = setting("alpaca-indented", "protocols that ask: the text round the instruction, as data.prompt")
-    defects: str | list[str] = setting(
-        ",".join(PUBLISHED), f"llm-adapters-published: which of its defects are on, of {', '.join(DEFECTS)}; or none"
-    )
-    published_batch: int = setting(1, "llm-adapters-published: its batch size, felt with no_attention_mask", min=1)
-    batch_tokens: int | None = setting(
-        None, "tokens of a batch, padding included; none is what suits the device and the protocol", min=1
-    )
-    seen: str = setting(
-        "refuse", "a suite with more than 1 % of its items in a run's training text", choices=("refuse", "score")
-    )
-    mixed: bool = setting(
-        False, "several subjects of one base: score in the same batches those whose adapters act on linear layers alone"
-    )
-    engine: str | None = setting(
-        None, "a base too large for one device: DeepSpeed's JSON of ZeRO-3, as ds_configs/zero3.json, to spread it by"
-    )
-    again: bool = setting(False, "score anew what is scored already")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for word, kind, known in [
-            *((name, "protocol", PROTOCOLS) for name in self.protocols),
-            *((name, "defects", DEFECTS) for name in self.defect_names),
-        ]:
-            if word not in known:
-                raise UserError(f"EvaluateConfig.{kind} is {word!r}. {nearest(word, known)}")
-
-    @property
-    def protocols(self) -> list[str]:
-        """The protocols, one or several."""
-        return list(dict.fromkeys(_words(self.protocol)))
-
-    @property
-    def defect_names(self) -> list[str]:
-        """The defects that are on."""
-        return [name for name in _words(self.defects) if name not in ("", "none")]
-
-
-def _words(value: str | Sequence[str]) -> list[str]:
-    return [word.strip() for word in (value.split(",") if isinstance(value, str) else value)]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The items of a task that are scored. ``majority`` is the share of the split's most frequent answer.
-
-    ``positions`` is where each item stands in its split.
-    """
-
-    task: Task
-    items: list[Item]
-    majority: float
-    positions: Sequence[int] = ()
-
-
 @dataclass(frozen=True)
 class Job:
     """One task by one protocol, laid out. It serves every model that has this tokenizer and this configuration."""
@@ -144,7 +79,7 @@ def lay_out(
     """Lay every task out by every protocol. What is missing is told here, before anything is scored."""
     samples = [take_sample(task, config.split, config.limit, config.data) for task in find_tasks(config.tasks)]
     wanted = [(protocol, sample) for protocol in config.protocols for sample in samples]
-    encoded_by = encoding.fingerprint(tokenizer)[:12]
+    encoded_by = tokenization_module.fingerprint(tokenizer)[:12]
     jobs = []
     with (progress if is_main() else silent)("encode the items", len(wanted), "tasks") as at:
         for protocol, sample in wanted:
@@ -260,39 +195,6 @@ def _work(scorer: Scorer, numbers: Iterable[int]) -> int:
     return sum(rows * length for rows, length in (scorer.sizes[number] for number in numbers))
 
 
-def find_tasks(names: str | Sequence[str]) -> list[Task]:
-    """Return the tasks that a setting names, in the order of the literature's tables, one's own last."""
-    found: list[Task] = []
-    for name in _words(names):
-        if name.endswith((".yaml", ".yml")):
-            found.append(custom_task(Path(name)))
-        else:
-            suite = declarations.tasks("commonsense" if name == "all" else name)
-            found += suite.values() or [declarations.task(name)]
-    return sorted({task.name: task for task in found}.values(), key=lambda task: task.position)
-
-
-def take_sample(task: Task, split: str, limit: int | None, data: str | None = None) -> Sample:
-    """Return the items of a split, or ``limit`` of them: those with the smallest hashes of their ids, in their order.
-
-    Hashes, because the first items of a split need not be like the others; and so a smaller sample is part of a larger
-    one, on every machine, for every protocol.
-    """
-    items = split_items(task, split, data)
-    by_answer = "label" if task.extraction == "first-word" else "choices"
-    answers = Counter(str(item[by_answer]) for item in items)
-    positions: Sequence[int] = range(len(items))
-    if limit is not None and limit < len(items):
-        hashes = [hashlib.sha256(item["id"].encode()).digest() for item in items]
-        positions = sorted(sorted(positions, key=hashes.__getitem__)[:limit])
-    return Sample(task, [items[i] for i in positions], max(answers.values()) / answers.total(), positions)
-
-
-def split_items(task: Task, split: str, data: str | None) -> list[Item]:
-    """Return the items of a split, prepared ones or a file's."""
-    return local_items(task, split, data) or list(task_items(task.name, split))
-
-
 def _scorer(
     protocol: str,
     model: PreTrainedModel,
@@ -320,7 +222,7 @@ def _ingredients(scorer: Scorer, sample: Sample, tokenizer: str) -> dict[str, st
         **scorer.ingredients,
         "task": sample.task.name,
         "task version": sample.task.version,
-        "items": digest([{field: item[field] for field in declarations.ITEM_FIELDS} for item in sample.items]),
+        "items": digest([{field: item[field] for field in tasks_module.ITEM_FIELDS} for item in sample.items]),
         "metrics": ", ".join(scorer.metrics),
         "tokenizer": tokenizer,
     }

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace.distributed import sum_over_ranks
-from subspace.inject import adapters
-from subspace.results import digest
-from subspace.zero import full_shape, is_sharded
+from subspace.adapters.inject import adapters
+from subspace.distributed.collectives import sum_over_ranks
+from subspace.distributed.zero import full_shape, is_sharded
+from subspace.evaluation.results import digest
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace.distributed import sum_over_ranks
-from subspace.encoding import num_alike
-from subspace.output_head import head_at
-from subspace.zero import passes_together
+from subspace.data.tokenization import num_alike
+from subspace.distributed.collectives import sum_over_ranks
+from subspace.distributed.zero import passes_together
+from subspace.kernels.cross_entropy import head_at
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from subspace.distributed import barrier, gather_objects, is_main, rank, share_object, world_size
+from subspace.distributed.collectives import barrier, gather_objects, is_main, rank, share_object, world_size
 
 Record = dict[str, Any]
 

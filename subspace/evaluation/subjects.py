@@ -13,20 +13,23 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from subspace.adapter_file import load_adapter
-from subspace.checksum import weights_checksum
-from subspace.config import Subject
-from subspace.distributed import is_main
-from subspace.engine import fill_to_score, spread
+from subspace.adapters.inject import adapters, eject
+from subspace.adapters.multi_adapter import Found, can_be_mixed, mixed
+from subspace.adapters.serialization import load_adapter
+from subspace.common.progress import Progress, silent
+from subspace.data.leakage import MOST_SEEN, seen_items
+from subspace.data.samples import Sample
+from subspace.distributed.collectives import is_main
+from subspace.distributed.deepspeed_config import fill_to_score
+from subspace.distributed.engine import spread
 from subspace.errors import UserError
-from subspace.evaluate import Job, Sample, Scorer, evaluate, lay_out
-from subspace.inject import adapters, eject
-from subspace.mixed import Found, can_be_mixed, mixed
-from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.progress import Progress, silent
-from subspace.published import Published
-from subspace.results import TaskResult
-from subspace.unseen import MOST_SEEN, seen_items
+from subspace.evaluation.config import Subject
+from subspace.evaluation.evaluate import Job, Scorer, evaluate, lay_out
+from subspace.evaluation.fingerprint import weights_checksum
+from subspace.evaluation.protocols.llm_adapters_published import Published
+from subspace.evaluation.results import TaskResult
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model, open_tokenizer
 
 
 def evaluate_subjects(

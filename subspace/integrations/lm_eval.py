@@ -3,9 +3,9 @@
 The harness finds a model type once the module that registers it is imported. From the command line this module does
 that and goes on as the harness's own command, with all of its options::
 
-    python -m subspace.lm_eval_model --model subspace --model_args run=runs/quickstart --tasks lambada_openai
+    python -m subspace.integrations.lm_eval --model subspace --model_args run=runs/quickstart --tasks lambada_openai
 
-From Python, ``import subspace.lm_eval_model`` and ``lm_eval.simple_evaluate(model="subspace", model_args=...)``.
+From Python, ``import subspace.integrations.lm_eval`` and ``lm_eval.simple_evaluate(model="subspace", model_args=...)``.
 
 ``run`` is what ``subspace evaluate`` takes: a run's folder, a configuration (then its base model), or a model's name.
 Other arguments are settings of ``model``, such as ``dtype=float32``. Nothing else of this package imports the harness.
@@ -19,9 +19,9 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from subspace.adapter_file import load_adapter
+from subspace.adapters.serialization import load_adapter
 from subspace.config import read_subject
-from subspace.model import open_model, open_tokenizer
+from subspace.models.loading import open_model, open_tokenizer
 
 
 @register_model("subspace")

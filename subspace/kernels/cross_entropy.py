@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from subspace.distributed import gather_objects
-from subspace.encoding import IGNORE
-from subspace.zero import is_sharded
+from subspace.data.collate import IGNORE
+from subspace.distributed.collectives import gather_objects
+from subspace.distributed.zero import is_sharded
 
 #: Logits that are held at a time: 64 MiB of float32.
 AT_ONCE = 1 << 24
@@ -119,3 +120,20 @@ def _ends_in(head: nn.Module, ending: Callable[[Callable[[Tensor], Tensor], Tens
             del head.forward
         else:
             head.forward = own
+
+
+@contextmanager
+def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """Let the output head see only these places of the flattened batch: logits become ``(1, len(places), vocabulary)``.
+
+    A hook, and not a call of decoder and head by hand, so that what a model does to its logits (soft caps) stays done.
+    """
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].flatten(0, 1)[places][None],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from subspace.dropout import draws_places, dropout, places
+from subspace.kernels.dropout import draws_places, dropout, places
 
 
 def branch_off(x: Tensor, A: Tensor, p: float = 0.0) -> tuple[Tensor, Tensor]:

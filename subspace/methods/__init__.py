@@ -1,1 +1,1 @@
-"""One file a method. Importing a file registers it; nothing is listed here."""
+"""See the package's README."""

@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.method import LinearAdapter, MethodConfig, register
-from subspace.settings import setting
+from subspace.adapters.base import LinearAdapter, MethodConfig
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
 
 
 @register("bitfit", family="reconstruction", trains="n_out")

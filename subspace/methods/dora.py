@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.branch import add_product
-from subspace.dropout import dropout
+from subspace.adapters.low_rank import ConstrainedConfig, LowRankAdapter
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
 from subspace.errors import UserError
-from subspace.lowrank import ConstrainedConfig, LowRankAdapter
-from subspace.method import register
-from subspace.settings import setting
+from subspace.kernels.dropout import dropout
+from subspace.kernels.low_rank import add_product
 
 TINY = 1e-12  # keeps a row of zeros at zero
 

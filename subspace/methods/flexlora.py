@@ -22,10 +22,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from subspace.linalg import orthogonality_gap, spectral_entropy
-from subspace.lowrank import LowRankConfig, TripletAdapter
-from subspace.method import Access, Clock, register
-from subspace.settings import setting
+from subspace.adapters.base import Access, Clock
+from subspace.adapters.linalg import orthogonality_gap, spectral_entropy
+from subspace.adapters.low_rank import LowRankConfig, TripletAdapter
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
 
 STD = 0.02
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.lowrank import ConstrainedConfig, LowRankAdapter
-from subspace.method import register
-from subspace.settings import setting
+from subspace.adapters.low_rank import ConstrainedConfig, LowRankAdapter
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
 
 
 @register("flora", family="extension", trains="r * n_in + (r_out or r) * n_out + r * (r_out or r)")

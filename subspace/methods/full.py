@@ -20,9 +20,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from subspace.base import is_matrix, put_aside, trainable_copy
+from subspace.adapters.base import Adapter, MethodConfig
+from subspace.adapters.registry import register
 from subspace.errors import UserError
-from subspace.method import Adapter, MethodConfig, register
+from subspace.models.frozen_weights import is_matrix, put_aside, trainable_copy
 
 
 @register("full", family="reference", trains="n_values", aliases={"full-fine-tuning": {}, "fft": {}})

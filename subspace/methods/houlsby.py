@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from subspace.bottleneck import ACTIVATIONS, BottleneckAdapter, BottleneckConfig
-from subspace.method import register
-from subspace.settings import setting
+from subspace.adapters.bottleneck import ACTIVATIONS, BottleneckAdapter, BottleneckConfig
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
 
 TRAINS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 

@@ -23,8 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.method import LinearAdapter, MethodConfig, register
-from subspace.settings import setting
+from subspace.adapters.base import LinearAdapter, MethodConfig
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
 
 
 @register("ia3", family="reconstruction", trains="n_out if side == 'output' else n_in", aliases={"(ia)3": {}})

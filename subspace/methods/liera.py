@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from subspace.base import frozen_weight
-from subspace.dropout import dropout
-from subspace.lowrank import LowRankAdapter, LowRankConfig
-from subspace.method import register
-from subspace.settings import setting
+from subspace.adapters.low_rank import LowRankAdapter, LowRankConfig
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
+from subspace.kernels.dropout import dropout
+from subspace.models.frozen_weights import frozen_weight
 
 ROWS = 1024  # of W at a time
 

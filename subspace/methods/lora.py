@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from subspace.lowrank import ConstrainedConfig, LowRankAdapter
-from subspace.method import register
+from subspace.adapters.low_rank import ConstrainedConfig, LowRankAdapter
+from subspace.adapters.registry import register
 
 
 @register("lora", family="extension", trains="r * (n_in + n_out)", aliases={"rslora": {"rslora": True}})

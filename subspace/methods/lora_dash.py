@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.branch import add_product
-from subspace.decomposition import whole
-from subspace.lowrank import LowRankAdapter, LowRankConfig
-from subspace.method import Access, Clock, register
-from subspace.settings import setting
+from subspace.adapters.base import Access, Clock
+from subspace.adapters.linalg import whole
+from subspace.adapters.low_rank import LowRankAdapter, LowRankConfig
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
+from subspace.kernels.low_rank import add_product
 
 EPSILON = 1e-6
 

@@ -20,10 +20,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from subspace.decomposition import SVD, smallest
-from subspace.lowrank import DifferenceAdapter, LowRankConfig
-from subspace.method import register
-from subspace.settings import setting
+from subspace.adapters.linalg import SVD, smallest
+from subspace.adapters.low_rank import DifferenceAdapter, LowRankConfig
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
 
 
 @register("milora", family="reconstruction", trains="r * (n_in + n_out)")

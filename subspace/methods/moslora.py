@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.lowrank import ConstrainedConfig, LowRankAdapter
-from subspace.method import register
+from subspace.adapters.low_rank import ConstrainedConfig, LowRankAdapter
+from subspace.adapters.registry import register
 
 
 @register("moslora", family="extension", trains="r * (n_in + n_out + r)")

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.method import MethodConfig, register
-from subspace.settings import setting
-from subspace.virtual_tokens import PromptAdapter, linear
+from subspace.adapters.base import MethodConfig
+from subspace.adapters.registry import register
+from subspace.adapters.virtual_tokens import PromptAdapter, linear
+from subspace.common.settings import setting
 
 TRAINS = "n * n_out + 2 * n_out * hidden + hidden**2 + 2 * hidden + n_out"
 

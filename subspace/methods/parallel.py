@@ -24,10 +24,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.bottleneck import ACTIVATIONS
-from subspace.branch import add_product, branch_off
-from subspace.method import Adapter, MethodConfig, register
-from subspace.settings import setting
+from subspace.adapters.base import Adapter, MethodConfig
+from subspace.adapters.bottleneck import ACTIVATIONS
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
+from subspace.kernels.low_rank import add_product, branch_off
 
 ALIASES = {"parallel-adapter": {}, "pa": {}, "scaled-parallel": {"site": "ffn", "scale": 4.0}}
 

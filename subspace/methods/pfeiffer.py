@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subspace.bottleneck import BottleneckAdapter, BottleneckConfig
-from subspace.method import register
+from subspace.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
+from subspace.adapters.registry import register
 
 TRAINS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.method import MethodConfig, register
-from subspace.settings import setting
-from subspace.virtual_tokens import AttentionAdapter, linear
+from subspace.adapters.base import MethodConfig
+from subspace.adapters.registry import register
+from subspace.adapters.virtual_tokens import AttentionAdapter, linear
+from subspace.common.settings import setting
 
 PLAIN, NETWORK = "2 * n * n_kv", "(n + hidden + 1) * hidden + 2 * (hidden + 1) * n_kv"
 

@@ -21,9 +21,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.method import MethodConfig, register
-from subspace.settings import setting
-from subspace.virtual_tokens import PromptAdapter
+from subspace.adapters.base import MethodConfig
+from subspace.adapters.registry import register
+from subspace.adapters.virtual_tokens import PromptAdapter
+from subspace.common.settings import setting
 
 
 @register("prompt", family="reconstruction", trains="n * n_out", aliases={"prompt-tuning": {}, "soft-prompt": {}})

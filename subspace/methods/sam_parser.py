@@ -21,8 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.method import register
-from subspace.spectrum import SpectrumAdapter, SpectrumConfig
+from subspace.adapters.registry import register
+from subspace.adapters.singular_values import SpectrumAdapter, SpectrumConfig
 
 
 @register("sam-parser", family="reconstruction", trains="min(p or n_in, n_in, n_out)")

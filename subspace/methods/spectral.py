@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.branch import add_product
-from subspace.decomposition import largest
+from subspace.adapters.base import LinearAdapter, MethodConfig
+from subspace.adapters.linalg import largest
+from subspace.adapters.registry import register
+from subspace.common.settings import setting
 from subspace.errors import UserError
-from subspace.method import LinearAdapter, MethodConfig, register
-from subspace.settings import setting
+from subspace.kernels.low_rank import add_product
 
 
 @register("spectral", family="combination", trains="r * (n_in + n_out)")

@@ -17,7 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.method import LinearAdapter, MethodConfig, register
+from subspace.adapters.base import LinearAdapter, MethodConfig
+from subspace.adapters.registry import register
 
 
 @register("ssb", family="reconstruction", trains="n_in + n_out")

@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.method import LinearAdapter, MethodConfig, register
+from subspace.adapters.base import LinearAdapter, MethodConfig
+from subspace.adapters.registry import register
 
 
 @register("ssl", family="reconstruction", trains="n_in")

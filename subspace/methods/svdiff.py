@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.method import register
-from subspace.spectrum import SpectrumAdapter, SpectrumConfig
+from subspace.adapters.registry import register
+from subspace.adapters.singular_values import SpectrumAdapter, SpectrumConfig
 
 
 @register("svdiff", family="combination", trains="min(p or n_in, n_in, n_out)")

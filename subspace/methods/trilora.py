@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from subspace.lowrank import ConstrainedConfig, TripletAdapter
-from subspace.method import register
+from subspace.adapters.low_rank import ConstrainedConfig, TripletAdapter
+from subspace.adapters.registry import register
 
 
 @register("trilora", family="extension", trains="r * (n_in + n_out + 1)")

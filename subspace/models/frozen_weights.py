@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from subspace.distributed import rank
-from subspace.zero import full_shape, gathered, is_sharded
+from subspace.distributed.collectives import rank
+from subspace.distributed.zero import full_shape, gathered, is_sharded
 
 
 def storage(layer: Any) -> str:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from subspace.host_memory import return_what_is_freed
+from subspace.common.host_memory import return_what_is_freed
 
 DTYPES = {
     "F64": torch.float64,

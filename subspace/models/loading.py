@@ -20,19 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from subspace import declarations
-from subspace.attention import NAME, attend
-from subspace.base import held_bytes, let_int8_spread
+from subspace.distributed.zero import full_shape, is_sharded
 from subspace.errors import UserError, nearest
-from subspace.model_files import ModelFiles, explained, quiet
-from subspace.norm import lighten_norms
-from subspace.prepare import model_folder
-from subspace.settings import Settings, setting
-from subspace.shards import tensor_by_tensor
-from subspace.zero import full_shape, is_sharded
+from subspace.kernels.attention import NAME, attend
+from subspace.kernels.rms_norm import lighten_norms
+from subspace.models import declared as declared_module
+from subspace.models.files import ModelFiles, explained, quiet
+from subspace.models.frozen_weights import held_bytes, let_int8_spread
+from subspace.models.lazy_safetensors import tensor_by_tensor
+from subspace.models.prepare import model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from subspace.models.config import ModelConfig
 
 # Tokens that checkpoints carry unused, in the order in which they are taken for padding.
 SPARE_TOKENS = (
@@ -41,25 +42,6 @@ SPARE_TOKENS = (
     r"<\|reserved_special_token_\d+\|>|<unused\d+>|<\|placeholder\d+\|>|<\|dummy_\d+\|>",
     r"<unk>|\[UNK\]|<\|unk\|>",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Settings):
-    """Which model, and how its frozen weights are held."""
-
-    path: str = setting("smollm2-135m", "a local folder or GGUF file, the name of a prepared model, or a hub id")
-    dtype: str = setting(
-        "bfloat16", "dtype of the frozen weights and of the computation", choices=("float32", "bfloat16", "float16")
-    )
-    quantize: str = setting("none", "quantisation of the frozen linears", choices=("none", "nf4", "fp4", "int8"))
-    double_quant: bool = setting(False, "4-bit: quantise the scales too, which saves 0.4 bits a weight")
-    attention: str = setting("sdpa", "attention kernel", choices=("sdpa", "eager", "flash_attention_2"))
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
-    trust_remote_code: bool = setting(False, "run the Python code that the model's folder brings along")
-
-    def __str__(self) -> str:
-        double = ", double_quant: true" if self.double_quant else ""
-        return f"`dtype: {self.dtype}, quantize: {self.quantize}{double}, attention: {self.attention}`"
 
 
 def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -200,9 +182,9 @@ def _quantise_shape(shape: Any, config: ModelConfig) -> None:
     _keep_as_stored(shape)
 
 
-def declared_shapes() -> dict[str, declarations.Shape]:
+def declared_shapes() -> dict[str, declared_module.Shape]:
     """Return the declared architectures by their names and their checkpoints'."""
-    shapes = declarations.shapes()
+    shapes = declared_module.shapes()
     return {**{path: shape for shape in shapes.values() for path in shape.checkpoints}, **shapes}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from subspace.loss import loss_at
+from subspace.kernels.cross_entropy import loss_at
 
 
 @dataclass(frozen=True)

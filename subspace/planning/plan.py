@@ -23,21 +23,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from subspace import config as configuration
-from subspace import declarations
-from subspace.batches import Data, StepPlan, is_encoded, open_data, share
-from subspace.combination import check_packing
+from subspace import config as config_module
+from subspace.adapters.inject import inject, trained_parameters
+from subspace.adapters.registry import resolve
+from subspace.common.host_memory import resident_memory
 from subspace.config import RunConfig
-from subspace.encoding import IGNORE
-from subspace.engine import OFFLOAD, Layout, fill, lay_out, read_engine_file
+from subspace.data import tasks as tasks_module
+from subspace.data.collate import IGNORE
+from subspace.data.dataset import Data, is_encoded, open_data
+from subspace.data.sampler import StepPlan, share
+from subspace.distributed.deepspeed_config import OFFLOAD, Layout, fill, lay_out, read_engine_file
 from subspace.errors import RunFailed, UserError
-from subspace.holdings import Holdings, Part
-from subspace.host_memory import resident_memory
-from subspace.inject import inject, trained_parameters
-from subspace.method import resolve
-from subspace.model import device, open_shape, open_tokenizer
-from subspace.optimizers import STATE_BYTES, check_optimizer
-from subspace.rehearsal import Batch, Footprint, rehearse
+from subspace.models.loading import device, open_shape, open_tokenizer
+from subspace.planning.activation_memory import Batch, Footprint, rehearse
+from subspace.planning.static_memory import Holdings, Part
+from subspace.training.compatibility import check_packing
+from subspace.training.config import STATE_BYTES
+from subspace.training.optimizers import check_optimizer
 
 #: Tokens of an answer and its end, where the data is not there to be looked at.
 ANSWER = 16
@@ -77,7 +79,7 @@ class Work:
         columns = longest - 1 if config.data.loss_on == "all" else min(ANSWER, longest - 1)
         rows = None
         if not config.data.mixture.endswith((".json", ".jsonl", ".parquet")):
-            rows = declarations.mixture(config.data.mixture).rows
+            rows = tasks_module.mixture(config.data.mixture).rows
         rows = min(rows or config.data.limit or 0, config.data.limit or rows or 0)
         steps = config.train.steps or (int(config.train.epochs * rows / layout.batch) or None)
         batch = Batch(layout.micro_batch, longest, columns, layout.micro_batch * columns)
@@ -323,7 +325,7 @@ def verify(file: str, settings: Sequence[str], *, processes: int = 1) -> Verifie
     """Run three steps of a run in fresh processes, and return them beside their plan."""
     with tempfile.TemporaryDirectory(prefix="subspace-plan-") as folder:
         few = [*settings, f"train.steps={VERIFIED_STEPS}", f"runs={folder}", "name=verify"]
-        told = plan(configuration.read(file, few), processes=processes)
+        told = plan(config_module.read(file, few), processes=processes)
         command = [sys.executable, "-m", "subspace", "train", file, *few, "--processes", str(processes)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from subspace.base import storage
-from subspace.engine import OFFLOAD
-from subspace.inject import adapters, trained_parameters
+from subspace.adapters.inject import adapters, trained_parameters
+from subspace.distributed.deepspeed_config import OFFLOAD
+from subspace.models.frozen_weights import storage
 
 #: Bytes that bitsandbytes takes on a CPU for each number of a matrix that it quantises: the matrix, a float32 copy,
 #: and places in the code book as int64. On a GPU it is one kernel.

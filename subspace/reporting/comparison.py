@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace import declarations, statistics
+from subspace.common.tables import Grid
+from subspace.data import tasks as tasks_module
 from subspace.errors import UserError
-from subspace.formats import Grid
-from subspace.results import read_items
-from subspace.scored_runs import Column, read_columns, refuse_unlike, suite, title
-from subspace.statistics import ALPHA, POWER, Difference
-from subspace.tables import interval
+from subspace.evaluation.results import read_items
+from subspace.reporting import statistics
+from subspace.reporting.runs import Column, read_columns, refuse_unlike, suite, title
+from subspace.reporting.statistics import ALPHA, POWER, Difference
+from subspace.reporting.tables import interval
 
 HEAD = ("task", "items", "before", "after", "lost", "gained", "difference", "p", "p (Holm)", "detectable")
 FEW_FLIPS = 10  # below, a bootstrap of what flipped has too little to draw from
@@ -167,8 +168,8 @@ def compare(columns: Sequence[Column]) -> list[Comparison]:
     """Compare each method with the first one. Holm corrects over the tests of tasks together, and over the means."""
     refuse_unlike([run for column in columns for run in column.runs])
     first, *others = columns
-    tasks = [task for task in declarations.tasks(None) if all(column.result(task) for column in columns)]
-    tasks += sorted({task for run in first.runs for task in run.results if task not in declarations.tasks(None)})
+    tasks = [task for task in tasks_module.tasks(None) if all(column.result(task) for column in columns)]
+    tasks += sorted({task for run in first.runs for task in run.results if task not in tasks_module.tasks(None)})
     tasks = [task for task in tasks if all(column.result(task) for column in columns)]
     if not tasks:
         raise UserError(f"{', '.join(c.name for c in columns)} have no task in common. Score them on the same tasks")

@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from subspace import declarations, encoding
-from subspace.batches import Data, DataConfig, open_data
-from subspace.contamination import KINDS, NGRAM, Matcher, Text, definitions, duplicates, keys, shown
-from subspace.declarations import Item, Task, render
-from subspace.evaluate import EvaluateConfig, find_tasks, take_sample
-from subspace.formats import Grid
-from subspace.prepare import model_folder, task_items
-from subspace.progress import Progress, silent
-from subspace.rows import FILES, file_rows
+from subspace.common.progress import Progress, silent
+from subspace.common.tables import Grid
+from subspace.data import tasks as tasks_module
+from subspace.data import tokenization as tokenization_module
+from subspace.data.config import DataConfig
+from subspace.data.contamination import KINDS, NGRAM, Matcher, Text, definitions, duplicates, keys, shown
+from subspace.data.dataset import Data, open_data
+from subspace.data.prepare import task_items
+from subspace.data.records import FILES, file_rows
+from subspace.data.samples import find_tasks, take_sample
+from subspace.data.tasks import Item, Task, render
+from subspace.evaluation.config import EvaluateConfig
+from subspace.models.prepare import model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,7 +170,7 @@ def report(
         progress: what is told how far it is.
     """
     opened = open_data(data, tokenizer, seed, progress)
-    template = declarations.prompt(data.prompt)
+    template = tasks_module.prompt(data.prompt)
     from_file = data.mixture.endswith(FILES)
     window = _window(model)
     tasks = find_tasks(evaluate.tasks)
@@ -257,7 +261,7 @@ Read = Callable[[npt.NDArray[np.int64]], tuple[list[Text], list[str]]]
 
 def _task_texts(name: str, split: str) -> Read:
     """Return what reads rows of a task, by their numbers: their texts and answers."""
-    task, rows = declarations.task(name), task_items(name, split)
+    task, rows = tasks_module.task(name), task_items(name, split)
     text = shown(task)
 
     def read(numbers: npt.NDArray[np.int64]) -> tuple[list[Text], list[str]]:
@@ -287,11 +291,11 @@ def _lengths(
     task: Task, items: Sequence[Item], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Return the tokens of each item: with its answer and its end as training has them, and at most in a scoring."""
-    encoded = encoding.encode_rows(tokenizer, _rows(task, items, template))
+    encoded = tokenization_module.encode_rows(tokenizer, _rows(task, items, template))
     read = [start for _, start in encoded]
     if task.extraction == "first-word":
         requests = [task.likelihood.requests(item) for item in items]
-        choices = iter(encoding.encode_pairs(tokenizer, [pair for pairs in requests for pair in pairs]))
+        choices = iter(tokenization_module.encode_pairs(tokenizer, [pair for pairs in requests for pair in pairs]))
         read = [max(n, *(len(next(choices)[0]) - 1 for _ in pairs)) for n, pairs in zip(read, requests, strict=True)]
     return [len(ids) + 1 for ids, _ in encoded], read
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from subspace.errors import UserError, nearest
-from subspace.scored_runs import title
-from subspace.statistics import ALPHA
-from subspace.tables import Row, Table
+from subspace.reporting.runs import title
+from subspace.reporting.statistics import ALPHA
+from subspace.reporting.tables import Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from subspace import declarations
+from subspace.common import declarations as declarations_module
+from subspace.data import tasks as tasks_module
 from subspace.errors import UserError, nearest
-from subspace.results import TaskResult, read_items, read_results
-from subspace.statistics import Array
+from subspace.evaluation.results import TaskResult, read_items, read_results
+from subspace.reporting.statistics import Array
 
 # How two runs are made alike in an ingredient of their fingerprints.
 REMEDIES = {
@@ -112,7 +113,7 @@ def read_columns(folders: Sequence[Path], protocol: str | None = None) -> list[l
     scored: dict[str, dict[str, Run]] = {}  # by protocol, then by name
     for name, folder in zip(names, folders, strict=True):
         file = folder / "config.yaml"
-        config = declarations.read_yaml(file) if file.is_file() else {}
+        config = declarations_module.read_yaml(file) if file.is_file() else {}
         for result in read_results(folder):
             run = scored.setdefault(result.protocol, {}).setdefault(name, Run(name, folder, config, {}))
             run.results[result.task] = result
@@ -178,16 +179,16 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def title(task: str) -> str:
     """Return what a task is called in a table."""
-    known = declarations.tasks(None)
+    known = tasks_module.tasks(None)
     return known[task].title if task in known else task
 
 
 def suite(task: str) -> str:
     """Return the suite that a task belongs to; a mean is over one."""
-    known = declarations.tasks(None)
+    known = tasks_module.tasks(None)
     return known[task].suite if task in known else "other"
 
 
 def _suite(task: str) -> str:
-    known = declarations.tasks(None)
+    known = tasks_module.tasks(None)
     return known[task].suite if task in known else "other"

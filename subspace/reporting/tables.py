@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace import declarations, statistics
-from subspace.formats import BEST, TIED, Grid, written
-from subspace.results import TaskResult
-from subspace.scored_runs import Column, read_columns, refuse_unlike, suite, title
-from subspace.statistics import ALPHA, Difference
+from subspace.common.tables import BEST, TIED, Grid, written
+from subspace.data import tasks as tasks_module
+from subspace.evaluation.results import TaskResult
+from subspace.reporting import statistics
+from subspace.reporting.runs import Column, read_columns, refuse_unlike, suite, title
+from subspace.reporting.statistics import ALPHA, Difference
 
 HEAD = ("task", "metric", "items", "majority")
 NONE = "-"
@@ -143,7 +144,7 @@ def side_by_side(columns: Sequence[Column]) -> Table:
     runs = [run for column in columns for run in column.runs]
     refuse_unlike(runs)
     somewhere = {task for run in runs for task in run.results}
-    order = [*declarations.tasks(None), *sorted(somewhere)]
+    order = [*tasks_module.tasks(None), *sorted(somewhere)]
     rows: list[Row] = []
     suites: dict[str, list[Row]] = {}
     for task in sorted(somewhere, key=order.index):

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from subspace.adapters.base import Adapter, MethodConfig
 from subspace.errors import UserError
-from subspace.method import Adapter, MethodConfig
-from subspace.model import ModelConfig
+from subspace.models.config import ModelConfig
 
 Json = Mapping[str, Any]
 STORAGE = {"nf4": "4bit", "fp4": "4bit", "int8": "int8"}

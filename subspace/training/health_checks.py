@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from subspace.adapter_file import read_adapter
-from subspace.distributed import is_main, share_object
+from subspace.adapters.base import Access
+from subspace.adapters.inject import adapters, trained_parameters
+from subspace.adapters.serialization import read_adapter
+from subspace.distributed.collectives import is_main, share_object
 from subspace.errors import RunFailed
-from subspace.inject import adapters, trained_parameters
-from subspace.method import Access
 
 #: Steps after which every trained tensor must have moved. One is not enough: where one factor starts at zero, the
 #: other's first gradient is zero too.

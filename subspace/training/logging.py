@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import torch
 
-from subspace import progress
-from subspace.checkpoint import UNFINISHED, flush, write_checked
-from subspace.distributed import is_main
+from subspace.common import progress
+from subspace.common.host_memory import resident_memory
+from subspace.distributed.collectives import is_main
 from subspace.errors import UserError, nearest
-from subspace.host_memory import resident_memory
+from subspace.training.checkpoint import UNFINISHED, flush, write_checked
 
 TRACKERS = ("tensorboard", "wandb")
 LOG = "log.jsonl"

@@ -21,72 +21,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace.access import Access
-from subspace.adapter_file import save_adapter
-from subspace.batches import Data, StepPlan, share
-from subspace.checkpoint import checkpoints, damage, place, prune
-from subspace.checks import LearningCheck
-from subspace.distributed import barrier, is_main, rank, share_object, sum_over_ranks
-from subspace.encoding import IGNORE
-from subspace.engine import Layout, largest_gradient, plain_norm, scale_is_spent
+from subspace.adapters.base import Clock
+from subspace.adapters.inject import groups
+from subspace.adapters.penalties import with_penalties
+from subspace.adapters.serialization import save_adapter
+from subspace.data.collate import IGNORE
+from subspace.data.dataset import Data
+from subspace.data.sampler import StepPlan, share
+from subspace.distributed.collectives import barrier, is_main, rank, share_object, sum_over_ranks
+from subspace.distributed.deepspeed_config import Layout
+from subspace.distributed.engine import largest_gradient, plain_norm, scale_is_spent
+from subspace.distributed.signals import Interruption
+from subspace.distributed.watchdog import Watchdog
 from subspace.errors import RunFailed, RunStopped, UserError
-from subspace.inject import groups, roles, trained_parameters
-from subspace.interruption import Interruption
-from subspace.log import Recorder
-from subspace.loss import summed_loss
-from subspace.method import Clock, with_penalties
-from subspace.optimizers import STATE_BYTES
-from subspace.resume import ADAPTER, Saved, restore, save_checkpoint
-from subspace.settings import Settings, setting
-from subspace.speedups import activations_on_host
-from subspace.watchdog import Watchdog
-from subspace.zero import full_shape
+from subspace.kernels.cross_entropy import summed_loss
+from subspace.training.acceleration import activations_on_host
+from subspace.training.checkpoint import checkpoints, damage, place, prune
+from subspace.training.config import TrainConfig
+from subspace.training.health_checks import LearningCheck
+from subspace.training.logging import Recorder
+from subspace.training.optimizer_access import Access
+from subspace.training.resume import ADAPTER, Saved, restore, save_checkpoint
 
 #: Steps in a row that float16 may skip before the run is given up.
 SKIPS = 50
-DECAYED_ROLES = ("down", "up", "core", "weight")  # decay towards zero would pull a scale away from one
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(Settings):
-    """How to train."""
-
-    epochs: float = setting(3.0, "passes over the data", min=0)
-    steps: int | None = setting(None, "optimizer steps; where given, it replaces epochs", min=1)
-    batch: int = setting(16, "rows of an optimizer step, over all processes and micro-batches", min=1)
-    micro_batch: int | None = setting(None, "rows that a process feeds at once; none is its whole share", min=1)
-    optimizer: str = setting(
-        "adamw",
-        "8bit keeps its state in a quarter of the room; paged moves it to the host when a GPU is full",
-        choices=tuple(STATE_BYTES),
-    )
-    compile: bool = setting(False, "compile the model's layers at the first step; needs a C++ compiler")
-    liger: bool = setting(False, "on a GPU, Liger's kernels for norms, rotary embedding and MLP")
-    offload_activations: bool = setting(False, "on a GPU, hold in the host's memory what the backward pass needs")
-    keep_memory: bool = setting(
-        False,
-        "on a CPU, keep what a step frees for the next: a quarter to twice as fast, a quarter to half more memory",
-    )
-    learning_rate: float = setting(2e-4, "peak learning rate", min=0)
-    schedule: str = setting("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
-    warmup_steps: int = setting(100, "optimizer steps of linear warm-up", min=0)
-    weight_decay: float = setting(0.0, "AdamW's decay, of factors only, never of scales, biases or prompts", min=0)
-    lora_plus: float = setting(1.0, "learning rate of up factors over that of the others (LoRA+)", min=0)
-    lora_plus_rule: str = setting(
-        "role",
-        "what lora_plus speeds up: up factors, or as HF PEFT also 1-d scales and biases",
-        choices=("role", "peft"),
-    )
-    clip: float = setting(1.0, "largest norm of the whole gradient; 0 is no clipping", min=0)
-    seed: int = setting(0, "of the adapters' start, the data's order and dropout", min=0)
-    log_every: int = setting(10, "optimizer steps from one line of log.jsonl to the next", min=1)
-    validate_every: int = setting(0, "optimizer steps between losses on the held-out rows; 0 is never", min=0)
-    patience: int = setting(0, "stop after so many validations without a better loss; 0 is never", min=0)
-    save_every: int = setting(200, "optimizer steps between checkpoints; 0 is none but of the best", min=0)
-    keep_checkpoints: int = setting(2, "how many of the last checkpoints stay, besides the best", min=1)
-    hang_minutes: float = setting(30.0, "minutes without a sign of life that end the run; 0 is never", min=0)
-    keep: str = setting("last", "the adapter that the run ends with", choices=("last", "best"))
-    trackers: list[str] = setting(["tensorboard"], "where the log goes besides log.jsonl: tensorboard, wandb")
 
 
 @dataclass
@@ -256,29 +214,6 @@ def validate(engine: Any, data: Data, layout: Layout, outcome: Outcome, recorder
     if loss < outcome.best_validation:
         outcome.best_validation, outcome.best_step, outcome.validations_since_best = loss, outcome.steps, 0
     recorder.validation(outcome.steps, loss)
-
-
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Sort the trained tensors by role into AdamW's groups: which decay, and which learn at LoRA+'s rate."""
-    of = roles(model)
-    sorted_out: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in trained_parameters(model).items():
-        decay = config.weight_decay if of[name] in DECAYED_ROLES else 0.0
-        # PEFT tells by names and dimensions; its diagonal cores are not 1-d.
-        as_peft = config.lora_plus_rule == "peft" and of[name] != "core" and len(full_shape(parameter)) == 1
-        rate = config.learning_rate * (config.lora_plus if of[name] == "up" or as_peft else 1.0)
-        sorted_out.setdefault((rate, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in sorted_out.items()
-    ]
-
-
-def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the factor on the learning rate for optimizer step ``step``, the first being 0."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    passed = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    return {"linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2, "constant": 1.0}[config.schedule]
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

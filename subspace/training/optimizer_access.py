@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace.base import stored_weight, weight_for
-from subspace.distributed import from_rank, is_main, rank, world_size
-from subspace.method import Adapter
-from subspace.progress import Progress, shown, silent
-from subspace.zero import gathered, is_sharded
+from subspace.adapters.base import Adapter
+from subspace.adapters.inject import visit
+from subspace.common.progress import shown, silent
+from subspace.distributed.collectives import is_main
+from subspace.distributed.zero import gathered, is_sharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -77,39 +77,3 @@ class Access:
     def visit(self, adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None]) -> None:
         """Let each adapter look at its frozen W on one process; see :func:`visit`."""
         visit(adapters, look, shown if is_main() and self.engine is not None else silent)
-
-
-def visit(
-    adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None], progress: Progress = silent, title: str = ""
-) -> None:
-    """Call ``look(adapter, W)`` for each adapter, on one process each; then all have the tensors that it changed.
-
-    The adapters are dealt out to the processes in turn, which work side by side. W is whole, float32, ``(out, in)``,
-    and no process holds more than one of them. All ranks must call it.
-    """
-    ranks = world_size()
-    name = adapters[0].name if adapters else ""
-    with progress(title or f"reading the weights for {name}", len(adapters), "layers") as at:
-        for first in range(0, len(adapters), ranks):
-            wave = adapters[first : first + ranks]
-            weights = [_weight(adapter, owner) for owner, adapter in enumerate(wave)]
-            mine = [(adapter, W) for adapter, W in zip(wave, weights, strict=True) if W is not None]
-            for adapter, W in mine:
-                with torch.no_grad():
-                    look(adapter, W)
-            for owner, adapter in enumerate(wave):
-                for tensor in (*adapter.trained().values(), *adapter.buffers(recurse=False)):
-                    if not is_sharded(tensor):
-                        from_rank(tensor.data, owner)
-            at(first + len(wave))
-
-
-def _weight(adapter: Adapter, owner: int) -> Tensor | None:
-    """Return the adapter's W on its owner, None elsewhere."""
-    if adapter.checkpoint is None:
-        return weight_for(owner, adapter.base)
-    if owner != rank():
-        return None
-    W = stored_weight(*adapter.checkpoint)
-    assert W is not None, adapter.checkpoint  # inject has looked
-    return W.to(next(adapter.buffers(recurse=False)).device)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace.distributed import gather_objects, rank, sum_over_ranks, world_size
+from subspace.adapters.inject import trained_parameters
+from subspace.distributed.collectives import gather_objects, rank, sum_over_ranks, world_size
+from subspace.distributed.zero import full_shape, is_sharded
 from subspace.errors import UserError
-from subspace.inject import trained_parameters
-from subspace.zero import full_shape, is_sharded
 
 MASTER = "master"  # float32 copies, where the model's own are not float32
 STEP, BLOCK = "step", "block"

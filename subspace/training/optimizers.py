@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 import torch
+from torch import nn
 
+from subspace.adapters.inject import roles, trained_parameters
+from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
+from subspace.training.config import TrainConfig
 
-#: The bytes of state for each trained number: two float32 values, or two of 8 bits with a float32 scale for 256.
-STATE_BYTES: Mapping[str, float] = {
-    "adamw": 8,
-    "adamw8bit": 2 + 2 * 4 / 256,
-    "paged_adamw": 8,
-    "paged_adamw8bit": 2 + 2 * 4 / 256,
-}
 CLASSES = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}
 
 
@@ -41,3 +38,29 @@ def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optim
 
     optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, CLASSES[name])(groups)
     return optimizer
+
+
+DECAYED_ROLES = ("down", "up", "core", "weight")  # decay towards zero would pull a scale away from one
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Sort the trained tensors by role into AdamW's groups: which decay, and which learn at LoRA+'s rate."""
+    of = roles(model)
+    sorted_out: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained_parameters(model).items():
+        decay = config.weight_decay if of[name] in DECAYED_ROLES else 0.0
+        # PEFT tells by names and dimensions; its diagonal cores are not 1-d.
+        as_peft = config.lora_plus_rule == "peft" and of[name] != "core" and len(full_shape(parameter)) == 1
+        rate = config.learning_rate * (config.lora_plus if of[name] == "up" or as_peft else 1.0)
+        sorted_out.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in sorted_out.items()
+    ]
+
+
+def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
+    """Return the factor on the learning rate for optimizer step ``step``, the first being 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    passed = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    return {"linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2, "constant": 1.0}[config.schedule]

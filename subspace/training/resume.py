@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from subspace import checkpoint, optimizer_state
-from subspace.adapter_file import read_adapter, save_adapter
-from subspace.distributed import gather_objects, is_main, rank, share_object, world_size
-from subspace.engine import flat
+from subspace.adapters.inject import adapters
+from subspace.adapters.serialization import read_adapter, save_adapter
+from subspace.distributed.collectives import gather_objects, is_main, rank, share_object, world_size
+from subspace.distributed.deepspeed_config import flat
+from subspace.distributed.zero import full_shape, gathered
 from subspace.errors import UserError
-from subspace.inject import adapters
-from subspace.zero import full_shape, gathered
+from subspace.training import checkpoint, optimizer_state
 
 ADAPTER, TENSORS, FACTS = "adapter", "training.safetensors", "training.json"
 HISTORY = "history"

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from subspace.access import Access
-from subspace.adapter_file import load_adapter, save_adapter
+from subspace.adapters.base import Clock
+from subspace.adapters.inject import adapters, groups, inject, trained_parameters
+from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.errors import UserError
-from subspace.inject import adapters, groups, inject, trained_parameters
-from subspace.method import Clock
-from tests.tiny import tiny_llama
+from subspace.training.optimizer_access import Access
+from tests.helpers.tiny_models import tiny_llama
 
 
 def test_default_targets() -> None:

@@ -15,14 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from subspace.adapter_file import load_adapter, save_adapter
+from subspace.adapters.base import LinearAdapter, MethodConfig
+from subspace.adapters.export import merged_folder
+from subspace.adapters.inject import adapters, inject, trained_parameters
+from subspace.adapters.merging import merge, unmerge
+from subspace.adapters.registry import methods
+from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.errors import UserError
-from subspace.inject import adapters, inject, trained_parameters
-from subspace.merge import merge, merged_folder, unmerge
-from subspace.method import LinearAdapter, MethodConfig, methods
 from subspace.methods.lora import LoRA
-from subspace.model import ModelConfig, open_model
-from tests.tiny import tiny, tiny_llama
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model
+from tests.helpers.tiny_models import tiny, tiny_llama
 
 IDS = torch.tensor([[0, 9, 33, 7, 120, 64, 3, 17], [0, 8, 250, 31, 2, 90, 4, 11]])
 MERGEABLE = [name for name, cls in methods().items() if cls.mergeable]
@@ -297,7 +300,7 @@ def shifted_folder(
     """Make ``merged_folder`` put biases at the sites, instead of an adapter from a file."""
     tiny(architecture, tmp_path / "base")
     base = ModelConfig(path=str(tmp_path / "base"), dtype="float32")
-    monkeypatch.setattr(sys.modules["subspace.merge"], "load_adapter", lambda model, _: shift(model, *sites))
+    monkeypatch.setattr(sys.modules["subspace.adapters.export"], "load_adapter", lambda model, _: shift(model, *sites))
     return shift(open_model(base), *sites), base
 
 

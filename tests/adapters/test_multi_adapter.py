@@ -10,19 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from subspace import evaluate
-from subspace.adapter_file import save_adapter
-from subspace.config import Subject
-from subspace.evaluate import EvaluateConfig
-from subspace.inject import adapters, eject, inject, trained_parameters
-from subspace.likelihood import Likelihood
-from subspace.method import methods
-from subspace.mixed import MixedAdapters, can_be_mixed, mixed
-from subspace.model import ModelConfig
-from subspace.results import TaskResult, read_items
-from subspace.subjects import evaluate_subjects
-from tests.items import items
-from tests.tiny import tiny_llama
+from subspace.data import samples as samples_module
+
+pass
+from subspace.adapters.inject import adapters, eject, inject, trained_parameters
+from subspace.adapters.multi_adapter import MixedAdapters, can_be_mixed, mixed
+from subspace.adapters.registry import methods
+from subspace.adapters.serialization import save_adapter
+from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.protocols.likelihood import Likelihood
+from subspace.evaluation.results import TaskResult, read_items
+from subspace.evaluation.subjects import evaluate_subjects
+from subspace.models.config import ModelConfig
+from tests.helpers.items import items
+from tests.helpers.tiny_models import tiny_llama
 
 ELSEWHERE = {"full", "prefix", "prompt", "p-tuning"}
 PROTOCOLS = "likelihood,llm-adapters,answer-word"
@@ -103,7 +104,7 @@ def test_nothing_is_dropped_out() -> None:
 
 @pytest.fixture(autouse=True)
 def made_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 12)))
+    monkeypatch.setattr(samples_module, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 12)))
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import subspace
-from subspace.budget import count_trained, match_budget
+from subspace.adapters.inject import inject, trained_parameters
+from subspace.adapters.parameter_count import count_trained, match_budget
+from subspace.adapters.registry import methods
 from subspace.errors import UserError
-from subspace.inject import inject, trained_parameters
-from subspace.method import methods
-from tests.tiny import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
 DIALS = [name for name, method in methods().items() if method.dial]
 MODEL = tiny_llama()

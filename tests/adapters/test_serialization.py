@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from subspace.adapter_file import SETTINGS, TENSORS, load_adapter, save_adapter
+from subspace.adapters.inject import adapters, groups, inject, trained_parameters
+from subspace.adapters.registry import methods
+from subspace.adapters.serialization import SETTINGS, TENSORS, load_adapter, save_adapter
 from subspace.errors import UserError
-from subspace.inject import adapters, groups, inject, trained_parameters
-from subspace.method import methods
-from tests.tiny import tiny, tiny_llama
+from tests.helpers.tiny_models import tiny, tiny_llama
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17]])
 
@@ -116,7 +116,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     folder = save_adapter(trained(), tmp_path / "adapter")
-    monkeypatch.setattr("subspace.adapter_file.save_file", full)
+    monkeypatch.setattr("subspace.adapters.serialization.save_file", full)
     with pytest.raises(UserError, match="could not be saved in .*: No space left on device"):
         save_adapter(trained("ssl"), folder)
     assert json.loads((folder / SETTINGS).read_text())["adapters"][0]["method"] == "lora"

@@ -7,10 +7,10 @@ import re
 import pytest
 from torch import nn
 
+from subspace.adapters.inject import inject
+from subspace.adapters.targets import DEFAULT_TARGETS, find
 from subspace.errors import UserError
-from subspace.inject import inject
-from subspace.sites import DEFAULT_TARGETS, find
-from tests.tiny import ARCHITECTURES, tiny, tiny_llama
+from tests.helpers.tiny_models import ARCHITECTURES, tiny, tiny_llama
 
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "up_proj": "gate_up_proj"}
 

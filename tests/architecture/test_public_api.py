@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import subspace
-from subspace.method import methods
+from subspace.adapters.registry import methods
 
 
 @pytest.mark.parametrize("name", subspace.PUBLIC)

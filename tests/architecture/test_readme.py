@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from subspace import catalogue, cli, config
+from subspace import config as config_module
+from subspace.adapters import catalog as catalogue
+from subspace.cli import main as cli
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
@@ -35,7 +37,7 @@ def test_a_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(ROOT)
     _, options = cli.parse(shlex.split(command)[1:])
     if "config" in options:
-        config.read(options.config, options.settings)
+        config_module.read(options.config, options.settings)
 
 
 @pytest.mark.parametrize("command", STARTED)

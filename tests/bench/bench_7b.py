@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 
-from subspace.engine import fill, lay_out, start_engine, start_processes
-from subspace.host_memory import resident_memory, return_what_is_freed
-from subspace.inject import inject, trained_parameters
-from subspace.loss import summed_loss
-from subspace.model import ModelConfig, open_model
+from subspace.adapters.inject import inject, trained_parameters
+from subspace.common.host_memory import resident_memory, return_what_is_freed
+from subspace.distributed.deepspeed_config import fill, lay_out
+from subspace.distributed.engine import start_engine, start_processes
+from subspace.kernels.cross_entropy import summed_loss
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 TOKENS = 256

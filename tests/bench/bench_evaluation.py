@@ -39,16 +39,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace.adapter_file import load_adapter, save_adapter
-from subspace.config import Subject
-from subspace.evaluate import EvaluateConfig, Sample, evaluate, find_tasks, take_sample
-from subspace.generation import AnswerWords, Generation
-from subspace.host_memory import keep_what_is_freed
-from subspace.inject import adapters, eject, inject, trained_parameters
-from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.results import read_items
-from subspace.subjects import evaluate_subjects
-from tests.harness import harness_model, harness_predictions, harness_scores, harness_task
+from subspace.adapters.inject import adapters, eject, inject, trained_parameters
+from subspace.adapters.serialization import load_adapter, save_adapter
+from subspace.common.host_memory import keep_what_is_freed
+from subspace.data.samples import Sample, find_tasks, take_sample
+from subspace.evaluation.answer_extraction import AnswerWords
+from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.evaluate import evaluate
+from subspace.evaluation.protocols.llm_adapters import Generation
+from subspace.evaluation.results import read_items
+from subspace.evaluation.subjects import evaluate_subjects
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model, open_tokenizer
+from tests.helpers.lm_eval_harness import harness_model, harness_predictions, harness_scores, harness_task
 
 Side = Callable[[], Any]
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from subspace import attention
-from subspace.branch import add_product, branch_off
-from subspace.host_memory import keep_what_is_freed
-from subspace.norm import lighten_norms
+from subspace.common.host_memory import keep_what_is_freed
+from subspace.kernels import attention
+from subspace.kernels.low_rank import add_product, branch_off
+from subspace.kernels.rms_norm import lighten_norms
 
 ROUNDS = 15
 ATTENTIONS = [(16, 64, 9, 3, 64), (16, 96, 9, 3, 64), (16, 256, 9, 3, 64), (4, 128, 32, 8, 128), (2, 1024, 9, 3, 64)]

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from subspace import decomposition
-from subspace.access import Access
-from subspace.inject import adapters, inject, trained_parameters
-from subspace.method import Clock, methods
+from subspace.adapters import linalg as decomposition
+from subspace.adapters.base import Clock
+from subspace.adapters.inject import adapters, inject, trained_parameters
+from subspace.adapters.registry import methods
+from subspace.training.optimizer_access import Access
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 R = 32

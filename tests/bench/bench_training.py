@@ -43,18 +43,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from subspace.batches import DataConfig, StepPlan, open_data, share
-from subspace.distributed import leave, rank, sum_over_ranks, world_size
-from subspace.engine import fill, lay_out, start_engine, start_processes
-from subspace.host_memory import keep_what_is_freed, resident_memory
-from subspace.inject import adapters, inject, trained_parameters
-from subspace.launcher import free_port
-from subspace.loss import summed_loss
-from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.paths import REPOSITORY
-from subspace.prepare import model_folder
-from subspace.speedups import compile_layers
-from subspace.train import TrainConfig, count_tokens, parameter_groups
+from subspace.adapters.inject import adapters, inject, trained_parameters
+from subspace.common.host_memory import keep_what_is_freed, resident_memory
+from subspace.common.paths import REPOSITORY
+from subspace.data.config import DataConfig
+from subspace.data.dataset import open_data
+from subspace.data.sampler import StepPlan, share
+from subspace.distributed.collectives import leave, rank, sum_over_ranks, world_size
+from subspace.distributed.deepspeed_config import fill, lay_out
+from subspace.distributed.engine import start_engine, start_processes
+from subspace.distributed.launcher import free_port
+from subspace.kernels.cross_entropy import summed_loss
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model, open_tokenizer
+from subspace.models.prepare import model_folder
+from subspace.training.acceleration import compile_layers
+from subspace.training.config import TrainConfig
+from subspace.training.loop import count_tokens
+from subspace.training.optimizers import parameter_groups
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RATE = 3e-4

@@ -23,13 +23,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from subspace import config
-from subspace.budget import count_trained, match_budget
-from subspace.inject import inject, roles
-from subspace.method import methods
-from subspace.model import open_shape
-from subspace.paths import REPOSITORY
-from subspace.results import Score, mean
+from subspace import config as config_module
+from subspace.adapters.inject import inject, roles
+from subspace.adapters.parameter_count import count_trained, match_budget
+from subspace.adapters.registry import methods
+from subspace.common.paths import REPOSITORY
+from subspace.evaluation.results import Score, mean
+from subspace.models.loading import open_shape
 
 RECIPE = REPOSITORY / "launch" / "recipes" / "methods.yaml"
 README = REPOSITORY / "README.md"
@@ -62,7 +62,7 @@ def main() -> None:
 
 def settings(name: str) -> dict[str, Any]:
     """Return the settings of a method for the recipe, its size matched to the budget."""
-    recipe = config.read(RECIPE)
+    recipe = config_module.read(RECIPE)
     shape = open_shape(recipe.model)
     targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     budget = count_trained(shape, "lora", {"r": 8}, targets=targets)
@@ -80,10 +80,10 @@ def settings(name: str) -> dict[str, Any]:
 
 def rate(name: str) -> float:
     """Return the learning rate; see the module's docstring."""
-    base: float = config.read(RECIPE).train.learning_rate
+    base: float = config_module.read(RECIPE).train.learning_rate
     if name == "full":
         return base / 50
-    shape = open_shape(config.read(RECIPE).model)
+    shape = open_shape(config_module.read(RECIPE).model)
     inject(shape, name, settings(name), start=False)
     return base if FACTORS & set(roles(shape).values()) else 10 * base
 
@@ -139,12 +139,12 @@ def figures(name: str) -> dict[str, Any] | None:
     score = mean([Score(**next(iter(row["metrics"].values()))) for row in results])
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     first, *_, last = [line for line in log if "processor_seconds" in line]
-    cls, chosen = methods()[name], config.read(folder / "config.yaml").method[0].settings
+    cls, chosen = methods()[name], config_module.read(folder / "config.yaml").method[0].settings
     return {
         "method": name,
         "size": f"{cls.dial} = {getattr(chosen, cls.dial)}" if cls.dial else "",
         "trained": about["adapters"]["trained"],
-        "rate": config.read(folder / "config.yaml").train.learning_rate,
+        "rate": config_module.read(folder / "config.yaml").train.learning_rate,
         "seconds": (last["processor_seconds"] - first["processor_seconds"]) / (last["step"] - first["step"]),
         "memory": about["outcome"]["peak_memory"] / 1e6,
         "loss": about["outcome"]["best_validation"],

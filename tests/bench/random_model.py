@@ -18,16 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from subspace import declarations
-from subspace.model import ModelConfig, open_shape
-from tests.tiny import bpe_tokenizer
+from subspace.models import declared as declared_module
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_shape
+from tests.helpers.tiny_models import bpe_tokenizer
 
 SHARD = 10**9  # bytes, about
 
 
 def write_random(folder: Path, shape: str, **changes: Any) -> int:
     """Write the model, bfloat16, and return the bytes of its tensors. ``changes`` replace values of its config.json."""
-    config = AutoConfig.for_model(**{**declarations.shapes()[shape].config, **changes})
+    config = AutoConfig.for_model(**{**declared_module.shapes()[shape].config, **changes})
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.save_pretrained(folder)
     bpe_tokenizer(pad_token="<|reserved_special_token_0|>").save_pretrained(folder)

@@ -23,10 +23,12 @@ from pathlib import Path
 
 os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 
-from subspace import cli, launcher, run  # noqa: F401  (what the ranks will need is imported once)
-from subspace.adapter_file import TENSORS
-from subspace.interruption import STATUS_FILE
-from tests.material import logged, make_material
+from subspace import run  # noqa: F401  (what the ranks will need is imported once)
+from subspace.adapters.serialization import TENSORS
+from subspace.cli import main as cli
+from subspace.distributed import launcher
+from subspace.distributed.signals import STATUS_FILE
+from tests.helpers.material import logged, make_material
 
 RANKS = 2
 SETTINGS = ["method=adalora", "method.every=2", "train.micro_batch=2", "train.save_every=2"]

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from subspace import catalogue, cli, launcher
-from subspace.interruption import STATUS_FILE
-from subspace.method import methods
-from subspace.verb import Verb
-from tests.tiny import tiny
+from subspace.adapters import catalog as catalogue
+from subspace.adapters.registry import methods
+from subspace.cli import main as cli
+from subspace.cli.command import Verb
+from subspace.distributed import launcher
+from subspace.distributed.signals import STATUS_FILE
+from tests.helpers.tiny_models import tiny
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VERBS = [verb.name for verb in cli.VERBS]
 
 

@@ -22,11 +22,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from subspace import sources
-from subspace.declarations import Hub, Wheel, wheels
+from subspace.common import download as download_module
+from subspace.common import files as files_module
+from subspace.common.download import Hub, Wheel, wheels
+from subspace.common.files import make_folder, sealed
 from subspace.errors import UserError
-from subspace.sources import make_folder, sealed
-from tests.toy import TEST, TRAIN, make_wheel, make_world
+from tests.helpers.toy_benchmark import TEST, TRAIN, make_wheel, make_world
 
 
 def build(work: Path) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def test_a_spoiled_folder_is_made_again(spoil: Callable[[Path], None], tmp_path:
 )
 def test_a_folder_with_a_spoiled_manifest_is_not_good(manifest: str, tmp_path: Path) -> None:
     make_folder(tmp_path / "folder", good, build)
-    (tmp_path / "folder" / sources.MANIFEST).write_text(manifest)
+    (tmp_path / "folder" / files_module.MANIFEST).write_text(manifest)
     assert sealed(tmp_path / "folder") is None
 
 
@@ -159,13 +160,13 @@ def test_pip_brings_a_wheel_and_it_is_kept(wheel: Wheel, tmp_path: Path, monkeyp
     # The real pip, with a folder for an index.
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    found = sources.fetch_wheel(wheel)
+    found = download_module.fetch_wheel(wheel)
     assert found == downloaded(wheel, tmp_path)
-    assert sources.sha256_of(found) == wheel.sha256
+    assert files_module.sha256_of(found) == wheel.sha256
     assert remains(found) == []
 
-    monkeypatch.setattr(sources, "_pip_download", None)
-    assert sources.fetch_wheel(wheel) == found
+    monkeypatch.setattr(download_module, "_pip_download", None)
+    assert download_module.fetch_wheel(wheel) == found
 
 
 def test_a_wheel_that_pip_does_not_find(wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +174,7 @@ def test_a_wheel_that_pip_does_not_find(wheel: Wheel, tmp_path: Path, monkeypatc
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"toy-wheel==1.0 was asked of PyPI .* did not come: .*put it into .*downloads"):
-        sources.fetch_wheel(wheel)
+        download_module.fetch_wheel(wheel)
     assert remains(downloaded(wheel, tmp_path)) == []
 
 
@@ -185,9 +186,9 @@ def test_a_download_that_is_not_what_was_declared_is_thrown_away(
         (work / "whole" / wheel.file).write_bytes((tmp_path / wheel.file).read_bytes()[:-10])
         return 0, "Saved"
 
-    monkeypatch.setattr(sources, "_pip_download", cut_download)
+    monkeypatch.setattr(download_module, "_pip_download", cut_download)
     with pytest.raises(UserError, match=r"its sha256 is .* It was thrown away"):
-        sources.fetch_wheel(wheel)
+        download_module.fetch_wheel(wheel)
     assert not downloaded(wheel, tmp_path).exists()
 
 
@@ -199,16 +200,16 @@ def test_a_cut_wheel_of_an_earlier_time_is_replaced(
         (work / "whole" / wheel.file).write_bytes((tmp_path / wheel.file).read_bytes())
         return 0, "Saved"
 
-    monkeypatch.setattr(sources, "_pip_download", whole_download)
+    monkeypatch.setattr(download_module, "_pip_download", whole_download)
     downloaded(wheel, tmp_path).write_bytes(b"half of it")
-    assert sources.sha256_of(sources.fetch_wheel(wheel)) == wheel.sha256
+    assert files_module.sha256_of(download_module.fetch_wheel(wheel)) == wheel.sha256
 
 
 def test_a_wheel_is_not_asked_for_without_room(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_pip_download", None)
+    monkeypatch.setattr(download_module, "_pip_download", None)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * wheel.bytes - 1))
     with pytest.raises(UserError, match="the disk is full"):
-        sources.fetch_wheel(wheel)
+        download_module.fetch_wheel(wheel)
 
 
 def test_what_a_killed_download_left_is_swept_away(
@@ -216,9 +217,9 @@ def test_what_a_killed_download_left_is_swept_away(
 ) -> None:
     left = downloaded(wheel, tmp_path).parent / f".{wheel.file}.tmp-abc"
     left.mkdir()
-    monkeypatch.setattr(sources, "_pip_download", lambda *_: (1, ""))
+    monkeypatch.setattr(download_module, "_pip_download", lambda *_: (1, ""))
     with pytest.raises(UserError):
-        sources.fetch_wheel(wheel)
+        download_module.fetch_wheel(wheel)
     assert not left.exists()
 
 
@@ -238,21 +239,21 @@ def test_what_a_killed_download_left_is_swept_away(
     ],
 )
 def test_why_pip_failed_is_said(said: str, reason: str, wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_pip_download", lambda *_: (1, said))
+    monkeypatch.setattr(download_module, "_pip_download", lambda *_: (1, said))
     with pytest.raises(UserError, match=reason):
-        sources.fetch_wheel(wheel)
+        download_module.fetch_wheel(wheel)
 
 
 def test_requests_give_each_question_once(tmp_path: Path) -> None:
     make_wheel(tmp_path / "toy.whl")
-    records = list(sources.wheel_records(tmp_path / "toy.whl", "toy/train/requests.jsonl.gz"))
+    records = list(download_module.wheel_records(tmp_path / "toy.whl", "toy/train/requests.jsonl.gz"))
     assert len(records) == TRAIN
     assert [record["query"].split()[-1] for record in records] == [f"{number}?" for number in range(TRAIN)]
 
 
 def test_an_arrow_file_is_read(tmp_path: Path) -> None:
     make_wheel(tmp_path / "toy.whl")
-    records = list(sources.wheel_records(tmp_path / "toy.whl", "toy/test.arrow"))
+    records = list(download_module.wheel_records(tmp_path / "toy.whl", "toy/test.arrow"))
     assert [record["right"] for record in records] == ["1", "2"] * (TEST // 2)
 
 
@@ -278,7 +279,7 @@ def test_a_hub_that_does_not_give_is_explained(error: Exception, says: str, monk
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
     with pytest.raises(UserError, match=says):
-        sources.hub_revision("toys/toy", "dataset")
+        download_module.hub_revision("toys/toy", "dataset")
 
 
 def test_the_hub_s_records_are_asked_of_one_revision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +292,7 @@ def test_the_hub_s_records_are_asked_of_one_revision(monkeypatch: pytest.MonkeyP
         return [{"a": "b"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(sources.hub_records(Hub("toys/toy", "validation", "large"), "abc123")) == [{"a": "b"}]
+    assert list(download_module.hub_records(Hub("toys/toy", "validation", "large"), "abc123")) == [{"a": "b"}]
     assert asked == {"repo": "toys/toy", "config": "large", "split": "validation", "revision": "abc123"}
 
 
@@ -315,13 +316,13 @@ def hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_model_of_the_hub_is_checked(hub_model: Path) -> None:
-    assert sources.hub_model("toys/model") == hub_model
+    assert download_module.hub_model("toys/model") == hub_model
 
 
 def test_a_broken_file_of_the_hub_is_thrown_away(hub_model: Path) -> None:
     (hub_model / "model.safetensors").write_bytes(b"wei")
     with pytest.raises(UserError, match=r"broken model\.safetensors"):
-        sources.hub_model("toys/model")
+        download_module.hub_model("toys/model")
     assert not (hub_model / "model.safetensors").exists()
 
 
@@ -333,8 +334,8 @@ def test_only_what_a_model_needs_is_asked_for(hub_model: Path, monkeypatch: pyte
         return str(hub_model)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    sources.hub_model("toys/model")
-    sources.hub_model("toys/model", every_file=True)
+    download_module.hub_model("toys/model")
+    download_module.hub_model("toys/model", every_file=True)
     assert "*.safetensors" in asked[0]
     assert "*.bin" not in asked[0]
     assert asked[1] is None
@@ -345,12 +346,12 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("not here")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
-    assert sources.hub_model_here("toys/model") is None
+    assert download_module.hub_model_here("toys/model") is None
 
 
 def test_the_manifest_is_json_for_people(tmp_path: Path) -> None:
     make_folder(tmp_path / "folder", good, build)
-    manifest = json.loads((tmp_path / "folder" / sources.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "folder" / files_module.MANIFEST).read_text())
     assert manifest == {"from": "a test", "files": {"inner/numbers": [5, hashlib.sha256(b"1 2 3").hexdigest()]}}
 
 
@@ -363,5 +364,5 @@ def test_parquet_is_read_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.
     parquet.write_table(pyarrow.table({"ask": ["a", "b"]}), tmp_path / "toy" / "train-00000-of-00001.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
-    records = sources.hub_records(Hub(str(tmp_path / "toy"), "train"), "main")
+    records = download_module.hub_records(Hub(str(tmp_path / "toy"), "train"), "main")
     assert list(records) == [{"ask": "a"}, {"ask": "b"}]

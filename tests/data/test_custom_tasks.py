@@ -10,17 +10,22 @@ from typing import Any
 import datasets
 import pytest
 
-from subspace import evaluate, subjects, unseen
-from subspace.config import Subject
-from subspace.custom import custom_task, local_items
-from subspace.declarations import task, tasks
+from subspace.data import leakage as unseen
+from subspace.data import samples as samples_module
+from subspace.data.custom_tasks import custom_task, local_items
+from subspace.data.samples import find_tasks, take_sample
+from subspace.data.tasks import task, tasks
 from subspace.errors import UserError
-from subspace.evaluate import EvaluateConfig, find_tasks, take_sample
-from subspace.generation import Generation, LastNumber
-from subspace.likelihood import Likelihood
-from subspace.model import ModelConfig
-from subspace.results import read_items
-from tests.tiny import bpe_tokenizer, tiny_llama
+from subspace.evaluation import config as config_module
+from subspace.evaluation import evaluate as evaluate_module
+from subspace.evaluation import subjects
+from subspace.evaluation.answer_extraction import LastNumber
+from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.protocols.likelihood import Likelihood
+from subspace.evaluation.protocols.llm_adapters import Generation
+from subspace.evaluation.results import read_items
+from subspace.models.config import ModelConfig
+from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 
 PLANETS = [
     {"question": "Which planet has rings?", "options": ["Mars", "Saturn", "Venus"], "answer": "B"},
@@ -40,10 +45,10 @@ def planets(tmp_path: Path) -> Path:
     return tmp_path / "planets.yaml"
 
 
-@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+@pytest.mark.parametrize("protocol", config_module.PROTOCOLS)
 def test_a_suite_of_one_s_own_is_scored_by_every_protocol(planets: Path, tmp_path: Path, protocol: str) -> None:
     config = EvaluateConfig(protocol=protocol, tasks=str(planets))
-    (result,) = evaluate.evaluate(tiny_llama(), bpe_tokenizer(), config, tmp_path)
+    (result,) = evaluate_module.evaluate(tiny_llama(), bpe_tokenizer(), config, tmp_path)
     assert (result.task, result.n) == ("planets", 3)
     assert result.majority == pytest.approx(1 / 3)
     assert result.items
@@ -193,12 +198,12 @@ def trained_on(tmp_path: Path, rows: list[str], **settings: Any) -> Subject:
     return Subject(ModelConfig(), config, tmp_path / "run", mixture=str(tmp_path / "own.json"))
 
 
-def sample(count: int = 200) -> evaluate.Sample:
+def sample(count: int = 200) -> samples_module.Sample:
     items: list[Any] = [
         {"id": str(n), "question": f"How many are {n} and {n} ?", "context": "", "choices": [str(2 * n)], "label": 0}
         for n in range(count)
     ]
-    return evaluate.Sample(task("gsm8k"), items, 0.1)
+    return samples_module.Sample(task("gsm8k"), items, 0.1)
 
 
 def test_a_run_that_was_trained_on_the_test_items_is_refused(tmp_path: Path) -> None:
@@ -239,5 +244,5 @@ def test_a_suite_that_is_not_there_is_passed_over(tmp_path: Path, monkeypatch: p
     def lacking(name: str, split: str) -> datasets.Dataset:
         raise UserError(f"{name} is not on this machine")
 
-    monkeypatch.setattr(evaluate, "task_items", lacking)
+    monkeypatch.setattr(samples_module, "task_items", lacking)
     assert not unseen.seen_before(trained_on(tmp_path, ["x"]).mixture, EvaluateConfig(tasks="gsm8k,boolq"))

@@ -14,14 +14,19 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from subspace import encoding
-from subspace.batches import Data, DataConfig, Row, StepPlan, collate, open_data, share
-from subspace.encoding import IGNORE, encode_prompt
+from subspace.cli.commands.prepare import prepare
+from subspace.data import tokenization as tokenization_module
+from subspace.data.collate import IGNORE, Row, collate
+from subspace.data.config import DataConfig
+from subspace.data.dataset import Data, open_data
+from subspace.data.prepare import task_items
+from subspace.data.sampler import StepPlan, share
+from subspace.data.tokenization import encode_prompt
 from subspace.errors import UserError
-from subspace.model import ModelConfig, open_tokenizer
-from subspace.prepare import prepare, task_items
-from tests.tiny import bpe_tokenizer
-from tests.toy import TRAIN, make_world
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_tokenizer
+from tests.helpers.tiny_models import bpe_tokenizer
+from tests.helpers.toy_benchmark import TRAIN, make_world
 
 CHAT = (
     "{% for m in messages %}<|begin_of_text|>{{ m.role }}: {{ m.content }}<|end_of_text|>\n{% endfor %}"
@@ -330,13 +335,13 @@ def test_a_loss_on_no_rows_is_refused(prepared: Path, tokenizer: PreTrainedToken
 
 def count_encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counted: list[int] = []
-    encode_rows = encoding.encode_rows
+    encode_rows = tokenization_module.encode_rows
 
     def counting(tokenizer: Any, rows: Any, **options: Any) -> Any:
         counted.append(len(rows))
         return encode_rows(tokenizer, rows, **options)
 
-    monkeypatch.setattr(encoding, "encode_rows", counting)
+    monkeypatch.setattr(tokenization_module, "encode_rows", counting)
     return counted
 
 
@@ -349,7 +354,7 @@ def other_end(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatc
 
 
 def other_prompt(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
-    monkeypatch.setattr("subspace.declarations.prompt", lambda name: PLAIN.replace("Say", "Tell"))
+    monkeypatch.setattr("subspace.data.tasks.prompt", lambda name: PLAIN.replace("Say", "Tell"))
     return tokenizer
 
 

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subspace import config as configuration
-from subspace.batches import Row, collate, packed
-from subspace.encoding import IGNORE
+from subspace import config as config_module
+from subspace.adapters.inject import inject, trained_parameters
+from subspace.data.collate import IGNORE, Row, collate, packed
 from subspace.errors import UserError
-from subspace.inject import inject, trained_parameters
-from subspace.loss import summed_loss
+from subspace.kernels.cross_entropy import summed_loss
 from subspace.run import train_run
-from tests.material import logged, make_material, saved_adapter
-from tests.tiny import VOCABULARY, tiny
+from tests.helpers.material import logged, make_material, saved_adapter
+from tests.helpers.tiny_models import VOCABULARY, tiny
 
 generator = torch.Generator().manual_seed(2)
 ROWS = [
@@ -114,7 +113,7 @@ def test_a_packed_run_learns_what_a_padded_one_does(material: Path, tmp_path: Pa
         "data.max_length=20",
     ]
     apart, together = (
-        train_run(configuration.read(material, [*own, f"name={packing}", f"data.packing={packing}"]))
+        train_run(config_module.read(material, [*own, f"name={packing}", f"data.packing={packing}"]))
         for packing in ("false", "true")
     )
     assert logged(together) == pytest.approx(logged(apart), abs=1e-5)
@@ -124,6 +123,6 @@ def test_a_packed_run_learns_what_a_padded_one_does(material: Path, tmp_path: Pa
 
 
 def test_vectors_before_the_text_are_refused(material: Path) -> None:
-    config = configuration.read(material, ["method=prompt", "data.packing=true"])
+    config = config_module.read(material, ["method=prompt", "data.packing=true"])
     with pytest.raises(UserError, match=r"method prompt puts its vectors before the first one only. .*or take prefix"):
         train_run(config)

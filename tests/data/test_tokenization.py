@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from subspace.encoding import encode_pair, encode_pairs, encode_prompt, encode_rows, fingerprint, prefix
-from tests.tiny import TEXT, bpe_tokenizer, save_sentencepiece, tiny_llama
+from subspace.data.tokenization import encode_pair, encode_pairs, encode_prompt, encode_rows, fingerprint, prefix
+from tests.helpers.tiny_models import TEXT, bpe_tokenizer, save_sentencepiece, tiny_llama
 
 PROMPT = "### Instruction:\n  is ice cold?\n  \n  ### Response:\n                "
 ANSWER = "the correct answer is true"

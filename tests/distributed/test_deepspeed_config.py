@@ -13,10 +13,10 @@ import pytest
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from subspace.engine import fill, lay_out, read_engine_file
+from subspace.common.paths import REPOSITORY
+from subspace.distributed.deepspeed_config import fill, lay_out, read_engine_file
 from subspace.errors import UserError
-from subspace.paths import REPOSITORY
-from tests.material import make_material, saved_adapter
+from tests.helpers.material import make_material, saved_adapter
 
 LAYOUT = lay_out(16, 4, 2)
 ALL = sorted(file for file in (REPOSITORY / "ds_configs").glob("*.json") if file.stem != "matrix")

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from subspace import launcher
+from subspace.distributed import launcher
 from subspace.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 RANK = """
 import os, pathlib, sys, time
-from subspace import launcher
+from subspace.distributed import launcher
 what, folder = sys.argv[1:]
 launcher.become_rank()
 pathlib.Path(folder, os.environ["RANK"]).write_text(f"{os.getpid()} {os.getppid()}")
@@ -40,7 +40,7 @@ FINISHES = RANK.replace('if what != "ends"', 'if what == "ends": launcher.mark_f
 
 WRAPPER = """
 import sys
-from subspace import launcher
+from subspace.distributed import launcher
 script, *arguments = sys.argv[1:]
 sys.exit(launcher.plan(arguments, 2, program=[script]).run())
 """

@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from subspace.adapter_file import TENSORS
-from subspace.checkpoint import checkpoints, damage
+from subspace.adapters.serialization import TENSORS
+from subspace.common.paths import REPOSITORY
+from subspace.distributed.signals import Interruption
 from subspace.errors import RunStopped
-from subspace.interruption import Interruption
-from subspace.paths import REPOSITORY
-from tests.material import logged, make_material
+from subspace.training.checkpoint import checkpoints, damage
+from tests.helpers.material import logged, make_material
 
 pytestmark = pytest.mark.processes
 

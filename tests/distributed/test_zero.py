@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspace import launcher
-from subspace.method import methods
-from subspace.paths import REPOSITORY
-from tests.material import STAGES, logged, make_material, saved_adapter
-from tests.tiny import SOON
+from subspace.adapters.registry import methods
+from subspace.common.paths import REPOSITORY
+from subspace.distributed import launcher
+from tests.helpers.material import STAGES, logged, make_material, saved_adapter
+from tests.helpers.tiny_models import SOON
 
 pytestmark = pytest.mark.processes
 
@@ -61,7 +61,7 @@ def launch(wanted: list[Any], root: Path, ranks: int) -> None:
         "--master_port",
         str(launcher.free_port()),
         "--",
-        str(REPOSITORY / "tests" / "zero_worker.py"),
+        str(REPOSITORY / "tests" / "workers" / "zero_losses.py"),
         str(jobs),
     ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

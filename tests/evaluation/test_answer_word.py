@@ -9,15 +9,19 @@ import datasets
 import pytest
 import torch
 
-from subspace import declarations, evaluate
-from subspace.answer_word import AnswerWord, agreement
-from subspace.encoding import encode_prompt
-from subspace.evaluate import EvaluateConfig
-from subspace.generation import AnswerWords, Generation
-from subspace.results import read_items, write_items
-from tests.evaluate_worker import score
-from tests.items import items
-from tests.tiny import bpe_tokenizer, tiny_llama
+from subspace.data import samples as samples_module
+from subspace.data import tasks as tasks_module
+from subspace.data.tokenization import encode_prompt
+from subspace.evaluation import evaluate as evaluate_module
+from subspace.evaluation.answer_extraction import AnswerWords
+from subspace.evaluation.config import EvaluateConfig
+from subspace.evaluation.protocols.answer_word import AnswerWord
+from subspace.evaluation.protocols.llm_adapters import Generation
+from subspace.evaluation.results import read_items, write_items
+from subspace.reporting.agreement import agreement
+from tests.helpers.items import items
+from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
+from tests.workers.score_tasks import score
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +32,9 @@ def without_gradients() -> Any:
 
 def plain_scores(name: str, item: dict[str, Any]) -> list[float]:
     """Score each answer alone after the prompt that ``llm-adapters`` asks, from the definition."""
-    model, tokenizer, task = tiny_llama(), bpe_tokenizer(), declarations.task(name)
-    template = declarations.prompt("alpaca-indented")
-    prompt = declarations.render(template, {"instruction": task.instruction(item), "input": ""})
+    model, tokenizer, task = tiny_llama(), bpe_tokenizer(), tasks_module.task(name)
+    template = tasks_module.prompt("alpaca-indented")
+    prompt = tasks_module.render(template, {"instruction": task.instruction(item), "input": ""})
     context = encode_prompt(tokenizer, prompt)
     line = " " * 16  # the prompt's last line, whose spaces go to the answer
     scores = []
@@ -41,28 +45,28 @@ def plain_scores(name: str, item: dict[str, Any]) -> list[float]:
     return scores
 
 
-@pytest.mark.parametrize("name", declarations.tasks())
+@pytest.mark.parametrize("name", tasks_module.tasks())
 def test_scores_are_those_of_the_answers_after_the_prompt(name: str) -> None:
     made = items(name, 6)
-    records = AnswerWord(tiny_llama(), bpe_tokenizer(), declarations.task(name), made, "alpaca-indented").score(
+    records = AnswerWord(tiny_llama(), bpe_tokenizer(), tasks_module.task(name), made, "alpaca-indented").score(
         tiny_llama(), range(6)
     )
     for item, record in zip(made, records, strict=True):
         plain = plain_scores(name, item)
         assert record["scores"] == pytest.approx(plain, abs=1e-4)
-        words = [declarations.task(name).answer({**item, "label": label}) for label in range(len(plain))]
+        words = [tasks_module.task(name).answer({**item, "label": label}) for label in range(len(plain))]
         assert record["prediction"] == words[plain.index(max(plain))]
-        assert record["label"] == declarations.task(name).answer(item)
+        assert record["label"] == tasks_module.task(name).answer(item)
         assert record["correct"] == {"acc": record["prediction"] == record["label"]}
 
 
 def test_an_item_is_one_row() -> None:
-    scorer = AnswerWord(tiny_llama(), bpe_tokenizer(), declarations.task("arc_easy"), items("arc_easy", 5), "alpaca")
+    scorer = AnswerWord(tiny_llama(), bpe_tokenizer(), tasks_module.task("arc_easy"), items("arc_easy", 5), "alpaca")
     assert [rows for rows, _ in scorer.sizes] == [1] * 5
 
 
 def test_the_prompt_is_generation_s() -> None:
-    given = tiny_llama(), bpe_tokenizer(), declarations.task("piqa"), items("piqa", 5), "alpaca-indented"
+    given = tiny_llama(), bpe_tokenizer(), tasks_module.task("piqa"), items("piqa", 5), "alpaca-indented"
     assert AnswerWord(*given).hashes == Generation(*given).hashes
 
 
@@ -92,7 +96,7 @@ def test_only_the_same_items_of_the_same_weights_are_compared(both: Path, monkey
     write_items(file, read_items(file)[:-1])
     assert list(agreement(both)) == ["hellaswag"]
     other = tiny_llama(seed=1)
-    monkeypatch.setattr(evaluate, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 21)))
+    monkeypatch.setattr(samples_module, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 21)))
     config = EvaluateConfig(protocol="answer-word", tasks="hellaswag", limit=17)
-    evaluate.evaluate(other, bpe_tokenizer(), config, both)
+    evaluate_module.evaluate(other, bpe_tokenizer(), config, both)
     assert not agreement(both)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from subspace.errors import RunFailed
-from subspace.likelihood import Likelihood
-from subspace.workload import Halving, count_tokens, plan_batches, token_budget
-from tests.evaluate_worker import score
-from tests.tiny import tiny_llama
+from subspace.evaluation.batching import Halving, count_tokens, plan_batches, token_budget
+from subspace.evaluation.protocols.likelihood import Likelihood
+from tests.helpers.tiny_models import tiny_llama
+from tests.workers.score_tasks import score
 
 SIZES = [(1, n) for n in (5, 90, 7, 30, 31, 29, 5, 5, 200)]
 

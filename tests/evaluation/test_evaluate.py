@@ -18,35 +18,39 @@ import datasets
 import pytest
 import torch
 
-from subspace import declarations, evaluate, launcher
-from subspace.adapter_file import save_adapter
-from subspace.config import Subject
+from subspace.adapters.inject import eject, inject, trained_parameters
+from subspace.adapters.serialization import save_adapter
+from subspace.common.paths import REPOSITORY
+from subspace.common.progress import At
+from subspace.data import samples as samples_module
+from subspace.data import tasks as tasks_module
+from subspace.data.samples import find_tasks, take_sample
+from subspace.distributed import launcher
 from subspace.errors import UserError
-from subspace.evaluate import EvaluateConfig, find_tasks, take_sample
-from subspace.inject import eject, inject, trained_parameters
-from subspace.likelihood import Likelihood
-from subspace.model import ModelConfig
-from subspace.paths import REPOSITORY
-from subspace.progress import At
-from subspace.results import TaskResult, read_items, read_results
-from subspace.subjects import evaluate_subjects
-from tests.evaluate_worker import score, score_subjects
-from tests.items import items
-from tests.tiny import bpe_tokenizer, tiny_llama
+from subspace.evaluation import config as config_module
+from subspace.evaluation import evaluate as evaluate_module
+from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.protocols.likelihood import Likelihood
+from subspace.evaluation.results import TaskResult, read_items, read_results
+from subspace.evaluation.subjects import evaluate_subjects
+from subspace.models.config import ModelConfig
+from tests.helpers.items import items
+from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
+from tests.workers.score_tasks import score, score_subjects
 
-PROTOCOLS = evaluate.PROTOCOLS
+PROTOCOLS = config_module.PROTOCOLS
 
 
 @pytest.fixture(autouse=True)
 def made_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let made-up items stand for prepared ones."""
-    monkeypatch.setattr(evaluate, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 21)))
+    monkeypatch.setattr(samples_module, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 21)))
 
 
 @pytest.mark.parametrize(
     ("names", "found"),
     [
-        ("all", list(declarations.tasks())),
+        ("all", list(tasks_module.tasks())),
         ("piqa", ["piqa"]),
         ("PIQA, boolq", ["boolq", "piqa"]),
         (["ARC-e", "obqa", "arc_easy"], ["arc_easy", "openbookqa"]),
@@ -62,7 +66,7 @@ def test_an_unknown_task_names_the_nearest() -> None:
 
 
 def test_a_sample_is_part_of_a_larger_one_in_the_split_s_order() -> None:
-    task = declarations.task("piqa")
+    task = tasks_module.task("piqa")
     small, large, whole = ([item["id"] for item in take_sample(task, "test", n).items] for n in (5, 15, 100))
     assert (len(small), len(large), len(whole)) == (5, 15, 21)
     assert set(small) < set(large) < set(whole)
@@ -71,7 +75,7 @@ def test_a_sample_is_part_of_a_larger_one_in_the_split_s_order() -> None:
 
 
 def test_the_majority_is_the_split_s() -> None:
-    task = declarations.task("piqa")
+    task = tasks_module.task("piqa")
     labels = [item["label"] for item in items("piqa", 21)]
     most = max(labels.count(0), labels.count(1)) / 21
     assert [take_sample(task, "test", n).majority for n in (3, None)] == [most, most]
@@ -85,7 +89,7 @@ def test_what_is_left_on_disk(tmp_path: Path, protocol: str) -> None:
     (piqa, hellaswag) = results
     assert piqa.items == tmp_path / "evaluation" / protocol / "piqa.jsonl"
     records = read_items(piqa.items)
-    sample = take_sample(declarations.task("piqa"), "test", 17).items
+    sample = take_sample(tasks_module.task("piqa"), "test", 17).items
     assert [record["id"] for record in records] == [item["id"] for item in sample]
     assert piqa.metrics["acc"].value == sum(record["correct"]["acc"] for record in records) / 17
     assert piqa.n == 17
@@ -104,7 +108,7 @@ def test_what_is_left_on_disk(tmp_path: Path, protocol: str) -> None:
 def test_the_fingerprint_follows_what_was_asked(change: dict[str, Any], part: str) -> None:
     def result(**settings: Any) -> TaskResult:
         config = EvaluateConfig(**{"tasks": "piqa", "limit": 17, **settings})
-        return evaluate.evaluate(tiny_llama(), bpe_tokenizer(), config)[0]
+        return evaluate_module.evaluate(tiny_llama(), bpe_tokenizer(), config)[0]
 
     plain, changed = result(), result(**change)
     assert plain.fingerprint != changed.fingerprint
@@ -117,7 +121,7 @@ def test_the_model_comes_back_in_the_mode_it_was_in(training: bool) -> None:
     model = tiny_llama().train(training)
     modes = []
     model.register_forward_hook(lambda module, *_: modes.append((module.training, torch.is_grad_enabled())))
-    evaluate.evaluate(model, bpe_tokenizer(), EvaluateConfig(tasks="piqa"))
+    evaluate_module.evaluate(model, bpe_tokenizer(), EvaluateConfig(tasks="piqa"))
     assert set(modes) == {(False, False)}
     assert model.training is training
 
@@ -131,7 +135,7 @@ def test_progress_reaches_the_end() -> None:
         return nullcontext(lambda done, detail="": seen.setdefault(title, []).append(done))
 
     config = EvaluateConfig(tasks="piqa,siqa", batch_tokens=200)
-    evaluate.evaluate(tiny_llama(), bpe_tokenizer(), config, progress=watched)
+    evaluate_module.evaluate(tiny_llama(), bpe_tokenizer(), config, progress=watched)
     assert {title: done[-1] for title, done in seen.items()} == totals
     assert all(done == sorted(done) for done in seen.values())
 
@@ -142,19 +146,19 @@ def test_a_missing_task_is_told_before_any_is_scored(monkeypatch: pytest.MonkeyP
             raise UserError("openbookqa is not on this machine")
         return datasets.Dataset.from_list(items(name, 3))
 
-    monkeypatch.setattr(evaluate, "task_items", lacking)
+    monkeypatch.setattr(samples_module, "task_items", lacking)
     model = tiny_llama()
     model.register_forward_hook(lambda *_: pytest.fail("a task was scored"))
     with pytest.raises(UserError, match="openbookqa is not on this machine"):
-        evaluate.evaluate(model, bpe_tokenizer(), EvaluateConfig())
+        evaluate_module.evaluate(model, bpe_tokenizer(), EvaluateConfig())
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_answers_do_not_depend_on_the_batch(protocol: str) -> None:
     model = tiny_llama()
-    jobs = evaluate.lay_out(model, bpe_tokenizer(), EvaluateConfig(protocol=protocol))
+    jobs = evaluate_module.lay_out(model, bpe_tokenizer(), EvaluateConfig(protocol=protocol))
 
-    def answers(job: evaluate.Job, size: int) -> list[Any]:
+    def answers(job: evaluate_module.Job, size: int) -> list[Any]:
         batches = [range(first, min(first + size, 21)) for first in range(0, 21, size)]
         return [record["prediction"] for batch in batches for record in job.scorer.score(model, batch)]
 
@@ -173,9 +177,9 @@ def test_several_protocols_are_scored_in_one_go(tmp_path: Path) -> None:
 
 
 def test_examples_stand_before_each_question() -> None:
-    def job(count: int) -> evaluate.Job:
+    def job(count: int) -> evaluate_module.Job:
         config = EvaluateConfig(tasks="openbookqa", examples=count, limit=6)
-        return evaluate.lay_out(tiny_llama(), bpe_tokenizer(), config)[0]
+        return evaluate_module.lay_out(tiny_llama(), bpe_tokenizer(), config)[0]
 
     none, two = job(0), job(2)
     for plain, asked in zip(none.scorer.requests, two.scorer.requests, strict=True):  # type: ignore[attr-defined]
@@ -189,7 +193,7 @@ def test_examples_stand_before_each_question() -> None:
 
 def test_bytes_are_counted_where_that_is_asked_for() -> None:
     config = EvaluateConfig(tasks="piqa", by_bytes=True)
-    (job,) = evaluate.lay_out(tiny_llama(), bpe_tokenizer(), config)
+    (job,) = evaluate_module.lay_out(tiny_llama(), bpe_tokenizer(), config)
     with torch.no_grad():
         records = job.scorer.score(tiny_llama(), range(21))
     for item, record in zip(job.sample.items, records, strict=True):
@@ -234,7 +238,7 @@ def test_what_is_not_the_same_is_scored_again(tmp_path: Path, change: str) -> No
     settings: dict[str, Any] = {"tasks": "piqa", "limit": 9}
     if change == "an adapter's setting":
         inject(model, "lora", {"alpha": 1})
-    (first,) = evaluate.evaluate(model, tokenizer, EvaluateConfig(**settings), tmp_path)
+    (first,) = evaluate_module.evaluate(model, tokenizer, EvaluateConfig(**settings), tmp_path)
     assert first.items
     passes: list[int] = []
     if change == "weights":
@@ -251,7 +255,7 @@ def test_what_is_not_the_same_is_scored_again(tmp_path: Path, change: str) -> No
     else:
         settings |= {"again": True} if change == "again" else {"limit": 8}
     model.register_forward_hook(lambda *_: passes.append(1))
-    evaluate.evaluate(model, tokenizer, EvaluateConfig(**settings), tmp_path)
+    evaluate_module.evaluate(model, tokenizer, EvaluateConfig(**settings), tmp_path)
     assert passes
 
 
@@ -293,8 +297,10 @@ def test_a_killed_scoring_goes_on_where_it_was(protocol: str, tmp_path: Path, mo
     assert not list((tmp_path / "killed").rglob("*.partial-*"))
 
 
-def laid_out(protocol: str) -> list[evaluate.Job]:
-    return evaluate.lay_out(tiny_llama(), bpe_tokenizer(), EvaluateConfig(protocol=protocol, tasks="piqa", limit=3))
+def laid_out(protocol: str) -> list[evaluate_module.Job]:
+    return evaluate_module.lay_out(
+        tiny_llama(), bpe_tokenizer(), EvaluateConfig(protocol=protocol, tasks="piqa", limit=3)
+    )
 
 
 # Two processes
@@ -303,7 +309,7 @@ WAYS = {f"{protocol}, ZeRO-{stage}": (protocol, stage) for protocol in PROTOCOLS
 
 
 def by_processes(jobs: list[Any]) -> list[str]:
-    worker = str(Path(__file__).with_name("evaluate_worker.py"))
+    worker = str(REPOSITORY / "tests" / "workers" / "score_tasks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     return [*command, f"--master_port={launcher.free_port()}", worker, json.dumps(jobs)]
 
@@ -433,7 +439,7 @@ def test_answers_depend_neither_on_the_batch_nor_on_the_processes(
     assert done.returncode == 0, done.stderr[-4000:]
     expected = answers(tmp_path / "two")
     for size in (64, 7, 1):
-        monkeypatch.setattr(evaluate, "plan_batches", lambda sizes, _, size=size: in_batches(len(sizes), size))
+        monkeypatch.setattr(evaluate_module, "plan_batches", lambda sizes, _, size=size: in_batches(len(sizes), size))
         score(tmp_path / str(size), protocol, 0, **settings)
         assert answers(tmp_path / str(size)) == expected
 

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from subspace import declarations
-from subspace.encoding import encode_pairs
+from subspace.adapters.inject import inject, trained_parameters
+from subspace.adapters.registry import methods
+from subspace.data import tasks as tasks_module
+from subspace.data.tokenization import encode_pairs
 from subspace.errors import UserError
-from subspace.inject import inject, trained_parameters
-from subspace.likelihood import Likelihood, Row, choice_scores, rows_of
-from subspace.method import methods
-from subspace.output_head import head_at
-from subspace.workload import plan_batches
-from tests.items import items
-from tests.tiny import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
+from subspace.evaluation.batching import plan_batches
+from subspace.evaluation.choice_scoring import Row, choice_scores, rows_of
+from subspace.evaluation.protocols.likelihood import Likelihood
+from subspace.kernels.cross_entropy import head_at
+from tests.helpers.items import items
+from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
 
 Choices = list[tuple[list[int], int]]
 
@@ -164,11 +165,11 @@ def test_half_precision_is_summed_in_full() -> None:
     assert rough != pytest.approx(exact, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", declarations.tasks())
+@pytest.mark.parametrize("name", tasks_module.tasks())
 @pytest.mark.parametrize("budget", [1, 300])
 def test_answers_do_not_depend_on_the_batch(name: str, budget: int) -> None:
     model, made = tiny_llama(), items(name, 20)
-    scorer = Likelihood(model, bpe_tokenizer(), declarations.task(name), made)
+    scorer = Likelihood(model, bpe_tokenizer(), tasks_module.task(name), made)
     together = scorer.score(model, range(20))
     apart = {
         n: r
@@ -184,7 +185,7 @@ def test_answers_do_not_depend_on_the_batch(name: str, budget: int) -> None:
 @pytest.mark.parametrize("window", [16, 1024])
 def test_a_sliding_window_is_respected(window: int) -> None:
     """A 4-d mask would take the window's place, so choices of texts longer than it stand alone."""
-    model, made, task = tiny("mistral", sliding_window=window), items("piqa", 12), declarations.task("piqa")
+    model, made, task = tiny("mistral", sliding_window=window), items("piqa", 12), tasks_module.task("piqa")
     tokenizer = bpe_tokenizer()
     encoded = [encode_pairs(tokenizer, task.likelihood.requests(item)) for item in made]
     scores = [record["scores"] for record in Likelihood(model, tokenizer, task, made).score(model, range(12))]

@@ -9,14 +9,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from subspace import declarations
-from subspace.decoding import decode_greedily, read_beginning
-from subspace.encoding import encode_rows, num_alike
-from subspace.generation import AnswerWords, Generation, asked
-from subspace.inject import inject, trained_parameters
-from subspace.method import methods
-from tests.items import items
-from tests.tiny import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
+from subspace.adapters.inject import inject, trained_parameters
+from subspace.adapters.registry import methods
+from subspace.data import tasks as tasks_module
+from subspace.data.tokenization import encode_rows, num_alike
+from subspace.evaluation.answer_extraction import AnswerWords
+from subspace.evaluation.greedy_decoding import decode_greedily, read_beginning
+from subspace.evaluation.protocols.llm_adapters import Generation, asked
+from tests.helpers.items import items
+from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
 
 Finished = Callable[[list[int]], bool]
 
@@ -131,9 +132,9 @@ def test_a_draft_that_is_right_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -
     assert decode_greedily(model, [prompt], lambda tokens: len(tokens) == 3, 6, draft=draft) == [expected[:3]]
 
 
-@pytest.mark.parametrize("name", declarations.tasks())
+@pytest.mark.parametrize("name", tasks_module.tasks())
 def test_every_answer_that_is_trained_begins_with_the_draft(name: str) -> None:
-    task, made = declarations.task(name), items(name, 8)
+    task, made = tasks_module.task(name), items(name, 8)
     scorer = Generation(tiny_llama(), bpe_tokenizer(), task, made, "alpaca-indented")
     assert "the correct answer is" in str(bpe_tokenizer().decode(scorer.draft))
     texts = asked(scorer.template, task, made)
@@ -153,11 +154,11 @@ def test_rows_that_end_leave_the_others_as_they_are() -> None:
     assert len({len(tokens) for tokens in written}) > 2
 
 
-@pytest.mark.parametrize("name", declarations.tasks())
+@pytest.mark.parametrize("name", tasks_module.tasks())
 def test_stopping_early_changes_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = tiny_llama(), items(name, 12)
     # Single letters stand for answer words, so that a random model says some.
-    task = declarations.task(name)
+    task = tasks_module.task(name)
     scorer = Generation(model, bpe_tokenizer(), task, made, "alpaca-indented")
     scorer.extractor = AnswerWords(["e", "A", "on", "7"])
     early = scorer.score(model, range(12))
@@ -168,10 +169,10 @@ def test_stopping_early_changes_no_answer(name: str, monkeypatch: pytest.MonkeyP
     assert any(record["prediction"] for record in early)
 
 
-@pytest.mark.parametrize("name", declarations.tasks())
+@pytest.mark.parametrize("name", tasks_module.tasks())
 def test_answers_do_not_depend_on_the_batch(name: str) -> None:
     model, made = tiny_llama(), items(name, 8)
-    scorer = Generation(model, bpe_tokenizer(), declarations.task(name), made, "alpaca-indented")
+    scorer = Generation(model, bpe_tokenizer(), tasks_module.task(name), made, "alpaca-indented")
     together = scorer.score(model, range(8))
     assert together == [record for number in range(8) for record in scorer.score(model, [number])]
     assert len({record["text"] for record in together}) > 4
@@ -179,7 +180,7 @@ def test_answers_do_not_depend_on_the_batch(name: str) -> None:
 
 def test_the_beginning_is_read_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = tiny_llama(), items("piqa", 6)
-    scorer = Generation(model, bpe_tokenizer(), declarations.task("piqa"), made, "alpaca-indented")
+    scorer = Generation(model, bpe_tokenizer(), tasks_module.task("piqa"), made, "alpaca-indented")
     expected = scorer.score(model, range(6))
     read = shapes_read(model, monkeypatch)
     with scorer.beginning_read(model):
@@ -211,7 +212,7 @@ def test_the_beginning_is_read_once_for_all_batches(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_the_first_answer_word_counts(name: str, text: str, word: str) -> None:
-    assert AnswerWords(declarations.task(name).answer_words).find(text) == word
+    assert AnswerWords(tasks_module.task(name).answer_words).find(text) == word
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_an_answer_word_is_settled_when_nothing_can_change_it(words: list[str], 
 
 def test_a_record_says_what_was_asked_and_answered() -> None:
     model, (item,) = tiny_llama(), items("siqa", 1)
-    scorer = Generation(model, bpe_tokenizer(), declarations.task("siqa"), [item], "alpaca-indented")
+    scorer = Generation(model, bpe_tokenizer(), tasks_module.task("siqa"), [item], "alpaca-indented")
     scorer.extractor = AnswerWords(["e"])
     (record,) = scorer.score(model, [0])
     assert record["label"] == f"answer{item['label'] + 1}"
@@ -240,7 +241,7 @@ def test_a_record_says_what_was_asked_and_answered() -> None:
 
 def test_a_prompt_that_is_too_long_keeps_its_end() -> None:
     model = tiny_llama(max_position_embeddings=100)
-    scorer = Generation(model, bpe_tokenizer(), declarations.task("piqa"), items("piqa", 4), "alpaca-indented")
+    scorer = Generation(model, bpe_tokenizer(), tasks_module.task("piqa"), items("piqa", 4), "alpaca-indented")
     assert scorer.truncated == 4
     assert [len(prompt) for prompt in scorer.prompts] == [100 - 32] * 4
     assert str(bpe_tokenizer().decode(scorer.prompts[0])).endswith("### Response:")

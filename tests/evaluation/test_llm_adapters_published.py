@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from subspace import declarations
-from subspace.inject import inject
-from subspace.published import DEFECTS, PUBLISHED, Published
-from tests.items import items
-from tests.tiny import bpe_tokenizer, tiny_llama
+from subspace.adapters.inject import inject
+from subspace.data import tasks as tasks_module
+from subspace.evaluation.config import DEFECTS, PUBLISHED
+from subspace.evaluation.protocols.llm_adapters_published import Published
+from tests.helpers.items import items
+from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 
 S = " " * 16
 SCORING = (
@@ -38,7 +39,7 @@ def without_gradients() -> Any:
 def scorer(
     model: PreTrainedModel, name: str = "siqa", count: int = 6, defects: Sequence[str] = PUBLISHED, batch: int = 1
 ) -> Published:
-    made = Published(model, bpe_tokenizer(), declarations.task(name), items(name, count), defects, batch=batch)
+    made = Published(model, bpe_tokenizer(), tasks_module.task(name), items(name, count), defects, batch=batch)
     made.extractor = type(made.extractor)(WORDS)  # type: ignore[call-arg]
     return made
 
@@ -48,7 +49,7 @@ def as_published(model: Any, name: str, count: int, prompt: str = SCORING) -> li
     tokenizer: Any = bpe_tokenizer()
     answers = []
     for item in items(name, count):
-        inputs = tokenizer(prompt % declarations.task(name).instruction(item), return_tensors="pt")
+        inputs = tokenizer(prompt % tasks_module.task(name).instruction(item), return_tensors="pt")
         written = model.generate(
             inputs["input_ids"],
             attention_mask=torch.ones_like(inputs["input_ids"]),
@@ -67,7 +68,7 @@ def answers(made: Published, model: Any, batch: Sequence[int]) -> list[tuple[str
     return [(record["text"], record["prediction"]) for record in made.score(model, batch)]
 
 
-@pytest.mark.parametrize("name", declarations.tasks())
+@pytest.mark.parametrize("name", tasks_module.tasks())
 def test_it_answers_as_the_published_evaluator(name: str) -> None:
     model = tiny_llama()
     found = answers(scorer(model, name, 4), model, range(4))
@@ -77,8 +78,8 @@ def test_it_answers_as_the_published_evaluator(name: str) -> None:
 
 
 def test_the_prompts_are_the_published_ones_to_the_byte() -> None:
-    for name in declarations.tasks():
-        instruction = declarations.task(name).instruction(items(name, 1)[0])
+    for name in tasks_module.tasks():
+        instruction = tasks_module.task(name).instruction(items(name, 1)[0])
         assert scorer(tiny_llama(), name, 1).texts == [SCORING % instruction]
         assert scorer(tiny_llama(), name, 1, []).texts == [TRAINING % instruction]
 
@@ -99,7 +100,7 @@ def test_what_else_is_in_the_batch_changes_nothing(defects: Sequence[str]) -> No
 def test_without_a_mask_padding_is_read() -> None:
     """A published batch of three, by the published evaluator's steps: no mask, so that generate takes all for text."""
     model, tokenizer = tiny_llama(), bpe_tokenizer(pad_token="<|reserved_special_token_0|>", padding_side="left")
-    task, made = declarations.task("siqa"), items("siqa", 6)
+    task, made = tasks_module.task("siqa"), items("siqa", 6)
     read = ("unequal_prompts", "no_attention_mask")
     alone = [record["text"] for record in Published(model, tokenizer, task, made, read).score(model, range(6))]
     assert alone == [text for text, _ in as_published(model, "siqa", 6)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from subspace.errors import UserError
-from subspace.results import (
+from subspace.evaluation.results import (
     RESULTS,
     Score,
     TaskResult,

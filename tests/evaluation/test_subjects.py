@@ -9,24 +9,26 @@ import datasets
 import pytest
 import torch
 
-from subspace import evaluate, subjects
-from subspace.adapter_file import load_adapter, save_adapter
-from subspace.config import Subject
-from subspace.evaluate import EvaluateConfig
-from subspace.inject import adapters, eject, inject, trained_parameters
-from subspace.method import methods
-from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.results import read_items
-from subspace.subjects import evaluate_subjects
-from tests.items import items
-from tests.tiny import tiny_llama
+from subspace.adapters.inject import adapters, eject, inject, trained_parameters
+from subspace.adapters.registry import methods
+from subspace.adapters.serialization import load_adapter, save_adapter
+from subspace.data import samples as samples_module
+from subspace.evaluation import evaluate as evaluate_module
+from subspace.evaluation import subjects
+from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.results import read_items
+from subspace.evaluation.subjects import evaluate_subjects
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model, open_tokenizer
+from tests.helpers.items import items
+from tests.helpers.tiny_models import tiny_llama
 
 METHODS = ["lora", "prefix", "houlsby", "dora"]
 
 
 @pytest.fixture(autouse=True)
 def made_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 12)))
+    monkeypatch.setattr(samples_module, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 12)))
 
 
 def perturb(model: torch.nn.Module) -> None:
@@ -93,7 +95,7 @@ def test_all_are_scored_on_one_load_as_each_is_alone(
 
     def laying(model: Any, tokenizer: Any, config: EvaluateConfig, progress: Any) -> Any:
         laid_out.append(config)
-        return evaluate.lay_out(model, tokenizer, config, progress)
+        return evaluate_module.lay_out(model, tokenizer, config, progress)
 
     monkeypatch.setattr(subjects, "open_model", counting)
     monkeypatch.setattr(subjects, "lay_out", laying)
@@ -106,7 +108,7 @@ def test_all_are_scored_on_one_load_as_each_is_alone(
         model, tokenizer = open_model(one.model), open_tokenizer(one.model)
         if one.adapter:
             load_adapter(model, one.adapter)
-        alone = evaluate.evaluate(model, tokenizer, one.evaluate, tmp_path / "alone" / one.folder.name)
+        alone = evaluate_module.evaluate(model, tokenizer, one.evaluate, tmp_path / "alone" / one.folder.name)
         for mine, its in zip(results, alone, strict=True):
             assert mine.items
             assert its.items

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from tests.tiny import TEXT
+from tests.helpers.tiny_models import TEXT
 
 WORDS = TEXT.split()
 # Trailing spaces, a space before the question mark, quotation marks, letters outside ASCII, tags of WikiHow.

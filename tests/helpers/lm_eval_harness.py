@@ -18,8 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace import declarations
-from subspace.declarations import Item
+from subspace.data import tasks as tasks_module
+from subspace.data.tasks import Item
 
 FOLDERS = ("super_glue/boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc", "openbookqa")
 
@@ -87,7 +87,7 @@ def harness_task(name: str, items: Sequence[Item], examples: int = 0) -> Configu
     """Return the harness's task of our task's name, with these items as its data, for training too."""
     rows = datasets.Dataset.from_list([RECORDS[name](item) for item in items])
     splits = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
-    wanted = declarations.task(name).lm_eval_name
+    wanted = tasks_module.task(name).lm_eval_name
     folders = [str(Path(lm_eval.__file__).parent / "tasks" / folder) for folder in FOLDERS]
     manager = TaskManager(include_path=folders, include_defaults=False)
     with mock.patch("lm_eval.api.task.datasets.load_dataset", return_value=splits):

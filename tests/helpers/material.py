@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from subspace.adapter_file import TENSORS
-from tests.tiny import tiny_llama
+from subspace.adapters.serialization import TENSORS
+from tests.helpers.tiny_models import tiny_llama
 
 WORDS = [
     "the",

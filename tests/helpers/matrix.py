@@ -1,6 +1,6 @@
 """Every base with every ZeRO stage, one and two processes and every family of methods: which go, and how exactly.
 
-``python -m tests.matrix`` trains all cells, which takes about half an hour, and writes ``ds_configs/matrix.json`` and,
+``python -m tests.helpers.matrix`` trains all cells, which takes about half an hour, and writes ``ds_configs/matrix.json`` and,
 from it, ``ds_configs/MATRIX.md``; with ``--table`` it only does the latter. With ``--in FOLDER`` the runs stay there,
 and a measurement that was cut short goes on where it was. A cell trains a tiny LLaMA. Its losses are
 held against those of a plain loop of torch's, on one process and without DeepSpeed, on the same base. Its adapter is
@@ -27,21 +27,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace import config, launcher
-from subspace.adapter_file import load_adapter
-from subspace.batches import Data, open_data
-from subspace.combination import lack, refusal
+from subspace import config as config_module
+from subspace.adapters.inject import eject
+from subspace.adapters.merging import merge, unmerge
+from subspace.adapters.registry import methods, resolve
+from subspace.adapters.serialization import load_adapter
+from subspace.common.paths import REPOSITORY
 from subspace.config import RunConfig
-from subspace.engine import fill, lay_out
+from subspace.data.dataset import Data, open_data
+from subspace.distributed import launcher
+from subspace.distributed.deepspeed_config import fill, lay_out
 from subspace.errors import UserError
-from subspace.inject import eject
-from subspace.loss import summed_loss
-from subspace.merge import merge, unmerge
-from subspace.method import methods, resolve
-from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.paths import REPOSITORY
-from subspace.train import count_tokens
-from tests.material import logged, make_material
+from subspace.kernels.cross_entropy import summed_loss
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model, open_tokenizer
+from subspace.training.compatibility import lack, refusal
+from subspace.training.loop import count_tokens
+from tests.helpers.material import logged, make_material
 
 Json = dict[str, Any]
 RECORD, TABLE = REPOSITORY / "ds_configs" / "matrix.json", REPOSITORY / "ds_configs" / "MATRIX.md"
@@ -141,7 +143,7 @@ def measure(cells: Sequence[Cell], root: Path) -> dict[str, Json]:
     """
     make_material(root)
     for name, zero in ENGINES.items():
-        # So large that no gradient is swapped, and so small that the rest is, with what tests/matrix_worker.py does.
+        # So large that no gradient is swapped, and so small that the rest is, with what tests/workers/matrix_cells.py does.
         engine = {"zero_optimization": zero, "aio": {"block_size": 12288}}
         # A loss scale that nothing overflows at: a step that is skipped has no counterpart in the reference.
         engine["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
@@ -193,7 +195,11 @@ def launch(jobs: Sequence[Any], root: Path, ranks: int) -> None:
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port())}
     environment |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     environment.setdefault("DS_ACCELERATOR", "cpu")  # also where there is one GPU, which two ranks cannot share
-    command = [sys.executable, str(REPOSITORY / "tests" / "matrix_worker.py"), str(root / f"jobs{ranks}.json")]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tests" / "workers" / "matrix_cells.py"),
+        str(root / f"jobs{ranks}.json"),
+    ]
     with (root / f"said{ranks}.txt").open("w") as said:
         started = [
             subprocess.Popen(
@@ -230,7 +236,7 @@ class Judge:
 
     def read(self, cell: Cell) -> RunConfig:
         """Return a cell's configuration."""
-        return config.read(*_run(self.root, cell, cell.name))
+        return config_module.read(*_run(self.root, cell, cell.name))
 
     def __call__(self, cell: Cell) -> Json:
         """Return how far a cell is from its reference, its file from what was in memory, and its merged model."""
@@ -284,7 +290,7 @@ def table(record: Json) -> str:
     lines = [
         "# What goes together",
         "",
-        "Written by `python -m tests.matrix`; `tests/test_matrix.py` keeps it current. A tiny LLaMA was trained for",
+        "Written by `python -m tests.helpers.matrix`; `tests/long/test_matrix.py` keeps it current. A tiny LLaMA was trained for",
         f"{STEPS} steps in each combination that is not refused, on {machine}. A number is the largest distance of a",
         "loss from that of a plain loop of torch's, on one process and without DeepSpeed, on the same base: with 1 and",
         "with 2 processes. `a`, `b`, ... are refused before anything is loaded, with the words below. `held` is what",

@@ -14,19 +14,19 @@ import pytest
 import torch
 import yaml
 
-from subspace import declarations
-from subspace.adapter_file import save_adapter
+from subspace.adapters.inject import inject, trained_parameters
+from subspace.adapters.serialization import save_adapter
+from subspace.common.paths import REPOSITORY
+from subspace.data import tasks as tasks_module
 from subspace.errors import UserError
-from subspace.inject import inject, trained_parameters
-from subspace.likelihood import Likelihood
-from subspace.paths import REPOSITORY
-from tests.items import items
-from tests.tiny import bpe_tokenizer, tiny_llama
+from subspace.evaluation.protocols.likelihood import Likelihood
+from tests.helpers.items import items
+from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the harness warns of when it is imported
     harness = pytest.importorskip("tests.harness", reason="needs lm-eval")
-    from subspace.lm_eval_model import SubspaceLM
+    from subspace.integrations.lm_eval import SubspaceLM
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def adapted() -> Any:
 
 @torch.no_grad()
 def test_the_harness_scores_the_adapters(run: Path) -> None:
-    made, task = items("arc_easy", 12), declarations.task("arc_easy")
+    made, task = items("arc_easy", 12), tasks_module.task("arc_easy")
     theirs = harness.harness_scores(SubspaceLM(run=str(run), batch_size=4), harness.harness_task("arc_easy", made))
     flat = [score for scores in theirs for score in scores]
 
@@ -88,7 +88,7 @@ def test_the_harness_s_command_takes_it(run: Path, tmp_path: Path) -> None:
         "doc_to_target": "{{a}}",
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    command = [sys.executable, "-m", "subspace.lm_eval_model", "--model", "subspace", "--tasks", "own"]
+    command = [sys.executable, "-m", "subspace.integrations.lm_eval", "--model", "subspace", "--tasks", "own"]
     command += ["--model_args", f"run={run}", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

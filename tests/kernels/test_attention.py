@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from subspace import attention
-from subspace.attention import attend
+from subspace.adapters.inject import inject
 from subspace.errors import UserError
-from subspace.inject import inject
-from subspace.loss import summed_loss
-from subspace.model import ModelConfig, open_model
-from tests.tiny import tiny_llama
+from subspace.kernels import attention
+from subspace.kernels.attention import attend
+from subspace.kernels.cross_entropy import summed_loss
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model
+from tests.helpers.tiny_models import tiny_llama
 
 ROWS, HEADS, TOKENS, WIDTH = 5, 6, 24, 16
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspace import loss
-from subspace.encoding import IGNORE
-from subspace.engine import fill, lay_out, start_engine, start_processes
-from subspace.inject import inject, trained_parameters
-from subspace.loss import summed_loss
-from tests.tiny import ARCHITECTURES, VOCABULARY, tiny, tiny_llama
+from subspace.adapters.inject import inject, trained_parameters
+from subspace.data.collate import IGNORE
+from subspace.distributed.deepspeed_config import fill, lay_out
+from subspace.distributed.engine import start_engine, start_processes
+from subspace.kernels import cross_entropy as loss
+from subspace.kernels.cross_entropy import summed_loss
+from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, tiny, tiny_llama
 
 
 def batch(rows: int = 3, tokens: int = 24) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from subspace.dropout import SPARSE, dropout
+from subspace.kernels.dropout import SPARSE, dropout
 
 
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.3, 0.6])

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from subspace import launcher
-from subspace.paths import REPOSITORY
-from tests.material import logged, make_material, saved_adapter
+from subspace.common.paths import REPOSITORY
+from subspace.distributed import launcher
+from tests.helpers.material import logged, make_material, saved_adapter
 
 pytestmark = pytest.mark.processes
 
@@ -32,7 +32,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "jobs.json").write_text(json.dumps(jobs))
         port = str(launcher.free_port())
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
-        command += ["--", str(REPOSITORY / "tests" / "zero_worker.py"), str(root / "jobs.json"), str(at_once)]
+        command += [
+            "--",
+            str(REPOSITORY / "tests" / "workers" / "zero_losses.py"),
+            str(root / "jobs.json"),
+            str(at_once),
+        ]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr[-6000:]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.branch import add_product, branch_off
-from subspace.dropout import dropout
+from subspace.kernels.dropout import dropout
+from subspace.kernels.low_rank import add_product, branch_off
 
 IN, OUT, RANK, SCALE = 12, 7, 3, 1.7
 Branch = Callable[[Tensor, nn.Linear, Tensor, Tensor, float], Tensor]

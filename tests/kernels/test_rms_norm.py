@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspace.norm import KINDS, lighten_norms
+from subspace.kernels.rms_norm import KINDS, lighten_norms
 
 WIDTH = 24
 

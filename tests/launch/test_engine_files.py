@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from subspace.paths import REPOSITORY
-from tests.material import make_material
-from tests.matrix import launch
-from tests.test_zero import losses
+from subspace.common.paths import REPOSITORY
+from tests.distributed.test_zero import losses
+from tests.helpers.material import make_material
+from tests.helpers.matrix import launch
 
 FILES = sorted(file.stem for file in (REPOSITORY / "ds_configs").glob("*.json") if file.stem != "matrix")
 #: What is written for more devices than a test has.

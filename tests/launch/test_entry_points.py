@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from subspace import launcher
-from subspace.paths import REPOSITORY
-from tests.material import logged, make_material, saved_adapter
+from subspace.common.paths import REPOSITORY
+from subspace.distributed import launcher
+from tests.helpers.material import logged, make_material, saved_adapter
 
 pytestmark = pytest.mark.processes
 

@@ -8,10 +8,11 @@ import re
 import pytest
 from torch import nn
 
-from subspace import config
-from subspace.budget import count_trained
-from subspace.model import ModelConfig, declared_shapes, open_shape
-from subspace.paths import REPOSITORY
+from subspace import config as config_module
+from subspace.adapters.parameter_count import count_trained
+from subspace.common.paths import REPOSITORY
+from subspace.models.config import ModelConfig
+from subspace.models.loading import declared_shapes, open_shape
 
 FOLDER = REPOSITORY / "launch" / "recipes"
 
@@ -70,7 +71,7 @@ def test_every_recipe_of_a_llama_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_trains_what_was_published(name: str) -> None:
     trained, share, more = ROWS[name]
-    run = config.read(FOLDER / f"{name}.yaml")
+    run = config_module.read(FOLDER / f"{name}.yaml")
     (part,) = run.method
     counted = functools.partial(count_trained, shape(run.model.path), targets=part.targets)
     assert counted(part.name, part.settings) == trained

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "launch/recipes/quickstart.yaml"
 
 pytestmark = pytest.mark.processes

@@ -1,4 +1,4 @@
-"""Every base with every ZeRO stage, one and two processes and every family of methods; see tests/matrix.py.
+"""Every base with every ZeRO stage, one and two processes and every family of methods; see tests/helpers/matrix.py.
 
 The default suite trains a selection in which each two of these meet, ``-m long`` all of them. The recorded table is
 compared with what the code refuses today.
@@ -12,8 +12,20 @@ from typing import Any
 
 import pytest
 
-from subspace.combination import lack
-from tests.matrix import CELLS, MERGED, RECORD, RELOADED, TABLE, TOLERANCE, Cell, covering, measure, refused, table
+from subspace.training.compatibility import lack
+from tests.helpers.matrix import (
+    CELLS,
+    MERGED,
+    RECORD,
+    RELOADED,
+    TABLE,
+    TOLERANCE,
+    Cell,
+    covering,
+    measure,
+    refused,
+    table,
+)
 
 COVERING = covering()
 FLOAT16 = [cell for cell in CELLS if cell.base == "fp16" and cell.engine != "3+nvme" and cell.ranks == 1]

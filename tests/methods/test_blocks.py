@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from subspace.adapter_file import load_adapter, save_adapter
-from subspace.decoding import decode_greedily
+from subspace.adapters.base import Adapter
+from subspace.adapters.inject import adapters, eject, inject, roles, trained_parameters
+from subspace.adapters.merging import merge, unmerge
+from subspace.adapters.registry import find_method
+from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.errors import UserError
-from subspace.inject import adapters, eject, inject, roles, trained_parameters
-from subspace.likelihood import choice_scores, rows_of
-from subspace.merge import merge, unmerge
-from subspace.method import Adapter, find_method
+from subspace.evaluation.choice_scoring import choice_scores, rows_of
+from subspace.evaluation.greedy_decoding import decode_greedily
 from subspace.methods.lora import LoRA
 from subspace.methods.parallel import Parallel
-from subspace.model import ModelConfig, open_model
-from tests.tiny import ARCHITECTURES, tiny, tiny_llama
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model
+from tests.helpers.tiny_models import ARCHITECTURES, tiny, tiny_llama
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17], [8, 8, 250, 31, 2, 90, 4, 11]])
 W = torch.tensor([[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]])

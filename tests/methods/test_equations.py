@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.access import Access
-from subspace.method import Adapter, Clock, LinearAdapter, find_method
+from subspace.adapters.base import Adapter, Clock, LinearAdapter
+from subspace.adapters.registry import find_method
+from subspace.adapters.virtual_tokens import AttentionAdapter
 from subspace.methods.adalora import budget
-from subspace.virtual_tokens import AttentionAdapter
+from subspace.training.optimizer_access import Access
 
 W = torch.tensor([[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]])  # 2 out, 3 in; row norms 3 and 5
 X = torch.tensor([1.0, -1.0, 2.0])  # W X = (3, 5)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.access import Access
-from subspace.decomposition import largest, smallest, whole
+from subspace.adapters.base import Clock, LinearAdapter
+from subspace.adapters.linalg import largest, smallest, spectral_entropy, whole
+from subspace.adapters.registry import methods, resolve
 from subspace.errors import UserError
-from subspace.linalg import spectral_entropy
-from subspace.method import Clock, LinearAdapter, methods, resolve
 from subspace.methods.flexlora import FlexLoRA, moves
 from subspace.methods.lora import LoRA
+from subspace.training.optimizer_access import Access
 
 OUT, IN = 24, 20
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from subspace.budget import count_trained
-from subspace.method import methods, resolve
-from subspace.model import ModelConfig, open_shape
+from subspace.adapters.parameter_count import count_trained
+from subspace.adapters.registry import methods, resolve
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_shape
 
 R = {"r": 32}
 LLAMA_7B: list[tuple[str, dict[str, Any], int]] = [

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from subspace.access import Access
+from subspace.adapters.base import ROLES, SITES, Adapter, Clock, LinearAdapter
+from subspace.adapters.inject import adapters, groups, inject, roles, trained_parameters
+from subspace.adapters.penalties import with_penalties
+from subspace.adapters.registry import find_method, methods
 from subspace.errors import UserError
-from subspace.inject import adapters, groups, inject, roles, trained_parameters
-from subspace.method import ROLES, SITES, Adapter, Clock, LinearAdapter, find_method, methods, with_penalties
-from tests.tiny import SOON, tiny, tiny_llama
+from subspace.training.optimizer_access import Access
+from tests.helpers.tiny_models import SOON, tiny, tiny_llama
 
 METHODS = methods()
 LINEAR = [name for name, cls in METHODS.items() if issubclass(cls, LinearAdapter) and cls.mergeable]

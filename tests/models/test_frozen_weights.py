@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from subspace.access import Access
-from subspace.base import full_weight
-from subspace.decomposition import smallest
+from subspace.adapters.base import Clock
+from subspace.adapters.inject import adapters, groups, inject, trained_parameters
+from subspace.adapters.linalg import smallest
+from subspace.adapters.registry import methods
 from subspace.errors import UserError
-from subspace.inject import adapters, groups, inject, trained_parameters
-from subspace.method import Clock, methods
-from subspace.model import ModelConfig, open_model
-from tests.tiny import SOON, tiny_llama
+from subspace.models.config import ModelConfig
+from subspace.models.frozen_weights import full_weight
+from subspace.models.loading import open_model
+from subspace.training.optimizer_access import Access
+from tests.helpers.tiny_models import SOON, tiny_llama
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17], [8, 8, 250, 31, 2, 90, 4, 11]])
 SETTINGS: dict[str, dict[str, Any]] = {**SOON, "svdiff": {"p": 4}, "sam-parser": {"p": 4}, "ssl": {}}

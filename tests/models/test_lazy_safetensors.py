@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from subspace.model import ModelConfig, open_model
-from subspace.shards import Unread, tensor_by_tensor
+from subspace.models.config import ModelConfig
+from subspace.models.lazy_safetensors import Unread, tensor_by_tensor
+from subspace.models.loading import open_model
 from tests.bench.random_model import write_random
-from tests.tiny import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAYERS, HIDDEN = 10, 2048  # 0.94 G numbers, 1.9 GB
 
 
@@ -38,7 +39,7 @@ def run(*command: str, **environment: str) -> str:
 def open_by_two(folder: Path) -> list[dict[str, Any]]:
     """Let two processes open the model that the folder holds, spread by ZeRO-3; return what they write, by rank."""
     tiny_llama(folder / "small")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/load_worker.py"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/workers/load_model.py"]
     run(*command, str(folder / "small"), str(folder / "model"), str(folder), PYTHONPATH=str(ROOT))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

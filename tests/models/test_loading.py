@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from subspace.attention import NAME
-from subspace.base import full_weight, storage
+from subspace.adapters.inject import inject, trained_parameters
+from subspace.adapters.penalties import with_penalties
+from subspace.adapters.registry import find_method, methods
 from subspace.errors import UserError
-from subspace.inject import inject, trained_parameters
-from subspace.method import find_method, methods, with_penalties
-from subspace.model import ModelConfig, describe, open_model, open_tokenizer
-from tests.tiny import (
+from subspace.kernels.attention import NAME
+from subspace.models.config import ModelConfig
+from subspace.models.frozen_weights import full_weight, storage
+from subspace.models.loading import describe, open_model, open_tokenizer
+from tests.helpers.tiny_models import (
     ARCHITECTURES,
     TEXT,
     bpe_tokenizer,
@@ -232,9 +234,11 @@ def test_evaluation_leaves_quantised_weights_alone(llama: Path, quantize: str, d
 
 SHARDED = """
 import os, sys, torch, deepspeed
-from subspace.base import held_bytes
-from subspace.model import ModelConfig, describe, open_model
-from subspace.zero import is_sharded
+from subspace.models.frozen_weights import held_bytes
+from subspace.models.config import ModelConfig
+from subspace.models.loading import describe
+from subspace.models.loading import open_model
+from subspace.distributed.zero import is_sharded
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 os.environ["LOCAL_RANK"] = "0"
 torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{sys.argv[2]}")

@@ -14,20 +14,23 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace import declarations
-from subspace.declarations import Item
-from subspace.evaluate import EvaluateConfig, evaluate, take_sample
-from subspace.likelihood import Likelihood, draw_examples
-from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.results import read_items
-from tests.items import items
-from tests.tiny import bpe_tokenizer, save_sentencepiece, tiny_llama
+from subspace.data import tasks as tasks_module
+from subspace.data.samples import take_sample
+from subspace.data.tasks import Item
+from subspace.evaluation.config import EvaluateConfig
+from subspace.evaluation.evaluate import evaluate
+from subspace.evaluation.protocols.likelihood import Likelihood, draw_examples
+from subspace.evaluation.results import read_items
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model, open_tokenizer
+from tests.helpers.items import items
+from tests.helpers.tiny_models import bpe_tokenizer, save_sentencepiece, tiny_llama
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the harness warns of when it is imported
     harness = pytest.importorskip("tests.harness", reason="needs lm-eval")
 
-every_task = pytest.mark.parametrize("name", list(declarations.tasks()))
+every_task = pytest.mark.parametrize("name", list(tasks_module.tasks()))
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +58,13 @@ def both(
     """Return our records, the harness's scores, and its predictions."""
     task = harness.harness_task(name, items)
     theirs = harness.harness_scores(harness.harness_model(model, tokenizer), task)
-    ours = Likelihood(model, tokenizer, declarations.task(name), items).score(model, range(len(items)))
+    ours = Likelihood(model, tokenizer, tasks_module.task(name), items).score(model, range(len(items)))
     return ours, theirs, harness.harness_predictions(task, theirs)
 
 
 @every_task
 def test_the_harness_is_fed_the_same_items(name: str) -> None:
-    task = declarations.task(name)
+    task = tasks_module.task(name)
     made = items(name, 30)
     back = [task.make_item(harness.RECORDS[name](item), 0, "test") | {"id": item["id"]} for item in made]
     assert back == made
@@ -71,7 +74,7 @@ def test_the_harness_is_fed_the_same_items(name: str) -> None:
 def test_the_harness_asks_the_same(name: str) -> None:
     made = items(name, 30)
     theirs = [instance.args for instance in harness.harness_task(name, made).instances]
-    assert [request for item in made for request in declarations.task(name).likelihood.requests(item)] == theirs
+    assert [request for item in made for request in tasks_module.task(name).likelihood.requests(item)] == theirs
 
 
 @every_task
@@ -83,11 +86,11 @@ def test_the_harness_s_examples_are_drawn(name: str, count: int) -> None:
     theirs = {(instance.doc_id, instance.idx): instance.args for instance in instances}
     positions = [2, 5, 17]
     asked: dict[Any, Any] = {}
-    own = declarations.task(name).splits["test"].official == "test"
+    own = tasks_module.task(name).splits["test"].official == "test"
     drawn = draw_examples(made, [made[n] for n in positions], positions, count, own_test_split=own)
     for position, several in zip(positions, drawn, strict=True):
         scorer = Likelihood(
-            tiny_llama(), bpe_tokenizer(), declarations.task(name), [made[position]], examples=[several]
+            tiny_llama(), bpe_tokenizer(), tasks_module.task(name), [made[position]], examples=[several]
         )
         asked |= {(position, n): pair for n, pair in enumerate(scorer.requests[0])}
     assert asked == {key: theirs[key] for key in asked}
@@ -111,9 +114,9 @@ def test_what_is_too_long_loses_the_same_beginning() -> None:
 @pytest.mark.long
 @every_task
 def test_every_real_item_is_asked_the_same(name: str) -> None:
-    real = take_sample(declarations.task(name), "test", None).items
+    real = take_sample(tasks_module.task(name), "test", None).items
     theirs = [instance.args for instance in harness.harness_task(name, real).instances]
-    assert [request for item in real for request in declarations.task(name).likelihood.requests(item)] == theirs
+    assert [request for item in real for request in tasks_module.task(name).likelihood.requests(item)] == theirs
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_a_model_answers_the_same(
     (result,) = evaluate(model, tokenizer, EvaluateConfig(tasks=name, limit=limit), tmp_path)
     assert result.items
     ours = read_items(result.items)
-    task = harness.harness_task(name, take_sample(declarations.task(name), "test", limit).items)
+    task = harness.harness_task(name, take_sample(tasks_module.task(name), "test", limit).items)
     scores = harness.harness_scores(harness.harness_model(model, tokenizer), task)
     theirs = harness.harness_predictions(task, scores)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.access import Access
-from subspace.inject import adapters, inject, trained_parameters
-from subspace.merge import merge
-from subspace.method import Adapter, Clock
-from tests.tiny import tiny, tiny_llama
+from subspace.adapters.base import Adapter, Clock
+from subspace.adapters.inject import adapters, inject, trained_parameters
+from subspace.adapters.merging import merge
+from subspace.training.optimizer_access import Access
+from tests.helpers.tiny_models import tiny, tiny_llama
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

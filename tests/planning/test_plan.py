@@ -12,20 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from subspace import cli
-from subspace import config as configuration
-from subspace.engine import fill, lay_out
+from subspace import config as config_module
+from subspace.adapters.inject import inject
+from subspace.cli import main as cli
+from subspace.distributed.deepspeed_config import fill, lay_out
 from subspace.errors import UserError
-from subspace.holdings import Holdings
-from subspace.inject import inject
-from subspace.model import ModelConfig, open_shape
-from subspace.optimizers import make_optimizer
-from subspace.plan import Plan, Work, _shape, parse_size, plan
-from subspace.rehearsal import Batch, Footprint, Ledger, rehearse
-from tests.material import make_material
-from tests.tiny import tiny_llama
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_shape
+from subspace.planning.activation_memory import Batch, Footprint, Ledger, rehearse
+from subspace.planning.plan import Plan, Work, _shape, parse_size, plan
+from subspace.planning.static_memory import Holdings
+from subspace.training.optimizers import make_optimizer
+from tests.helpers.material import make_material
+from tests.helpers.tiny_models import tiny_llama
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
 
 #: Runs of SmolLM2-135M that differ in what takes memory.
@@ -68,7 +69,7 @@ def test_a_small_run_takes_what_is_told(tmp_path: Path) -> None:
 
 def test_the_micro_batch_that_takes_most_is_planned_for(tmp_path: Path) -> None:
     """Where the head weighs more than the layers, it is not the longest one."""
-    config = configuration.read(make_material(tmp_path), ["train.batch=4", "data.group_by_length=false"])
+    config = config_module.read(make_material(tmp_path), ["train.batch=4", "data.group_by_length=false"])
     work = Work.of(config, lay_out(4, None, 1))
     assert work.data is not None
     assert work.micro_batches is not None
@@ -82,7 +83,7 @@ def test_the_micro_batch_that_takes_most_is_planned_for(tmp_path: Path) -> None:
 
 
 def test_packed_rows_are_planned_for(tmp_path: Path) -> None:
-    config = configuration.read(make_material(tmp_path), ["train.batch=8", "data.packing=true", "data.max_length=128"])
+    config = config_module.read(make_material(tmp_path), ["train.batch=8", "data.packing=true", "data.max_length=128"])
     work = Work.of(config, lay_out(8, None, 1))
     assert work.data is not None
     assert work.micro_batches is not None
@@ -105,7 +106,7 @@ def test_memory_that_is_kept_is_told_of(tmp_path: Path, keep: bool) -> None:
 
 
 def tiny_plan(root: Path, *settings: str, processes: int = 1) -> Plan:
-    return plan(configuration.read(make_material(root), settings), processes=processes)
+    return plan(config_module.read(make_material(root), settings), processes=processes)
 
 
 def parts(found: Plan) -> dict[str, int]:
@@ -114,7 +115,7 @@ def parts(found: Plan) -> dict[str, int]:
 
 def test_a_7b_model_is_planned_without_a_file() -> None:
     settings = ["model.path=llama-7b", "model.dtype=bfloat16", "model.quantize=nf4", "train.micro_batch=1"]
-    found = plan(configuration.read(ROOT / "launch/recipes/llama-7b-lora-r32.yaml", settings), memory=24 * GB)
+    found = plan(config_module.read(ROOT / "launch/recipes/llama-7b-lora-r32.yaml", settings), memory=24 * GB)
     assert found.trained == 56_098_816
     packed = (6_738_415_616 - 2 * 32000 * 4096 - 65 * 4096) / 2
     held = packed + 2 * (2 * 32000 * 4096 + 65 * 4096)
@@ -168,8 +169,8 @@ def test_the_ledger_counts_what_is_held() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_rehearsal_keeps_what_a_step_keeps(quantize: str, checkpointing: bool, tmp_path: Path) -> None:
     """A step with numbers, under the same ledger, takes the same bytes."""
-    from subspace.loss import summed_loss
-    from subspace.model import open_model
+    from subspace.kernels.cross_entropy import summed_loss
+    from subspace.models.loading import open_model
 
     tiny_llama(tmp_path / "m")
     config = ModelConfig(
@@ -204,10 +205,10 @@ def test_plan_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_8_bit_state_trains_and_pages_need_a_gpu(tmp_path: Path) -> None:
     from subspace.run import train_run
-    from tests.material import logged
+    from tests.helpers.material import logged
 
     run = make_material(tmp_path)
-    config = configuration.read(run, [f"runs={tmp_path}", "train.optimizer=adamw8bit"])
+    config = config_module.read(run, [f"runs={tmp_path}", "train.optimizer=adamw8bit"])
     losses = logged(train_run(config))
     assert losses[-1] < losses[0] - 0.1
     parameter = nn.Parameter(torch.ones(4096))
@@ -216,6 +217,6 @@ def test_8_bit_state_trains_and_pages_need_a_gpu(tmp_path: Path) -> None:
     optimizer.step()
     assert optimizer.state[parameter]["state1"].dtype is torch.uint8
     if not torch.cuda.is_available():
-        paged = configuration.read(run, [f"runs={tmp_path}", "name=p", "train.optimizer=paged_adamw8bit"])
+        paged = config_module.read(run, [f"runs={tmp_path}", "name=p", "train.optimizer=paged_adamw8bit"])
         with pytest.raises(UserError, match="Use train.optimizer=adamw8bit"):
             train_run(paged)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from subspace import statistics
-from subspace.cli import main
-from subspace.comparison import comparisons
+from subspace.cli.main import main
 from subspace.errors import UserError
-from tests.test_tables import run, trained
+from subspace.reporting import statistics
+from subspace.reporting.comparison import comparisons
+from tests.reporting.test_tables import run, trained
 
 FIRST = "1" * 40 + "0" * 60
 SAME = "0" + "1" * 40 + "0" * 59  # two items flipped

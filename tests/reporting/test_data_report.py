@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from subspace import declarations
-from subspace.cli import main
-from subspace.contamination import KINDS, Matcher, Text, duplicates, keys, shown
+from subspace.cli.main import main
+from subspace.data import tasks as tasks_module
+from subspace.data.contamination import KINDS, Matcher, Text, duplicates, keys, shown
 
 LONG = "the quick brown fox jumps over the lazy dog and then runs back home again tonight"  # 16 words
 
@@ -90,7 +90,7 @@ def test_duplicates_are_those_that_are_there_again() -> None:
 )
 def test_what_is_compared_is_what_training_shows(task: str, expected: Text) -> None:
     item: dict[str, Any] = {"id": "1", "topic": "t", "context": "c", "question": "q", "choices": ["a", "b", "c"]}
-    assert shown(declarations.task(task))({**item, "label": 0}) == expected
+    assert shown(tasks_module.task(task))({**item, "label": 0}) == expected
 
 
 # On the real data: slow only where its token ids are not in the cache.
@@ -131,9 +131,9 @@ def test_repeats_in_a_mixture_are_counted(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.model
 def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One row is a test item as LLM-Adapters asks it, another has its words in other ones; the rest is harmless."""
-    from subspace.prepare import task_items
+    from subspace.data.prepare import task_items
 
-    task, items = declarations.task("openbookqa"), list(task_items("openbookqa", "test"))
+    task, items = tasks_module.task("openbookqa"), list(task_items("openbookqa", "test"))
     long = next(i for i, item in enumerate(items) if len(item["question"].split()) > 20)
     rows = [
         {"instruction": task.instruction(items[3]), "output": "the correct answer is answer1"},

@@ -10,8 +10,8 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from subspace import statistics
-from subspace.statistics import Array, Run
+from subspace.reporting import statistics
+from subspace.reporting.statistics import Array, Run
 
 Generator = np.random.Generator
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import yaml
 
-from subspace import statistics
+from subspace.common.tables import BEST, FORMATS, TIED, show
 from subspace.errors import UserError
-from subspace.formats import BEST, FORMATS, TIED, show
-from subspace.plots import plot
-from subspace.results import TaskResult, accuracy, items_file, write_items, write_results
-from subspace.tables import tables, write
+from subspace.evaluation.results import TaskResult, accuracy, items_file, write_items, write_results
+from subspace.reporting import statistics
+from subspace.reporting.plots import plot
+from subspace.reporting.tables import tables, write
 
 Marks = Mapping[str, Sequence[str]]  # by metric, for each item: "1" right, "0" wrong
 

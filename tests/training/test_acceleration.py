@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspace import config as configuration
-from subspace import speedups
+from subspace import config as config_module
+from subspace.adapters.inject import inject
 from subspace.errors import UserError
-from subspace.inject import inject
 from subspace.run import train_run
-from subspace.speedups import activations_on_host, check_speedups, compile_layers, is_weight
-from tests.material import logged, make_material
-from tests.tiny import tiny_llama
+from subspace.training import acceleration as speedups
+from subspace.training.acceleration import activations_on_host, check_speedups, compile_layers, is_weight
+from tests.helpers.material import logged, make_material
+from tests.helpers.tiny_models import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(material: Path, runs: Path, name: str, *overrides: str) -> list[float]:
-    return logged(train_run(configuration.read(material, [f"runs={runs}", f"name={name}", *overrides])))
+    return logged(train_run(config_module.read(material, [f"runs={runs}", f"name={name}", *overrides])))
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler looks where it is warned not to

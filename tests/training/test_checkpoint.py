@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from subspace import checkpoint, train
-from subspace import config as configuration
-from subspace.checkpoint import MANIFEST, begin, checkpoints, damage, finish, newest, place, prune
+from subspace import config as config_module
+from subspace.common.paths import REPOSITORY
 from subspace.errors import UserError
 from subspace.run import train_run
-from tests.material import logged, make_material
+from subspace.training import checkpoint
+from subspace.training.checkpoint import MANIFEST, begin, checkpoints, damage, finish, newest, place, prune
+from tests.helpers.material import logged, make_material
 
 FILES = {"adapter/adapter.json": b"{}\n", "training.json": b"[1, 2, 3]" * 9, "training.safetensors": bytes(range(256))}
 
@@ -163,7 +164,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
     config = make_material(tmp_path)
     settings = [f"runs={small_disk}", "name=full", *SETTINGS]
     with pytest.raises(UserError, match=r"No space left on device.*\. The last good checkpoint is \S+step-00000\d$"):
-        train_run(configuration.read(config, settings))
+        train_run(config_module.read(config, settings))
     folder = small_disk / "full"
     there = checkpoints(folder)
     assert there
@@ -173,15 +174,17 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
 
     # Once there is space, the same run goes on from there, as if there always had been.
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
-    train_run(configuration.read(config, settings), resume=True)
-    whole = train_run(configuration.read(config, [*settings, f"runs={tmp_path}", "name=whole"]))
+    train_run(config_module.read(config, settings), resume=True)
+    whole = train_run(config_module.read(config, [*settings, f"runs={tmp_path}", "name=whole"]))
     assert logged(folder) == logged(whole)
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from subspace.checkpoint import begin, finish, place
+from subspace.training.checkpoint import begin
+from subspace.training.checkpoint import finish
+from subspace.training.checkpoint import place
 target = place(Path(sys.argv[1]), 2)
 folder = begin(target)
 (folder / "training.json").write_bytes(bytes(5000))
@@ -202,7 +205,7 @@ def test_a_file_that_the_system_refuses_is_an_error(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert "File too large" in done.stderr
     assert newest(tmp_path) == (older, [])

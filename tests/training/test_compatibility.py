@@ -9,13 +9,14 @@ import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch.utils import cpp_extension
 
-from subspace import combination, config
-from subspace.engine import fill, lay_out
+from subspace import config as config_module
+from subspace.adapters.registry import resolve
+from subspace.distributed.deepspeed_config import fill, lay_out
 from subspace.errors import UserError
-from subspace.method import resolve
-from subspace.model import ModelConfig
+from subspace.models.config import ModelConfig
 from subspace.run import train_run
-from tests.material import make_material
+from subspace.training import compatibility as combination
+from tests.helpers.material import make_material
 
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "somewhere"}
 
@@ -100,5 +101,5 @@ def test_a_run_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "engine.json").write_text('{"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}')
     settings = [f"engine={tmp_path / 'engine.json'}", f"runs={tmp_path}", "model.path=nowhere"]
     with pytest.raises(UserError, match="offloads the weights at ZeRO stage 1"):
-        train_run(config.read(file, settings))
+        train_run(config_module.read(file, settings))
     assert not (tmp_path / "run").exists()

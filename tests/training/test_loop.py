@@ -14,23 +14,26 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from subspace import config as configuration
-from subspace import evaluate
-from subspace.access import Access
-from subspace.adapter_file import TENSORS, load_adapter, save_adapter
-from subspace.checkpoint import checkpoints
-from subspace.checks import LearningCheck, checksum
-from subspace.encoding import IGNORE
+from subspace import config as config_module
+from subspace.data import samples as samples_module
+
+pass
+from subspace.adapters.base import Adapter
+from subspace.adapters.inject import adapters, inject, roles, trained_parameters
+from subspace.adapters.serialization import TENSORS, load_adapter, save_adapter
+from subspace.data.collate import IGNORE
 from subspace.errors import RunFailed, UserError
-from subspace.inject import adapters, inject, roles, trained_parameters
-from subspace.loss import summed_loss
-from subspace.method import Adapter
+from subspace.kernels.cross_entropy import summed_loss
 from subspace.methods.lora import LoRA
 from subspace.run import train_run
-from subspace.train import TrainConfig, parameter_groups, rate_factor
-from tests.items import items
-from tests.material import STAGES, logged, make_material, saved_adapter
-from tests.tiny import tiny_llama
+from subspace.training.checkpoint import checkpoints
+from subspace.training.config import TrainConfig
+from subspace.training.health_checks import LearningCheck, checksum
+from subspace.training.optimizer_access import Access
+from subspace.training.optimizers import parameter_groups, rate_factor
+from tests.helpers.items import items
+from tests.helpers.material import STAGES, logged, make_material, saved_adapter
+from tests.helpers.tiny_models import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(material: Path, runs: Path, name: str, *overrides: str) -> Path:
-    return train_run(configuration.read(material, [f"runs={runs}", f"name={name}", *overrides]))
+    return train_run(config_module.read(material, [f"runs={runs}", f"name={name}", *overrides]))
 
 
 def test_micro_batches_give_the_loss_and_the_adapter_of_one_batch(material: Path, tmp_path: Path) -> None:
@@ -79,7 +82,7 @@ def test_run_folder(material: Path, tmp_path: Path) -> None:
     assert about["outcome"]["loss"] == logged(folder)[-1]
     assert list((folder / "tensorboard").glob("events*"))
     assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000006"]
-    again = configuration.read(folder / "config.yaml", [])
+    again = config_module.read(folder / "config.yaml", [])
     assert again.train.steps == 6
     assert again.method[0].settings.r == 4  # type: ignore[attr-defined]
 
@@ -89,7 +92,7 @@ def test_rows_that_hold_test_items_are_told(
 ) -> None:
     made = items("openbookqa", 3)
     made[1]["question"] = json.loads((material.parent / "data.jsonl").read_text().splitlines()[0])["instruction"]
-    monkeypatch.setattr(evaluate, "task_items", lambda name, split: datasets.Dataset.from_list(made))
+    monkeypatch.setattr(samples_module, "task_items", lambda name, split: datasets.Dataset.from_list(made))
     folder = train(material, tmp_path, "seen", "train.steps=1")
     (told,) = json.loads((folder / "environment.json").read_text())["data"]["seen"]
     assert "data.jsonl holds 1 of 3 items of openbookqa, too many" in told
@@ -112,8 +115,8 @@ def test_several_methods_train_in_one_run(material: Path, tmp_path: Path) -> Non
     ]
     assert about["trained"] == sum(tensor.numel() for tensor in saved_adapter(folder).values())
     assert logged(folder)[-1] < logged(folder)[0]
-    again = configuration.read(folder / "config.yaml")
-    assert again.method == configuration.read(several).method
+    again = config_module.read(folder / "config.yaml")
+    assert again.method == config_module.read(several).method
     description = load_adapter(tiny_llama(), folder / "adapter")
     assert {part["method"] for part in description["adapters"]} == {"lora", "ssb"}
 

@@ -10,9 +10,10 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
-from subspace.inject import inject
-from subspace.train import TrainConfig, parameter_groups
-from tests.tiny import tiny, tiny_llama
+from subspace.adapters.inject import inject
+from subspace.training.config import TrainConfig
+from subspace.training.optimizers import parameter_groups
+from tests.helpers.tiny_models import tiny, tiny_llama
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

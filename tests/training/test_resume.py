@@ -10,18 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from subspace import config as configuration
-from subspace import train as loop
-from subspace.adapter_file import TENSORS
-from subspace.checkpoint import MANIFEST, checkpoints, place
+from subspace import config as config_module
+from subspace.adapters.inject import adapters, inject
+from subspace.adapters.registry import methods
+from subspace.adapters.serialization import TENSORS
+from subspace.distributed.signals import Interruption
 from subspace.errors import RunStopped, UserError
-from subspace.inject import adapters, inject
-from subspace.interruption import Interruption
-from subspace.method import methods
-from subspace.resume import Saved, _random_state, _set_random_state, restore
 from subspace.run import is_finished, train_run
-from tests.material import logged, make_material
-from tests.tiny import SOON, tiny_llama
+from subspace.training import loop as loop_module
+from subspace.training.checkpoint import MANIFEST, checkpoints, place
+from subspace.training.resume import Saved, _random_state, _set_random_state, restore
+from tests.helpers.material import logged, make_material
+from tests.helpers.tiny_models import SOON, tiny_llama
 
 STEPS = 9
 #: With what has a state of its own: epochs, accumulation, a schedule, decay. Every step has a checkpoint.
@@ -36,7 +36,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(material: Path, runs: Path, name: str, *overrides: str, resume: bool = False) -> Path:
-    config = configuration.read(material, [f"runs={runs}", f"name={name}", *SETTINGS, *overrides])
+    config = config_module.read(material, [f"runs={runs}", f"name={name}", *SETTINGS, *overrides])
     return train_run(config, resume=resume)
 
 
@@ -108,14 +108,14 @@ def test_a_state_of_eight_bits_goes_on(material: Path, tmp_path: Path, stage: in
 
 def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     """Ask a run to stop, as a signal does, once so many steps are done."""
-    real, asked = loop.Fed.add, []
+    real, asked = loop_module.Fed.add, []
 
-    def add(self: loop.Fed, number: int) -> None:
+    def add(self: loop_module.Fed, number: int) -> None:
         real(self, number)
         if number == step:
             asked.append(number)
 
-    patch.setattr(loop.Fed, "add", add)
+    patch.setattr(loop_module.Fed, "add", add)
     patch.setattr(Interruption, "asked", property(lambda self: bool(asked), lambda self, value: None), raising=False)
 
 
@@ -229,8 +229,8 @@ def test_a_finished_run_can_be_made_longer_and_is_known(material: Path, whole: P
     folder = whole.with_name("longer")
     shutil.copytree(whole, folder)
     settings = [f"runs={whole.parent}", "name=longer", *SETTINGS, *DROPOUT, "train.validate_every=3"]
-    assert is_finished(configuration.read(material, settings))
-    longer = configuration.read(material, [*settings, "train.steps=12"])
+    assert is_finished(config_module.read(material, settings))
+    longer = config_module.read(material, [*settings, "train.steps=12"])
     assert not is_finished(longer)
     # With rows grouped by length over all steps there are, more steps deal out other rows.
     with pytest.raises(UserError, match="were fed other rows"):

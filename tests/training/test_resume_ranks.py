@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from subspace.adapter_file import TENSORS
-from subspace.checkpoint import checkpoints, damage, place
-from tests.material import STAGES, logged, make_material
-from tests.test_resume import killed
-from tests.test_zero import launch, losses
+from subspace.adapters.serialization import TENSORS
+from subspace.training.checkpoint import checkpoints, damage, place
+from tests.distributed.test_zero import launch, losses
+from tests.helpers.material import STAGES, logged, make_material
+from tests.training.test_resume import killed
 
 pytestmark = pytest.mark.processes
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from subspace.engine import fill, lay_out, start_processes
-from subspace.host_memory import resident_memory
-from subspace.model import ModelConfig, describe, open_model
-from subspace.shards import Unread
-from subspace.zero import whole_copies
+from subspace.common.host_memory import resident_memory
+from subspace.distributed.deepspeed_config import fill, lay_out
+from subspace.distributed.engine import start_processes
+from subspace.distributed.zero import whole_copies
+from subspace.models.config import ModelConfig
+from subspace.models.lazy_safetensors import Unread
+from subspace.models.loading import describe, open_model
 
 
 def count_reading() -> list[int]:

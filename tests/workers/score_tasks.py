@@ -1,4 +1,4 @@
-"""Scores a tiny model in the processes that a launcher started; tests/test_evaluate.py reads what it leaves."""
+"""Scores a tiny model in the processes that a launcher started; tests/evaluation/test_evaluate.py reads what it leaves."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from unittest import mock
 
 import torch
 
-from subspace import evaluate
-from subspace.config import Subject
-from subspace.distributed import leave
-from subspace.engine import fill_to_score, spread, start_processes
-from subspace.model import ModelConfig, open_model, open_tokenizer
-from subspace.paths import REPOSITORY
-from subspace.prepare import task_items
-from subspace.results import TaskResult
-from subspace.subjects import evaluate_subjects
-from tests.items import items
-from tests.tiny import bpe_tokenizer, tiny_llama
+from subspace.common.paths import REPOSITORY
+from subspace.data import samples as samples_module
+from subspace.data.prepare import task_items
+from subspace.distributed.collectives import leave
+from subspace.distributed.deepspeed_config import fill_to_score
+from subspace.distributed.engine import spread, start_processes
+from subspace.evaluation import config as config_module
+from subspace.evaluation import evaluate as evaluate_module
+from subspace.evaluation.config import Subject
+from subspace.evaluation.results import TaskResult
+from subspace.evaluation.subjects import evaluate_subjects
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model, open_tokenizer
+from tests.helpers.items import items
+from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 
 SETTINGS: dict[str, Any] = {"tasks": "piqa,hellaswag", "limit": 17, "batch_tokens": 300}
 PREPARED = task_items
@@ -43,16 +47,16 @@ def score(
         model, tokenizer = open_model(which), open_tokenizer(which)
     if stage == 3:
         model = spread(model, fill_to_score(ZERO3, "float32")).module
-    config = evaluate.EvaluateConfig(protocol=protocol, **{**SETTINGS, **settings})
-    with mock.patch.object(evaluate, "task_items", made if count else PREPARED):
-        return evaluate.evaluate(model, tokenizer, config, folder, model_name=model_name)
+    config = config_module.EvaluateConfig(protocol=protocol, **{**SETTINGS, **settings})
+    with mock.patch.object(samples_module, "task_items", made if count else PREPARED):
+        return evaluate_module.evaluate(model, tokenizer, config, folder, model_name=model_name)
 
 
 def score_subjects(folder: Path, protocol: str, stage: int, base: str, methods: list[str]) -> list[TaskResult]:
     """Score a saved model as it is and with saved adapters, on made-up items; spread over the processes at stage 3."""
     import datasets
 
-    config = evaluate.EvaluateConfig(protocol=protocol, **SETTINGS, engine=ZERO3 if stage == 3 else None)
+    config = config_module.EvaluateConfig(protocol=protocol, **SETTINGS, engine=ZERO3 if stage == 3 else None)
     model = ModelConfig(path=f"{base}/base", dtype="float32")
     subjects = [Subject(model, config, folder / "base")]
     subjects += [Subject(model, config, folder / name, Path(base, name), name) for name in methods]
@@ -60,7 +64,7 @@ def score_subjects(folder: Path, protocol: str, stage: int, base: str, methods: 
     def made(name: str, split: str) -> datasets.Dataset:
         return datasets.Dataset.from_list(items(name, 21))
 
-    with mock.patch.object(evaluate, "task_items", made):
+    with mock.patch.object(samples_module, "task_items", made):
         return [result for results in evaluate_subjects(subjects) for result in results]
 
 

@@ -1,4 +1,4 @@
-"""Trains what it is told in the processes that a launcher started; tests/test_zero.py reads the runs."""
+"""Trains what it is told in the processes that a launcher started; tests/distributed/test_zero.py reads the runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-from subspace import config, loss
-from subspace.distributed import leave
-from subspace.engine import start_processes
+from subspace import config as config_module
+from subspace.distributed.collectives import leave
+from subspace.distributed.engine import start_processes
+from subspace.kernels import cross_entropy as loss
 from subspace.run import train_run
 
 
@@ -21,7 +22,7 @@ def main() -> None:
         loss.AT_ONCE = int(sys.argv[2])
     start_processes(minutes=5)
     for file, overrides, *resume in json.loads(Path(sys.argv[1]).read_text()):
-        train_run(config.read(file, overrides), resume=any(resume))
+        train_run(config_module.read(file, overrides), resume=any(resume))
     leave()
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from subspace.verb import Verb, json_argument, scored_arguments
+from subspace.cli.command import Verb, json_argument, scored_arguments
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +17,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace.comparison import comparisons
-    from subspace.formats import show
+    from subspace.common.tables import show
+    from subspace.reporting.comparison import comparisons
 
     found = comparisons([Path(run) for run in options.runs], options.protocol)
     if options.json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from subspace.verb import Verb, count, json_argument, settings_manual
+from subspace.cli.command import Verb, count, json_argument, settings_manual
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +18,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from subspace.common.progress import shown
+    from subspace.common.tables import show
     from subspace.config import read_data
-    from subspace.data_report import report
-    from subspace.formats import show
-    from subspace.model import open_tokenizer
-    from subspace.progress import shown
+    from subspace.models.loading import open_tokenizer
+    from subspace.reporting.data_report import report
 
     config = read_data(options.data, options.settings)
     found = report(

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from subspace import launcher
+from subspace.cli.command import Verb, count, elsewhere, json_argument, launch_arguments, settings_manual, show_tables
+from subspace.distributed import launcher
 from subspace.errors import UserError
-from subspace.verb import Verb, count, elsewhere, json_argument, launch_arguments, settings_manual, show_tables
 
 if TYPE_CHECKING:
-    from subspace.config import Subject
-    from subspace.evaluate import Job
-    from subspace.tables import Table
+    from subspace.evaluation.config import Subject
+    from subspace.evaluation.evaluate import Job
+    from subspace.reporting.tables import Table
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +29,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     if launcher.under_launcher():
         launcher.become_rank()
-    from subspace import config as configuration
+    from subspace import config as config_module
 
     given = [*options.subjects, *([f"evaluate.limit={options.limit}"] if options.limit else [])]
     settings = [word for word in given if re.match(r"[a-z_.]+=", word)]
-    subjects = [configuration.read_subject(word, settings) for word in given if word not in settings]
+    subjects = [config_module.read_subject(word, settings) for word in given if word not in settings]
     if not subjects:
         raise UserError("subspace evaluate was given settings, but nothing to score: a run's folder or a model")
     status = elsewhere(options, ["evaluate", *given])
@@ -41,10 +41,10 @@ def _run(options: argparse.Namespace) -> int:
         return status
     launcher.become_rank()
 
-    from subspace.distributed import is_main, leave
-    from subspace.engine import start_processes
-    from subspace.progress import shown
-    from subspace.subjects import evaluate_subjects
+    from subspace.common.progress import shown
+    from subspace.distributed.collectives import is_main, leave
+    from subspace.distributed.engine import start_processes
+    from subspace.evaluation.subjects import evaluate_subjects
 
     start_processes()
     evaluate_subjects(subjects, shown, _say_what_shows if is_main() else None)
@@ -57,15 +57,15 @@ def _run(options: argparse.Namespace) -> int:
 
 def _say_what_shows(jobs: Sequence[Job]) -> None:
     """Say before the scoring how large a difference between two runs these items can show."""
-    from subspace.statistics import expectation
+    from subspace.reporting.statistics import expectation
 
     print(expectation({job.sample.task.title: len(job.sample.items) for job in jobs}), file=sys.stderr)
 
 
 def _show_scores(subjects: Sequence[Subject], options: argparse.Namespace) -> None:
     """Print a table for each protocol: side by side what can be compared, else one for each subject."""
-    from subspace.answer_word import agreement
-    from subspace.tables import tables
+    from subspace.reporting.agreement import agreement
+    from subspace.reporting.tables import tables
 
     found: list[Table] = []
     for protocol in dict.fromkeys(name for s in subjects for name in s.evaluate.protocols):

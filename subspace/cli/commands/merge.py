@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from subspace.verb import Verb, json_argument
+from subspace.cli.command import Verb, json_argument
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace import config as configuration
-    from subspace.merge import merged_folder
+    from subspace import config as config_module
+    from subspace.adapters.export import merged_folder
 
-    run, out = configuration.read_run(Path(options.run)), Path(options.out)
+    run, out = config_module.read_run(Path(options.run)), Path(options.out)
     assert run.adapter
     report = merged_folder(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)
     print(

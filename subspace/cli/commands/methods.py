@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import json
 
+from subspace.cli.command import Verb, count, json_argument
 from subspace.errors import UserError
-from subspace.verb import Verb, count, json_argument
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +22,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace import catalogue
+    from subspace.adapters import catalog as catalogue
     from subspace.config import method_settings
-    from subspace.model import ModelConfig, open_shape
+    from subspace.models.config import ModelConfig
+    from subspace.models.loading import open_shape
 
     if not options.shape and (options.targets or options.budget):
         raise UserError("--targets and --budget count, so they need a model to count in: --shape llama-7b, say")

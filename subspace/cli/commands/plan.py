@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from subspace.verb import Verb, count, json_argument, settings_manual
+from subspace.cli.command import Verb, count, json_argument, settings_manual
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +20,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace import config as configuration
-    from subspace import plan
+    from subspace import config as config_module
+    from subspace.planning import plan
 
     memory = plan.parse_size(options.memory) if options.memory else None
-    config = configuration.read(options.config, options.settings)
+    config = config_module.read(options.config, options.settings)
     found: plan.Plan | plan.Verified
     if options.verify:
         found = plan.verify(options.config, options.settings, processes=options.processes)

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from subspace.formats import FORMATS
-from subspace.verb import Verb, json_argument, scored_arguments, show_tables
+from subspace.cli.command import Verb, json_argument, scored_arguments, show_tables
+from subspace.common.tables import FORMATS
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +20,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace.tables import tables
+    from subspace.reporting.tables import tables
 
     found = tables([Path(run) for run in options.runs], options.protocol)
     show_tables(found, options)
     if options.plot:
-        from subspace.plots import plot
+        from subspace.reporting.plots import plot
 
         for file in plot(found, Path(options.plot)):
             print(f"drawn: {file}", file=sys.stderr)

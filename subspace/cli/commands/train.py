@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 
-from subspace import launcher
-from subspace.verb import Verb, elsewhere, json_argument, launch_arguments, settings_manual
+from subspace.cli.command import Verb, elsewhere, json_argument, launch_arguments, settings_manual
+from subspace.distributed import launcher
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +23,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     if launcher.under_launcher():
         launcher.become_rank()
-    from subspace import config as configuration
-    from subspace.distributed import is_main, leave
-    from subspace.engine import read_engine_file
+    from subspace import config as config_module
+    from subspace.distributed.collectives import is_main, leave
+    from subspace.distributed.deepspeed_config import read_engine_file
     from subspace.run import is_finished, refuse_used, train_run
 
-    config = configuration.read(options.config, options.settings)
+    config = config_module.read(options.config, options.settings)
     # What can be refused now is refused before any process starts.
     read_engine_file(config.engine)
     finished = options.resume and is_finished(config)

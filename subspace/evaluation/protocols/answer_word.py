@@ -9,20 +9,20 @@ does not know the form of one may do better here than where it has to write.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from subspace.declarations import Item, Task, prompt
-from subspace.encoding import encode_rows
+from subspace.data.tasks import Item, Task, prompt
+from subspace.data.tokenization import encode_rows
 from subspace.errors import UserError
-from subspace.generation import Generation, asked
-from subspace.likelihood import Choices
-from subspace.results import Score, accuracy, digest, read_items, read_results
+from subspace.evaluation.choice_scoring import Choices
+from subspace.evaluation.protocols.llm_adapters import Generation, asked
+from subspace.evaluation.results import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 VERSION = "1"
 
@@ -82,25 +82,3 @@ class AnswerWord:
             "label": words[item["label"]],
             "correct": {"acc": prediction == words[item["label"]]},
         }
-
-
-def agreement(folder: Path) -> dict[str, Score]:
-    """Return for each task on how many items this protocol and ``llm-adapters`` gave the same answer for one model.
-
-    A task that a folder does not hold by both, of the same items, prompts and weights, is left out.
-    """
-    by_key = {(result.protocol, result.task): result for result in read_results(folder)}
-    found = {}
-    for (protocol, task), scored in by_key.items():
-        written = by_key.get((Generation.name, task))
-        if protocol != AnswerWord.name or not (written and written.items and scored.items):
-            continue
-        if written.subject != scored.subject:
-            continue
-        answers = [
-            {(record["id"], record["prompt"]): record["prediction"] for record in read_items(file)}
-            for file in (scored.items, written.items)
-        ]
-        if answers[0].keys() == answers[1].keys():
-            found[task] = accuracy([answers[1][item] == word for item, word in answers[0].items()])
-    return found

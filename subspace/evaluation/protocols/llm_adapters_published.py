@@ -21,30 +21,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from subspace.declarations import Item, Task, prompt
-from subspace.encoding import encode_prompt
-from subspace.generation import answer_record, asked, end_tokens, extractor
-from subspace.results import digest
-from subspace.zero import passes_together
+from subspace.data.tasks import Item, Task, prompt
+from subspace.data.tokenization import encode_prompt
+from subspace.distributed.zero import passes_together
+from subspace.evaluation.answer_extraction import answer_record, extractor
+from subspace.evaluation.protocols.llm_adapters import asked, end_tokens
+from subspace.evaluation.results import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+from subspace.evaluation.config import PUBLISHED
+
 VERSION = "1"
 NUM_BEAMS = 4
 MARKER = "### Response:"
-
-DEFECTS = {
-    "unequal_prompts": "the prompt has other white space than in training, and ends in 16 spaces that are a token",
-    "no_attention_mask": "padding is read like text, so answers depend on what else is in the batch",
-    "pad_is_zero": "padding is token 0, whatever that is to the model: '!' to LLaMA-3",
-    "dropout_active": "the model is scored in training mode, adapters' dropout included",
-    "last_response": "the text after the last marker counts, as in DoRA's copy, not that after the first",
-}
-"""What can be switched on."""
-
-PUBLISHED = ("unequal_prompts",)
-"""What is on in the published evaluator at its batch size, one."""
 
 
 class Published:

@@ -1,0 +1,73 @@
+"""Part of collate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+class Row(NamedTuple):
+    """Token ids of prompt and answer, and where the answer starts."""
+
+    input_ids: list[int]
+    answer_start: int
+
+
+def collate(
+    batch: Sequence[Row], pad_id: int, loss_on: str = "answer", pad_to_multiple: int = 8, room: int | None = None
+) -> dict[str, Tensor]:
+    """Pad rows on the right into tensors (sequences, tokens). What is padding is told by position, whatever id it has.
+
+    With ``room``, a sequence of so many tokens takes as many rows as fit, one after another. Their positions, which
+    begin again with each row and with the padding, are then given, too.
+    """
+    import torch
+
+    sequences = [[row] for row in batch] if room is None else packed(batch, room)
+    longest = max(sum(len(row.input_ids) for row in sequence) for sequence in sequences)
+    shape = (len(sequences), -(-longest // pad_to_multiple) * pad_to_multiple)
+    ids = torch.full(shape, pad_id, dtype=torch.int64)
+    mask, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE, dtype=torch.int64)
+    for i, sequence in enumerate(sequences):
+        begin = 0
+        for row in sequence:
+            end = begin + len(row.input_ids)
+            # A row's first token follows none that it could be told from.
+            start = begin + (1 if loss_on == "all" else row.answer_start)
+            ids[i, begin:end] = torch.tensor(row.input_ids)
+            mask[i, begin:end] = 1
+            labels[i, start:end] = ids[i, start:end]
+            positions[i, begin:end] = torch.arange(end - begin)
+            begin = end
+        positions[i, begin:] = torch.arange(shape[1] - begin)
+    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return tensors if room is None else {**tensors, "position_ids": positions}
+
+
+def packed(rows: Sequence[Row], room: int) -> list[list[Row]]:
+    """Put rows, the longest first, each into the first sequence that has room for it among so many tokens."""
+    sequences: list[list[Row]] = []
+    left: list[int] = []
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+        size = len(row.input_ids)
+        at = next((i for i, free in enumerate(left) if size <= free), len(left))
+        if at == len(left):
+            sequences.append([])
+            left.append(room)
+        sequences[at].append(row)
+        left[at] -= size
+    return sequences
+
+
+IGNORE = -100
+"""The label of a token that carries no loss."""

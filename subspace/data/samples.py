@@ -1,0 +1,66 @@
+"""Part of samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from subspace.data import tasks as tasks_module
+from subspace.data.custom_tasks import custom_task, local_items
+from subspace.data.prepare import task_items
+from subspace.data.tasks import Item, Task
+
+if TYPE_CHECKING:
+    pass
+
+from subspace.common.declarations import _words
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The items of a task that are scored. ``majority`` is the share of the split's most frequent answer.
+
+    ``positions`` is where each item stands in its split.
+    """
+
+    task: Task
+    items: list[Item]
+    majority: float
+    positions: Sequence[int] = ()
+
+
+def find_tasks(names: str | Sequence[str]) -> list[Task]:
+    """Return the tasks that a setting names, in the order of the literature's tables, one's own last."""
+    found: list[Task] = []
+    for name in _words(names):
+        if name.endswith((".yaml", ".yml")):
+            found.append(custom_task(Path(name)))
+        else:
+            suite = tasks_module.tasks("commonsense" if name == "all" else name)
+            found += suite.values() or [tasks_module.task(name)]
+    return sorted({task.name: task for task in found}.values(), key=lambda task: task.position)
+
+
+def take_sample(task: Task, split: str, limit: int | None, data: str | None = None) -> Sample:
+    """Return the items of a split, or ``limit`` of them: those with the smallest hashes of their ids, in their order.
+
+    Hashes, because the first items of a split need not be like the others; and so a smaller sample is part of a larger
+    one, on every machine, for every protocol.
+    """
+    items = split_items(task, split, data)
+    by_answer = "label" if task.extraction == "first-word" else "choices"
+    answers = Counter(str(item[by_answer]) for item in items)
+    positions: Sequence[int] = range(len(items))
+    if limit is not None and limit < len(items):
+        hashes = [hashlib.sha256(item["id"].encode()).digest() for item in items]
+        positions = sorted(sorted(positions, key=hashes.__getitem__)[:limit])
+    return Sample(task, [items[i] for i in positions], max(answers.values()) / answers.total(), positions)
+
+
+def split_items(task: Task, split: str, data: str | None) -> list[Item]:
+    """Return the items of a split, prepared ones or a file's."""
+    return local_items(task, split, data) or list(task_items(task.name, split))

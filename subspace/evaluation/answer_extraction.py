@@ -1,0 +1,94 @@
+"""Part of answer extraction."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from subspace.data.tasks import Item, Task
+
+if TYPE_CHECKING:
+    pass
+
+
+def answer_record(extractor: Extractor, task: Task, item: Item, prompt_hash: str, text: str) -> dict[str, Any]:
+    """Return the record of an item that a model answered with this text."""
+    prediction, label = extractor.find(text), task.answer(item)
+    return {
+        "id": item["id"],
+        "prompt": prompt_hash,
+        "text": text,
+        "prediction": prediction,
+        "label": label,
+        "correct": {"acc": extractor.same(prediction, label)},
+    }
+
+
+class Extractor(Protocol):
+    """Finds an answer in a text; ``str()`` says how."""
+
+    def find(self, text: str) -> str:
+        """Return the answer, or nothing."""
+
+    def settled(self, text: str) -> bool:
+        """Tell whether the answer is there and stays what it is whatever is written behind it."""
+
+    def same(self, prediction: str, label: str) -> bool:
+        """Tell whether what was found is the right answer."""
+
+
+def extractor(task: Task) -> Extractor:
+    """Return what finds a task's answers, as the published evaluators do."""
+    return LastNumber() if task.extraction == "last-number" else AnswerWords(task.answer_words)
+
+
+class AnswerWords:
+    """Finds the first answer word in a text, as the published evaluator does: case counts, parts of words match too."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+        self.pattern = re.compile("|".join(map(re.escape, words)))
+        # A word that is part of another ("answer1" of "answer10") may yet turn out to be that one.
+        self.final = {word for word in words if not any(word in other for other in words if other != word)}
+
+    def __str__(self) -> str:
+        return f"first of {'|'.join(self.words)}"
+
+    def find(self, text: str) -> str:
+        """Return the first answer word, or nothing."""
+        found = self.pattern.search(text)
+        return found[0] if found else ""
+
+    def settled(self, text: str) -> bool:
+        """Tell whether the first answer word is there and stays what it is whatever is written behind it."""
+        return self.find(text) in self.final
+
+    def same(self, prediction: str, label: str) -> bool:
+        """Tell whether the words are equal."""
+        return prediction == label
+
+
+class LastNumber:
+    """Finds the last number in a text, as the published evaluator of the math suites does: commas are taken out first.
+
+    It is right within 0.001. It is known only when nothing more is written, so no row ends early.
+    """
+
+    TOLERANCE = 0.001
+
+    def __str__(self) -> str:
+        return f"last number, within {self.TOLERANCE}"
+
+    def find(self, text: str) -> str:
+        """Return the last number as it is written, or nothing."""
+        found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+        return str(found[-1]) if found else ""
+
+    def settled(self, text: str) -> bool:
+        """Tell that a further number may follow."""
+        return False
+
+    def same(self, prediction: str, label: str) -> bool:
+        """Tell whether the numbers are equal within the tolerance."""
+        return bool(prediction) and abs(float(prediction) - float(label)) <= self.TOLERANCE

@@ -1,0 +1,101 @@
+"""Part of config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from subspace.common.settings import Settings, setting
+from subspace.errors import UserError, nearest
+from subspace.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    pass
+
+from typing import TYPE_CHECKING
+
+from subspace.common.declarations import _words
+
+if TYPE_CHECKING:
+    pass
+
+
+DEFECTS = {
+    "unequal_prompts": "the prompt has other white space than in training, and ends in 16 spaces that are a token",
+    "no_attention_mask": "padding is read like text, so answers depend on what else is in the batch",
+    "pad_is_zero": "padding is token 0, whatever that is to the model: '!' to LLaMA-3",
+    "dropout_active": "the model is scored in training mode, adapters' dropout included",
+    "last_response": "the text after the last marker counts, as in DoRA's copy, not that after the first",
+}
+"""What can be switched on."""
+
+PUBLISHED = ("unequal_prompts",)
+"""What is on in the published evaluator at its batch size, one."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: a model as it is, or with the adapters of a run."""
+
+    model: ModelConfig
+    evaluate: EvaluateConfig
+    folder: Path  # where the results go
+    adapter: Path | None = None
+    method: str = ""
+    mixture: str = ""  # that the adapters were trained on
+
+
+PROTOCOLS = ("likelihood", "llm-adapters", "answer-word", "llm-adapters-published")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Settings):
+    """What to score, and how."""
+
+    protocol: str | list[str] = setting(
+        "likelihood", f"how an answer is got out of the model, one or several of {', '.join(PROTOCOLS)}"
+    )
+    tasks: str | list[str] = setting("all", "which tasks: all, a suite's name, their names, or YAML files of your own")
+    limit: int | None = setting(None, "items of each task, always the same ones; none is all", min=1)
+    split: str = setting("test", "which split; test is the one that the literature reports")
+    examples: int = setting(0, "likelihood: answered items of the train split before each question (few-shot)", min=0)
+    by_bytes: bool = setting(False, "likelihood: also acc_bytes, where a choice's score is divided by its bytes")
+    data: str | None = setting(None, "folder of the published test files (gsm8k/test.json), for tasks read from there")
+    prompt: str = setting("alpaca-indented", "protocols that ask: the text round the instruction, as data.prompt")
+    defects: str | list[str] = setting(
+        ",".join(PUBLISHED), f"llm-adapters-published: which of its defects are on, of {', '.join(DEFECTS)}; or none"
+    )
+    published_batch: int = setting(1, "llm-adapters-published: its batch size, felt with no_attention_mask", min=1)
+    batch_tokens: int | None = setting(
+        None, "tokens of a batch, padding included; none is what suits the device and the protocol", min=1
+    )
+    seen: str = setting(
+        "refuse", "a suite with more than 1 % of its items in a run's training text", choices=("refuse", "score")
+    )
+    mixed: bool = setting(
+        False, "several subjects of one base: score in the same batches those whose adapters act on linear layers alone"
+    )
+    engine: str | None = setting(
+        None, "a base too large for one device: DeepSpeed's JSON of ZeRO-3, as ds_configs/zero3.json, to spread it by"
+    )
+    again: bool = setting(False, "score anew what is scored already")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for word, kind, known in [
+            *((name, "protocol", PROTOCOLS) for name in self.protocols),
+            *((name, "defects", DEFECTS) for name in self.defect_names),
+        ]:
+            if word not in known:
+                raise UserError(f"EvaluateConfig.{kind} is {word!r}. {nearest(word, known)}")
+
+    @property
+    def protocols(self) -> list[str]:
+        """The protocols, one or several."""
+        return list(dict.fromkeys(_words(self.protocol)))
+
+    @property
+    def defect_names(self) -> list[str]:
+        """The defects that are on."""
+        return [name for name in _words(self.defects) if name not in ("", "none")]

@@ -1,0 +1,49 @@
+"""Part of declared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from subspace.common import paths
+from subspace.common.declarations import _find, _folder, build, read_yaml
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that a wheel on PyPI carries as a GGUF file."""
+
+    name: str
+    title: str
+    aliases: tuple[str, ...]
+    license: str
+    parameters: int
+    wheel: str
+    file: str
+    pad: str
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the shapes of a model's tensors: the values of its config.json, and which checkpoints have them."""
+
+    checkpoints: tuple[str, ...]
+    parameters: int
+    config: Mapping[str, Any]
+
+
+def models() -> dict[str, Model]:
+    """Return the models that come with no hub."""
+    return _folder("models", Model)
+
+
+def model(name: str) -> Model:
+    """Return one of these models by its name or an alias."""
+    return _find(name, models(), "embedded model")
+
+
+def shapes() -> dict[str, Shape]:
+    """Return the architectures that can be counted in without any file of a model."""
+    declared = read_yaml(paths.declarations() / "shapes.yaml")
+    return {name: build(Shape, shape, "shapes.yaml") for name, shape in declared.items()}

@@ -22,12 +22,12 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from subspace.adapters.base import Adapter, MethodConfig
-from subspace.adapters.registry import methods, resolve
+from subspace.adapters.registry import list_methods, resolve_method
 from subspace.common.paths import REPOSITORY
 from subspace.common.settings import Settings, setting
 from subspace.data.config import DataConfig
 from subspace.errors import UserError, nearest
-from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
 from subspace.models.config import ModelConfig
 from subspace.training.config import TrainConfig
 
@@ -38,11 +38,11 @@ SECTIONS: dict[str, type[Settings]] = {
     "evaluate": EvaluateConfig,
 }
 DEFAULT_METHOD = "lora"
-ONE = "method"  # where a run's only method stands; one of several stands at method.0, method.1, ...
+SINGLE_METHOD = "method"  # where a run's only method stands; one of several stands at method.0, method.1, ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part(Settings):
+class MethodEntry(Settings):
     """One method of a run: which, its own settings, where it sits, and which sites have other settings."""
 
     name: str
@@ -63,7 +63,7 @@ class RunConfig(Settings):
     name: str = setting("", "name of the run, whose folder is RUNS/NAME; by default the configuration file's")
     runs: str = setting("runs", "folder in which the runs' folders lie")
     model: ModelConfig = field(default_factory=ModelConfig)
-    method: tuple[Part, ...]  # in the file one section, with the targets beside it, or a list of sections
+    method: tuple[MethodEntry, ...]  # in the file one section, with the targets beside it, or a list of sections
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: str = setting("ds_configs/zero1.json", "DeepSpeed's own configuration, a JSON file")
@@ -94,7 +94,7 @@ class RunConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Key:
+class SettingInfo:
     """One setting by its name in the file, as ``train.learning_rate``."""
 
     name: str
@@ -113,41 +113,41 @@ class Key:
         return " or ".join(words.get(m) or kinds[typing.get_origin(m) or m] for m in members)
 
 
-def keys(parts: Mapping[str, type[Adapter]]) -> dict[str, Key]:
+def all_settings(parts: Mapping[str, type[Adapter]]) -> dict[str, SettingInfo]:
     """Return every setting of a run by name; ``parts`` are its methods by where they stand, as ``method.0``."""
     found = [_declared(RunConfig, "")[name] for name in ("name", "runs", "engine")]
     for section, declaration in SECTIONS.items():
         found += _declared(declaration, f"{section}.").values()
     for part, method in parts.items():
-        found += [Key(f"{part}.name", str, DEFAULT_METHOD, "the method; `subspace methods` lists them")]
+        found += [SettingInfo(f"{part}.name", str, DEFAULT_METHOD, "the method; `subspace methods` lists them")]
         found += _declared(method.Config, f"{part}.").values()
         # One method alone has its targets beside it.
         found += [
-            _declared(Part, f"{part}.")["patterns"],
-            _declared(Part, "" if part == ONE else f"{part}.")["targets"],
+            _declared(MethodEntry, f"{part}.")["patterns"],
+            _declared(MethodEntry, "" if part == SINGLE_METHOD else f"{part}.")["targets"],
         ]
     order = [f.name for f in dataclasses.fields(RunConfig)]
     return {key.name: key for key in sorted(found, key=lambda key: order.index(_section(key.name)))}
 
 
 def _section(name: str) -> str:
-    return ONE if name == "targets" else name.partition(".")[0]
+    return SINGLE_METHOD if name == "targets" else name.partition(".")[0]
 
 
-def _declared(declaration: type[Settings], prefix: str) -> dict[str, Key]:
+def _declared(declaration: type[Settings], prefix: str) -> dict[str, SettingInfo]:
     types_of, found = typing.get_type_hints(declaration), {}
     for f in dataclasses.fields(declaration):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         doc, choices = f.metadata.get("doc", ""), f.metadata.get("choices", ())
-        found[f.name] = Key(prefix + f.name, types_of[f.name], default, doc, choices)
+        found[f.name] = SettingInfo(prefix + f.name, types_of[f.name], default, doc, choices)
     return found
 
 
-def manual() -> str:
+def settings_manual() -> str:
     """Return every setting with its default and what it means, and every method's own settings with theirs."""
     lines = ["settings, in the configuration or as key=value:"]
-    own_keys = {f"method.{f.name}" for f in dataclasses.fields(resolve(DEFAULT_METHOD)[0].Config)}
-    for key in keys({ONE: resolve(DEFAULT_METHOD)[0]}).values():
+    own_keys = {f"method.{f.name}" for f in dataclasses.fields(resolve_method(DEFAULT_METHOD)[0].Config)}
+    for key in all_settings({SINGLE_METHOD: resolve_method(DEFAULT_METHOD)[0]}).values():
         if key.name not in own_keys:
             values = " | ".join(key.choices) or key.takes
             lines += [f"  {key.name}={_as_yaml(key.default)}", f"      {key.doc} ({values})"]
@@ -157,7 +157,7 @@ def manual() -> str:
         "",
         "each method's own, below `method.`; `subspace methods NAME` says what they mean:",
     ]
-    for method in methods().values():
+    for method in list_methods().values():
         own = [f"{name}={_as_yaml(key.default)}" for name, key in _declared(method.Config, "").items()]
         lines.append(f"  {method.name:<12} {' '.join(own) or '(none)'}")
     return "\n".join(lines)
@@ -168,7 +168,7 @@ def method_settings(name: str | None, overrides: Sequence[str]) -> dict[str, dic
 
     What only some of all methods have is set in those.
     """
-    wanted = [resolve(name)] if name else [(method, {}) for method in methods().values()]
+    wanted = [resolve_method(name)] if name else [(method, {}) for method in list_methods().values()]
     declared = {method.name: _declared(method.Config, "") for method, _ in wanted}
     found = {method.name: dict(presets) for method, presets in wanted}
     for override in overrides:
@@ -189,7 +189,7 @@ def _as_yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def read(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's configuration; UserError where it cannot be what it says.
 
     Args:
@@ -200,36 +200,36 @@ def read(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return _resolve({"name": file.stem, **_from_file(file)}, overrides, str(file), file.parent)
 
 
-def read_data(what: str, overrides: Sequence[str] = ()) -> RunConfig:
+def read_data_config(what: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read what a run would train on: its configuration, or a mixture, task or data file with all else by default."""
     if Path(what).suffix in (".yaml", ".yml") and "parts" not in _from_file(Path(what)):
-        return read(what, overrides)
+        return read_config(what, overrides)
     return _resolve({"data.mixture": what, "name": "data"}, overrides, "the command line", Path())
 
 
-def read_run(folder: Path, overrides: Sequence[str] = ()) -> Subject:
+def read_run_subject(folder: Path, overrides: Sequence[str] = ()) -> EvaluationSubject:
     """Read what a run trained."""
     if not (folder / "config.yaml").is_file():
         runs = [str(file.parent) for file in folder.parent.glob("*/config.yaml")]
         hint = nearest(str(folder), runs) if runs else "`subspace train CONFIG` makes one"
         raise UserError(f"'{folder}' is no run's folder: it holds no config.yaml. {hint}")
-    config = read(folder / "config.yaml", overrides)
+    config = read_config(folder / "config.yaml", overrides)
     adapter = folder / "adapter"
     if not adapter.is_dir():
         raise UserError(f"the run {folder} has no adapter: its training did not reach the end. Train it again")
-    return Subject(config.model, config.evaluate, folder, adapter, config.methods, config.data.mixture)
+    return EvaluationSubject(config.model, config.evaluate, folder, adapter, config.methods, config.data.mixture)
 
 
-def read_subject(what: str, overrides: Sequence[str] = ()) -> Subject:
+def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
     """Read what is to be scored: a run's folder, a configuration (then its base model), or a model's name or path."""
     if (Path(what) / "config.yaml").is_file() or (Path(what).parent.name == "runs" and not Path(what).exists()):
-        return read_run(Path(what), overrides)
+        return read_run_subject(Path(what), overrides)
     if Path(what).suffix in (".yaml", ".yml"):
-        config = read(what, overrides)
+        config = read_config(what, overrides)
     else:
         config = _resolve({"model.path": what, "name": "base"}, overrides, "the command line", Path())
     name = re.sub(r"[^\w.+-]+", "-", config.model.path).strip("-")
-    return Subject(config.model, config.evaluate, Path(config.runs) / name)
+    return EvaluationSubject(config.model, config.evaluate, Path(config.runs) / name)
 
 
 def _resolve(values: dict[str, Any], overrides: Sequence[str], where: str, beside: Path) -> RunConfig:
@@ -249,19 +249,19 @@ def _resolve(values: dict[str, Any], overrides: Sequence[str], where: str, besid
             raise UserError(f"'{override}' stands where settings do, as key=value")
         if re.fullmatch(r"method(\.\d+)?", name):
             values = {k: v for k, v in values.items() if not k.startswith(f"{name}.") or k == f"{name}.targets"}
-            numbers = set() if name == ONE else numbers
+            numbers = set() if name == SINGLE_METHOD else numbers
             name = f"{name}.name"
         texts[name] = text
 
     parts: dict[str, type[Adapter]] = {}
     presets: dict[str, Any] = {}
-    for part in [f"method.{number}" for number in sorted(numbers)] or [ONE]:
+    for part in [f"method.{number}" for number in sorted(numbers)] or [SINGLE_METHOD]:
         name = f"{part}.name"
         if numbers and name not in {**values, **texts}:
             raise UserError(f"{where}: each of several methods needs its name, and {part} has none")
-        parts[part], aliased = resolve(str({name: DEFAULT_METHOD, **values, **texts}[name]))
+        parts[part], aliased = resolve_method(str({name: DEFAULT_METHOD, **values, **texts}[name]))
         presets |= {f"{part}.{key}": value for key, value in aliased.items()}
-    known = keys(parts)
+    known = all_settings(parts)
     given: dict[str, Any] = {}
     for source, origin in ((values, where), (texts, "the command line")):
         # An alias's settings come with its name, so before those that stand beside the name.
@@ -274,8 +274,8 @@ def _resolve(values: dict[str, Any], overrides: Sequence[str], where: str, besid
     return _build(given, parts, known)
 
 
-def write(config: RunConfig, file: Path) -> None:
-    """Write a configuration so that :func:`read` gives it back, here and on another machine."""
+def write_config(config: RunConfig, file: Path) -> None:
+    """Write a configuration so that :func:`read_config` gives it back, here and on another machine."""
     plain = config.as_dict()
     engine = Path(config.engine)
     if engine.is_relative_to(REPOSITORY):
@@ -316,13 +316,13 @@ def _from_file(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no settings. It should have sections as 'train:', each with lines 'key: value'")
     values: dict[str, Any] = {}
-    if content.get(ONE) == []:
-        raise UserError(f"{file}: method is an empty list, so nothing would be trained. {nearest('', methods())}")
-    several = isinstance(content.get(ONE), list)
+    if content.get(SINGLE_METHOD) == []:
+        raise UserError(f"{file}: method is an empty list, so nothing would be trained. {nearest('', list_methods())}")
+    several = isinstance(content.get(SINGLE_METHOD), list)
     if several:
-        content |= {f"{ONE}.{number}": part for number, part in enumerate(content.pop(ONE))}
+        content |= {f"{SINGLE_METHOD}.{number}": part for number, part in enumerate(content.pop(SINGLE_METHOD))}
     for name, value in content.items():
-        is_method = name == ONE or (several and str(name).startswith(f"{ONE}."))
+        is_method = name == SINGLE_METHOD or (several and str(name).startswith(f"{SINGLE_METHOD}."))
         if is_method and isinstance(value, str):
             value = {"name": value}
         if name not in SECTIONS and not is_method:
@@ -334,7 +334,7 @@ def _from_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def _convert(key: Key, value: Any, where: str, *, is_text: bool) -> Any:
+def _convert(key: SettingInfo, value: Any, where: str, *, is_text: bool) -> Any:
     """Convert what the file or the command line gives to the setting's type."""
     parser = ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_argument("--value", type=key.type)
@@ -347,13 +347,13 @@ def _convert(key: Key, value: Any, where: str, *, is_text: bool) -> Any:
     return parsed["value"]
 
 
-def _as_list(key: Key, value: Any) -> Any:
+def _as_list(key: SettingInfo, value: Any) -> Any:
     """Let ``q_proj,v_proj`` stand for a list where text alone is not allowed."""
     plain_text = isinstance(value, str) and not value.startswith("[") and value not in ("", "null")
     return f"[{value}]" if plain_text and "a list" in key.takes and "text" not in key.takes else value
 
 
-def _build(given: Mapping[str, Any], parts: Mapping[str, type[Adapter]], known: Mapping[str, Key]) -> RunConfig:
+def _build(given: Mapping[str, Any], parts: Mapping[str, type[Adapter]], known: Mapping[str, SettingInfo]) -> RunConfig:
     top = {key: value for key, value in given.items() if "." not in key and key != "targets"}
     config = RunConfig(
         **top,
@@ -365,7 +365,7 @@ def _build(given: Mapping[str, Any], parts: Mapping[str, type[Adapter]], known: 
     return config
 
 
-def _part(given: Mapping[str, Any], part: str, method: type[Adapter], known: Mapping[str, Key]) -> Part:
+def _part(given: Mapping[str, Any], part: str, method: type[Adapter], known: Mapping[str, SettingInfo]) -> MethodEntry:
     below = _below(part, given)
     own = {f.name: below[f.name] for f in dataclasses.fields(method.Config) if f.name in below}
     settings, typed = _declare(method.Config, own, part), {}
@@ -376,8 +376,8 @@ def _part(given: Mapping[str, Any], part: str, method: type[Adapter], known: Map
                 raise UserError(f"{where} sets '{key}', but {_suggest(f'{part}.{key}', known, {part: method})}")
         typed[pattern] = {k: _convert(known[f"{part}.{k}"], v, where, is_text=False) for k, v in changes.items()}
         _declare(partial(dataclasses.replace, settings), typed[pattern], part)
-    targets = (given if part == ONE else below).get("targets")
-    return Part(name=method.name, settings=settings, targets=targets, patterns=typed)
+    targets = (given if part == SINGLE_METHOD else below).get("targets")
+    return MethodEntry(name=method.name, settings=settings, targets=targets, patterns=typed)
 
 
 def _below(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,11 +392,11 @@ def _declare(declaration: Callable[..., Any], values: Mapping[str, Any], section
         raise UserError(re.sub(r"^[\w.]+\.(?=\w+ is )", f"{section}.", str(error))) from None
 
 
-def _suggest(name: str, known: Mapping[str, Key], parts: Mapping[str, type[Adapter]]) -> str:
+def _suggest(name: str, known: Mapping[str, SettingInfo], parts: Mapping[str, type[Adapter]]) -> str:
     """Say what there is instead of an unknown setting: in its section, or elsewhere, or which sections."""
     section, _, word = name.rpartition(".")
     inside = {key.removeprefix(f"{section}."): key for key in known if key.startswith(f"{section}.")}
-    if inside and (section != ONE or ONE in parts):
+    if inside and (section != SINGLE_METHOD or SINGLE_METHOD in parts):
         owner = f"method {parts[section].name}" if section in parts else section
         beside = f"'{word}' stands beside the section. " if word in known else ""
         return f"{owner} has no setting '{word}'. {beside}{nearest(word, inside)}"

@@ -21,30 +21,35 @@ from typing import Any
 import torch
 
 from subspace.adapters.inject import adapters, inject, trained_parameters
-from subspace.adapters.registry import resolve
-from subspace.common.host_memory import keep_what_is_freed
+from subspace.adapters.registry import resolve_method
+from subspace.common.host_memory import keep_freed_memory
 from subspace.common.paths import REPOSITORY
-from subspace.common.progress import Progress, shown, silent
-from subspace.config import Part, RunConfig, read, write
+from subspace.common.progress import Progress, no_progress, show_progress
+from subspace.config import MethodEntry, RunConfig, read_config, write_config
 from subspace.data.dataset import open_data
-from subspace.data.leakage import seen_before
+from subspace.data.leakage import overlap_notices
 from subspace.data.sampler import StepPlan
 from subspace.distributed.collectives import barrier, gather_objects, is_main, rank, world_size
-from subspace.distributed.deepspeed_config import OFFLOAD, fill, lay_out, read_engine_file
-from subspace.distributed.engine import start_engine, start_processes
+from subspace.distributed.deepspeed_config import (
+    OFFLOAD,
+    compute_batch_layout,
+    read_engine_file,
+    resolve_deepspeed_config,
+)
+from subspace.distributed.engine import init_distributed, init_engine
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
-from subspace.models.frozen_weights import held_bytes
-from subspace.models.loading import describe, device, open_model, open_tokenizer
-from subspace.training.acceleration import check_speedups, compile_layers, use_liger
+from subspace.models.frozen_weights import weight_memory_bytes
+from subspace.models.loading import device, open_model, open_tokenizer, summarize_model
+from subspace.training.acceleration import apply_liger, check_accelerations, compile_layers
 from subspace.training.checkpoint import write_json
-from subspace.training.compatibility import check, check_packing
-from subspace.training.logging import LOG, Recorder, peak_memory
-from subspace.training.loop import Outcome, last_good, train
-from subspace.training.optimizers import check_optimizer, make_optimizer, parameter_groups, rate_factor
-from subspace.training.resume import Saved, compare, find_checkpoint
+from subspace.training.compatibility import check_compatibility, check_packing
+from subspace.training.logging import LOG_FILE, TrainLogger, peak_memory
+from subspace.training.loop import TrainState, last_checkpoint_hint, train
+from subspace.training.optimizers import check_optimizer, lr_factor, make_optimizer, parameter_groups
+from subspace.training.resume import Checkpoint, compare_with_checkpoint, find_checkpoint
 
-ENVIRONMENT = "environment.json"
+ENVIRONMENT_FILE = "environment.json"
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -55,25 +60,31 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
     With ``resume``, a run that is there already goes on from its newest whole checkpoint, or starts where it has none.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = lay_out(config.train.batch, config.train.micro_batch, ranks)
+    layout = compute_batch_layout(config.train.batch, config.train.micro_batch, ranks)
     raw = read_engine_file(config.engine)
-    fill_engine = partial(fill, raw, layout, dtype=config.model.dtype, clip=config.train.clip, source=config.engine)
+    fill_engine = partial(
+        resolve_deepspeed_config, raw, layout, dtype=config.model.dtype, clip=config.train.clip, source=config.engine
+    )
     engine_config, notices = fill_engine()
     offloaded = OFFLOAD in engine_config["zero_optimization"]
     check_optimizer(config.train.optimizer, gpu=device().type == "cuda", offloaded=offloaded)
-    check_speedups(compiled=config.train.compile, liger=config.train.liger, gpu=device().type == "cuda")
-    check(config.model, [(resolve(part.name)[0], part.settings) for part in config.method], engine_config)
+    check_accelerations(compiled=config.train.compile, liger=config.train.liger, gpu=device().type == "cuda")
+    check_compatibility(
+        config.model, [(resolve_method(part.name)[0], part.settings) for part in config.method], engine_config
+    )
     if config.train.validate_every and not config.data.validation:
         raise UserError("train.validate_every needs held-out rows, but data.validation is 0. Set it to 120, say")
     if config.data.packing:
-        check_packing([resolve(part.name)[0] for part in config.method])
+        check_packing([resolve_method(part.name)[0] for part in config.method])
     folder = config.folder
     if not resume:
-        refuse_used(folder)
+        ensure_new_run_dir(folder)
 
     # Before the processes join: the first one to come prepares what is not in the cache, for as long as it takes.
     tokenizer = open_tokenizer(config.model)
-    data = open_data(config.data, tokenizer, config.train.seed, shown if os.environ.get("RANK", "0") == "0" else silent)
+    data = open_data(
+        config.data, tokenizer, config.train.seed, show_progress if os.environ.get("RANK", "0") == "0" else no_progress
+    )
     plan = StepPlan(
         data.train.lengths,
         batch=layout.batch,
@@ -84,7 +95,7 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
     )
 
     # The loop's own watch reports a hang; what the processes do to one another's silence must not come before it.
-    start_processes(minutes=max(30.0, 2 * config.train.hang_minutes))
+    init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes))
     saved, passed_over = find_checkpoint(folder) if resume else (None, [])
     if resume and not saved:
         passed_over.append(f"{folder} holds no checkpoint to resume from: the run starts at its beginning")
@@ -94,25 +105,25 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
     model.train()
     model.config.use_cache = False
     if config.train.liger:
-        use_liger(model)
-    progress = shown if is_main() else silent
-    parts = [add(model, part, config.train.seed, progress, start=saved is None) for part in config.method]
+        apply_liger(model)
+    progress = show_progress if is_main() else no_progress
+    parts = [inject_method(model, part, config.train.seed, progress, start=saved is None) for part in config.method]
     # Adapters are whole until the engine starts. What ZeRO-3 has in parts, as the model itself, has no numbers here.
     largest = max(parameter.numel() for parameter in trained_parameters(model).values())
     engine_config, notices = fill_engine(largest_adapter=largest, trained=count_trained(model))
 
     if saved:
-        passed_over += going_on(saved, config, engine_config, ranks)
+        passed_over += describe_resume(saved, config, engine_config, ranks)
     seen: list[str] = []
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        write(config, folder / "config.yaml")
-        about = environment() | {
+        write_config(config, folder / "config.yaml")
+        about = describe_environment() | {
             "engine": engine_config,
-            "model": asdict(describe(model, config.model)),
+            "model": asdict(summarize_model(model, config.model)),
             "data": data.report,
         }
-        seen = about["data"]["seen"] = seen_before(config.data.mixture, config.evaluate)
+        seen = about["data"]["seen"] = overlap_notices(config.data.mixture, config.evaluate)
         about["adapters"] = {
             "methods": parts,
             "sites": list(adapters(model)),
@@ -120,13 +131,13 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
         }
         if saved:
             about["resumed_after"] = saved.facts["step"]
-        write_json(folder / ENVIRONMENT, about)
+        write_json(folder / ENVIRONMENT_FILE, about)
     barrier()
 
     optimizer = make_optimizer(config.train.optimizer, parameter_groups(model, config.train))
-    schedule = partial(rate_factor, config.train, steps=len(plan))
+    schedule = partial(lr_factor, config.train, steps=len(plan))
     began = time.perf_counter()
-    with Recorder(
+    with TrainLogger(
         folder,
         len(plan),
         every=config.train.log_every,
@@ -139,12 +150,12 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
             recorder.note(f"{part['method']}: {part['trained']:,} trained numbers at {part['sites']} sites")
         for notice in (*passed_over, *notices, *data.notices, *seen):
             recorder.note(notice)
-        engine = start_engine(model, engine_config, optimizer, schedule)
+        engine = init_engine(model, engine_config, optimizer, schedule)
         if config.train.compile:
             compile_layers(model)
         if config.train.keep_memory:
-            keep_what_is_freed()
-        held = gather_objects(held_bytes(model))
+            keep_freed_memory()
+        held = gather_objects(weight_memory_bytes(model))
         torch.manual_seed(config.train.seed + rank())  # what processes draw for dropout should differ
         kept = {"config": config.as_dict(), "engine": engine_config}
         try:
@@ -155,20 +166,24 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise UserError(f"no space is left on the disk for '{error.filename}'. {last_good(folder)}") from None
+            raise UserError(
+                f"no space is left on the disk for '{error.filename}'. {last_checkpoint_hint(folder)}"
+            ) from None
     if is_main():
-        finish_folder(folder, outcome, time.perf_counter() - began, held)
+        write_outcome(folder, outcome, time.perf_counter() - began, held)
     barrier()
     return folder
 
 
-def going_on(saved: Saved, config: RunConfig, engine_config: dict[str, Any], ranks: int) -> list[str]:
+def describe_resume(saved: Checkpoint, config: RunConfig, engine_config: dict[str, Any], ranks: int) -> list[str]:
     """Say where a run goes on and what has changed; refuse what may not."""
-    changed = compare(saved, config.as_dict(), engine_config, ranks)
+    changed = compare_with_checkpoint(saved, config.as_dict(), engine_config, ranks)
     return [f"goes on after step {saved.facts['step']}", *(f"changed: {change}" for change in changed)]
 
 
-def add(model: torch.nn.Module, part: Part, seed: int, progress: Progress, *, start: bool) -> dict[str, Any]:
+def inject_method(
+    model: torch.nn.Module, part: MethodEntry, seed: int, progress: Progress, *, start: bool
+) -> dict[str, Any]:
     """Put one method's adapters into the model, and say how much it trains."""
     created = inject(
         model,
@@ -189,9 +204,9 @@ def count_trained(model: torch.nn.Module) -> int:
     return sum(full_shape(parameter).numel() for parameter in trained_parameters(model).values())
 
 
-def refuse_used(folder: Path) -> None:
+def ensure_new_run_dir(folder: Path) -> None:
     """Refuse a folder that already holds a finished or begun training."""
-    if (folder / LOG).exists():
+    if (folder / LOG_FILE).exists():
         raise UserError(
             f"{folder} already holds a run. Give this one another name (name=...), or remove that folder; if that run "
             "did not reach its end, --resume goes on with it"
@@ -201,34 +216,34 @@ def refuse_used(folder: Path) -> None:
 def is_finished(config: RunConfig) -> bool:
     """Tell whether the run's folder holds this very training, up to its end."""
     try:
-        ended = "outcome" in json.loads((config.folder / ENVIRONMENT).read_text())
-        before = read(config.folder / "config.yaml")
+        ended = "outcome" in json.loads((config.folder / ENVIRONMENT_FILE).read_text())
+        before = read_config(config.folder / "config.yaml")
         return ended and replace(before, name=config.name, runs=config.runs, evaluate=config.evaluate) == config
     except (OSError, ValueError, UserError):
         return False
 
 
-def finish_folder(folder: Path, outcome: Outcome, seconds: float, held: list[int]) -> None:
+def write_outcome(folder: Path, outcome: TrainState, seconds: float, held: list[int]) -> None:
     """Add to ``environment.json`` what the training came to; ``held`` is the bytes of weights on each process."""
-    about = json.loads((folder / ENVIRONMENT).read_text())
+    about = json.loads((folder / ENVIRONMENT_FILE).read_text())
     about["outcome"] = {**asdict(outcome), "seconds": seconds, "peak_memory": peak_memory(), "weights_held": held}
-    write_json(folder / ENVIRONMENT, about)
+    write_json(folder / ENVIRONMENT_FILE, about)
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Return what this run runs on: versions, the repository's commit, devices, processes."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": commit(),
+        "commit": git_commit(),
         "devices": devices or [platform.processor() or platform.machine()],
         "processes": world_size(),
         "threads": torch.get_num_threads(),
     }
 
 
-def commit() -> str | None:
+def git_commit() -> str | None:
     """Return the repository's commit, with ``+`` where files differ from it; None outside a repository."""
 
     def git(*arguments: str) -> str:

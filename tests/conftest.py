@@ -24,7 +24,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out what this machine cannot run; say how it could."""
     if "gpu" in item.keywords and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if "model" in item.keywords and not paths.cache().is_dir():
+    if "model" in item.keywords and not paths.cache_folder().is_dir():
         pytest.skip("needs the prepared model and data: subspace prepare")
 
 

@@ -56,7 +56,7 @@ BUGS = [
         "DoRA keeps its norm for ever",
         "method.py",
         "            return compute()\n",
-        "            kept = self.kept = {}\n",
+        "            kept = self._cache = {}\n",
     ),
     Bug("AdaLoRA's schedule is off by one allocation", "method.py", "(self.step - first)", "(self.step - first - 10)"),
     Bug(

@@ -12,7 +12,7 @@ import yaml
 
 from subspace import config as config_module
 from subspace.adapters.inject import inject
-from subspace.adapters.registry import methods, resolve
+from subspace.adapters.registry import list_methods, resolve_method
 from subspace.common.paths import REPOSITORY
 from subspace.errors import UserError
 from tests.helpers.tiny_models import tiny_llama
@@ -36,7 +36,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def values(key: config_module.Key) -> Any:
+def values(key: config_module.SettingInfo) -> Any:
     """Return a value that a setting may have and that is not its default."""
     if key.name in ("evaluate.protocol", "evaluate.defects"):  # texts of which only some are known
         return {"evaluate.protocol": "llm-adapters", "evaluate.defects": "none"}[key.name]
@@ -48,17 +48,17 @@ def values(key: config_module.Key) -> Any:
     return {"anywhere": {}} if wanted == "a mapping" else changed[kinds.get(wanted, str)]
 
 
-def part(name: str, **settings: Any) -> config_module.Part:
-    method, presets = resolve(name)
+def part(name: str, **settings: Any) -> config_module.MethodEntry:
+    method, presets = resolve_method(name)
     own = {field.name for field in dataclasses.fields(method.Config)}
     config_of = method.Config(**presets, **{key: value for key, value in settings.items() if key in own})
-    return config_module.Part(
+    return config_module.MethodEntry(
         name=method.name, settings=config_of, **{key: value for key, value in settings.items() if key not in own}
     )
 
 
 def test_the_file_arrives_typed(file: Path) -> None:
-    run = config_module.read(file)
+    run = config_module.read_config(file)
     assert run.model.quantize == "nf4"
     assert run.method == (part("dora", r=8, alpha=64.0, targets=["q_proj", "k_proj"]),)
     assert run.methods == "dora"
@@ -70,17 +70,19 @@ def test_the_file_arrives_typed(file: Path) -> None:
 
 
 def test_what_is_written_is_read_again(file: Path, tmp_path: Path) -> None:
-    run = config_module.read(file, ["train.steps=5", "targets=null", "data.limit=9"])
+    run = config_module.read_config(file, ["train.steps=5", "targets=null", "data.limit=9"])
     written = tmp_path / "runs" / "example" / "config.yaml"
-    config_module.write(run, written)
-    assert config_module.read(written) == run
+    config_module.write_config(run, written)
+    assert config_module.read_config(written) == run
     assert str(REPOSITORY) not in written.read_text()
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_every_setting_arrives_from_file_and_command_line(method: str, tmp_path: Path) -> None:
     known = {
-        name: key for name, key in config_module.keys({"method": methods()[method]}).items() if name != "method.name"
+        name: key
+        for name, key in config_module.all_settings({"method": list_methods()[method]}).items()
+        if name != "method.name"
     }
     given = {name: values(key) for name, key in known.items()}
     nested: dict[str, Any] = {"method": {"name": method}}
@@ -90,9 +92,9 @@ def test_every_setting_arrives_from_file_and_command_line(method: str, tmp_path:
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(nested))
     (tmp_path / "none.yaml").write_text("model:\n")
 
-    from_file = config_module.read(tmp_path / "all.yaml")
+    from_file = config_module.read_config(tmp_path / "all.yaml")
     overrides = [f"{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in given.items()]
-    assert config_module.read(tmp_path / "none.yaml", [f"method={method}", *overrides]) == from_file
+    assert config_module.read_config(tmp_path / "none.yaml", [f"method={method}", *overrides]) == from_file
 
     plain = from_file.as_dict()
     for name, value in given.items():
@@ -101,18 +103,18 @@ def test_every_setting_arrives_from_file_and_command_line(method: str, tmp_path:
 
 
 def test_overrides_win_and_take_yaml(file: Path) -> None:
-    run = config_module.read(
+    run = config_module.read_config(
         file, ["targets=v_proj,o_proj", "train.learning_rate=1e-3", "train.steps=null", "name=other"]
     )
     assert run.method[0].targets == ["v_proj", "o_proj"]
     assert (run.train.learning_rate, run.train.steps, run.name) == (1e-3, None, "other")
-    assert config_module.read(file, ["targets=[v_proj]"]).method[0].targets == ["v_proj"]
+    assert config_module.read_config(file, ["targets=[v_proj]"]).method[0].targets == ["v_proj"]
 
 
 def test_another_method_leaves_the_old_ones_settings(file: Path) -> None:
-    assert config_module.read(file, ["method=ssl"]).method == (part("ssl", targets=["q_proj", "k_proj"]),)
+    assert config_module.read_config(file, ["method=ssl"]).method == (part("ssl", targets=["q_proj", "k_proj"]),)
     with pytest.raises(UserError, match=r"sets 'method\.r', but method ssl has no setting 'r'"):
-        config_module.read(file, ["method.name=ssl"])
+        config_module.read_config(file, ["method.name=ssl"])
 
 
 @pytest.mark.parametrize(
@@ -124,16 +126,16 @@ def test_another_method_leaves_the_old_ones_settings(file: Path) -> None:
         ("method=p-tuning-v2", part("prefix")),
     ],
 )
-def test_an_alias_is_written_out(file: Path, override: str, expected: config_module.Part) -> None:
-    run = config_module.read(file, [override])
+def test_an_alias_is_written_out(file: Path, override: str, expected: config_module.MethodEntry) -> None:
+    run = config_module.read_config(file, [override])
     assert run.method == (dataclasses.replace(expected, targets=["q_proj", "k_proj"]),)
 
 
 def test_what_stands_beside_an_alias_counts_more(file: Path) -> None:
     file.write_text("method: {name: rslora, r: 4, rslora: false}\n")
-    assert config_module.read(file).method == (part("lora", r=4),)
-    assert config_module.read(file, ["method.name=lora+mpc-o"]).method == (part("lora", r=4, mpc="o"),)
-    assert config_module.read(file, ["method.name=rslora"]).method == (part("lora", r=4, rslora=True),)
+    assert config_module.read_config(file).method == (part("lora", r=4),)
+    assert config_module.read_config(file, ["method.name=lora+mpc-o"]).method == (part("lora", r=4, mpc="o"),)
+    assert config_module.read_config(file, ["method.name=rslora"]).method == (part("lora", r=4, rslora=True),)
 
 
 SEVERAL = """
@@ -149,11 +151,11 @@ LORA = part("lora+mpc-o", r=8, targets=["q_proj", "v_proj"], patterns={r"layers\
 
 def test_several_methods_in_one_run(file: Path, tmp_path: Path) -> None:
     file.write_text(SEVERAL)
-    run = config_module.read(file)
+    run = config_module.read_config(file)
     assert run.method == (LORA, part("ssl", targets=["up_proj"]), part("houlsby"))
     assert run.methods == "lora, ssl, houlsby"
-    config_module.write(run, tmp_path / "config.yaml")
-    assert config_module.read(tmp_path / "config.yaml", ["name=example"]) == run
+    config_module.write_config(run, tmp_path / "config.yaml")
+    assert config_module.read_config(tmp_path / "config.yaml", ["name=example"]) == run
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_several_methods_in_one_run(file: Path, tmp_path: Path) -> None:
 def test_several_methods_are_overridden_by_number(file: Path, overrides: list[str], expected: Any) -> None:
     file.write_text(SEVERAL)
     given = {"ssl": part("ssl", targets=["up_proj"]), "houlsby": part("houlsby")}
-    assert config_module.read(file, overrides).method == tuple(
+    assert config_module.read_config(file, overrides).method == tuple(
         given.get(p, p) if isinstance(p, str) else p for p in expected
     )
 
@@ -179,7 +181,7 @@ def test_each_part_gets_its_sites_and_patterns(file: Path) -> None:
     file.write_text(SEVERAL)
     model = tiny_llama()
     ranks: dict[str, int] = {}
-    for p in config_module.read(file).method:
+    for p in config_module.read_config(file).method:
         for site, adapter in inject(model, p.name, p.settings, targets=p.targets, patterns=p.patterns).items():
             ranks[site] = getattr(adapter.config, "r", 0)
     assert ranks["model.layers.0.self_attn.q_proj"] == 4
@@ -206,7 +208,7 @@ def test_each_part_gets_its_sites_and_patterns(file: Path) -> None:
 def test_what_several_methods_cannot_mean_is_refused(file: Path, override: str, complaint: str) -> None:
     file.write_text(SEVERAL)
     with pytest.raises(UserError, match=complaint):
-        config_module.read(file, [override])
+        config_module.read_config(file, [override])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_what_several_methods_cannot_mean_is_refused(file: Path, override: str, 
 )
 def test_what_cannot_be_meant_is_refused(file: Path, override: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        config_module.read(file, [override])
+        config_module.read_config(file, [override])
 
 
 @pytest.mark.parametrize(
@@ -253,46 +255,48 @@ def test_what_cannot_be_meant_is_refused(file: Path, override: str, complaint: s
 def test_a_file_that_cannot_be_meant_is_refused(file: Path, text: str, complaint: str) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=complaint):
-        config_module.read(file)
+        config_module.read_config(file)
 
 
 def test_a_missing_file_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no configuration file .*Did you mean 'launch/recipes/quickstart\.yaml'\?"):
-        config_module.read("launch/recipes/quickstrat.yaml")
+        config_module.read_config("launch/recipes/quickstrat.yaml")
 
 
 def test_the_engine_is_found_beside_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (file.parent / "own.json").write_text("{}")
     monkeypatch.chdir(REPOSITORY)
-    assert config_module.read(file, ["engine=own.json"]).engine == str(file.parent / "own.json")
+    assert config_module.read_config(file, ["engine=own.json"]).engine == str(file.parent / "own.json")
 
 
 @pytest.mark.parametrize(
     "recipe", sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_recipe_is_good(recipe: Path) -> None:
-    assert Path(config_module.read(recipe).engine).is_file()
+    assert Path(config_module.read_config(recipe).engine).is_file()
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_no_setting_of_a_method_has_a_name_that_is_taken(method: str) -> None:
-    taken = {*(f.name for f in dataclasses.fields(config_module.Part)), "model", "method", "parameters"}
-    assert not taken & {f.name for f in dataclasses.fields(methods()[method].Config)}
+    taken = {*(f.name for f in dataclasses.fields(config_module.MethodEntry)), "model", "method", "parameters"}
+    assert not taken & {f.name for f in dataclasses.fields(list_methods()[method].Config)}
 
 
 def test_every_setting_is_explained() -> None:
-    told = config_module.manual()
-    assert not [name for name, key in config_module.keys({"method": methods()["lora"]}).items() if not key.doc]
-    assert all(f"  {name}=" in told for name in config_module.keys({"method": methods()["ssl"]}))
-    assert all(f.name in told for method in methods().values() for f in dataclasses.fields(method.Config))
+    told = config_module.settings_manual()
+    assert not [
+        name for name, key in config_module.all_settings({"method": list_methods()["lora"]}).items() if not key.doc
+    ]
+    assert all(f"  {name}=" in told for name in config_module.all_settings({"method": list_methods()["ssl"]}))
+    assert all(f.name in told for method in list_methods().values() for f in dataclasses.fields(method.Config))
 
 
 def test_what_is_scored_is_a_run_a_configuration_or_a_model(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = config_module.read(file)
-    config_module.write(run, run.folder / "config.yaml")
+    run = config_module.read_config(file)
+    config_module.write_config(run, run.folder / "config.yaml")
     with pytest.raises(UserError, match="has no adapter"):
         config_module.read_subject("runs/example")
     (run.folder / "adapter").mkdir()

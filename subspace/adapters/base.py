@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from subspace.adapters.penalties import _charge_penalty
 from subspace.common.settings import Settings
-from subspace.models.frozen_weights import frozen_weight, full_weight
+from subspace.models.frozen_weights import dequantized_weight, gather_weight_fp32
 
 ROLES = {
     "down": "first factor, from the layer's input",
@@ -34,7 +34,7 @@ ROLES = {
 }
 SITES = ("linear", "sublayer", "attention", "mlp", "embedding", "module")
 FAMILIES = ("reconstruction", "extension", "combination", "reference")
-READS = {
+WEIGHT_ACCESS = {
     "nothing": "W only to merge",
     "row norms": "the lengths of W's rows, once",
     "largest": "W's largest singular vectors, once; those of a quantised W will do",
@@ -52,30 +52,30 @@ class MethodConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Clock:
+class TrainProgress:
     """Where the run is, counted in optimizer steps: ``step`` is 1 for the first of ``steps``."""
 
     step: int
     steps: int
 
-    def through(self, warm_up: float, cool_down: float) -> float:
+    def fraction(self, warm_up: float, cool_down: float) -> float:
         """Return how much of the run's middle has passed: at most 0 in its first share, above 1 in its last."""
         first, last = int(warm_up * self.steps), self.steps - int(cool_down * self.steps)
         return (self.step - first) / max(1, last - first)
 
 
-class Access(Protocol):
+class OptimizerAccess(Protocol):
     """How a schedule reads and changes trained tensors, whatever holds them. Collective over ranks.
 
-    ``forget`` clears what the optimizer remembers of the values where ``where`` is true. ``visit`` calls ``look`` with
-    each adapter and its frozen W, float32, on one process each, and gives all of them the buffers that this changed.
+    ``reset_optimizer_state`` clears the optimizer's moments where ``where`` is true. ``for_each_weight`` calls
+    ``look`` with each adapter and its frozen W, float32, on one process each, and broadcasts the buffers it changed.
     """
 
     def grad(self, parameter: nn.Parameter) -> Tensor: ...
     def value(self, parameter: nn.Parameter) -> Tensor: ...
     def write(self, parameter: nn.Parameter, value: Tensor) -> None: ...
-    def forget(self, parameter: nn.Parameter, where: Tensor) -> None: ...
-    def visit(self, adapters: Sequence[Any], look: Callable[[Any, Tensor], None]) -> None: ...
+    def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor) -> None: ...
+    def for_each_weight(self, adapters: Sequence[Any], look: Callable[[Any, Tensor], None]) -> None: ...
 
 
 class Adapter(nn.Module):
@@ -84,7 +84,7 @@ class Adapter(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     name: ClassVar[str]
     family: ClassVar[str]
-    trains: ClassVar[str]
+    num_params: ClassVar[str]
     site: ClassVar[str]
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: Each trained tensor's role: it decides weight decay and LoRA+'s learning rate.
@@ -92,17 +92,17 @@ class Adapter(nn.Module):
     #: Whether what it does at a site can be folded into the layer; an instance may know better.
     mergeable: bool = True
     #: Whether the model computes the same before the first step as without the adapter, and up to which part.
-    starts_as_frozen: ClassVar[bool] = True
-    start_error: ClassVar[float] = 0.0
-    #: What it reads of W, a key of READS.
-    reads: ClassVar[str] = "nothing"
+    identity_at_init: ClassVar[bool] = True
+    identity_tolerance: ClassVar[float] = 0.0
+    #: What it reads of W, a key of WEIGHT_ACCESS.
+    weight_access: ClassVar[str] = "nothing"
     #: The setting that makes the method larger or smaller, if it has one.
-    dial: ClassVar[str | None] = None
+    size_setting: ClassVar[str | None] = None
     #: Trained tensors whose first gradient comes with a later step of a schedule.
-    moves_late: ClassVar[frozenset[str]] = frozenset()
+    delayed_grad_params: ClassVar[frozenset[str]] = frozenset()
 
     #: Frozen parameters of the base that the adapter holds in its place, by their names there.
-    aside: Mapping[str, nn.Parameter] = {}
+    original_params: Mapping[str, nn.Parameter] = {}
     base: Any  # the frozen module, of whatever class the model or bitsandbytes made it
     config: Any  # an instance of the method's own Config
 
@@ -115,11 +115,11 @@ class Adapter(nn.Module):
         #: What a schedule remembers from step to step. Saved with checkpoints; no buffer, because engines cast those.
         self.history: dict[str, Tensor] = {}
         #: The model's folder and W's name in it, where W is to be read there because the model holds it quantised.
-        self.checkpoint: tuple[str, str] | None = None
+        self.weight_source: tuple[str, str] | None = None
         #: What was computed from the trained tensors' present values. None where nobody promises to clear it when they
         #: move; the training loop does.
-        self.kept: dict[Any, Tensor] | None = None
-        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
+        self._cache: dict[Any, Tensor] | None = None
+        self.register_load_state_dict_post_hook(_clear_cache)  # type: ignore[no-untyped-call]
         if type(self).penalty is not Adapter.penalty:
             self.register_forward_hook(_charge_penalty)
 
@@ -130,31 +130,31 @@ class Adapter(nn.Module):
         """Let go of the model again, before the frozen module takes its place back. Default: nothing."""
 
     @classmethod
-    def site_of(cls, config: Any) -> str:
+    def target_kind(cls, config: Any) -> str:
         """Return the kind of site that these settings ask for."""
         return cls.site
 
     @classmethod
-    def usual_targets(cls, config: Any) -> Sequence[str] | None:
+    def default_targets(cls, config: Any) -> Sequence[str] | None:
         """Return the targets where a user names none; None for those of the site's kind."""
         return None
 
     @classmethod
-    def refusal(cls, config: Any, storage: str) -> str | None:
+    def check_quantization(cls, config: Any, storage: str) -> str | None:
         """Say why these settings make no sense for a W that is stored as ``4bit`` or ``int8``, and what does."""
         return None
 
     @classmethod
-    def unfit(cls, config: Any, site: nn.Module) -> str | None:
+    def check_module(cls, config: Any, site: nn.Module) -> str | None:
         """Say why a site that was found is left alone, and what would make it fit; None where it fits."""
         return None
 
     @classmethod
-    def at(cls, config: Any, name: str) -> Any:
+    def config_for(cls, config: Any, name: str) -> Any:
         """Return the settings for the site of this name, where they depend on it."""
         return config
 
-    def start(self, W: Tensor) -> None:
+    def init_from_weight(self, W: Tensor) -> None:
         """Set initial values that depend on the frozen W, ``(out, in)``, float32; called once. Default: nothing.
 
         One process calls it for each adapter; the others get its tensors.
@@ -169,11 +169,11 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
-    def before_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
+    def before_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
         """Act between the step's last backward pass and the optimizer. Default: nothing."""
 
     @classmethod
-    def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
+    def after_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
         """Act after the optimizer has moved the tensors. Default: nothing."""
 
     def get_extra_state(self) -> dict[str, Tensor]:
@@ -191,24 +191,28 @@ class Adapter(nn.Module):
         """Return this adapter's trained tensors by their names in the class."""
         return {name: p for name, p in self.named_parameters(recurse=False) if name in self.roles}
 
-    def keep(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+    def cached(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         """Return what ``compute`` gives for the trained tensors' present values, from memory where that is safe."""
-        kept = self.kept
-        if kept is None and not any(p.requires_grad for p in self.trained().values()):
-            kept = self.kept = {}  # a loaded adapter that nobody trains
-        if kept is None:
+        cache = self._cache
+        if cache is None and not any(p.requires_grad for p in self.trained().values()):
+            cache = self._cache = {}  # a loaded adapter that nobody trains
+        if cache is None:
             return compute()
-        if key not in kept:
-            kept[key] = compute()
-        return kept[key]
+        if key not in cache:
+            cache[key] = compute()
+        return cache[key]
+
+    def clear_cache(self) -> None:
+        """Drop what :meth:`cached` holds. Whoever moves the trained tensors promises to call it after each move."""
+        self._cache = {}
 
     def extra_repr(self) -> str:
         return str(self.config)
 
 
-def _forget(adapter: nn.Module, keys: Any) -> None:
-    if adapter.kept:
-        adapter.kept.clear()  # type: ignore[operator, union-attr]
+def _clear_cache(adapter: nn.Module, keys: Any) -> None:
+    if adapter._cache:
+        adapter._cache.clear()  # type: ignore[operator, union-attr]
 
 
 class LinearAdapter(Adapter):
@@ -234,7 +238,7 @@ class LinearAdapter(Adapter):
         return None
 
     def merged(self) -> dict[str, Tensor | None]:
-        W, b = full_weight(self.base), self.base_bias()
+        W, b = gather_weight_fp32(self.base), self.base_bias()
         assert W is not None
         return {"weight": self.weight(W), "bias": self.bias(None if b is None else b.float())}
 
@@ -255,7 +259,7 @@ class LinearAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``. Methods override it with a cheaper form of the same function."""
-        W = frozen_weight(self.base)
+        W = dequantized_weight(self.base)
         b = self.bias(self.base_bias())
         return F.linear(x, self.weight(W).to(x.dtype), None if b is None else b.to(x.dtype))
 

@@ -36,7 +36,7 @@ class BottleneckConfig(MethodConfig):
 class BottleneckAdapter(SublayerAdapter):
     """``h' = h + s (U f(D h + c) + e)`` for what the sub-layer returns, h ``(..., out)``."""
 
-    dial: ClassVar = "bottleneck"
+    size_setting: ClassVar = "bottleneck"
     roles: ClassVar = {"D": "down", "U": "up", "c": "bias", "e": "bias"}
 
     def __init__(self, base: nn.Module, config: BottleneckConfig) -> None:

@@ -15,25 +15,25 @@ from torch import nn
 from subspace.adapters import low_rank as lowrank
 from subspace.adapters.base import Adapter
 from subspace.adapters.parameter_count import count_trained, match_budget
-from subspace.adapters.registry import CONSTRAINTS, methods
+from subspace.adapters.registry import CONSTRAINTS, list_methods
 
 BEGIN, END = "<!-- methods: written by `subspace methods --markdown` -->", "<!-- end of methods -->"
 CONSTRAINT = "constraint"
 
 
 @dataclass(frozen=True)
-class Entry:
+class MethodInfo:
     """What a reader wants to know at a glance of one method, or of a constraint that methods compose with."""
 
     name: str
     family: str
     equation: str  # LaTeX
-    trains: str  # numbers at one site, over the settings and the site's sizes
+    num_params: str  # numbers at one site, over the settings and the site's sizes
     site: str
     mergeable: bool
-    reads: str
+    weight_access: str
     settings: dict[str, Any]
-    dial: str | None  # the setting that makes it larger or smaller
+    size_setting: str | None  # the setting that makes it larger or smaller
     composes: tuple[str, ...]  # a method with constraints, a constraint with methods
     arxiv: str
     file: str  # from the repository's root
@@ -41,33 +41,33 @@ class Entry:
     share: float | None = None  # of all numbers of that model and the adapters
 
 
-def entry(method: type[Adapter], settings: Mapping[str, Any] | None = None) -> Entry:
+def method_info(method: type[Adapter], settings: Mapping[str, Any] | None = None) -> MethodInfo:
     """Read one method's entry off its class and its file, with these settings where they are not the defaults."""
-    manual = text(method)
+    manual = method_docstring(method)
     equation = re.search(r"^\.\. math:: (.+?)(?:,\\qquad|$)", manual, re.MULTILINE)
     paper = re.search(r"arXiv:(\d+\.\d+)", manual)
     assert equation, f"{method.name}: its module's docstring has no '.. math::' line"
     assert paper, f"{method.name}: its module's docstring cites no arXiv paper"
     config = method.Config(**(settings or {}))
-    return Entry(
+    return MethodInfo(
         name=method.name,
         family=method.family,
         equation=equation[1],
-        trains=method.trains,
-        site=method.site_of(config),
+        num_params=method.num_params,
+        site=method.target_kind(config),
         mergeable=bool(method.mergeable),
-        reads=method.reads,
+        weight_access=method.weight_access,
         settings=dataclasses.asdict(config),
-        dial=method.dial,
+        size_setting=method.size_setting,
         composes=tuple(f"+{name}" for name in CONSTRAINTS) if _constrained(method) else (),
         arxiv=paper[1],
         file=f"subspace/methods/{Path(inspect.getfile(method)).name}",
     )
 
 
-def entries(settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Entry]:
+def method_infos(settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[MethodInfo]:
     """Return every method's entry, and the constraints'; ``settings`` by method."""
-    found = [entry(method, (settings or {}).get(name)) for name, method in methods().items()]
+    found = [method_info(method, (settings or {}).get(name)) for name, method in list_methods().items()]
     return found + [_constraint(name) for name in CONSTRAINTS]
 
 
@@ -75,30 +75,32 @@ def _constrained(method: type[Adapter]) -> bool:
     return issubclass(method.Config, lowrank.ConstrainedConfig)
 
 
-def _constraint(name: str) -> Entry:
+def _constraint(name: str) -> MethodInfo:
     manual = inspect.getdoc(lowrank) or ""
     told = re.search(rf"^``{name[-1]}``  (.*:math:`(.+?)`.*)$", manual, re.MULTILINE)
     paper = re.search(r"arXiv:(\d+\.\d+)", manual)
     assert told, f"{name}: the docstring of {lowrank.__name__} has no row with a :math: for it"
     assert paper
     fields = dataclasses.fields(lowrank.ConstrainedConfig)
-    return Entry(
+    return MethodInfo(
         name=f"+{name}",
         family=CONSTRAINT,
         equation=told[2],
-        trains="0",
+        num_params="0",
         site="linear",
         mergeable="cannot be merged" not in told[1],
-        reads="nothing",
+        weight_access="nothing",
         settings={f.name: f.default for f in fields if f.name.startswith("mpc_")},
-        dial=None,
-        composes=tuple(method.name for method in methods().values() if _constrained(method)),
+        size_setting=None,
+        composes=tuple(method.name for method in list_methods().values() if _constrained(method)),
         arxiv=paper[1],
         file="subspace/lowrank.py",
     )
 
 
-def counted(e: Entry, shape: nn.Module, targets: Sequence[str] | None = None, budget: int | None = None) -> Entry:
+def with_param_count(
+    e: MethodInfo, shape: nn.Module, targets: Sequence[str] | None = None, budget: int | None = None
+) -> MethodInfo:
     """Add what a method trains in a model; with a budget, by that size of it which comes nearest.
 
     Targets name linear layers; a method of another kind has its usual sites.
@@ -108,46 +110,46 @@ def counted(e: Entry, shape: nn.Module, targets: Sequence[str] | None = None, bu
     where = targets if e.site == "linear" else None
     settings = dict(e.settings)
     if budget:
-        others = {name: value for name, value in settings.items() if name != e.dial}
+        others = {name: value for name, value in settings.items() if name != e.size_setting}
         size = match_budget(e.name, shape, budget, targets=where, **others)
-        settings |= {e.dial or "": size}
+        settings |= {e.size_setting or "": size}
     trained = count_trained(shape, e.name, settings, targets=where)
     every = sum(parameter.numel() for parameter in shape.parameters())
     added = 0 if e.family == "reference" else trained
     return dataclasses.replace(e, settings=settings, trained=trained, share=trained / (every + added))
 
 
-def text(method: type[Adapter]) -> str:
+def method_docstring(method: type[Adapter]) -> str:
     """Return the manual of one method: its file's docstring."""
     return inspect.getdoc(inspect.getmodule(method)) or ""
 
 
-def markdown() -> str:
+def methods_table() -> str:
     """Write the README's table."""
     rows = [
         "| method | family | equation | trained numbers a site | settings | merges | paper |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for e in entries():
+    for e in method_infos():
         settings = [f"`{name}={_plain(value)}`" for name, value in _own(e).items()] or ["none"]
         composes = " ".join(f"`{name}`" for name in e.composes)
         told = ", ".join([*settings, f"with {composes}"] if composes else settings)
         paper = f"[{e.arxiv}](https://arxiv.org/abs/{e.arxiv})"
         # Between $` and `$ Markdown leaves LaTeX alone.
         rows.append(
-            f"| [`{e.name}`]({e.file}) | {e.family} | $`{e.equation}`$ | `{e.trains}` | {told} "
+            f"| [`{e.name}`]({e.file}) | {e.family} | $`{e.equation}`$ | `{e.num_params}` | {told} "
             f"| {'yes' if e.mergeable else 'no'} | {paper} |"
         )
     return "\n".join(rows)
 
 
-def listing(listed: Sequence[Entry], model: str = "") -> str:
+def methods_list(listed: Sequence[MethodInfo], model: str = "") -> str:
     """List methods for a terminal; with what each trains in the model of this name, where they were counted."""
     rows = [("method", "family", f"trained in {model}" if model else "trained numbers a site", "merges", "settings")]
     for e in listed:
         settings = [f"{name}={_plain(value)}" for name, value in _own(e).items()]
         settings += ["with", *e.composes] if e.composes else []
-        trained = e.trains if e.trained is None else _count(e)
+        trained = e.num_params if e.trained is None else _count(e)
         rows.append((e.name, e.family, trained, "yes" if e.mergeable else "no", " ".join(settings)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
@@ -156,10 +158,10 @@ def listing(listed: Sequence[Entry], model: str = "") -> str:
     )
 
 
-def page(e: Entry, model: str = "") -> str:
+def method_page(e: MethodInfo, model: str = "") -> str:
     """Tell all about one method: its file's docstring, its names, its settings, and what it trains in a model."""
-    method = methods()[e.name]
-    lines = [text(method), "", f"settings of {method.name}, as method.KEY:"]
+    method = list_methods()[e.name]
+    lines = [method_docstring(method), "", f"settings of {method.name}, as method.KEY:"]
     for field in dataclasses.fields(method.Config):
         values = f" ({' | '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
         lines.append(f"  {field.name}={_plain(e.settings[field.name])}".ljust(24) + f"{field.metadata['doc']}{values}")
@@ -174,13 +176,13 @@ def page(e: Entry, model: str = "") -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _own(e: Entry) -> dict[str, Any]:
+def _own(e: MethodInfo) -> dict[str, Any]:
     """Return a method's settings without those of the constraints, which have rows of their own."""
     shown = e.family == CONSTRAINT or not e.composes
     return {name: value for name, value in e.settings.items() if shown or not name.startswith("mpc")}
 
 
-def _count(e: Entry) -> str:
+def _count(e: MethodInfo) -> str:
     return f"{e.trained:,} ({100 * (e.share or 0):.2f} %)"
 
 

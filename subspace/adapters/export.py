@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from subspace.adapters.merging import _frozen, merge
 from subspace.adapters.serialization import load_adapter
-from subspace.adapters.targets import names_of
+from subspace.adapters.targets import layer_names
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
-from subspace.models.files import quiet
+from subspace.models.files import suppress_library_logs
 from subspace.models.loading import open_model, open_tokenizer
 
 TOLERANCE = 1e-3  # of the largest logit; float32 gives about 1e-5, a wrong merge gives about 1
@@ -57,7 +57,7 @@ class MergeReport:
         )
 
 
-def merged_folder(
+def export_merged(
     config: ModelConfig,
     adapter: Path,
     out: Path,
@@ -88,7 +88,7 @@ def merged_folder(
     tokenizer = open_tokenizer(exact)
     model = open_model(replace(exact, quantize=config.quantize if as_trained else "none"))
     if getattr(model, "is_quantized", False):  # also where the base's own files are
-        with quiet():
+        with suppress_library_logs():
             model = model.dequantize(dtype=torch.float32).requires_grad_(False)  # type: ignore[no-untyped-call]
     load_adapter(model, adapter)
     probe = _probe(tokenizer).to(model.device)
@@ -113,7 +113,7 @@ def merged_folder(
 
     partial = out.with_name(f"{out.name}.partial")
     with _whole_or_not(partial, out):
-        with quiet():
+        with suppress_library_logs():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         rounded = _logits(model.float(), probe)  # type: ignore[no-untyped-call]
@@ -180,7 +180,7 @@ def _make_room_for_biases(model: Any) -> None:
     ]
     if not created:
         return
-    attention = names_of(model).attention
+    attention = layer_names(model).attention
     for flag in {"attention_bias" if attention in site.split(".") else "mlp_bias" for site in created}:
         if hasattr(model.config, flag):
             setattr(model.config, flag, True)

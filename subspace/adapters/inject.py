@@ -12,17 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from subspace.adapters.base import Adapter, MethodConfig
-from subspace.adapters.registry import configure, resolve
-from subspace.adapters.targets import find, matching
-from subspace.common.progress import Progress, silent
-from subspace.distributed.collectives import from_rank, rank, world_size
+from subspace.adapters.registry import configure, resolve_method
+from subspace.adapters.targets import find_target_modules, matches_target
+from subspace.common.progress import Progress, no_progress
+from subspace.distributed.collectives import broadcast_, rank, world_size
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError, nearest
-from subspace.models.frozen_weights import file_of, storage, stored_weight, weight_for
+from subspace.models.frozen_weights import (
+    find_weight_file,
+    gather_weight_on_rank,
+    read_checkpoint_weight,
+    storage_format,
+)
 
 
-def visit(
-    adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None], progress: Progress = silent, title: str = ""
+def initialize_distributed(
+    adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None], progress: Progress = no_progress, title: str = ""
 ) -> None:
     """Call ``look(adapter, W)`` for each adapter, on one process each; then all have the tensors that it changed.
 
@@ -42,18 +47,18 @@ def visit(
             for owner, adapter in enumerate(wave):
                 for tensor in (*adapter.trained().values(), *adapter.buffers(recurse=False)):
                     if not is_sharded(tensor):
-                        from_rank(tensor.data, owner)
+                        broadcast_(tensor.data, owner)
             at(first + len(wave))
 
 
 def _weight(adapter: Adapter, owner: int) -> Tensor | None:
     """Return the adapter's W on its owner, None elsewhere."""
-    if adapter.checkpoint is None:
-        return weight_for(owner, adapter.base)
+    if adapter.weight_source is None:
+        return gather_weight_on_rank(owner, adapter.base)
     if owner != rank():
         return None
-    W = stored_weight(*adapter.checkpoint)
-    assert W is not None, adapter.checkpoint  # inject has looked
+    W = read_checkpoint_weight(*adapter.weight_source)
+    assert W is not None, adapter.weight_source  # inject has looked
     return W.to(next(adapter.buffers(recurse=False)).device)
 
 
@@ -66,7 +71,7 @@ def inject(
     patterns: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
     start: bool = True,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Adapter]:
     r"""Freeze the model, wrap the sites that the method's kind and ``targets`` choose, and return the adapters by site.
 
@@ -87,20 +92,22 @@ def inject(
     Raises:
         UserError: an unknown method, setting or target, or a method that these weights cannot serve.
     """
-    cls, presets = resolve(method)
+    cls, presets = resolve_method(method)
     config = settings if isinstance(settings, MethodConfig) else configure(cls, {**presets, **(settings or {})})
-    found = find(model, cls.site_of(config), targets if targets is not None else cls.usual_targets(config))
-    unfit = {name: cls.unfit(config, site) for name, site in found.items()}
-    sites = {name: site for name, site in found.items() if unfit[name] is None}
+    found = find_target_modules(
+        model, cls.target_kind(config), targets if targets is not None else cls.default_targets(config)
+    )
+    check_module = {name: cls.check_module(config, site) for name, site in found.items()}
+    sites = {name: site for name, site in found.items() if check_module[name] is None}
     if not sites:
         first = next(iter(found))
         raise UserError(
-            f"method {cls.name} fits none of the {len(found)} sites it was asked for: {first} {unfit[first]}"
+            f"method {cls.name} fits none of the {len(found)} sites it was asked for: {first} {check_module[first]}"
         )
-    configs = {name: cls.at(_patterned(config, name, patterns or {}), name) for name in sites}
-    checkpoints = {name: _checkpoint(model, cls, configs[name], name, site) for name, site in sites.items()}
+    configs = {name: cls.config_for(_apply_patterns(config, name, patterns or {}), name) for name in sites}
+    checkpoints = {name: _weight_source(model, cls, configs[name], name, site) for name, site in sites.items()}
     for pattern in patterns or {}:
-        if not any(matching(pattern, name) for name in sites):
+        if not any(matches_target(pattern, name) for name in sites):
             raise UserError(
                 f"the pattern {pattern!r} matches none of the {len(sites)} sites, first {next(iter(sites))}"
             )
@@ -109,23 +116,23 @@ def inject(
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
-    created = {name: _build(cls, configs[name], name, site, seed) for name, site in sites.items()}
+    created = {name: _build_adapter(cls, configs[name], name, site, seed) for name, site in sites.items()}
     group = 1 + max((adapter.group for adapter in adapters(model).values()), default=-1)
     for name, adapter in created.items():
-        adapter.checkpoint = checkpoints[name]
+        adapter.weight_source = checkpoints[name]
         adapter.group, adapter.num_siblings = group, len(created)
         model.set_submodule(name, adapter)
         adapter.train(model.training)
     for adapter in created.values():
         adapter.attach(model)
-    _start(list(created.values()), progress, all_of_them=start)
+    _initialize(list(created.values()), progress, all_of_them=start)
     return created
 
 
-def _patterned(config: MethodConfig, name: str, patterns: Mapping[str, Mapping[str, Any]]) -> MethodConfig:
+def _apply_patterns(config: MethodConfig, name: str, patterns: Mapping[str, Mapping[str, Any]]) -> MethodConfig:
     """Return the settings for one site."""
     for pattern, changes in patterns.items():
-        if matching(pattern, name):
+        if matches_target(pattern, name):
             known = [field.name for field in dataclasses.fields(config)]
             unknown = [key for key in changes if key not in known]
             if unknown:
@@ -134,19 +141,19 @@ def _patterned(config: MethodConfig, name: str, patterns: Mapping[str, Mapping[s
     return config
 
 
-def _checkpoint(
+def _weight_source(
     model: Any, cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module
 ) -> tuple[str, str] | None:
     """Say where W is to be read, if not in the model; refuse a quantised one that cannot serve the method."""
-    kind = storage(site) if hasattr(site, "weight") else "plain"
+    kind = storage_format(site) if hasattr(site, "weight") else "plain"
     if kind == "plain":
         return None
-    if reason := cls.refusal(config, kind):
+    if reason := cls.check_quantization(config, kind):
         raise UserError(f"method {cls.name} was asked for on a model whose linears are {kind}: {reason}")
-    if cls.reads not in ("smallest", "late"):
+    if cls.weight_access not in ("smallest", "late"):
         return None
     folder = str(getattr(model, "name_or_path", ""))
-    if folder and file_of(folder, f"{name}.weight"):
+    if folder and find_weight_file(folder, f"{name}.weight"):
         return folder, f"{name}.weight"
     raise UserError(
         f"method {cls.name} was asked for on a model whose linears are {kind}, but it reads W's small singular "
@@ -160,14 +167,14 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
-def eject(model: nn.Module) -> None:
+def remove_adapters(model: nn.Module) -> None:
     """Put the frozen modules back in the adapters' places: the model is what it was before ``inject``."""
     for name, adapter in reversed(adapters(model).items()):  # an adapter may wrap a module that holds others
         adapter.detach()
         model.set_submodule(name, adapter.base)
 
 
-def groups(model: nn.Module) -> list[list[Adapter]]:
+def adapter_groups(model: nn.Module) -> list[list[Adapter]]:
     """Return the model's adapters by the injection that made them: those that share a schedule and a penalty."""
     found: dict[int, list[Adapter]] = {}
     for adapter in adapters(model).values():
@@ -175,7 +182,7 @@ def groups(model: nn.Module) -> list[list[Adapter]]:
     return list(found.values())
 
 
-def regroup(model: nn.Module, group_of: Mapping[str, int]) -> None:
+def assign_groups(model: nn.Module, group_of: Mapping[str, int]) -> None:
     """Say which adapters, by site, share a schedule and a penalty."""
     sizes = Counter(group_of.values())
     for site, adapter in adapters(model).items():
@@ -188,7 +195,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def roles(model: nn.Module) -> dict[str, str]:
+def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Return the role of every trained tensor, by its name in the model."""
     of = {
         f"{site}.{name}": adapter.roles[name] for site, adapter in adapters(model).items() for name in adapter.trained()
@@ -196,7 +203,7 @@ def roles(model: nn.Module) -> dict[str, str]:
     return {name: of[name] for name in trained_parameters(model)}  # of a tensor that two sites share, the first name
 
 
-def _build(cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module, seed: int) -> Adapter:
+def _build_adapter(cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module, seed: int) -> Adapter:
     device = next(site.parameters()).device
     digest = hashlib.sha256(f"{seed} {name} {cls.name}".encode()).digest()
     # The global generator is borrowed, so that methods may use torch.nn.init as everywhere else.
@@ -209,15 +216,15 @@ def _build(cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module,
     return adapter
 
 
-def _start(created: Sequence[Adapter], progress: Progress, *, all_of_them: bool) -> None:
+def _initialize(created: Sequence[Adapter], progress: Progress, *, all_of_them: bool) -> None:
     """Give the adapters what they take of their weights, each on one process, and all processes the same tensors."""
     if not created or any(p.is_meta for p in created[0].parameters()):
         return
-    if type(created[0]).start is not Adapter.start:
+    if type(created[0]).init_from_weight is not Adapter.init_from_weight:
         # What no file keeps has to be taken from W again, also where the rest will be overwritten.
         wanted = [a for a in created if all_of_them or a._non_persistent_buffers_set]
-        visit(wanted, lambda adapter, W: adapter.start(W), progress)
+        initialize_distributed(wanted, lambda adapter, W: adapter.init_from_weight(W), progress)
     elif all_of_them:
         for adapter in created:
             for tensor in adapter.own_tensors().values():
-                from_rank(tensor.data)
+                broadcast_(tensor.data)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subspace.common.paths import decompositions
+from subspace.common.paths import svd_cache_folder
 
 #: Up to this smaller side, the exact decomposition takes under a second.
 SMALL = 1024
@@ -32,19 +32,19 @@ class SVD(NamedTuple):
     Vt: Tensor
 
 
-def largest(W: Tensor, k: int) -> SVD:
+def top_singular_triplets(W: Tensor, k: int) -> SVD:
     """Return the k largest singular triplets of W, ``(out, in)``, float32."""
-    return _kept(W, f"largest-{min(k, *W.shape)}", lambda: _largest(W, min(k, *W.shape)))
+    return _cached(W, f"largest-{min(k, *W.shape)}", lambda: _largest(W, min(k, *W.shape)))
 
 
-def smallest(W: Tensor, k: int) -> SVD:
+def bottom_singular_triplets(W: Tensor, k: int) -> SVD:
     """Return the k smallest singular triplets of W, ``(out, in)``, float32, from an exact decomposition."""
-    return _kept(W, f"smallest-{min(k, *W.shape)}", lambda: SVD(*(_some(t, i, k) for i, t in enumerate(_exact(W)))))
+    return _cached(W, f"smallest-{min(k, *W.shape)}", lambda: SVD(*(_some(t, i, k) for i, t in enumerate(_exact(W)))))
 
 
-def whole(W: Tensor) -> SVD:
+def full_svd(W: Tensor) -> SVD:
     """Return all min(out, in) singular triplets of W, ``(out, in)``, float32."""
-    return _kept(W, "whole", lambda: _exact(W))
+    return _cached(W, "whole", lambda: _exact(W))
 
 
 def _some(tensor: Tensor, position: int, k: int) -> Tensor:
@@ -70,7 +70,7 @@ def _signed(U: Tensor, sigma: Tensor, Vt: Tensor) -> SVD:
     return SVD(U * top, sigma, Vt * top.T)
 
 
-def _kept(W: Tensor, kind: str, compute: object) -> SVD:
+def _cached(W: Tensor, kind: str, compute: object) -> SVD:
     """Read the decomposition from the cache, or compute it and write it there."""
     from safetensors.torch import load_file, save_file
 
@@ -89,7 +89,7 @@ def _kept(W: Tensor, kind: str, compute: object) -> SVD:
 
 def _file(W: Tensor, kind: str) -> Path:
     digest = hashlib.sha256(W.detach().float().cpu().contiguous().numpy().data).hexdigest()[:24]
-    return decompositions() / f"{digest}-{'x'.join(map(str, W.shape))}-{kind}.safetensors"
+    return svd_cache_folder() / f"{digest}-{'x'.join(map(str, W.shape))}-{kind}.safetensors"
 
 
 def orthogonality_gap(*factors: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from subspace.adapters.linalg import SVD, off_diagonal
 from subspace.common.settings import setting
 from subspace.errors import UserError
 from subspace.kernels.dropout import dropout
-from subspace.kernels.low_rank import add_product, branch_off
+from subspace.kernels.low_rank import lora_down, lora_up_add
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class ConstrainedConfig(LowRankConfig):
 class LowRankAdapter(LinearAdapter):
     """``W' = W + s B C A`` with a small core ``C (r, r)``, which is the identity unless a method says otherwise."""
 
-    dial: ClassVar = "r"
+    size_setting: ClassVar = "r"
     roles: ClassVar = {"A": "down", "B": "up"}
 
     def __init__(self, base: nn.Module, config: LowRankConfig) -> None:
@@ -83,13 +83,13 @@ class LowRankAdapter(LinearAdapter):
 
     def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x for the frozen layer, and what stands between the factors, ``(..., in) -> (..., r)``."""
-        x, h = branch_off(x, self.A, self.config.dropout if self.training else 0.0)
+        x, h = lora_down(x, self.A, self.config.dropout if self.training else 0.0)
         return x, self.core(torch.relu(h) if self.mpc == "n" else h)
 
     def forward(self, x: Tensor) -> Tensor:
         # B (A x) costs r * (in + out) per token; (B A) x would cost in * out.
         x, h = self.hidden(x)
-        return add_product(self.frozen(x), h, self.B, self.scale)
+        return lora_up_add(self.frozen(x), h, self.B, self.scale)
 
     def penalty(self) -> Tensor | None:
         config = self.config
@@ -125,7 +125,7 @@ class TripletAdapter(LowRankAdapter):
         return h * self.E.to(h.dtype)
 
 
-class DifferenceAdapter(LowRankAdapter):
+class SVDInitAdapter(LowRankAdapter):
     """``W' = W + s (B A - B_0 A_0)``, where ``s B_0 A_0`` is a part of W itself: that part is trained, the rest is not.
 
     Both products are computed apart and alike, so that at the start their difference is zero to the last bit.
@@ -149,7 +149,7 @@ class DifferenceAdapter(LowRankAdapter):
         """Return the r singular triplets of W, ``(out, in)``, that are trained."""
         raise NotImplementedError
 
-    def start(self, W: Tensor) -> None:
+    def init_from_weight(self, W: Tensor) -> None:
         U, sigma, Vt = self.part(W)
         root = (sigma / self.scale).sqrt()
         for tensor, value in ((self.A, root[:, None] * Vt), (self.B, U * root)):

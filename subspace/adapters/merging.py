@@ -14,7 +14,7 @@ from subspace.adapters.base import Adapter
 from subspace.adapters.inject import adapters
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
-from subspace.models.frozen_weights import storage
+from subspace.models.frozen_weights import storage_format
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Replaced:
         for name, held in self.held.items():
             merged = getattr(self.adapter.base, name)
             if merged is not None:
-                yield name, self.adapter.aside.get(name, held), merged
+                yield name, self.adapter.original_params.get(name, held), merged
 
 
 def merge(model: nn.Module) -> None:
@@ -49,11 +49,11 @@ def merge(model: nn.Module) -> None:
     shared: dict[nn.Parameter, nn.Parameter] = {}
     for site, adapter in found.items():
         layer: Any = adapter.base
-        merged = _merged(adapter)
+        merged = _merged_tensors(adapter)
         held = {name: getattr(layer, name) for name in merged}
         replaced[site] = Replaced(adapter, held)
         for name, value in merged.items():
-            like = adapter.aside.get(name, held[name])
+            like = adapter.original_params.get(name, held[name])
             # New parameters, not new values: the old ones are kept as they are, bit for bit, and may be shared.
             new = None if value is None else _frozen(value, like=held["weight"] if like is None else like)
             if new is not None and isinstance(value, nn.Parameter):  # a trained tensor itself: other sites may have it
@@ -95,10 +95,10 @@ def _check_mergeable(site: str, adapter: Adapter) -> None:
             "Evaluate it unmerged: `subspace evaluate RUN` needs no merged model"
         )
     layer: Any = adapter.base
-    if hasattr(layer, "weight") and storage(layer) != "plain":
+    if hasattr(layer, "weight") and (stored := storage_format(layer)) != "plain":
         raise UserError(
-            f"cannot merge {adapter.name} into the {storage(layer)} layer {site}: the result would be rounded to "
-            f"{storage(layer)} again. Open the base with `quantize: none`, as `subspace merge RUN --out DIR` does"
+            f"cannot merge {adapter.name} into the {stored} layer {site}: the result would be rounded to "
+            f"{stored} again. Open the base with `quantize: none`, as `subspace merge RUN --out DIR` does"
         )
     if any(is_sharded(parameter) for parameter in (*layer.parameters(), *adapter.trained().values())):
         raise UserError(
@@ -108,7 +108,7 @@ def _check_mergeable(site: str, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def _merged(adapter: Adapter) -> dict[str, Tensor | None]:
+def _merged_tensors(adapter: Adapter) -> dict[str, Tensor | None]:
     """Return the tensors that replace the frozen ones, in float32."""
     own = adapter.own_tensors().values()
     kept = [tensor.data for tensor in own]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from subspace.adapters.base import Adapter, LinearAdapter
 from subspace.adapters.inject import adapters
 
-Found = Mapping[str, Adapter]
+AdaptersBySite = Mapping[str, Adapter]
 
 
 class MixedAdapters(nn.Module):
@@ -66,10 +66,10 @@ def stacked(base: Any, several: Sequence[Adapter | None]) -> tuple[Tensor, Tenso
     )
 
 
-def can_be_mixed(model: nn.Module) -> bool:
+def can_batch_adapters(model: nn.Module) -> bool:
     """Tell whether the adapters that are in a model all act on linear layers, each by itself."""
     return all(
-        adapter.site_of(adapter.config) in ("linear", "sublayer")
+        adapter.target_kind(adapter.config) in ("linear", "sublayer")
         and type(adapter).attach is Adapter.attach
         and not isinstance(adapter.base, Adapter)
         for adapter in adapters(model).values()
@@ -77,7 +77,7 @@ def can_be_mixed(model: nn.Module) -> bool:
 
 
 @contextmanager
-def mixed(model: nn.Module, subjects: Sequence[Found]) -> Iterator[None]:
+def batch_adapters(model: nn.Module, subjects: Sequence[AdaptersBySite]) -> Iterator[None]:
     """Put the adapters of all subjects, by their sites, into a model that has none; and take them out again."""
     sites = {site: adapter.base for found in subjects for site, adapter in found.items()}
     for site, base in sites.items():

@@ -13,7 +13,7 @@ from torch import nn
 
 from subspace.adapters.base import MethodConfig
 from subspace.adapters.inject import inject
-from subspace.adapters.registry import methods, resolve
+from subspace.adapters.registry import list_methods, resolve_method
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
 
@@ -37,7 +37,7 @@ def match_budget(
 ) -> int:
     """Return the rank, bottleneck or length with which a method's trained count comes nearest to ``parameters``.
 
-    That is the value of the setting that the method calls its ``dial``; of two as near, the smaller. The other
+    That is the value of the setting that the method calls its ``size_setting``; of two as near, the smaller. The other
     settings are taken as given, else by default: LoRA's ``alpha`` does not grow with the rank that is found.
 
     Args:
@@ -50,12 +50,14 @@ def match_budget(
     Raises:
         UserError: a method whose size cannot be chosen, or settings that fix it.
     """
-    dial = resolve(method)[0].dial
-    if dial is None:
-        able = [f"{name} ({cls.dial})" for name, cls in methods().items() if cls.dial]
+    size_setting = resolve_method(method)[0].size_setting
+    if size_setting is None:
+        able = [f"{name} ({cls.size_setting})" for name, cls in list_methods().items() if cls.size_setting]
         raise UserError(f"the size of method {method} cannot be chosen. That of these can: {', '.join(able)}")
-    if dial in settings:
-        raise UserError(f"{dial}={settings[dial]} was given, but {dial} is what is looked for: leave it out")
+    if size_setting in settings:
+        raise UserError(
+            f"{size_setting}={settings[size_setting]} was given, but {size_setting} is what is looked for: leave it out"
+        )
     if parameters < 1:
         raise UserError(f"{parameters} parameters were asked for: at least 1 can be trained")
     shape = _shape_of(model)
@@ -63,7 +65,7 @@ def match_budget(
     @cache
     def count(size: int) -> float:
         try:
-            return count_trained(shape, method, {**settings, dial: size}, targets=targets)
+            return count_trained(shape, method, {**settings, size_setting: size}, targets=targets)
         except UserError:
             if size == 1:
                 raise
@@ -72,7 +74,7 @@ def match_budget(
     below, above, goal = 1, 2, float(parameters)
     if count(below) >= goal:
         return below
-    # Most counts are straight lines in the dial, so its slope leads beside the goal at once.
+    # Most counts are straight lines in the size_setting, so its slope leads beside the goal at once.
     while count(above) < goal:
         step = (count(above) - count(below)) / (above - below)
         if step == 0:  # larger makes no difference: look for the smallest that trains as many

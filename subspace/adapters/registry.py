@@ -19,11 +19,11 @@ CONSTRAINTS: dict[str, Presets] = {f"mpc-{letter}": {"mpc": letter} for letter i
 
 
 def register(
-    name: str, *, family: str, trains: str, aliases: Mapping[str, Presets] | None = None
+    name: str, *, family: str, num_params: str, aliases: Mapping[str, Presets] | None = None
 ) -> Callable[[_Class], _Class]:
     """Enter a method's class into the register.
 
-    ``trains`` is the number of trained values at one site as an expression over the method's settings and ``n_in``,
+    ``num_params`` is the number of trained values at one site as an expression over the method's settings and ``n_in``,
     ``n_out`` (the layer's features; of an embedding, its rows and its width), ``n_kv`` (key-value heads times head
     dimension, at an attention) or ``n_values`` (those of the module itself). An alias may stand for settings:
     ``aliases={"rslora": {"rslora": True}}``.
@@ -31,14 +31,14 @@ def register(
     assert family in FAMILIES, family
 
     def enter(cls: _Class) -> _Class:
-        cls.name, cls.family, cls.trains, cls.aliases = name, family, trains, aliases or {}
+        cls.name, cls.family, cls.num_params, cls.aliases = name, family, num_params, aliases or {}
         _register[name] = cls
         return cls
 
     return enter
 
 
-def methods() -> dict[str, type[Adapter]]:
+def list_methods() -> dict[str, type[Adapter]]:
     """Return every method by name. A file of ``subspace.methods`` registers what it defines when it is imported."""
     package = importlib.import_module("subspace.methods")  # subspace.methods is this function
 
@@ -47,12 +47,12 @@ def methods() -> dict[str, type[Adapter]]:
     return dict(sorted(_register.items()))
 
 
-def resolve(name: str) -> tuple[type[Adapter], Presets]:
+def resolve_method(name: str) -> tuple[type[Adapter], Presets]:
     """Return the method of this name or alias, and the settings that the alias, or a constraint behind it, stands for.
 
     Letter case is free, and ``_`` stands for ``-``: ``LoRA+MPC_o`` is LoRA with ``mpc: o``.
     """
-    known = methods()
+    known = list_methods()
     by_name: dict[str, tuple[type[Adapter], Presets]] = {name: (cls, {}) for name, cls in known.items()}
     for cls in known.values():
         by_name |= {alias: (cls, presets) for alias, presets in cls.aliases.items()}
@@ -72,7 +72,7 @@ def resolve(name: str) -> tuple[type[Adapter], Presets]:
 
 def find_method(name: str) -> type[Adapter]:
     """Return the method of this name or alias, without the settings that an alias stands for."""
-    return resolve(name)[0]
+    return resolve_method(name)[0]
 
 
 def configure(cls: type[Adapter], settings: Mapping[str, Any]) -> MethodConfig:

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from subspace.adapters.inject import adapters, groups, inject, regroup
-from subspace.distributed.collectives import barrier, is_main, share_object
-from subspace.distributed.zero import full_shape, whole_copies
+from subspace.adapters.inject import adapter_groups, adapters, assign_groups, inject
+from subspace.distributed.collectives import barrier, broadcast_object, is_main
+from subspace.distributed.zero import full_shape, gather_copies
 from subspace.errors import UserError
 
 TENSORS = "adapter.safetensors"
@@ -39,9 +39,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], /, **about: A
         stays as it was.
     """
     folder = Path(folder)
-    tensors = whole_copies(_named_tensors(model).items())
+    tensors = gather_copies(_named_tensors(model).items())
     problem = _write(folder, tensors, model, about) if is_main() else None
-    problem = share_object(problem)
+    problem = broadcast_object(problem)
     barrier()
     if problem:
         raise UserError(problem)
@@ -68,7 +68,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trained: b
                 f"the adapter in {folder} (trained on {trained_on}) does not fit this model: {error}"
             ) from None
     parts = enumerate(description["adapters"])
-    regroup(model, {site: part.get("group", number) for number, part in parts for site in part["sites"]})
+    assign_groups(model, {site: part.get("group", number) for number, part in parts for site in part["sites"]})
     own = _named_tensors(model)
     misfits = [f"{name} is missing from the file" for name in own.keys() - tensors.keys()]
     misfits += [f"{name} has no place in the model" for name in tensors.keys() - own.keys()]
@@ -122,7 +122,7 @@ def _describe(model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
                 "settings": asdict(config),
                 "sites": [names[id(adapter)] for adapter in group if adapter.config == config],
             }
-            for group in groups(model)
+            for group in adapter_groups(model)
             for config in dict.fromkeys(adapter.config for adapter in group)
         ],
     }

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspace.adapters.base import LinearAdapter, MethodConfig
-from subspace.adapters.linalg import largest, whole
+from subspace.adapters.linalg import full_svd, top_singular_triplets
 from subspace.common.settings import setting
-from subspace.kernels.low_rank import add_product
+from subspace.kernels.low_rank import lora_up_add
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectrumConfig(MethodConfig):
+class SingularValueConfig(MethodConfig):
     """How much of the spectrum is trained."""
 
     p: int | None = setting(
@@ -29,17 +29,17 @@ class SpectrumConfig(MethodConfig):
     )
 
 
-class SpectrumAdapter(LinearAdapter):
+class SingularValueAdapter(LinearAdapter):
     """``W' = U diag(values) V^T`` with :meth:`values` in place of W's singular values."""
 
     U: Tensor
     Vt: Tensor
     sigma: Tensor
-    dial: ClassVar = "p"
-    reads: ClassVar = "spectrum"
-    start_error: ClassVar = 1e-4  # float32 rounding of the decomposition, where W is replaced
+    size_setting: ClassVar = "p"
+    weight_access: ClassVar = "spectrum"
+    identity_tolerance: ClassVar = 1e-4  # float32 rounding of the decomposition, where W is replaced
 
-    def __init__(self, base: nn.Module, config: SpectrumConfig) -> None:
+    def __init__(self, base: nn.Module, config: SingularValueConfig) -> None:
         super().__init__(base, config)
         self.k = min(config.p or self.in_features, self.in_features, self.out_features)
         self.register_buffer("sigma", torch.zeros(self.k))
@@ -50,7 +50,7 @@ class SpectrumAdapter(LinearAdapter):
         self.register_buffer("Vt", torch.zeros(self.k, self.in_features, dtype=dtype), persistent=few)
 
     @classmethod
-    def refusal(cls, config: SpectrumConfig, storage: str) -> str | None:
+    def check_quantization(cls, config: SingularValueConfig, storage: str) -> str | None:
         if config.p:
             return None
         return "all of W's singular vectors would be held in 16 bits, twice the size that W had. Set method.p=64, say"
@@ -59,8 +59,8 @@ class SpectrumAdapter(LinearAdapter):
         """Return the singular values in W's place, ``(k,)``."""
         raise NotImplementedError
 
-    def start(self, W: Tensor) -> None:
-        svd = largest(W, self.k) if self.config.p else whole(W)
+    def init_from_weight(self, W: Tensor) -> None:
+        svd = top_singular_triplets(W, self.k) if self.config.p else full_svd(W)
         for own, found in zip((self.U, self.sigma, self.Vt), svd, strict=True):
             own.copy_(found)
 
@@ -73,7 +73,7 @@ class SpectrumAdapter(LinearAdapter):
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.Vt.to(x.dtype))
         if self.config.p:
-            return add_product(self.frozen(x), h * (self.values() - self.sigma).to(x.dtype), self.U)
+            return lora_up_add(self.frozen(x), h * (self.values() - self.sigma).to(x.dtype), self.U)
         b = self.base_bias()
         return F.linear(h * self.values().to(x.dtype), self.U.to(x.dtype), None if b is None else b.to(x.dtype))
 

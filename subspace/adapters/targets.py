@@ -32,7 +32,7 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Names:
+class LayerNames:
     """What one architecture calls its parts, each by the last component of a module's name.
 
     ``fused`` maps a linear that holds several projections to the usual names of those: each of them, as a target,
@@ -49,24 +49,24 @@ class Names:
 
 # Keyed by transformers' ``config.model_type``.
 ARCHITECTURES = {
-    "phi3": Names(fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}),
+    "phi3": LayerNames(fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}),
 }
-LLAMA_LIKE = Names()
+LLAMA_LIKE = LayerNames()
 
 
-def names_of(model: nn.Module) -> Names:
+def layer_names(model: nn.Module) -> LayerNames:
     """Return what a model's architecture calls its parts."""
     return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""), LLAMA_LIKE)
 
 
-def find(model: nn.Module, kind: str, targets: Sequence[str] | None = None) -> dict[str, nn.Module]:
+def find_target_modules(model: nn.Module, kind: str, targets: Sequence[str] | None = None) -> dict[str, nn.Module]:
     r"""Return the sites of a kind in a model, by name, in the model's order.
 
     Each target is a regular expression for a whole module name, or for its end after a dot: ``q_proj``,
     ``self_attn\.(q|v)_proj``, ``layers\.[0-3]\..*``. Without targets, ``linear`` means ``DEFAULT_TARGETS`` and another
     kind all of its sites. The output head is a site only for a target that names it. Every target must have a site.
     """
-    names = names_of(model)
+    names = layer_names(model)
     sites = {name: module for name, module in _outside_adapters(model) if _is(kind, name, module, names)}
     if targets is None and kind != "linear":
         targets = [".*"]
@@ -101,7 +101,7 @@ def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, 
         yield from _outside_adapters(child, f"{name}.{child_name}" if name else child_name)
 
 
-def _is(kind: str, name: str, module: nn.Module, names: Names) -> bool:
+def _is(kind: str, name: str, module: nn.Module, names: LayerNames) -> bool:
     last = name.rpartition(".")[2]
     if kind == "linear":
         return isinstance(module, nn.Linear)  # bitsandbytes' quantized layers derive from it
@@ -112,7 +112,7 @@ def _is(kind: str, name: str, module: nn.Module, names: Names) -> bool:
     return last == {"attention": names.attention, "mlp": names.mlp, "embedding": names.embedding}[kind]
 
 
-def matching(target: str, name: str) -> bool:
+def matches_target(target: str, name: str) -> bool:
     """Tell whether a target means the module of this name."""
     return _pattern(target).fullmatch(name) is not None
 
@@ -126,13 +126,13 @@ def _pattern(target: str) -> re.Pattern[str]:
         raise UserError(f"target {target!r} is no regular expression: {error}. Plain names work: {plain}") from None
 
 
-def _known(sites: Mapping[str, nn.Module], names: Names, word: str = "") -> str:
+def _known(sites: Mapping[str, nn.Module], names: LayerNames, word: str = "") -> str:
     """Say which targets would match."""
     known = {alias.rpartition(".")[2] for name in sites for alias in _aliases(name, names)}
     return nearest(word, known) if known else "No such site is left in it."
 
 
-def _aliases(name: str, names: Names) -> list[str]:
+def _aliases(name: str, names: LayerNames) -> list[str]:
     """Return the names that a module answers to: its own, and those of the projections that it fuses."""
     stem, dot, last = name.rpartition(".")
     return [name, *(f"{stem}{dot}{projection}" for projection in names.fused.get(last, ()))]

@@ -27,7 +27,7 @@ class AttentionAdapter(Adapter):
 
     site = "attention"
     mergeable = False
-    starts_as_frozen = False
+    identity_at_init = False
 
     def __init__(self, base: nn.Module, config: Any) -> None:
         super().__init__(base, config)
@@ -105,7 +105,7 @@ class PromptAdapter(Adapter):
 
     site = "embedding"
     mergeable = False
-    starts_as_frozen = False
+    identity_at_init = False
 
     def __init__(self, base: nn.Module, config: Any) -> None:
         super().__init__(base, config)

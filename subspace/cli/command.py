@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Verb:
+class Command:
     """One thing that the command does."""
 
     name: str
@@ -45,7 +45,7 @@ def count(text: str) -> int:
 
 
 def launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a verb run in several processes; :func:`elsewhere` starts them."""
+    """Let a verb run in several processes; :func:`launch_or_none` starts them."""
     group = parser.add_argument_group("processes")
     group.add_argument(
         "--processes", type=count, metavar="N", help="how many; default: one a device, or one where there is none"
@@ -54,7 +54,7 @@ def launch_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dry-run", action="store_true", help="print the exact command instead of running it")
 
 
-def elsewhere(options: argparse.Namespace, arguments: Sequence[str]) -> int | None:
+def launch_or_none(options: argparse.Namespace, arguments: Sequence[str]) -> int | None:
     """Start the processes that the options ask for and return their status; None where this process does the work."""
     if launcher.under_launcher():
         started = int(os.environ["WORLD_SIZE"])
@@ -65,7 +65,7 @@ def elsewhere(options: argparse.Namespace, arguments: Sequence[str]) -> int | No
         return None
     if options.json:
         arguments = [*arguments, "--json"]
-    launch = launcher.plan(arguments, options.processes, options.hostfile)
+    launch = launcher.build_launch(arguments, options.processes, options.hostfile)
     if options.dry_run:
         print(launch if launch else shlex.join([sys.executable, "-m", "subspace", *arguments]))
         return 0
@@ -80,14 +80,14 @@ def scored_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings_manual() -> str:
     """Return what can be set in a run's configuration, for the end of a verb's help."""
-    from subspace.config import manual
+    from subspace.config import settings_manual
 
-    return manual()
+    return settings_manual()
 
 
 def show_tables(found: Sequence[Table], options: argparse.Namespace) -> None:
     """Print tables in the format that the options ask for; `evaluate` has but --json."""
-    from subspace.common.tables import show
+    from subspace.common.tables import print_grid
     from subspace.reporting.tables import write
 
     given = {name: getattr(options, name, None) for name in ("format", "markdown", "transpose")}
@@ -98,4 +98,4 @@ def show_tables(found: Sequence[Table], options: argparse.Namespace) -> None:
         print(write(found, form, turned=bool(given["transpose"])))
         return
     for table in found:
-        show(table.grid.turned() if given["transpose"] else table.grid)
+        print_grid(table.grid.turned() if given["transpose"] else table.grid)

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from subspace.cli.command import Verb
+from subspace.cli.command import Command
 from subspace.cli.commands import compare, data, evaluate, merge, methods, plan, prepare, table, train
 from subspace.distributed import launcher
 from subspace.errors import RunStopped, UserError, nearest
 
-VERBS = [
+COMMANDS = [
     prepare.VERB,
     data.VERB,
     train.VERB,
@@ -34,7 +34,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors, and that refuses an unknown option with the nearest one."""
 
-    def __init__(self, verb: Verb) -> None:
+    def __init__(self, verb: Command) -> None:
         super().__init__(
             prog=f"subspace {verb.name}",
             description=verb.summary,
@@ -80,15 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for '{error.filename}'" if error.filename else ""
             return _fail(f"no space is left on the disk{where}. Free some and run the command again", USER_ERROR)
-        if launcher.lost_another(error):
+        if launcher.is_peer_failure(error):
             return _fail("another process of the run has ended, and this one cannot go on without it", 1, at_once=False)
-        if launcher.may_report(1):
+        if launcher.should_report_error(1):
             raise
         return 1
 
 
 def _fail(message: str, status: int, *, at_once: bool = True) -> int:
-    if launcher.may_report(status, at_once=at_once):
+    if launcher.should_report_error(status, at_once=at_once):
         print(f"{'stopped' if status == RunStopped.status else 'error'}: {message}", file=sys.stderr)
     return status
 
@@ -106,9 +106,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
     return verb.run(options)
 
 
-def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
+def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """Find the verb and its options in the command's arguments; UserError with the nearest where there is none."""
-    verbs = {verb.name: verb for verb in VERBS}
+    verbs = {verb.name: verb for verb in COMMANDS}
     if arguments[0] not in verbs:
         raise UserError(f"subspace cannot '{arguments[0]}'. {nearest(arguments[0], verbs)}")
     verb = verbs[arguments[0]]
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
 
 
 def _overview() -> str:
-    lines = [f"  {verb.name:<9} {verb.summary}" for verb in VERBS]
+    lines = [f"  {verb.name:<9} {verb.summary}" for verb in COMMANDS]
     return "\n".join(
         ["usage: subspace VERB ...", "", *lines, "", "`subspace VERB --help` shows what a verb takes, with examples."]
     )

@@ -51,7 +51,7 @@ def build(kind: type[_Declared], values: Mapping[str, Any], where: str) -> _Decl
 
 
 def _folder(name: str, kind: type[_Declared]) -> dict[str, _Declared]:
-    files = sorted((paths.declarations() / name).glob("*.yaml"))
+    files = sorted((paths.declarations_folder() / name).glob("*.yaml"))
     return {file.stem: build(kind, {"name": file.stem, **read_yaml(file)}, file.name) for file in files}
 
 

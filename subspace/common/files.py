@@ -21,30 +21,32 @@ MANIFEST = "prepared.json"
 # A folder that is whole or not there.
 
 
-def make_folder(folder: Path, is_good: Callable[[Path], bool], build: Callable[[Path], Mapping[str, Any]]) -> bool:
+def build_dir_atomically(
+    folder: Path, is_good: Callable[[Path], bool], build: Callable[[Path], Mapping[str, Any]]
+) -> bool:
     """Make a folder unless it is there and good, and tell whether it was made.
 
     ``build`` fills an empty folder beside it and returns facts for its manifest. Processes that come at the same time
     wait for the first and find the work done.
     """
-    with explained(folder):
+    with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             if is_good(folder):
                 return False
-            _sweep(folder)
+            remove_partial(folder)
             work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
             try:
-                _seal(work, build(work))
+                _write_manifest(work, build(work))
                 if folder.exists():
                     folder.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent)) / "old")
                 work.rename(folder)
             finally:
-                _sweep(folder)
+                remove_partial(folder)
     return True
 
 
-def sealed(folder: Path, *, thorough: bool = False) -> dict[str, Any] | None:
+def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any] | None:
     """Return the manifest's facts of a folder that ``make_folder`` made, or None if a file in it is not as it was.
 
     Sizes are always compared; checksums where ``thorough``.
@@ -52,29 +54,29 @@ def sealed(folder: Path, *, thorough: bool = False) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, (size, checksum) in manifest.pop("files").items():
-            if (folder / name).stat().st_size != size or (thorough and sha256_of(folder / name) != checksum):
+            if (folder / name).stat().st_size != size or (thorough and file_sha256(folder / name) != checksum):
                 return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest
 
 
-def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = {str(path.relative_to(folder)): [path.stat().st_size, sha256_of(path)] for path in files}
+    listed = {str(path.relative_to(folder)): [path.stat().st_size, file_sha256(path)] for path in files}
     (folder / MANIFEST).write_text(json.dumps({**facts, "files": listed}, indent=1) + "\n", encoding="utf-8")
     # Whoever wrote through a temporary file left it readable by its owner only; a cache may be shared.
     for path in (folder, *files):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def sha256_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """Return a file's checksum."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sweep(path: Path) -> None:
+def remove_partial(path: Path) -> None:
     """Remove what is half-made beside this path. Whoever holds the lock may: it is nobody else's any more."""
     for remains in path.parent.glob(f".{path.name}.tmp-*"):
         shutil.rmtree(remains, ignore_errors=True)
@@ -90,7 +92,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(place: Path) -> Iterator[None]:
+def disk_errors(place: Path) -> Iterator[None]:
     """Turn a full disk, or one that may not be written, into words."""
     try:
         yield

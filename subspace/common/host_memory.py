@@ -29,12 +29,12 @@ def resident_memory(line: str = "VmRSS") -> int:
     return 0
 
 
-def return_what_is_freed() -> None:
+def return_freed_memory() -> None:
     """Let large blocks go back to the system when they are freed, from now on. Without glibc, nothing happens."""
     _set_thresholds(LARGE, LARGE)
 
 
-def keep_what_is_freed() -> None:
+def keep_freed_memory() -> None:
     """Let freed blocks stay and be used again, from now on, as glibc does where nobody asks otherwise.
 
     What a step frees, the next one wants again, and the system clears every page before it gives it back.

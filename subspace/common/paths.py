@@ -8,16 +8,16 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
-def declarations() -> Path:
+def declarations_folder() -> Path:
     """Return the folder of the declarations of tasks, mixtures and models: ``$SUBSPACE_DATA``, else ``data``."""
     return Path(os.environ.get("SUBSPACE_DATA") or REPOSITORY / "data")
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """Return the folder of prepared models and data: ``$SUBSPACE_CACHE``, else ``data/cache`` beside the package."""
     return Path(os.environ.get("SUBSPACE_CACHE") or REPOSITORY / "data" / "cache")
 
 
-def decompositions() -> Path:
+def svd_cache_folder() -> Path:
     """Return the folder of weights' singular value decompositions: ``$SUBSPACE_SVD``, else ``svd`` in the cache."""
-    return Path(os.environ.get("SUBSPACE_SVD") or cache() / "svd")
+    return Path(os.environ.get("SUBSPACE_SVD") or cache_folder() / "svd")

@@ -9,30 +9,30 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 
-class At(Protocol):
+class ProgressCallback(Protocol):
     """Told how much of the stage is done, and what else is worth knowing there."""
 
     def __call__(self, done: float, detail: str = "") -> None: ...
 
 
-Progress = Callable[[str, float, str], AbstractContextManager[At]]
+Progress = Callable[[str, float, str], AbstractContextManager[ProgressCallback]]
 """Opens a stage: what is being done, how much there is to do (0: not known), and its unit (``bytes``, ``rows``)."""
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def silent(title: str, total: float = 0, unit: str = "") -> AbstractContextManager[At]:
+def no_progress(title: str, total: float = 0, unit: str = "") -> AbstractContextManager[ProgressCallback]:
     """Show nothing: what a library call and every process but the first does."""
     return nullcontext(lambda done, detail="": None)
 
 
-def shown(title: str, total: float = 0, unit: str = "") -> AbstractContextManager[At]:
+def show_progress(title: str, total: float = 0, unit: str = "") -> AbstractContextManager[ProgressCallback]:
     """Show the stage on standard error, so that standard output stays clean for ``--json``."""
     return _bar(title, total, unit) if sys.stderr.isatty() else _lines(title, total, unit)
 
 
 @contextmanager
-def _bar(title: str, total: float, unit: str) -> Iterator[At]:
+def _bar(title: str, total: float, unit: str) -> Iterator[ProgressCallback]:
     from rich import progress
     from rich.console import Console
 
@@ -55,7 +55,7 @@ def _bar(title: str, total: float, unit: str) -> Iterator[At]:
 
 
 @contextmanager
-def _lines(title: str, total: float, unit: str) -> Iterator[At]:
+def _lines(title: str, total: float, unit: str) -> Iterator[ProgressCallback]:
     begun = last = time.monotonic()
 
     def at(done: float, detail: str = "") -> None:

@@ -109,21 +109,21 @@ class Grid:
         return table
 
 
-def page(grids: Sequence[Grid]) -> str:
+def html_page(grids: Sequence[Grid]) -> str:
     """Return a web page of these tables."""
     tables = "\n".join(grid.html() for grid in grids)
     head = f'<meta charset="utf-8"><title>{html.escape(grids[0].title)}</title><style>{_STYLE}</style>'
     return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{tables}\n</body></html>"
 
 
-def written(grids: Sequence[Grid], form: str) -> str:
+def render_grids(grids: Sequence[Grid], form: str) -> str:
     """Return tables as text, in Markdown, LaTeX or HTML."""
     if form == "html":
-        return page(grids)
+        return html_page(grids)
     return "\n\n".join(grid.markdown() if form == "markdown" else grid.latex() for grid in grids)
 
 
-def show(grid: Grid) -> None:
+def print_grid(grid: Grid) -> None:
     """Print a table on standard output, in its full width whatever the terminal's."""
     from rich.console import Console
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     pass
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """Token ids of prompt and answer, and where the answer starts."""
 
     input_ids: list[int]
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 def collate(
-    batch: Sequence[Row], pad_id: int, loss_on: str = "answer", pad_to_multiple: int = 8, room: int | None = None
+    batch: Sequence[TokenRow], pad_id: int, loss_on: str = "answer", pad_to_multiple: int = 8, room: int | None = None
 ) -> dict[str, Tensor]:
     """Pad rows on the right into tensors (sequences, tokens). What is padding is told by position, whatever id it has.
 
@@ -32,12 +32,12 @@ def collate(
     """
     import torch
 
-    sequences = [[row] for row in batch] if room is None else packed(batch, room)
+    sequences = [[row] for row in batch] if room is None else pack_rows(batch, room)
     longest = max(sum(len(row.input_ids) for row in sequence) for sequence in sequences)
     shape = (len(sequences), -(-longest // pad_to_multiple) * pad_to_multiple)
     ids = torch.full(shape, pad_id, dtype=torch.int64)
     mask, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
     for i, sequence in enumerate(sequences):
         begin = 0
         for row in sequence:
@@ -54,9 +54,9 @@ def collate(
     return tensors if room is None else {**tensors, "position_ids": positions}
 
 
-def packed(rows: Sequence[Row], room: int) -> list[list[Row]]:
+def pack_rows(rows: Sequence[TokenRow], room: int) -> list[list[TokenRow]]:
     """Put rows, the longest first, each into the first sequence that has room for it among so many tokens."""
-    sequences: list[list[Row]] = []
+    sequences: list[list[TokenRow]] = []
     left: list[int] = []
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):
         size = len(row.input_ids)
@@ -69,5 +69,5 @@ def packed(rows: Sequence[Row], room: int) -> list[list[Row]]:
     return sequences
 
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """The label of a token that carries no loss."""

@@ -44,7 +44,7 @@ class Text(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
-def shown(task: Task) -> Callable[[Item], Text]:
+def question_text(task: Task) -> Callable[[Item], Text]:
     """Return what finds the text that a task's training prompt shows of an item."""
     marked = {name: f"<{name}>" for name in _FIELDS}
     prompt = task.instruction({"id": "", **marked, "choices": ["<choice>"] * 26, "label": 0})
@@ -56,7 +56,7 @@ def shown(task: Task) -> Callable[[Item], Text]:
     return text
 
 
-class Keys(NamedTuple):
+class TextKeys(NamedTuple):
     """A text's hashes: equal where two texts match by each definition."""
 
     exact: int
@@ -64,11 +64,11 @@ class Keys(NamedTuple):
     question: int
 
 
-def keys(text: Text) -> Keys:
+def text_keys(text: Text) -> TextKeys:
     """Return a text's hashes."""
     question = _squeezed(text.question)
     choices = sorted(map(_squeezed, text.choices))
-    return Keys(_hash(text.question, *text.choices), _hash(question, *choices), _hash(question))
+    return TextKeys(_hash(text.question, *text.choices), _hash(question, *choices), _hash(question))
 
 
 class Matcher:
@@ -81,16 +81,16 @@ class Matcher:
         self._words: dict[str, int] = {}
         self._keys: dict[str, dict[int, list[int]]] = {kind: {} for kind in KINDS[:3]}
         for number, text in enumerate(prompts or items):
-            for kind, key in keys(text)._asdict().items():
+            for kind, key in text_keys(text)._asdict().items():
                 self._keys[kind].setdefault(key, []).append(number)
         grams, owners = self._grams(items)
         self.too_short = set(range(len(items))) - set(owners.tolist())
         order = np.argsort(grams, kind="stable")
         self._sorted, self._owners = grams[order], owners[order]
 
-    def read(self, rows: Sequence[Text], names: Sequence[str]) -> list[Keys]:
+    def read(self, rows: Sequence[Text], names: Sequence[str]) -> list[TextKeys]:
         """Look for the items in some rows; return the rows' hashes."""
-        hashes = [keys(row) for row in rows]
+        hashes = [text_keys(row) for row in rows]
         for key, name in zip(hashes, names, strict=True):
             for kind, value in key._asdict().items():
                 for item in self._keys[kind].get(value, ()):
@@ -121,7 +121,7 @@ class Matcher:
         return grams[within], owner[:size][within]
 
 
-def duplicates(hashes: Iterable[int]) -> int:
+def count_duplicates(hashes: Iterable[int]) -> int:
     """Return how many are there again."""
     seen: set[int] = set()
     count = 0

@@ -18,7 +18,7 @@ from typing import Any
 
 from subspace.common.declarations import read_yaml
 from subspace.data.records import records
-from subspace.data.tasks import Item, Task, build_task, tasks
+from subspace.data.tasks import Item, Task, build_task, list_tasks
 from subspace.errors import UserError, nearest
 
 ARC_INSTRUCTION = (
@@ -59,7 +59,7 @@ def custom_task(file: Path) -> Task:
 @cache
 def _custom_task(file: Path) -> Task:
     given = read_yaml(file)
-    if file.stem in tasks(None):
+    if file.stem in list_tasks(None):
         raise UserError(f"{file} is called as a task that is there already. Give the file another name")
     data = given.pop("file", None)
     if data:
@@ -72,7 +72,7 @@ def _custom_task(file: Path) -> Task:
     return build_task(file, values)
 
 
-def local_items(task: Task, split: str, folder: str | None) -> list[Item]:
+def read_local_items(task: Task, split: str, folder: str | None) -> list[Item]:
     """Return a split's items from its file: beside a custom task's, or in a folder of published files, if one is given.
 
     Nothing where the task's rows are to come from ``subspace prepare``.

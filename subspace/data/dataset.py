@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 from subspace.common import files as files_module
 from subspace.common import paths
-from subspace.common.progress import Progress, silent
+from subspace.common.progress import Progress, no_progress
 from subspace.data import records as rows
 from subspace.data import tasks as tasks_module
 from subspace.data import tokenization as tokenization_module
-from subspace.data.collate import IGNORE
-from subspace.data.tasks import Mixture, Part
+from subspace.data.collate import IGNORE_INDEX
+from subspace.data.tasks import Mixture, MixturePart
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-from subspace.data.collate import Row, collate
+from subspace.data.collate import TokenRow, collate
 from subspace.data.config import DataConfig
 
 FORMAT = 1  # of the cache of token ids
@@ -53,12 +53,12 @@ class Tokenized:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, i: int) -> Row:
+    def __getitem__(self, i: int) -> TokenRow:
         row = self.table[int(self.order[i])]
         ids, start = row["input_ids"], row["answer_start"]
         # A long row loses the beginning of its prompt. Its answer, and what the tokenizer begins a text with, stay.
         excess = max(0, len(ids) - self.max_length)
-        return Row(ids[: self.prefix] + ids[self.prefix + excess :], start - excess)
+        return TokenRow(ids[: self.prefix] + ids[self.prefix + excess :], start - excess)
 
     @property
     def lengths(self) -> Integers:
@@ -107,12 +107,12 @@ class Data:
             mine = [self.validation[i] for i in together[rank::ranks]]
             batch = collate(mine or [self.validation[int(together[0])]], self.pad_id, self.loss_on)
             if not mine:
-                batch["labels"].fill_(IGNORE)
+                batch["labels"].fill_(IGNORE_INDEX)
             yield batch
 
 
 def open_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, progress: Progress = silent
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, progress: Progress = no_progress
 ) -> Data:
     """Open the mixture as token ids, encoding what is not in the cache. Any number of processes may do so at once.
 
@@ -140,7 +140,7 @@ def open_data(
         order = order[np.sort(np.unique(keys[order], return_index=True)[1])]
 
     # The answer needs a token before it, and is never cut.
-    prefix = len(tokenization_module.prefix(tokenizer))
+    prefix = len(tokenization_module.bos_prefix(tokenizer))
     needed = lengths[order] - starts[order] + max(prefix, 1)
     kept = order[needed <= config.max_length]
     if not len(kept):
@@ -198,30 +198,32 @@ def open_data(
 
 def is_encoded(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether all that a run trains on is in the cache of token ids."""
-    return all(files_module.sealed(_folder(part, tokenizer)) for part in _parts(config, tokenizer)[1].values())
+    return all(files_module.read_manifest(_folder(part, tokenizer)) for part in _parts(config, tokenizer)[1].values())
 
 
-def _parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Mixture, dict[tuple[str, str], rows.Rows]]:
+def _parts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Mixture, dict[tuple[str, str], rows.TextRows]]:
     """Return the mixture, and what of it is prepared."""
-    template = tasks_module.prompt(config.prompt)
+    template = tasks_module.prompt_template(config.prompt)
     if config.mixture.endswith(rows.FILES):
         own = rows.file_rows(Path(config.mixture), template, tokenizer)
-        mixture, found = Mixture(config.mixture, (Part(own.name),)), {(own.name, "train"): own}
+        mixture, found = Mixture(config.mixture, (MixturePart(own.name),)), {(own.name, "train"): own}
     else:
-        mixture = tasks_module.mixture(config.mixture)
+        mixture = tasks_module.find_mixture(config.mixture)
         splits = dict.fromkeys((part.task, part.split) for part in mixture.parts)
         found = {name: part for name in splits if (part := rows.task_rows(*name, template))}
     return mixture, found
 
 
-def _tokenized(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> datasets.Dataset:
+def _tokenized(part: rows.TextRows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> datasets.Dataset:
     """Return the cache of a part's token ids, written unless it is there."""
     import datasets
 
     folder = _folder(part, tokenizer)
 
     def is_good(folder: Path) -> bool:
-        return files_module.sealed(folder) is not None
+        return files_module.read_manifest(folder) is not None
 
     def build(work: Path) -> dict[str, Any]:
         datasets.disable_progress_bars()
@@ -229,20 +231,20 @@ def _tokenized(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Pr
         table.save_to_disk(str(work / "rows"))
         return {"rows": part.name, "key": folder.name.rpartition("-")[2]}
 
-    files_module.make_folder(folder, is_good, build)
+    files_module.build_dir_atomically(folder, is_good, build)
     return datasets.Dataset.load_from_disk(str(folder / "rows"))
 
 
-def _folder(part: rows.Rows, tokenizer: PreTrainedTokenizerBase) -> Path:
+def _folder(part: rows.TextRows, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Return where a part's token ids are kept."""
     decided_by = (
         str(FORMAT),
-        tokenization_module.fingerprint(tokenizer),
+        tokenization_module.tokenizer_fingerprint(tokenizer),
         str(tokenizer.eos_token_id),
         *part.decided_by,
     )
     key = hashlib.sha256("\0".join(decided_by).encode()).hexdigest()
-    return paths.cache() / "tokens" / (re.sub(r"[^\w.-]", "-", part.name) + f"-{key[:16]}")
+    return paths.cache_folder() / "tokens" / (re.sub(r"[^\w.-]", "-", part.name) + f"-{key[:16]}")
 
 
 def _features() -> datasets.Features:
@@ -254,7 +256,7 @@ def _features() -> datasets.Features:
     )
 
 
-def _encode(part: rows.Rows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, list[Any]]:
+def _encode(part: rows.TextRows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, list[Any]]:
     """Encode texts, and end every answer. ``key`` is equal where the texts are."""
     texts = part.read()
     columns: dict[str, list[Any]] = {"input_ids": [], "answer_start": [], "length": [], "key": []}
@@ -278,7 +280,7 @@ def _key(prompt: str, answer: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _take(available: int, part: Part, draw: np.random.Generator) -> Integers:
+def _take(available: int, part: MixturePart, draw: np.random.Generator) -> Integers:
     """Return the rows that a mixture takes of a part: all, as often as they fit whole, and a draw for the rest."""
     first = np.arange(available)[: part.first]
     wanted = round(part.weight * len(first)) if part.rows is None else part.rows
@@ -305,6 +307,6 @@ def _column(table: datasets.Dataset, name: str) -> Integers:
     return np.asarray(table.data.column(name).to_numpy(), dtype=np.int64)
 
 
-def _name(part: Part) -> str:
+def _name(part: MixturePart) -> str:
     first = f"[:{part.first}]" if part.first else ""
     return f"{part.task}/{part.split}{first}"

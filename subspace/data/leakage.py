@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from subspace.data import tasks as tasks_module
-from subspace.data.contamination import Text, keys
+from subspace.data.contamination import Text, text_keys
 from subspace.data.prepare import task_items
 from subspace.data.records import FILES, records
 from subspace.data.samples import Sample, find_tasks, take_sample
 from subspace.data.tasks import Task
 from subspace.errors import UserError
 
-MOST_SEEN = 0.01
+MAX_OVERLAP = 0.01
 """What share of a suite's items a run may have been trained on before its score says nothing."""
 
 
-def seen_items(mixture: str, samples: Iterable[Sample]) -> dict[str, tuple[int, int]]:
+def find_overlap(mixture: str, samples: Iterable[Sample]) -> dict[str, tuple[int, int]]:
     """Return, by task, how many of its items are in a mixture's rows, and of how many; only where some are."""
     compared = [sample for sample in samples if _is_compared(sample.task, mixture)]
     trained = set(map(_key, _questions(mixture))) if compared and mixture else set()
@@ -35,7 +35,7 @@ def seen_items(mixture: str, samples: Iterable[Sample]) -> dict[str, tuple[int, 
     return found
 
 
-def seen_before(mixture: str, config: Any) -> list[str]:
+def overlap_notices(mixture: str, config: Any) -> list[str]:
     """Say what of the suites that a run names for its scoring is in the rows that it is about to be trained on.
 
     A suite whose items are not on this machine is passed over: it is looked at again when it is scored.
@@ -47,8 +47,8 @@ def seen_before(mixture: str, config: Any) -> list[str]:
                 samples.append(take_sample(task, config.split, config.limit, config.data))
     return [
         f"{mixture} holds {seen} of {of} items of {name}"
-        + (", too many for its score to mean anything: it will be refused" if seen > MOST_SEEN * of else "")
-        for name, (seen, of) in seen_items(mixture, samples).items()
+        + (", too many for its score to mean anything: it will be refused" if seen > MAX_OVERLAP * of else "")
+        for name, (seen, of) in find_overlap(mixture, samples).items()
     ]
 
 
@@ -62,9 +62,9 @@ def _questions(mixture: str) -> Iterator[str]:
             turns = record.get("messages") or [{"content": record.get("instruction", "")}]
             yield from (str(turn["content"]) for turn in turns)
         return
-    for task, split in {(part.task, part.split) for part in tasks_module.mixture(mixture).parts}:
+    for task, split in {(part.task, part.split) for part in tasks_module.find_mixture(mixture).parts}:
         yield from task_items(task, split)["question"]
 
 
 def _key(text: str) -> int:
-    return keys(Text(text)).question
+    return text_keys(Text(text)).question

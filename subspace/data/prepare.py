@@ -19,7 +19,7 @@ from subspace.common import paths
 from subspace.common.progress import Progress
 from subspace.data import tasks as tasks_module
 from subspace.data.tasks import ITEM_FIELDS, Mixture, Task
-from subspace.data.verify import Fact, check
+from subspace.data.verify import SplitVerification, verify_splits
 from subspace.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ class PreparedMixture:
 def _tasks_of(names: Sequence[str]) -> list[Task]:
     wanted: set[str] = set()
     for name in names:
-        tasks = tasks_module.tasks("commonsense" if name == "all" else name)
-        alone = name in tasks_module.tasks(None)
-        wanted |= set(tasks) or ({name} if alone else {part.task for part in tasks_module.mixture(name).parts})
-    return [task for name, task in tasks_module.tasks(None).items() if name in wanted]
+        tasks = tasks_module.list_tasks("commonsense" if name == "all" else name)
+        alone = name in tasks_module.list_tasks(None)
+        wanted |= set(tasks) or ({name} if alone else {part.task for part in tasks_module.find_mixture(name).parts})
+    return [task for name, task in tasks_module.list_tasks(None).items() if name in wanted]
 
 
 # Data.
@@ -72,7 +72,7 @@ def task_items(name: str, split: str) -> datasets.Dataset:
     """Return the prepared neutral items of a split."""
     import datasets
 
-    task = tasks_module.task(name)
+    task = tasks_module.find_task(name)
     if split not in task.splits:
         raise UserError(f"{task.name} has no split {split!r}. {nearest(split, task.splits)}")
     facts = _prepared(task)
@@ -85,12 +85,12 @@ def task_items(name: str, split: str) -> datasets.Dataset:
 
 def task_checksum(name: str, split: str) -> str | None:
     """Return the checksum of a prepared split's rows, or None where the task's source does not have that split."""
-    fact = _prepared(tasks_module.task(name))["splits"].get(split)
+    fact = _prepared(tasks_module.find_task(name))["splits"].get(split)
     return fact and str(fact["sha256"])
 
 
 def _task_folder(task: Task) -> Path:
-    return paths.cache() / "data" / task.name
+    return paths.cache_folder() / "data" / task.name
 
 
 def _prepared(task: Task) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _prepared(task: Task) -> dict[str, Any]:
 
 
 def _facts(task: Task, *, thorough: bool = False) -> dict[str, Any] | None:
-    facts = files_module.sealed(_task_folder(task), thorough=thorough)
+    facts = files_module.read_manifest(_task_folder(task), thorough=thorough)
     return facts if facts and facts["declaration"] == [FORMAT, task.digest] else None
 
 
@@ -126,10 +126,10 @@ class _Suites:
             facts = _facts(task, thorough=True)
             return facts is not None and self.source in ("auto", facts["source"])
 
-        fresh = files_module.make_folder(folder, is_good, partial(self._build, task))
+        fresh = files_module.build_dir_atomically(folder, is_good, partial(self._build, task))
         prepared = _prepared(task)
-        found = {name: Fact(**fact) for name, fact in prepared["splits"].items()}
-        absent = Fact(rows=0, sha256="", note=f"not in {prepared['source']}")
+        found = {name: SplitVerification(**fact) for name, fact in prepared["splits"].items()}
+        absent = SplitVerification(rows=0, sha256="", note=f"not in {prepared['source']}")
         return [
             PreparedSplit(
                 task.name,
@@ -193,7 +193,9 @@ class _Suites:
             raise UserError(f"{task.name} is in no wheel on PyPI")
         return read
 
-    def _read(self, task: Task, source: str, read: Mapping[str, Read]) -> tuple[dict[str, list[Any]], dict[str, Fact]]:
+    def _read(
+        self, task: Task, source: str, read: Mapping[str, Read]
+    ) -> tuple[dict[str, list[Any]], dict[str, SplitVerification]]:
         items: dict[str, list[Any]] = {}
         total, done = sum(task.splits[name].rows for name in read), 0
         with self.progress(f"{task.title} from {source}", total, "rows") as at:
@@ -204,7 +206,7 @@ class _Suites:
                     done += 1
                     if done % 1000 == 0:
                         at(done)
-            facts = check(task, items, source)
+            facts = verify_splits(task, items, source)
         wrong = {fact.note for fact in facts.values() if fact.proved is False and not fact.expected}
         if wrong and source != self.candidates[-1]:
             raise UserError(f"the text from {source} {' and '.join(sorted(wrong))}")
@@ -223,7 +225,7 @@ def _save(rows: list[dict[str, Any]], folder: Path) -> None:
 def _coverage(mixture: Mixture) -> PreparedMixture:
     rows, absent = 0, []
     for part in mixture.parts:
-        declared = tasks_module.task(part.task).splits[part.split].rows
+        declared = tasks_module.find_task(part.task).splits[part.split].rows
         count = min(part.first or declared, declared)
         if task_checksum(part.task, part.split) is None:
             absent.append(f"{count:,} of {part.task}/{part.split}")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subspace.common.files import sha256_of
+from subspace.common.files import file_sha256
 from subspace.data.prepare import task_checksum, task_items
-from subspace.data.tasks import render, task
+from subspace.data.tasks import find_task, render
 from subspace.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Texts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Rows:
+class TextRows:
     """Rows that are read when they are needed. ``decided_by`` is all that decides what their texts are."""
 
     name: str
@@ -35,9 +35,9 @@ class Rows:
     chat: bool = False
 
 
-def task_rows(name: str, split: str, prompt: str) -> Rows | None:
+def task_rows(name: str, split: str, prompt: str) -> TextRows | None:
     """Return a task's rows, or None where its source does not have the split. ``prompt`` is a template."""
-    checksum, declared = task_checksum(name, split), task(name)
+    checksum, declared = task_checksum(name, split), find_task(name)
     if checksum is None:
         return None
 
@@ -48,10 +48,10 @@ def task_rows(name: str, split: str, prompt: str) -> Rows | None:
         ]
 
     texts = (declared.instruction_template, declared.answer_template, declared.output_template)
-    return Rows(f"{name}/{split}", (checksum, prompt, *texts), read)
+    return TextRows(f"{name}/{split}", (checksum, prompt, *texts), read)
 
 
-def file_rows(path: Path, prompt: str, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def file_rows(path: Path, prompt: str, tokenizer: PreTrainedTokenizerBase) -> TextRows:
     """Return the rows of a user's file. A chat's texts are the tokenizer's, so ``prompt`` plays no part in them."""
     if not path.is_file():
         beside = [file.name for file in path.parent.glob("*") if file.suffix in FILES] if path.parent.is_dir() else []
@@ -67,7 +67,7 @@ def file_rows(path: Path, prompt: str, tokenizer: PreTrainedTokenizerBase) -> Ro
             return [_chat_texts(record, where, tokenizer) for where, record in records(path)]
         return [_instruction_texts(record, where, prompt) for where, record in records(path)]
 
-    return Rows(path.name, (sha256_of(path), prompt), read, chat)
+    return TextRows(path.name, (file_sha256(path), prompt), read, chat)
 
 
 def _instruction_texts(record: Mapping[str, Any], where: str, prompt: str) -> tuple[str, str]:

@@ -58,7 +58,7 @@ class StepPlan:
         return [int(row) for row in self._order[step]]
 
 
-def share(numbers: Sequence[int], rank: int, ranks: int, accumulate: int) -> list[list[int]]:
+def shard_batch(numbers: Sequence[int], rank: int, ranks: int, accumulate: int) -> list[list[int]]:
     """Return this rank's micro-batches of a step's rows.
 
     The rows come longest first. Rows of like length are fed at the same time, so that no rank waits for another.

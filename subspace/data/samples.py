@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from subspace.data import tasks as tasks_module
-from subspace.data.custom_tasks import custom_task, local_items
+from subspace.data.custom_tasks import custom_task, read_local_items
 from subspace.data.prepare import task_items
 from subspace.data.tasks import Item, Task
 
@@ -40,8 +40,8 @@ def find_tasks(names: str | Sequence[str]) -> list[Task]:
         if name.endswith((".yaml", ".yml")):
             found.append(custom_task(Path(name)))
         else:
-            suite = tasks_module.tasks("commonsense" if name == "all" else name)
-            found += suite.values() or [tasks_module.task(name)]
+            suite = tasks_module.list_tasks("commonsense" if name == "all" else name)
+            found += suite.values() or [tasks_module.find_task(name)]
     return sorted({task.name: task for task in found}.values(), key=lambda task: task.position)
 
 
@@ -63,4 +63,4 @@ def take_sample(task: Task, split: str, limit: int | None, data: str | None = No
 
 def split_items(task: Task, split: str, data: str | None) -> list[Item]:
     """Return the items of a split, prepared ones or a file's."""
-    return local_items(task, split, data) or list(task_items(task.name, split))
+    return read_local_items(task, split, data) or list(task_items(task.name, split))

@@ -95,7 +95,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Part:
+class MixturePart:
     """Rows of a mixture: ``first`` of them only, then ``rows`` of these or ``weight`` times as many as there are.
 
     What is not a whole multiple of the split is drawn at random under a fixed seed.
@@ -109,16 +109,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedFile:
     """A published file that a task's splits give back byte for byte, and the git blob id by which that is known."""
 
-    NESTED: ClassVar = {"parts": Part}
+    NESTED: ClassVar = {"parts": MixturePart}
     blob: str
-    parts: tuple[Part, ...]
+    parts: tuple[MixturePart, ...]
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class LikelihoodFormat:
     """How lm-evaluation-harness scores a task: the log-probability of each choice's text after the context's.
 
     The first of ``metrics`` is the one that is usually reported, and goes into a mean over tasks. A task that has none
@@ -158,12 +158,12 @@ class Task:
     license_source: str
     item: Mapping[str, str]
     splits: Mapping[str, Split]
-    published: Mapping[str, Published]
+    published: Mapping[str, PublishedFile]
     instruction_template: str
     answer_template: str
     output_template: str
     answer_words: tuple[str, ...]
-    likelihood: Likelihood
+    likelihood: LikelihoodFormat
     suite: str = "commonsense"
     extraction: str = "first-word"  # of an answer from what a model wrote; or last-number
     max_new_tokens: int = 32
@@ -232,31 +232,31 @@ class Task:
 class Mixture:
     """What a run trains on: parts of tasks, one after the other. ``rows`` is how many there are if none is missing."""
 
-    NESTED: ClassVar = {"parts": Part}
+    NESTED: ClassVar = {"parts": MixturePart}
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[MixturePart, ...]
     title: str = ""
     rows: int | None = None
     deduplicate: bool = False
 
 
-def tasks(suite: str | None = "commonsense") -> dict[str, Task]:
+def list_tasks(suite: str | None = "commonsense") -> dict[str, Task]:
     """Return the tasks of a suite, or all declared ones, by name, in the order of the literature's tables."""
-    every = _tasks(paths.declarations())
+    every = _tasks(paths.declarations_folder())
     return {name: task for name, task in every.items() if suite in (None, task.suite)}
 
 
-def task(name: str) -> Task:
+def find_task(name: str) -> Task:
     """Return one task by its name or an alias, in any case."""
-    return _find(name, tasks(None), "task")
+    return _find(name, list_tasks(None), "task")
 
 
-def mixtures() -> dict[str, Mixture]:
+def list_mixtures() -> dict[str, Mixture]:
     """Return the declared mixtures. A task's name is a mixture too: see ``mixture``."""
     return _folder("mixtures", Mixture)
 
 
-def mixture(wanted: str) -> Mixture:
+def find_mixture(wanted: str) -> Mixture:
     """Return a mixture by what a run calls it.
 
     Args:
@@ -265,36 +265,37 @@ def mixture(wanted: str) -> Mixture:
     """
     if wanted.endswith((".yaml", ".yml")):
         found = build(Mixture, {"name": Path(wanted).stem, **read_yaml(Path(wanted))}, wanted)
-    elif wanted in mixtures():
-        found = mixtures()[wanted]
+    elif wanted in list_mixtures():
+        found = list_mixtures()[wanted]
     else:
         found = Mixture(wanted, tuple(_part(text.strip(), wanted) for text in wanted.split(",")))
 
     for part in found.parts:
-        splits = task(part.task).splits
+        splits = find_task(part.task).splits
         if part.split not in splits:
             raise UserError(f"{found.name} wants {part.task}/{part.split}. {nearest(part.split, splits)}")
         if min(part.weight, part.rows or 0, part.first or 0) < 0:
             raise UserError(f"{found.name} wants a negative number of rows of {part.task}/{part.split}")
-    named = (dataclasses.replace(part, task=task(part.task).name) for part in found.parts)
+    named = (dataclasses.replace(part, task=find_task(part.task).name) for part in found.parts)
     return dataclasses.replace(found, parts=tuple(named))
 
 
-def _part(text: str, wanted: str) -> Part:
+def _part(text: str, wanted: str) -> MixturePart:
     found = re.fullmatch(r"([\w -]+?)\s*(?::\s*(\d+))?\s*(?:\*\s*([\d.]+))?", text)
     try:
         name, rows, weight = found.groups() if found else (text, None, None)
-        return Part(task(name).name, rows=int(rows) if rows else None, weight=float(weight or 1))
+        return MixturePart(find_task(name).name, rows=int(rows) if rows else None, weight=float(weight or 1))
     except (UserError, ValueError):
+        known = nearest(text, [*list_mixtures(), *list_tasks()])
         raise UserError(
-            f"no mixture, task or file is called {wanted!r}. {nearest(text, [*mixtures(), *tasks()])}; or several "
+            f"no mixture, task or file is called {wanted!r}. {known}; or several "
             "(boolq,piqa:500,siqa*0.5), a .yaml mixture, or a .json, .jsonl or .parquet file of your own"
         ) from None
 
 
-def prompt(name: str) -> str:
+def prompt_template(name: str) -> str:
     """Return the template round instruction and input, by its name in ``prompts.yaml``."""
-    declared = read_yaml(paths.declarations() / "prompts.yaml")
+    declared = read_yaml(paths.declarations_folder() / "prompts.yaml")
     if name not in declared:
         raise UserError(f"no prompt is called {name!r}. {nearest(name, declared)}")
     return str(declared[name]["template"])
@@ -317,10 +318,10 @@ def build_task(file: Path, values: dict[str, Any]) -> Task:
 
     values["splits"] = {name: split(declared) for name, declared in values["splits"].items()}
     values["published"] = {
-        name: build(Published, {**p, "parts": [{"task": file.stem, **part} for part in p["parts"]]}, where)
+        name: build(PublishedFile, {**p, "parts": [{"task": file.stem, **part} for part in p["parts"]]}, where)
         for name, p in values.get("published", {}).items()
     }
-    values["likelihood"] = build(Likelihood, values.get("likelihood", {}), where)
+    values["likelihood"] = build(LikelihoodFormat, values.get("likelihood", {}), where)
     for text in ("instruction", "answer", "output"):
         values[f"{text}_template"] = values.pop(text)
     return build(Task, {"name": file.stem, **values}, where)

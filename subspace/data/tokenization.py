@@ -26,7 +26,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, 
     cut = [_cut(context, continuation) for context, continuation in pairs]
     ids = _encode(tokenizer, (text for context, continuation in cut for text in (context, context + continuation)))
 
-    start, lone = prefix(tokenizer), _beginning(tokenizer)
+    start, lone = bos_prefix(tokenizer), _beginning(tokenizer)
     encoded = []
     for context, continuation in cut:
         # The first predicted token needs one before it, also where there is no context.
@@ -55,7 +55,7 @@ def encode_rows(
     joined = _encode(tokenizer, (text for line, answer in lines for text in (line, line + answer)))
     apart = _encode(tokenizer, {answer for line, answer in lines if not _begins(joined[line + answer], joined[line])})
 
-    start = prefix(tokenizer) if special else []
+    start = bos_prefix(tokenizer) if special else []
     encoded = []
     for (prompt, _), (line, answer) in zip(cut, lines, strict=True):
         context = start + ids[prompt] or _beginning(tokenizer)
@@ -69,13 +69,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return encode_pair(tokenizer, prompt.rstrip(), "")[0]
 
 
-def num_alike(sequences: Sequence[Sequence[int]]) -> int:
+def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     """Return with how many tokens all of these begin alike."""
     alike = (len(set(column)) == 1 for column in zip(*sequences, strict=False))
     return next((i for i, same in enumerate(alike) if not same), min(map(len, sequences)))
 
 
-def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that the tokenizer puts before every text: the beginning-of-text token, or none."""
     marked = tokenizer("a", add_special_tokens=True)["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -83,13 +83,13 @@ def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(marked[:start])
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a checksum of all that decides how the tokenizer encodes a text."""
     state: dict[str, object] = {
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat": getattr(tokenizer, "chat_template", None),
-        "prefix": prefix(tokenizer),
+        "prefix": bos_prefix(tokenizer),
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

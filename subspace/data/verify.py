@@ -13,14 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from subspace.data.tasks import Item, Published, Task
+from subspace.data.tasks import Item, PublishedFile, Task
 from subspace.errors import UserError
 
 Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Fact:
+class SplitVerification:
     """What is known of a prepared split.
 
     ``proved`` is None where there is nothing to prove it by. ``expected`` is False where it should have been equal.
@@ -33,13 +33,13 @@ class Fact:
     note: str = "no published file to compare with"
 
 
-def check(task: Task, splits: Mapping[str, Rows], source: str) -> dict[str, Fact]:
+def verify_splits(task: Task, splits: Mapping[str, Rows], source: str) -> dict[str, SplitVerification]:
     """Count the rows, and prove each split by the published file that it is in.
 
     Raises:
         UserError: the counts are not the declared ones. A text that is not the published one is told, not refused.
     """
-    facts = {split: Fact(*_count(task, split, rows, source)) for split, rows in splits.items()}
+    facts = {split: SplitVerification(*_count(task, split, rows, source)) for split, rows in splits.items()}
     for name, published in task.published.items():
         verdict = _prove(task, splits, source, name, published)
         for split in facts.keys() & {part.split for part in published.parts}:
@@ -76,7 +76,7 @@ def _count(task: Task, split: str, rows: Rows, source: str) -> tuple[int, str]:
     return len(rows), hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
-def _prove(task: Task, splits: Mapping[str, Rows], source: str, name: str, published: Published) -> dict[str, Any]:
+def _prove(task: Task, splits: Mapping[str, Rows], source: str, name: str, published: PublishedFile) -> dict[str, Any]:
     if absent := {part.split for part in published.parts} - splits.keys():
         rows = sum(part.first or task.splits[part.split].rows for part in published.parts)
         lacking = sum(task.splits[split].rows for split in absent)

@@ -34,14 +34,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Leave the other processes, together: one that goes while another still talks to it makes that one fail."""
     if _active():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """Return the sum of ``value`` over all processes, on each of them. The argument is left as it is."""
     total = value.clone()
     if _active():
@@ -49,14 +49,14 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def from_rank(value: Tensor, source: int = 0) -> Tensor:
+def broadcast_(value: Tensor, source: int = 0) -> Tensor:
     """Overwrite ``value``, in place, with one process's, and return it."""
     if _active():
         dist.broadcast(value, src=source)
     return value
 
 
-def share_object(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Return the first process's object on every process."""
     if not _active():
         return value

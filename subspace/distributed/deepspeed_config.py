@@ -18,11 +18,11 @@ from subspace.errors import UserError, nearest
 
 Json = dict[str, Any]
 OFFLOAD, PREFETCH = "offload_optimizer", "stage3_prefetch_bucket_size"
-SWAPPED = 1 << 20  # bytes from which on DeepSpeed swaps a tensor to NVMe
+MIN_SWAP_BYTES = 1 << 20  # bytes from which on DeepSpeed swaps a tensor to NVMe
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How the rows of one optimizer step are spread: ``batch = micro_batch * accumulate * ranks``."""
 
     batch: int
@@ -31,7 +31,7 @@ class Layout:
     ranks: int
 
 
-def lay_out(batch: int, micro_batch: int | None, ranks: int) -> Layout:
+def compute_batch_layout(batch: int, micro_batch: int | None, ranks: int) -> BatchLayout:
     """Spread a step's rows over ranks and micro-batches; without ``micro_batch``, a rank takes its share at once."""
     if batch % ranks:
         fits = ", ".join(str(n) for n in (batch // ranks * ranks, -(-batch // ranks) * ranks) if n)
@@ -44,7 +44,7 @@ def lay_out(batch: int, micro_batch: int | None, ranks: int) -> Layout:
             f"train.micro_batch is {micro_batch}, which does not divide the {share} rows that each of {ranks} "
             f"processes takes of train.batch {batch}. Take one of {divisors}"
         )
-    return Layout(batch, micro_batch, share // micro_batch, ranks)
+    return BatchLayout(batch, micro_batch, share // micro_batch, ranks)
 
 
 def read_engine_file(path: str | Path) -> Json:
@@ -60,9 +60,9 @@ def read_engine_file(path: str | Path) -> Json:
     return content
 
 
-def fill(
+def resolve_deepspeed_config(
     engine: Mapping[str, Any],
-    layout: Layout,
+    layout: BatchLayout,
     *,
     dtype: str,
     clip: float,
@@ -133,11 +133,11 @@ def fill(
     filled.setdefault("zero_allow_untested_optimizer", True)
     filled.setdefault("steps_per_print", 10**9)  # the run prints for itself
 
-    left = [key for key, value in flat(filled) if value == "auto"]
+    left = [key for key, value in flatten_dict(filled) if value == "auto"]
     if left:
         raise UserError(f'{source} leaves {left[0]} "auto", which is not filled here. {nearest(left[0], ours)}')
-    values = dict(flat(filled))
-    if autos := [f"{key}={values[key]}" for key, value in flat(engine) if value == "auto"]:
+    values = dict(flatten_dict(filled))
+    if autos := [f"{key}={values[key]}" for key, value in flatten_dict(engine) if value == "auto"]:
         notices.append(f'{Path(source).name}: "auto" is {", ".join(autos)}')
     return filled, notices
 
@@ -151,18 +151,20 @@ def _keep_gradients_in_memory(filled: Json, largest: int, source: str) -> None:
     """
     aio = filled.setdefault("aio", {})
     if aio.get("block_size", "auto") == "auto":
-        aio["block_size"] = max(SWAPPED, (largest // 4096 + 1) * 4096)
-    elif max(aio["block_size"], SWAPPED) <= largest:
+        aio["block_size"] = max(MIN_SWAP_BYTES, (largest // 4096 + 1) * 4096)
+    elif max(aio["block_size"], MIN_SWAP_BYTES) <= largest:
         raise UserError(
             f"{source} sets aio.block_size to {aio['block_size']}, but with the optimizer on NVMe it must exceed the "
             f'{largest} bytes of the largest trained tensor, or DeepSpeed loses gradients. Write "auto" there'
         )
 
 
-def fill_to_score(path: str | Path, dtype: str) -> Json:
+def resolve_deepspeed_config_for_inference(path: str | Path, dtype: str) -> Json:
     """Return the engine's configuration for a model that is spread over the processes to be scored, not trained."""
     ranks = world_size()
-    filled, _ = fill(read_engine_file(path), lay_out(ranks, 1, ranks), dtype=dtype, clip=0.0, source=str(path))
+    filled, _ = resolve_deepspeed_config(
+        read_engine_file(path), compute_batch_layout(ranks, 1, ranks), dtype=dtype, clip=0.0, source=str(path)
+    )
     stage = filled["zero_optimization"]["stage"]
     if stage != 3:
         raise UserError(
@@ -173,11 +175,11 @@ def fill_to_score(path: str | Path, dtype: str) -> Json:
     return filled
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Return the leaves of nested settings by their names, as ``("zero_optimization.stage", 2)``."""
     pairs: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, list) and any(isinstance(one, dict) for one in value):
             value = {str(number): one for number, one in enumerate(value)}
-        pairs += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        pairs += flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return pairs

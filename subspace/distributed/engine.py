@@ -18,7 +18,7 @@ from subspace.distributed.collectives import world_size
 from subspace.distributed.deepspeed_config import Json
 
 
-def start_processes(minutes: float = 30) -> None:
+def init_distributed(minutes: float = 30) -> None:
     """Join the other processes of the launch, or be the only one. A rank that waits over ``minutes`` gives up."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -45,7 +45,7 @@ def start_processes(minutes: float = 30) -> None:
         deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
 
 
-def start_engine(
+def init_engine(
     model: nn.Module, config: Json, optimizer: torch.optim.Optimizer, schedule: Callable[[int], float]
 ) -> Any:
     """Hand the model and its optimizer to DeepSpeed; return the engine.
@@ -68,7 +68,7 @@ def start_engine(
     return engine
 
 
-def spread(model: nn.Module, config: Json) -> Any:
+def init_inference_engine(model: nn.Module, config: Json) -> Any:
     """Hand a frozen model to ZeRO-3; return the engine. What passes through the model gathers its weights."""
     import deepspeed
 
@@ -76,7 +76,7 @@ def spread(model: nn.Module, config: Json) -> Any:
     return engine
 
 
-def largest_gradient(engine: Any) -> torch.Tensor:
+def max_abs_gradient(engine: Any) -> torch.Tensor:
     """Return the largest magnitude among the gradients that this process holds between last backward and step.
 
     It is not finite where one of them is not. Of gradients that ZeRO has offloaded, nothing is seen.
@@ -91,7 +91,7 @@ def largest_gradient(engine: Any) -> torch.Tensor:
     return torch.stack([norm.float() for norm in torch._foreach_norm(gradients, math.inf)]).max().to(engine.device)
 
 
-def plain_norm(engine: Any) -> float | None:
+def gradient_norm(engine: Any) -> float | None:
     """Return the gradient's norm between last backward and step without ZeRO; ZeRO itself tells it after the step."""
     if engine.zero_optimization():
         return None
@@ -99,7 +99,7 @@ def plain_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def scale_is_spent(engine: Any) -> bool:
+def loss_scale_exhausted(engine: Any) -> bool:
     """Tell whether float16's loss scale is as small as it may become."""
     scaler = engine.optimizer.loss_scaler
     return bool(scaler.dynamic and scaler.cur_scale <= scaler.min_scale)

@@ -7,11 +7,11 @@ That launcher has four habits that a run cannot live with, so it is started insi
   so that they can end when they are ready (:mod:`subspace.interruption`), and ends what is left afterwards. A second
   signal ends all at once.
 - A launcher that is killed leaves the ranks running and ends with status 0. So status 0 counts only together with a
-  marker that the run itself leaves at its end (:func:`mark_finished`).
+  marker that the run itself leaves at its end (:func:`write_success_marker`).
 - Two launches take the same port. The wrapper picks a free one.
 - ``--num_gpus`` overrides CUDA_VISIBLE_DEVICES. The wrapper names the visible devices.
 
-A run of one process needs no launcher: it becomes rank 0 of 1 (:func:`become_rank`) and goes through the same code.
+A run of one process needs no launcher: it becomes rank 0 of 1 (:func:`init_rank_env`) and goes through the same code.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from pathlib import Path
 from types import FrameType
 
 from subspace.common.paths import REPOSITORY
-from subspace.distributed.signals import STATUS_FILE, announce_rank, ranks_here
+from subspace.distributed.signals import STATUS_FILE, local_rank_pids, register_rank
 from subspace.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 #: Seconds that a rank other than the first waits before it reports a failure. The launcher looks every second.
-TURN = 5.0
+REPORT_DELAY_S = 5.0
 #: Seconds between asking a process group to end and ending it. The launcher gives its ranks 30.
-PATIENCE = 35.0
+SHUTDOWN_GRACE_S = 35.0
 
 
 def under_launcher() -> bool:
@@ -49,7 +49,7 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def become_rank() -> None:
+def init_rank_env() -> None:
     """Prepare this process to be a rank, the only one unless a launcher said otherwise. Before torch is imported."""
     if not under_launcher():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
@@ -58,18 +58,18 @@ def become_rank() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
     if not visible_devices():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    announce_rank()
+    register_rank()
     # DeepSpeed's calls of what torch renamed; every rank would print it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def mark_finished() -> None:
+def write_success_marker() -> None:
     """Leave the marker that the run reached its end: a verb's last act in the ranks."""
     if os.environ["RANK"] == "0":
         _write_status(0)
 
 
-def may_report(status: int, *, at_once: bool = True) -> bool:
+def should_report_error(status: int, *, at_once: bool = True) -> bool:
     """Decide whether this rank is the one that tells the user about the failure it is about to end with.
 
     Often every rank fails, from the same cause or because another did. The first rank speaks ``at_once``. Another waits
@@ -77,7 +77,7 @@ def may_report(status: int, *, at_once: bool = True) -> bool:
     first does not fail of it.
     """
     if under_launcher() and (os.environ["RANK"] != "0" or not at_once):
-        end = time.monotonic() + TURN
+        end = time.monotonic() + REPORT_DELAY_S
         while time.monotonic() < end:
             if _read_status(os.environ.get(STATUS_FILE)) is not None:
                 return False
@@ -86,7 +86,7 @@ def may_report(status: int, *, at_once: bool = True) -> bool:
     return True
 
 
-def lost_another(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Tell whether an error only says that another process is gone, in the words of gloo, NCCL and torch's store."""
     words = ("by peer", "Broken pipe", "remote process exited", "Connection was likely closed", "Socket closed")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -147,7 +147,7 @@ class Launch:
             return _supervise(self, Path(folder) / "status")
 
 
-def plan(
+def build_launch(
     arguments: Sequence[str],
     processes: int | None = None,
     hostfile: str | None = None,
@@ -223,7 +223,7 @@ def _supervise(launch: Launch, status_file: Path) -> int:
         received.append(number)
         if process is None:
             return
-        if again or not (ranks := ranks_here(status_file)):
+        if again or not (ranks := local_rank_pids(status_file)):
             _signal_group(process.pid, signal.SIGKILL if again else signal.SIGTERM)
             return
         for pid in ranks:
@@ -263,7 +263,7 @@ def _signal_group(group: int, number: int) -> None:
 def _end_group(group: int) -> int:
     """End what is left of a process group, and return how many processes that were."""
     found = _count_group(group)
-    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, 5.0)):
+    for number, patience in ((signal.SIGTERM, SHUTDOWN_GRACE_S), (signal.SIGKILL, 5.0)):
         end = time.monotonic() + patience
         if _count_group(group):
             _signal_group(group, number)

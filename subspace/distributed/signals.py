@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 STATUS_FILE = "SUBSPACE_STATUS_FILE"
 
 
-class Interruption:
+class SignalHandler:
     """While entered, ``asked`` tells whether a signal has asked this process to stop."""
 
     def __init__(self) -> None:
@@ -40,18 +40,18 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked:
             raise KeyboardInterrupt  # asked twice: at once
-        if number == signal.SIGTERM and any(not _alive(pid) for pid in ranks_here()):
+        if number == signal.SIGTERM and any(not _alive(pid) for pid in local_rank_pids()):
             os._exit(128 + number)
         self.asked = True
 
 
-def announce_rank() -> None:
+def register_rank() -> None:
     """Leave this process's number where the launcher and the other ranks of this machine find it."""
     if file := os.environ.get(STATUS_FILE):
         Path(file).with_name(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
 
 
-def ranks_here(status_file: str | Path | None = None) -> list[int]:
+def local_rank_pids(status_file: str | Path | None = None) -> list[int]:
     """Return the process numbers of the ranks that a launcher of ours started on this machine, as far as they came."""
     file = status_file or os.environ.get(STATUS_FILE)
     return [int(text) for path in Path(file).parent.glob("rank-*") if (text := path.read_text())] if file else []

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 #: Seconds in which the processes have all had their say, before the first of them ends the run.
-TIME_TO_SPEAK = 5.0
+REPORT_GRACE_S = 5.0
 FRAMES = 4  # the innermost of a stack that are shown, after the last of this package; the file has all
 
 
@@ -70,7 +70,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"rank-{self.rank}.txt").write_text("".join([head, *stack]))
-        if self._ended.wait(TIME_TO_SPEAK if self.rank == 0 else 2 * TIME_TO_SPEAK):
+        if self._ended.wait(REPORT_GRACE_S if self.rank == 0 else 2 * REPORT_GRACE_S):
             return  # it moved after all
         if self.rank == 0:
             silent = [str(n) for n in range(self.ranks) if not (self.folder / f"rank-{n}.txt").exists()]

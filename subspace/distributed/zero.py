@@ -26,7 +26,7 @@ def full_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", ())) if is_sharded(parameter) else parameter.shape
 
 
-def passes_together(model: nn.Module) -> bool:
+def requires_synchronized_forward(model: nn.Module) -> bool:
     """Tell whether every process must make as many forward passes: ZeRO-3 gathers the weights of each from all."""
     return world_size() > 1 and any(is_sharded(parameter) for parameter in model.parameters())
 
@@ -50,7 +50,7 @@ def gathered(parameters: Iterable[Tensor], *, modified_by_main: bool = False) ->
         yield
 
 
-def whole_copies(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def gather_copies(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return whole CPU copies of the named parameters, on every rank. All ranks must call it."""
     copies = {}
     for name, parameter in parameters:

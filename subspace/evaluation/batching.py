@@ -50,7 +50,7 @@ def count_tokens(sizes: Sizes, batch: Batch) -> int:
     return sum(sizes[number][0] for number in batch) * max(sizes[number][1] for number in batch)
 
 
-def turns(plan: Sequence[Batch]) -> Iterator[list[Batch]]:
+def assign_to_ranks(plan: Sequence[Batch]) -> Iterator[list[Batch]]:
     """Deal the batches out, one for each rank at a time. The last one goes to all ranks that would have none.
 
     So each rank makes equally many forward passes, which ZeRO-3 needs: every one of them gathers the weights together.
@@ -63,7 +63,7 @@ def turns(plan: Sequence[Batch]) -> Iterator[list[Batch]]:
 def token_budget(model: Any, *, writes: bool) -> int:
     """Return how many tokens a batch may have, padding included.
 
-    On a GPU, what fits by a generous estimate; :class:`Halving` takes care of what the estimate does not see. Small
+    On a GPU, what fits by a generous estimate; :class:`OOMSplitter` takes care of what the estimate does not see. Small
     batches stay in a CPU's caches and have less padding. But where tokens are written one by one, each reads all
     weights for however few rows, so there more rows are cheaper.
 
@@ -85,7 +85,7 @@ def token_budget(model: Any, *, writes: bool) -> int:
     return max(FEWEST_TOKENS, min(MOST_TOKENS, int(MEMORY_SHARE * free / per_token)))
 
 
-class Halving:
+class OOMSplitter:
     """Scores batches; one that does not fit into memory is cut in two, and so are all later ones of its size.
 
     What is scored does not depend on the batch it is in, so the results stay what they are.

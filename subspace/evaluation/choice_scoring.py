@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from subspace.data.tokenization import num_alike
+from subspace.data.tokenization import common_prefix_length
 from subspace.errors import UserError
-from subspace.kernels.cross_entropy import head_at
+from subspace.kernels.cross_entropy import lm_head_on_positions
 
 if TYPE_CHECKING:
     pass
 
 
-def reads_trees(config: Any, longest: int) -> bool:
+def can_score_as_tree(config: Any, longest: int) -> bool:
     """Tell whether a model reads texts of up to ``longest`` tokens as trees.
 
     That rests on a 4-d mask, which only these kernels take, and which takes the place of a sliding window.
@@ -36,7 +36,7 @@ def reads_trees(config: Any, longest: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoringRow:
     """What the model reads of an item in one row, and where its choices are scored.
 
     ``branches[i]`` is 0 where token i belongs to the common beginning, else the number of the only choice that sees it.
@@ -50,7 +50,7 @@ class Row:
     targets: list[list[int]]
 
 
-def rows_of(choices: Sequence[tuple[list[int], int]], window: int, *, share: bool) -> list[Row]:
+def build_scoring_rows(choices: Sequence[tuple[list[int], int]], window: int, *, share: bool) -> list[ScoringRow]:
     """Lay an item out: as one row whose choices share their beginning, or as one row a choice.
 
     Args:
@@ -74,11 +74,11 @@ def _cut(ids: list[int], num_context: int, window: int) -> tuple[list[int], list
     return ids[-(window + 1) : -1], targets
 
 
-def _tree(sequences: Sequence[tuple[list[int], list[int]]]) -> Row:
+def _tree(sequences: Sequence[tuple[list[int], list[int]]]) -> ScoringRow:
     inputs = [ids for ids, _ in sequences]
-    shared = num_alike(inputs)
+    shared = common_prefix_length(inputs)
 
-    row = Row(inputs[0][:shared], list(range(shared)), [0] * shared, [], [])
+    row = ScoringRow(inputs[0][:shared], list(range(shared)), [0] * shared, [], [])
     for choice, (ids, targets) in enumerate(sequences, start=1):
         # What choice adds stands behind what the choices before it added.
         moved = len(row.ids) - shared
@@ -105,16 +105,16 @@ class Choices:
         window = config.max_position_embeddings
         longest = max(len(ids) for item in choices for ids, _ in item)
         self.truncated = sum(any(len(ids) > window + 1 for ids, _ in item) for item in choices)
-        self.rows = [rows_of(item, window, share=reads_trees(config, longest)) for item in choices]
+        self.rows = [build_scoring_rows(item, window, share=can_score_as_tree(config, longest)) for item in choices]
         self.sizes = [(len(rows), max(len(row.ids) for row in rows)) for rows in self.rows]
 
     def scores(self, model: nn.Module, batch: Sequence[int]) -> list[list[float]]:
         """Return the log-probability of every choice of the items of these numbers, in one forward pass."""
-        flat = iter(choice_scores(model, [row for number in batch for row in self.rows[number]]))
+        flat = iter(score_choices(model, [row for number in batch for row in self.rows[number]]))
         return [[score for _ in self.rows[number] for score in next(flat)] for number in batch]
 
 
-def choice_scores(model: nn.Module, rows: Sequence[Row]) -> list[list[float]]:
+def score_choices(model: nn.Module, rows: Sequence[ScoringRow]) -> list[list[float]]:
     """Return the log-probability of every choice of every row. The rows are one batch, padded on the right."""
     device = next(model.parameters()).device
     length = max(len(row.ids) for row in rows)
@@ -141,7 +141,7 @@ def choice_scores(model: nn.Module, rows: Sequence[Row]) -> list[list[float]]:
     choice, read, target = torch.tensor(scored, device=device).unbind(1)
     places, place = torch.unique(read, return_inverse=True)
 
-    with head_at(model, places):
+    with lm_head_on_positions(model, places):
         logits = model(input_ids=padded("ids", 0), use_cache=False, **context).logits[0]
     # A few rows at a time stay in a CPU's caches.
     several = logits.split(8 if device.type == "cpu" else 1024)

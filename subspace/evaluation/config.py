@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     pass
 
 
-DEFECTS = {
+PUBLISHED_DEFECTS = {
     "unequal_prompts": "the prompt has other white space than in training, and ends in 16 spaces that are a token",
     "no_attention_mask": "padding is read like text, so answers depend on what else is in the batch",
     "pad_is_zero": "padding is token 0, whatever that is to the model: '!' to LLaMA-3",
@@ -30,12 +30,12 @@ DEFECTS = {
 }
 """What can be switched on."""
 
-PUBLISHED = ("unequal_prompts",)
+DEFAULT_DEFECTS = ("unequal_prompts",)
 """What is on in the published evaluator at its batch size, one."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationSubject:
     """What is scored: a model as it is, or with the adapters of a run."""
 
     model: ModelConfig
@@ -64,7 +64,8 @@ class EvaluateConfig(Settings):
     data: str | None = setting(None, "folder of the published test files (gsm8k/test.json), for tasks read from there")
     prompt: str = setting("alpaca-indented", "protocols that ask: the text round the instruction, as data.prompt")
     defects: str | list[str] = setting(
-        ",".join(PUBLISHED), f"llm-adapters-published: which of its defects are on, of {', '.join(DEFECTS)}; or none"
+        ",".join(DEFAULT_DEFECTS),
+        f"llm-adapters-published: which of its defects are on, of {', '.join(PUBLISHED_DEFECTS)}; or none",
     )
     published_batch: int = setting(1, "llm-adapters-published: its batch size, felt with no_attention_mask", min=1)
     batch_tokens: int | None = setting(
@@ -85,7 +86,7 @@ class EvaluateConfig(Settings):
         super().__post_init__()
         for word, kind, known in [
             *((name, "protocol", PROTOCOLS) for name in self.protocols),
-            *((name, "defects", DEFECTS) for name in self.defect_names),
+            *((name, "defects", PUBLISHED_DEFECTS) for name in self.defect_names),
         ]:
             if word not in known:
                 raise UserError(f"EvaluateConfig.{kind} is {word!r}. {nearest(word, known)}")

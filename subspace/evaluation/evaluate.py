@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from subspace.common.host_memory import keep_what_is_freed
-from subspace.common.progress import Progress, silent
+from subspace.common.host_memory import keep_freed_memory
+from subspace.common.progress import Progress, no_progress
 from subspace.data import tasks as tasks_module
 from subspace.data import tokenization as tokenization_module
 from subspace.data.tasks import Item
-from subspace.distributed.collectives import is_main, rank, share_object
-from subspace.evaluation.batching import Halving, plan_batches, token_budget, turns
+from subspace.distributed.collectives import broadcast_object, is_main, rank
+from subspace.evaluation.batching import OOMSplitter, assign_to_ranks, plan_batches, token_budget
 from subspace.evaluation.fingerprint import weights_checksum
 from subspace.evaluation.protocols.answer_word import AnswerWord
 from subspace.evaluation.protocols.likelihood import Likelihood, draw_examples
-from subspace.evaluation.protocols.llm_adapters import Generation
-from subspace.evaluation.protocols.llm_adapters_published import Published
+from subspace.evaluation.protocols.llm_adapters import LLMAdapters
+from subspace.evaluation.protocols.llm_adapters_published import LLMAdaptersPublished
 from subspace.evaluation.results import (
     TaskResult,
     accuracy,
@@ -38,7 +38,7 @@ from subspace.evaluation.results import (
     write_items,
     write_results,
 )
-from subspace.evaluation.resume import Partial
+from subspace.evaluation.resume import ResumableResults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,15 +73,15 @@ class Job:
     ingredients: Mapping[str, str]
 
 
-def lay_out(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, progress: Progress = silent
+def build_jobs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, progress: Progress = no_progress
 ) -> list[Job]:
     """Lay every task out by every protocol. What is missing is told here, before anything is scored."""
     samples = [take_sample(task, config.split, config.limit, config.data) for task in find_tasks(config.tasks)]
     wanted = [(protocol, sample) for protocol in config.protocols for sample in samples]
-    encoded_by = tokenization_module.fingerprint(tokenizer)[:12]
+    encoded_by = tokenization_module.tokenizer_fingerprint(tokenizer)[:12]
     jobs = []
-    with (progress if is_main() else silent)("encode the items", len(wanted), "tasks") as at:
+    with (progress if is_main() else no_progress)("encode the items", len(wanted), "tasks") as at:
         for protocol, sample in wanted:
             scorer = _scorer(protocol, model, tokenizer, sample, config)
             jobs.append(Job(sample, scorer, _ingredients(scorer, sample, encoded_by)))
@@ -97,7 +97,7 @@ def evaluate(
     *,
     model_name: str = "",
     adapter: str = "",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     jobs: Sequence[Job] | None = None,
     checksum: str = "",
 ) -> list[TaskResult]:
@@ -115,12 +115,12 @@ def evaluate(
         jobs: what ``lay_out`` made of this configuration for a model of the same base.
         checksum: of base and adapters, where the model holds those of several subjects.
     """
-    jobs = lay_out(model, tokenizer, config, progress) if jobs is None else jobs
+    jobs = build_jobs(model, tokenizer, config, progress) if jobs is None else jobs
     subject = checksum or (weights_checksum(model) if folder else "")
     total, done = sum(_work(job.scorer, range(len(job.sample.items))) for job in jobs), 0
     results = []
     title = f"score {adapter or model_name or 'the model'} by {', '.join(config.protocols)}"
-    with _scoring(model), (progress if is_main() else silent)(title, total, "tokens") as at:
+    with _scoring(model), (progress if is_main() else no_progress)(title, total, "tokens") as at:
 
         def tell(tokens: int, detail: str) -> None:
             nonlocal done
@@ -136,7 +136,9 @@ def evaluate(
                 continue
             began = time.perf_counter()
             default = token_budget(model, writes=job.scorer.writes)
-            with Partial(file, digest([subject, dict(job.ingredients)]), config.batch_tokens, default) as partial:
+            with ResumableResults(
+                file, digest([subject, dict(job.ingredients)]), config.batch_tokens, default
+            ) as partial:
                 records = _score(model, job, partial, tell)
                 result = TaskResult(
                     model=model_name,
@@ -168,19 +170,21 @@ def _scored_before(folder: Path | None, job: Job, subject: str) -> TaskResult | 
         found = find_result(folder, job.scorer.name, job.sample.task.name)
         if found and (found.subject, found.fingerprint) != (subject, digest(dict(job.ingredients))):
             found = None
-    return share_object(found) if folder else None
+    return broadcast_object(found) if folder else None
 
 
-def _score(model: nn.Module, job: Job, partial: Partial, tell: Callable[[int, str], None]) -> list[dict[str, Any]]:
+def _score(
+    model: nn.Module, job: Job, partial: ResumableResults, tell: Callable[[int, str], None]
+) -> list[dict[str, Any]]:
     """Return the record of every item, on every rank; each scores its share of the batches that are left."""
     scorer, began, scored = job.scorer, time.perf_counter(), 0
-    halving = Halving(model, lambda batch: scorer.score(model, batch), scorer.sizes)
+    halving = OOMSplitter(model, lambda batch: scorer.score(model, batch), scorer.sizes)
     plan = plan_batches(scorer.sizes, partial.budget)
     left = [batch for batch in plan if not partial.records.keys() >= set(batch)]
     before = set(range(len(scorer.sizes))).difference(*left)
     tell(_work(scorer, before), f"{job.sample.task.title}, {len(before)} items scored before")
-    with scorer.beginning_read(model) if isinstance(scorer, Generation) and left else nullcontext():
-        for turn in turns(left):
+    with scorer.beginning_read(model) if isinstance(scorer, LLMAdapters) and left else nullcontext():
+        for turn in assign_to_ranks(left):
             mine = turn[rank()]
             partial.add(mine, halving.score(mine))
             scored += len({number for batch in turn for number in batch})
@@ -203,12 +207,12 @@ def _scorer(
     config: EvaluateConfig,
 ) -> Scorer:
     given = model, tokenizer, sample.task, sample.items
-    if protocol == Generation.name:
-        return Generation(*given, config.prompt)
+    if protocol == LLMAdapters.name:
+        return LLMAdapters(*given, config.prompt)
     if protocol == AnswerWord.name:
         return AnswerWord(*given, config.prompt)
-    if protocol == Published.name:
-        return Published(*given, config.defect_names, batch=config.published_batch)
+    if protocol == LLMAdaptersPublished.name:
+        return LLMAdaptersPublished(*given, config.defect_names, batch=config.published_batch)
     examples: list[list[Item]] = []
     if config.examples:
         pool = split_items(sample.task, "train", config.data)
@@ -236,7 +240,7 @@ def _scoring(model: nn.Module) -> Iterator[None]:
     that it gives back: a fifth to a third of the time, for a tenth less memory.
     """
     training = model.training
-    keep_what_is_freed()
+    keep_freed_memory()
     model.eval()
     try:
         with torch.no_grad():

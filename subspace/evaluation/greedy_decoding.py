@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace.data.tokenization import num_alike
-from subspace.distributed.collectives import sum_over_ranks
-from subspace.distributed.zero import passes_together
-from subspace.kernels.cross_entropy import head_at
+from subspace.data.tokenization import common_prefix_length
+from subspace.distributed.collectives import all_reduce_sum
+from subspace.distributed.zero import requires_synchronized_forward
+from subspace.kernels.cross_entropy import lm_head_on_positions
 
 
 @dataclass(frozen=True)
-class Beginning:
+class SharedPrefix:
     """What prompts begin with, ``ids``, and a model's keys and values of it in one row."""
 
     ids: list[int]
@@ -30,16 +30,16 @@ class Beginning:
         return cache
 
 
-def read_beginning(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Beginning | None:
+def prefill_shared_prefix(model: nn.Module, prompts: Sequence[Sequence[int]]) -> SharedPrefix | None:
     """Let a model read what all prompts begin with; None where nothing is to be gained.
 
     Under ZeRO-3 a pass gathers all weights, which costs more than it saves.
     """
-    count = min(num_alike(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
-    if not count or passes_together(model):
+    count = min(common_prefix_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    if not count or requires_synchronized_forward(model):
         return None
     ids = torch.tensor([prompts[0][:count]], device=next(model.parameters()).device)
-    return Beginning([*prompts[0][:count]], _read(model, ids, torch.ones_like(ids), None, 1)[1])
+    return SharedPrefix([*prompts[0][:count]], _read(model, ids, torch.ones_like(ids), None, 1)[1])
 
 
 def decode_greedily(
@@ -48,7 +48,7 @@ def decode_greedily(
     finished: Callable[[list[int]], bool],
     max_new_tokens: int,
     *,
-    beginning: Beginning | None = None,
+    beginning: SharedPrefix | None = None,
     draft: Sequence[int] = (),
     fixed: bool = False,
 ) -> list[list[int]]:
@@ -69,7 +69,7 @@ def decode_greedily(
             before the end.
     """
     device = next(model.parameters()).device
-    together = passes_together(model)
+    together = requires_synchronized_forward(model)
     cache, shared = (beginning.rows(len(prompts)), len(beginning.ids)) if beginning else (None, 0)
     texts = [[*prompt[shared:], *draft] for prompt in prompts]
     padding = [max(map(len, texts)) - len(text) for text in texts]
@@ -93,7 +93,7 @@ def decode_greedily(
                         over.add(row)
 
         going_on = [i for i, row in enumerate(rows) if row not in over]
-        left = len(going_on) if not together else int(sum_over_ranks(torch.tensor(len(going_on), device=device)))
+        left = len(going_on) if not together else int(all_reduce_sum(torch.tensor(len(going_on), device=device)))
         if not left:
             return written
         ids = tokens.gather(1, right.sum(1, keepdim=True))
@@ -114,6 +114,6 @@ def _read(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int) ->
     rows, width = ids.shape
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
     places = torch.arange(rows * width, device=ids.device).view(rows, width)[:, -last:].flatten()
-    with head_at(model, places):
+    with lm_head_on_positions(model, places):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     return out.logits[0].argmax(-1).view(rows, last), out.past_key_values

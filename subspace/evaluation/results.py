@@ -73,7 +73,7 @@ def accuracy(correct: Sequence[bool]) -> Score:
     return Score(p, math.sqrt(p * (1 - p) / len(correct)))
 
 
-def mean(scores: Sequence[Score]) -> Score:
+def mean_score(scores: Sequence[Score]) -> Score:
     """Return the unweighted mean of independent scores: its variance is the sum of theirs over k squared."""
     k = len(scores)
     return Score(sum(score.value for score in scores) / k, math.sqrt(sum(score.error**2 for score in scores)) / k)
@@ -106,7 +106,7 @@ def read_items(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def correct(file: Path, metric: str) -> list[bool]:
+def read_correct(file: Path, metric: str) -> list[bool]:
     """Return for each item of a file whether it was right by a metric."""
     return [bool(record["correct"][metric]) for record in read_items(file)]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from subspace.distributed.collectives import barrier, gather_objects, is_main, rank, share_object, world_size
+from subspace.distributed.collectives import barrier, broadcast_object, gather_objects, is_main, rank, world_size
 
 Record = dict[str, Any]
 
 
-class Partial:
+class ResumableResults:
     """The items of a task that are scored, in files next to ``file`` (None: nowhere). All ranks use it alike.
 
     Args:
@@ -36,7 +36,7 @@ class Partial:
         kept = list(self._read(key, budget)) if file else []
         found = [one for ranks in gather_objects(kept) for one in ranks]
         wanted = budget or (found[0][0] if found else default)
-        self.budget: int = share_object(wanted)
+        self.budget: int = broadcast_object(wanted)
         for size, records in found:
             if size == self.budget:
                 self.records.update(records)

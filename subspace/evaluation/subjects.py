@@ -13,27 +13,29 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from subspace.adapters.inject import adapters, eject
-from subspace.adapters.multi_adapter import Found, can_be_mixed, mixed
+from subspace.adapters.inject import adapters, remove_adapters
+from subspace.adapters.multi_adapter import AdaptersBySite, batch_adapters, can_batch_adapters
 from subspace.adapters.serialization import load_adapter
-from subspace.common.progress import Progress, silent
-from subspace.data.leakage import MOST_SEEN, seen_items
+from subspace.common.progress import Progress, no_progress
+from subspace.data.leakage import MAX_OVERLAP, find_overlap
 from subspace.data.samples import Sample
 from subspace.distributed.collectives import is_main
-from subspace.distributed.deepspeed_config import fill_to_score
-from subspace.distributed.engine import spread
+from subspace.distributed.deepspeed_config import resolve_deepspeed_config_for_inference
+from subspace.distributed.engine import init_inference_engine
 from subspace.errors import UserError
-from subspace.evaluation.config import Subject
-from subspace.evaluation.evaluate import Job, Scorer, evaluate, lay_out
+from subspace.evaluation.config import EvaluationSubject
+from subspace.evaluation.evaluate import Job, Scorer, build_jobs, evaluate
 from subspace.evaluation.fingerprint import weights_checksum
-from subspace.evaluation.protocols.llm_adapters_published import Published
+from subspace.evaluation.protocols.llm_adapters_published import LLMAdaptersPublished
 from subspace.evaluation.results import TaskResult
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model, open_tokenizer
 
 
 def evaluate_subjects(
-    subjects: Sequence[Subject], progress: Progress = silent, tell: Callable[[list[Job]], None] | None = None
+    subjects: Sequence[EvaluationSubject],
+    progress: Progress = no_progress,
+    tell: Callable[[list[Job]], None] | None = None,
 ) -> list[list[TaskResult]]:
     """Score the subjects, and return the results of each. All ranks call it.
 
@@ -46,11 +48,11 @@ def evaluate_subjects(
         bases.setdefault((subject.model, own), {}).setdefault(str(subject.evaluate), []).append(number)
     for (base, own), groups in bases.items():
         file = None if own is None else subjects[own].evaluate.engine
-        zero3 = fill_to_score(file, base.dtype) if file else None
+        zero3 = resolve_deepspeed_config_for_inference(file, base.dtype) if file else None
         opened = open_model(base, zero3), open_tokenizer(base)
         for numbers in groups.values():
             alike = [subjects[number] for number in numbers]
-            jobs = lay_out(*opened, alike[0].evaluate, progress)
+            jobs = build_jobs(*opened, alike[0].evaluate, progress)
             if tell:
                 tell(jobs)
             results.update(zip(numbers, _score_alike(*opened, alike, jobs, progress, zero3), strict=True))
@@ -60,14 +62,14 @@ def evaluate_subjects(
 def _score_alike(
     model: Any,
     tokenizer: Any,
-    subjects: Sequence[Subject],
+    subjects: Sequence[EvaluationSubject],
     jobs: Sequence[Job],
     progress: Progress,
     zero3: dict[str, Any] | None,
 ) -> list[list[TaskResult]]:
     """Score subjects of one base and one configuration."""
     results: dict[int, list[TaskResult]] = {}
-    put_off: dict[int, tuple[Found, str]] = {}
+    put_off: dict[int, tuple[AdaptersBySite, str]] = {}
 
     def score(number: int, jobs: Sequence[Job], checksum: str = "") -> None:
         one = subjects[number]
@@ -75,23 +77,23 @@ def _score_alike(
         results[number] = evaluate(model, tokenizer, one.evaluate, one.folder, jobs=jobs, progress=progress, **told)
 
     for number, one in enumerate(subjects):
-        check_unseen(one, [job.sample for job in jobs])
+        check_contamination(one, [job.sample for job in jobs])
         if one.adapter:
             load_adapter(model, one.adapter)
         if zero3:
-            engine = spread(model.requires_grad_(False), zero3)
+            engine = init_inference_engine(model.requires_grad_(False), zero3)
             score(number, jobs)
             engine.destroy()
             break
         # The published evaluator runs adapters in training mode on demand, which is no form of W + B A.
-        if one.evaluate.mixed and Published.name not in one.evaluate.protocols and can_be_mixed(model):
+        if one.evaluate.mixed and LLMAdaptersPublished.name not in one.evaluate.protocols and can_batch_adapters(model):
             put_off[number] = adapters(model), weights_checksum(model)
         else:
             score(number, jobs)
-        eject(model)
+        remove_adapters(model)
 
-    shared = [Shared(job.scorer, len(put_off)) for job in jobs]
-    with mixed(model, [found for found, _ in put_off.values()]):
+    shared = [MultiAdapterScorer(job.scorer, len(put_off)) for job in jobs]
+    with batch_adapters(model, [found for found, _ in put_off.values()]):
         for place, (number, (_, checksum)) in enumerate(put_off.items()):
             for scorer in shared:
                 scorer.place = place
@@ -99,7 +101,7 @@ def _score_alike(
     return [results[number] for number in range(len(subjects))]
 
 
-class Shared:
+class MultiAdapterScorer:
     """A scorer for subjects that are mixed: the first one's batches are scored for all, and the others find theirs.
 
     A batch that a killed scoring left to the later ones alone is scored for all again, so that it is the very same.
@@ -123,11 +125,11 @@ class Shared:
         return [mine[number] for number in batch]
 
 
-def check_unseen(subject: Subject, samples: Iterable[Sample]) -> None:
+def check_contamination(subject: EvaluationSubject, samples: Iterable[Sample]) -> None:
     """Refuse to score a run on items that it was trained on; say so where they are few."""
-    for name, (seen, of) in seen_items(subject.mixture, samples).items():
+    for name, (seen, of) in find_overlap(subject.mixture, samples).items():
         told = f"{subject.folder} was trained on {subject.mixture}, which holds {seen} of {of} items of {name}"
-        if seen > MOST_SEEN * of and subject.evaluate.seen == "refuse":
+        if seen > MAX_OVERLAP * of and subject.evaluate.seen == "refuse":
             raise UserError(
                 f"{told}: its score would say nothing. Score other suites (evaluate.tasks=...), or this one with "
                 "evaluate.seen=score"

@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 #: What it is called among transformers' attentions.
-NAME = "rows_at_a_time"
+ATTENTION_NAME = "rows_at_a_time"
 #: From 192 tokens on torch's kernel takes blocks of 64 queries, and is the faster one.
 LONGEST = 191
 #: Scores that are held at a time: a megabyte of float32, which caches hold.
-AT_ONCE = 1 << 18
+MAX_SCORES = 1 << 18
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
 
-def attend(
+def row_blocked_attention(
     otherwise: Attention,
     module: Any,
     query: Tensor,
@@ -80,25 +80,25 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, mask = ctx.saved_tensors
-        of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-        of_out = of_out.transpose(1, 2)
+        grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+        grad_out = grad_out.transpose(1, 2)
         for some in _few(query, key):
-            q, k, v, of = (_together(tensor[some], key) for tensor in (query, key, value, of_out))
+            q, k, v, of = (_together(tensor[some], key) for tensor in (query, key, value, grad_out))
             p = _softmax(q, k, _of(mask, some), ctx.scale, query.shape).view(*q.shape[:2], -1)
-            of_value[some] = (p.to(q.dtype).mT @ of).view(value[some].shape)
-            of_p = (of @ v.mT).float()
-            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(ctx.scale).to(q.dtype)
-            of_query[some] = (of_scores @ k).view(query[some].shape)
-            of_key[some] = (of_scores.mT @ q).view(key[some].shape)
-        return of_query, of_key, of_value, None, None
+            grad_value[some] = (p.to(q.dtype).mT @ of).view(value[some].shape)
+            grad_p = (of @ v.mT).float()
+            grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scale).to(q.dtype)
+            grad_query[some] = (grad_scores @ k).view(query[some].shape)
+            grad_key[some] = (grad_scores.mT @ q).view(key[some].shape)
+        return grad_query, grad_key, grad_value, None, None
 
 
 def _few(query: Tensor, key: Tensor) -> list[slice]:
     """Return the rows to work on at a time."""
     rows, heads, tokens, _ = query.shape
-    count = max(1, AT_ONCE // (heads * tokens * key.shape[2]))
+    count = max(1, MAX_SCORES // (heads * tokens * key.shape[2]))
     return [slice(begin, begin + count) for begin in range(0, rows, count)]
 
 

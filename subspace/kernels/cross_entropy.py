@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from subspace.data.collate import IGNORE
+from subspace.data.collate import IGNORE_INDEX
 from subspace.distributed.collectives import gather_objects
 from subspace.distributed.zero import is_sharded
 
 #: Logits that are held at a time: 64 MiB of float32.
-AT_ONCE = 1 << 24
+MAX_LOGITS = 1 << 24
 
 #: Stands beside the loss where a model expects logits: a model that scales or bends its logits changes it.
 MARK = 96.0
@@ -43,9 +43,9 @@ def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         if getattr(model, "module", model).config._attn_implementation.startswith("flash"):
             ids, labels, positions = (tensor.reshape(1, -1) for tensor in (ids, labels, positions))
     targets = labels[:, 1:]
-    columns = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
+    columns = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
     wanted = targets[:, columns].flatten()
-    labelled = (wanted != IGNORE).nonzero().squeeze(1)
+    labelled = (wanted != IGNORE_INDEX).nonzero().squeeze(1)
     return loss_at(model, ids, mask, columns, wanted, labelled, positions=positions)
 
 
@@ -73,7 +73,7 @@ def loss_at(
     head = getattr(model, "module", model).get_output_embeddings()
     width = getattr(head, "out_features", 0)
     if width and head not in _bent:
-        parts = max(1, -(-len(labelled) // max(1, AT_ONCE // width)))
+        parts = max(1, -(-len(labelled) // max(1, MAX_LOGITS // width)))
         if any(is_sharded(tensor) for inside in head.children() for tensor in inside.parameters()):
             # The frozen head inside an adapter is gathered for each part, which all processes must do equally often.
             parts = max(gather_objects(parts))
@@ -87,7 +87,7 @@ def loss_at(
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _in_parts(run: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, labelled: Tensor, parts: int) -> Tensor:
@@ -123,7 +123,7 @@ def _ends_in(head: nn.Module, ending: Callable[[Callable[[Tensor], Tensor], Tens
 
 
 @contextmanager
-def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+def lm_head_on_positions(model: nn.Module, places: Tensor) -> Iterator[None]:
     """Let the output head see only these places of the flattened batch: logits become ``(1, len(places), vocabulary)``.
 
     A hook, and not a call of decoder and head by hand, so that what a model does to its logits (soft caps) stays done.

@@ -22,13 +22,13 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Return x, in training with each value zeroed with probability p and the others divided by 1 - p."""
     if not (p and training):
         return x
-    if not draws_places(x, p):
+    if not use_sparse_dropout(x, p):
         return F.dropout(x, p)
     out: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
     return out
 
 
-def draws_places(x: Tensor, p: float) -> bool:
+def use_sparse_dropout(x: Tensor, p: float) -> bool:
     """Tell whether what is dropped of x is drawn by its places."""
     return x.device.type == "cpu" and p <= SPARSE and not torch.compiler.is_compiling()
 
@@ -36,7 +36,7 @@ def draws_places(x: Tensor, p: float) -> bool:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        dropped = places(x.numel(), p)
+        dropped = sample_dropped_indices(x.numel(), p)
         ctx.save_for_backward(dropped)
         ctx.p = p
         return _without(x, dropped, p)
@@ -53,7 +53,7 @@ def _without(x: Tensor, dropped: Tensor, p: float) -> Tensor:
     return out
 
 
-def places(count: int, p: float) -> Tensor:
+def sample_dropped_indices(count: int, p: float) -> Tensor:
     """Draw which of ``count`` values are dropped, each with probability p, in rising order."""
     enough = count * p + 8 * math.sqrt(count * p) + 32  # that they end too early is less likely than 1e-12
     kept_between = torch.rand(int(enough)).neg_().log1p_().mul_(1 / math.log1p(-p)).long()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 KINDS = ("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Phi3RMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
-def lighten_norms(model: nn.Module) -> None:
+def patch_rms_norm(model: nn.Module) -> None:
     """Let the model's norms, where they are known, take fewer passes in training."""
     for norm in model.modules():
         if type(norm).__name__ in KINDS:
@@ -29,11 +29,11 @@ def _forward(norm: Any, x: Tensor) -> Tensor:
     if plain or norm.weight.requires_grad or norm.weight.dtype != x.dtype:
         out: Tensor = type(norm).forward(norm, x)
     else:
-        out = _Norm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+        out = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Norm(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)

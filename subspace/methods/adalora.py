@@ -18,14 +18,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from subspace.adapters.base import Access, Clock
+from subspace.adapters.base import OptimizerAccess, TrainProgress
 from subspace.adapters.linalg import orthogonality_gap
 from subspace.adapters.low_rank import LowRankConfig, TripletAdapter
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
 
 
-@register("adalora", family="extension", trains="r * (n_in + n_out + 1)")
+@register("adalora", family="extension", num_params="r * (n_in + n_out + 1)")
 class AdaLoRA(TripletAdapter):
     """See the module's docstring."""
 
@@ -50,7 +50,7 @@ class AdaLoRA(TripletAdapter):
         weight: float = self.config.orthogonality / self.num_siblings
         return weight * orthogonality_gap(self.A, self.B.T)
 
-    def scores(self, access: Access) -> Tensor:
+    def scores(self, access: OptimizerAccess) -> Tensor:
         """Take in this step's importances (eqs. 8, 9); return those of (B_j, E_j, A_j), (r,) (eqs. 7, 10)."""
         for key, gradient in self.gradients.items():
             # As in the authors' code, the value is the one after the step.
@@ -62,26 +62,26 @@ class AdaLoRA(TripletAdapter):
         return E + A.mean(1) + B.mean(0)
 
     @classmethod
-    def before_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
-        watching = clock.through(adapters[0].config.warm_up, adapters[0].config.cool_down) < 1
+    def before_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
+        watching = progress.fraction(adapters[0].config.warm_up, adapters[0].config.cool_down) < 1
         for adapter in adapters:
             adapter.gradients = (
                 {k: access.grad(p).nan_to_num() for k, p in adapter.trained().items()} if watching else {}
             )
 
     @classmethod
-    def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
+    def after_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
         scores = [adapter.scores(access) for adapter in adapters]
         initial, target = (sum(getattr(a.config, key) for a in adapters) for key in ("r", "target_r"))
-        if (pruned := initial - budget(adapters[0].config, clock, initial, target)) > 0:
+        if (pruned := initial - budget(adapters[0].config, progress, initial, target)) > 0:
             threshold = torch.cat(scores).kthvalue(pruned).values
             for adapter, score in zip(adapters, scores, strict=True):
                 access.write(adapter.E, access.value(adapter.E) * (score > threshold))
 
 
-def budget(config: AdaLoRA.Config, clock: Clock, initial: int, target: int) -> int:
+def budget(config: AdaLoRA.Config, progress: TrainProgress, initial: int, target: int) -> int:
     """Return how many of the initial E may stay after this step (eq. 11); all at a step that allocates nothing."""
-    passed = clock.through(config.warm_up, config.cool_down)
-    if passed <= 0 or (passed <= 1 and clock.step % config.every):
+    passed = progress.fraction(config.warm_up, config.cool_down)
+    if passed <= 0 or (passed <= 1 and progress.step % config.every):
         return initial
     return int(target + (initial - target) * max(0.0, 1 - passed) ** 3)

@@ -25,7 +25,7 @@ from subspace.adapters.registry import register
 from subspace.common.settings import setting
 
 
-@register("bitfit", family="reconstruction", trains="n_out")
+@register("bitfit", family="reconstruction", num_params="n_out")
 class BitFit(LinearAdapter):
     """See the module's docstring."""
 
@@ -38,7 +38,7 @@ class BitFit(LinearAdapter):
         create: bool = setting(True, "give layers without a bias one; else only those with one are adapted")
 
     @classmethod
-    def unfit(cls, config: Any, site: nn.Module) -> str | None:
+    def check_module(cls, config: Any, site: nn.Module) -> str | None:
         if config.create or getattr(site, "bias", None) is not None:
             return None
         return "has no bias to train. Give it one with `create: true`"

@@ -30,18 +30,18 @@ from subspace.adapters.registry import register
 from subspace.common.settings import setting
 from subspace.errors import UserError
 from subspace.kernels.dropout import dropout
-from subspace.kernels.low_rank import add_product
+from subspace.kernels.low_rank import lora_up_add
 
 TINY = 1e-12  # keeps a row of zeros at zero
 
 
-@register("dora", family="combination", trains="(r * (n_in + n_out) if direction else 0) + n_out")
+@register("dora", family="combination", num_params="(r * (n_in + n_out) if direction else 0) + n_out")
 class DoRA(LowRankAdapter):
     """See the module's docstring."""
 
     W_norm2: Tensor
     roles: ClassVar = {"A": "down", "B": "up", "m": "scale"}
-    reads: ClassVar = "row norms"
+    weight_access: ClassVar = "row norms"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ConstrainedConfig):
@@ -62,7 +62,7 @@ class DoRA(LowRankAdapter):
         self.m = nn.Parameter(torch.ones(self.out_features))
         self.register_buffer("W_norm2", torch.ones(self.out_features), persistent=False)  # of the W at hand
 
-    def start(self, W: Tensor) -> None:
+    def init_from_weight(self, W: Tensor) -> None:
         self.W_norm2.copy_(W.square().sum(dim=1))
         self.m.data.copy_(self.W_norm2.sqrt())
 
@@ -85,7 +85,7 @@ class DoRA(LowRankAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.simple):
-            norm = self.keep("norm", lambda: self.norm(x.dtype)) if self.config.simple else self.norm(x.dtype)
+            norm = self.cached("norm", lambda: self.norm(x.dtype)) if self.config.simple else self.norm(x.dtype)
         g, bias = (self.m / norm).to(x.dtype), self.base_bias()
         if self.training and self.config.direction and self.config.dropout and self.config.dropout_form == "official":
             dropped = dropout(x, self.config.dropout)
@@ -93,7 +93,7 @@ class DoRA(LowRankAdapter):
             out = self.product(x) + (g - 1) * self.product(dropped) + g * update
         elif self.config.direction:
             x, h = self.hidden(x)
-            out = g * add_product(self.product(x), h, self.B, self.scale)
+            out = g * lora_up_add(self.product(x), h, self.B, self.scale)
         else:
             out = g * self.product(x)
         return out if bias is None else out + bias

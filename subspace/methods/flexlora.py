@@ -22,7 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from subspace.adapters.base import Access, Clock
+from subspace.adapters.base import OptimizerAccess, TrainProgress
 from subspace.adapters.linalg import orthogonality_gap, spectral_entropy
 from subspace.adapters.low_rank import LowRankConfig, TripletAdapter
 from subspace.adapters.registry import register
@@ -31,7 +31,7 @@ from subspace.common.settings import setting
 STD = 0.02
 
 
-@register("flexlora", family="extension", trains="(r + headroom) * (n_in + n_out + 1)")
+@register("flexlora", family="extension", num_params="(r + headroom) * (n_in + n_out + 1)")
 class FlexLoRA(TripletAdapter):
     """See the module's docstring."""
 
@@ -61,10 +61,10 @@ class FlexLoRA(TripletAdapter):
         return weight * orthogonality_gap(self.A, self.B.T)
 
     @classmethod
-    def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
+    def after_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
         config = adapters[0].config
-        passed = clock.through(config.warm_up, config.cool_down)
-        if not 0 < passed < 1 or clock.step % config.every:
+        passed = progress.fraction(config.warm_up, config.cool_down)
+        if not 0 < passed < 1 or progress.step % config.every:
             return
         E = [access.value(adapter.E) for adapter in adapters]
         order = sorted(range(len(adapters)), key=lambda i: spectral_entropy(E[i][adapters[i].alive > 0]))
@@ -73,15 +73,15 @@ class FlexLoRA(TripletAdapter):
         count = min(moves(config, passed), len(losing), len(gaining), len(adapters) // 2)
         for i, j in zip(losing[:count], gaining[:count], strict=True):
             adapters[i].drop(E[i], access)
-            adapters[j].grow(E[j], access, seed=clock.step * len(adapters) + j)
+            adapters[j].grow(E[j], access, seed=progress.step * len(adapters) + j)
 
-    def drop(self, E: Tensor, access: Access) -> None:
+    def drop(self, E: Tensor, access: OptimizerAccess) -> None:
         """Let the direction with the smallest abs(E) go."""
         lost = torch.where(self.alive > 0, E.abs(), torch.inf).argmin()
         self.alive[lost] = 0
         access.write(self.E, E.index_fill(0, lost, 0))
 
-    def grow(self, E: Tensor, access: Access, seed: int) -> None:
+    def grow(self, E: Tensor, access: OptimizerAccess, seed: int) -> None:
         """Begin a direction afresh, with E zero, so that the output does not change."""
         new, generator = self.alive.argmin(), torch.Generator().manual_seed(seed)
         self.alive[new] = 1
@@ -91,7 +91,7 @@ class FlexLoRA(TripletAdapter):
             drawn = STD * torch.randn(value.select(axis, 0).shape, generator=generator)
             value.select(axis, int(new)).copy_(drawn if parameter is not self.E else torch.zeros(()))
             access.write(parameter, value)
-            access.forget(parameter, where.index_fill_(axis, new, True))
+            access.reset_optimizer_state(parameter, where.index_fill_(axis, new, True))
 
 
 def moves(config: FlexLoRA.Config, passed: float) -> int:

@@ -26,7 +26,7 @@ from subspace.adapters.registry import register
 from subspace.common.settings import setting
 
 
-@register("flora", family="extension", trains="r * n_in + (r_out or r) * n_out + r * (r_out or r)")
+@register("flora", family="extension", num_params="r * n_in + (r_out or r) * n_out + r * (r_out or r)")
 class FLoRA(LowRankAdapter):
     """See the module's docstring."""
 

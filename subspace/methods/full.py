@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from subspace.adapters.base import Adapter, MethodConfig
 from subspace.adapters.registry import register
 from subspace.errors import UserError
-from subspace.models.frozen_weights import is_matrix, put_aside, trainable_copy
+from subspace.models.frozen_weights import is_matrix, offload_to_cpu, trainable_copy
 
 
-@register("full", family="reference", trains="n_values", aliases={"full-fine-tuning": {}, "fft": {}})
+@register("full", family="reference", num_params="n_values", aliases={"full-fine-tuning": {}, "fft": {}})
 class Full(Adapter):
     """See the module's docstring."""
 
@@ -37,7 +37,7 @@ class Full(Adapter):
         """Full fine-tuning has no settings."""
 
     @classmethod
-    def refusal(cls, config: Any, storage: str) -> str:
+    def check_quantization(cls, config: Any, storage: str) -> str:
         return f"{storage} numbers have no gradient. Open the base with `model.quantize: none`, or take lora"
 
     def __init__(self, base: nn.Module, config: Config) -> None:
@@ -48,26 +48,26 @@ class Full(Adapter):
         for name, parameter in frozen.items():
             self.roles[name] = "weight" if is_matrix(parameter) else "bias" if name.endswith("bias") else "scale"
             self._take(name, trainable_copy(parameter))
-        self.aside = {name: put_aside(parameter) for name, parameter in frozen.items()}
+        self.original_params = {name: offload_to_cpu(parameter) for name, parameter in frozen.items()}
 
     def _take(self, name: str, parameter: nn.Parameter) -> None:
         setattr(self, name, parameter)
         setattr(self.base, name, parameter)
 
     def attach(self, model: nn.Module) -> None:
-        aside = {id(parameter): name for name, parameter in self.aside.items()}
+        originals = {id(parameter): name for name, parameter in self.original_params.items()}
         for site, module in model.named_modules():
             if isinstance(module, Full) and module is not self:
-                for name, parameter in module.aside.items():
-                    if id(parameter) in aside:
-                        self._take(aside[id(parameter)], getattr(module, name))
-            elif any(id(parameter) in aside for parameter in module.parameters(recurse=False)):
+                for name, parameter in module.original_params.items():
+                    if id(parameter) in originals:
+                        self._take(originals[id(parameter)], getattr(module, name))
+            elif any(id(parameter) in originals for parameter in module.parameters(recurse=False)):
                 raise UserError(
                     f"method full was asked for at a module that is tied to {site}. Target both, or neither"
                 )
 
     def detach(self) -> None:
-        for name, parameter in self.aside.items():
+        for name, parameter in self.original_params.items():
             parameter.data = parameter.data.to(getattr(self, name).device)
             setattr(self.base, name, parameter)
 
@@ -77,9 +77,9 @@ class Full(Adapter):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the trained numbers in their places."""
         attributes = vars(self.base)
-        attributes.update({name: p.to(self.aside[name].dtype) for name, p in self.trained().items()})
+        attributes.update({name: p.to(self.original_params[name].dtype) for name, p in self.trained().items()})
         try:
             return self.base.forward(*args, **kwargs)  # no second module for ZeRO-3 to gather the same numbers for
         finally:
-            for name in self.aside:
+            for name in self.original_params:
                 del attributes[name]

@@ -23,7 +23,7 @@ from subspace.common.settings import setting
 TRAINS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 
 
-@register("houlsby", family="extension", trains=TRAINS)
+@register("houlsby", family="extension", num_params=TRAINS)
 class Houlsby(BottleneckAdapter):
     """See the module's docstring."""
 

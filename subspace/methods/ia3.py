@@ -28,7 +28,7 @@ from subspace.adapters.registry import register
 from subspace.common.settings import setting
 
 
-@register("ia3", family="reconstruction", trains="n_out if side == 'output' else n_in", aliases={"(ia)3": {}})
+@register("ia3", family="reconstruction", num_params="n_out if side == 'output' else n_in", aliases={"(ia)3": {}})
 class IA3(LinearAdapter):
     """See the module's docstring."""
 
@@ -47,11 +47,11 @@ class IA3(LinearAdapter):
         self.l = nn.Parameter(torch.ones(self.out_features if config.side == "output" else self.in_features))
 
     @classmethod
-    def usual_targets(cls, config: Config) -> Sequence[str] | None:
+    def default_targets(cls, config: Config) -> Sequence[str] | None:
         return ("k_proj", "v_proj", "down_proj") if config.variant == "original" else None
 
     @classmethod
-    def at(cls, config: Config, name: str) -> Config:
+    def config_for(cls, config: Config, name: str) -> Config:
         feeds_forward = config.variant == "original" and name.rpartition(".")[2] == "down_proj"
         return dataclasses.replace(config, side="input") if feeds_forward else config
 

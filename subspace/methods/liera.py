@@ -28,16 +28,16 @@ from subspace.adapters.low_rank import LowRankAdapter, LowRankConfig
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
 from subspace.kernels.dropout import dropout
-from subspace.models.frozen_weights import frozen_weight
+from subspace.models.frozen_weights import dequantized_weight
 
 ROWS = 1024  # of W at a time
 
 
-@register("liera", family="extension", trains="r * (n_in + n_out)", aliases={"hira": {}})
+@register("liera", family="extension", num_params="r * (n_in + n_out)", aliases={"hira": {}})
 class LieRA(LowRankAdapter):
     """See the module's docstring."""
 
-    reads: ClassVar = "values"
+    weight_access: ClassVar = "values"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LowRankConfig):
@@ -71,7 +71,7 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def tiles(adapter: LieRA, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield W and s B A, some rows at a time, both in A's dtype."""
-        W = frozen_weight(adapter.base)
+        W = dequantized_weight(adapter.base)
         for first in range(0, len(W), ROWS):
             rows = slice(first, first + ROWS)
             yield rows, W[rows].to(A.dtype), adapter.scale * B[rows] @ A

@@ -20,7 +20,7 @@ from subspace.adapters.low_rank import ConstrainedConfig, LowRankAdapter
 from subspace.adapters.registry import register
 
 
-@register("lora", family="extension", trains="r * (n_in + n_out)", aliases={"rslora": {"rslora": True}})
+@register("lora", family="extension", num_params="r * (n_in + n_out)", aliases={"rslora": {"rslora": True}})
 class LoRA(LowRankAdapter):
     """See the module's docstring."""
 

@@ -25,25 +25,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.adapters.base import Access, Clock
-from subspace.adapters.linalg import whole
+from subspace.adapters.base import OptimizerAccess, TrainProgress
+from subspace.adapters.linalg import full_svd
 from subspace.adapters.low_rank import LowRankAdapter, LowRankConfig
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
-from subspace.kernels.low_rank import add_product
+from subspace.kernels.low_rank import lora_up_add
 
 EPSILON = 1e-6
 
 
-@register("lora-dash", family="combination", trains="r * (n_in + n_out) + d", aliases={"dash": {}})
+@register("lora-dash", family="combination", num_params="r * (n_in + n_out) + d", aliases={"dash": {}})
 class LoRADash(LowRankAdapter):
     """See the module's docstring."""
 
     U: Tensor
     Vt: Tensor
     roles: ClassVar = {"A": "down", "B": "up", "delta": "core"}
-    reads: ClassVar = "late"
-    moves_late: ClassVar = frozenset({"delta"})
+    weight_access: ClassVar = "late"
+    delayed_grad_params: ClassVar = frozenset({"delta"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LowRankConfig):
@@ -64,15 +64,15 @@ class LoRADash(LowRankAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         dashed = F.linear(x, self.Vt.to(x.dtype)) * self.delta.to(x.dtype)
-        return add_product(super().forward(x), dashed, self.U)
+        return lora_up_add(super().forward(x), dashed, self.U)
 
     @classmethod
-    def after_step(cls, adapters: Sequence[Self], clock: Clock, access: Access) -> None:
-        if clock.step != adapters[0].config.launch:
+    def after_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
+        if progress.step != adapters[0].config.launch:
             return
         for adapter in adapters:
             adapter.seen = access.value(adapter.A).float(), access.value(adapter.B).float()
-        access.visit(adapters, cls.choose)
+        access.for_each_weight(adapters, cls.choose)
         for adapter in adapters:
             adapter.seen = None
 
@@ -80,7 +80,7 @@ class LoRADash(LowRankAdapter):
         """Fill U and Vt with the directions of W, ``(out, in)``, that the update changes most for their size."""
         assert self.seen is not None
         A, B = self.seen
-        U, sigma, Vt = whole(W)
+        U, sigma, Vt = full_svd(W)
         change = self.scale * ((U.T @ B) * (Vt @ A.T)).sum(dim=1)  # the diagonal of U^T (s B A) V
         chosen = (change.abs() / (sigma + EPSILON)).topk(min(self.config.d, len(sigma))).indices
         self.U[:, : len(chosen)] = U[:, chosen]

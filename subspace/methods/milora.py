@@ -20,17 +20,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from subspace.adapters.linalg import SVD, smallest
-from subspace.adapters.low_rank import DifferenceAdapter, LowRankConfig
+from subspace.adapters.linalg import SVD, bottom_singular_triplets
+from subspace.adapters.low_rank import LowRankConfig, SVDInitAdapter
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
 
 
-@register("milora", family="reconstruction", trains="r * (n_in + n_out)")
-class MiLoRA(DifferenceAdapter):
+@register("milora", family="reconstruction", num_params="r * (n_in + n_out)")
+class MiLoRA(SVDInitAdapter):
     """See the module's docstring."""
 
-    reads: ClassVar = "smallest"
+    weight_access: ClassVar = "smallest"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LowRankConfig):
@@ -39,4 +39,4 @@ class MiLoRA(DifferenceAdapter):
         alpha: float | None = setting(None, "the update is scaled by alpha / r; none is r", min=1e-6)
 
     def part(self, W: Tensor) -> SVD:
-        return smallest(W, self.config.r)
+        return bottom_singular_triplets(W, self.config.r)

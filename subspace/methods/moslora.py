@@ -23,7 +23,7 @@ from subspace.adapters.low_rank import ConstrainedConfig, LowRankAdapter
 from subspace.adapters.registry import register
 
 
-@register("moslora", family="extension", trains="r * (n_in + n_out + r)")
+@register("moslora", family="extension", num_params="r * (n_in + n_out + r)")
 class MoSLoRA(LowRankAdapter):
     """See the module's docstring."""
 

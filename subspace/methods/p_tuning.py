@@ -29,11 +29,11 @@ from subspace.common.settings import setting
 TRAINS = "n * n_out + 2 * n_out * hidden + hidden**2 + 2 * hidden + n_out"
 
 
-@register("p-tuning", family="reconstruction", trains=TRAINS, aliases={"p-tuning-v1": {}})
+@register("p-tuning", family="reconstruction", num_params=TRAINS, aliases={"p-tuning-v1": {}})
 class PTuning(PromptAdapter):
     """See the module's docstring."""
 
-    dial: ClassVar = "hidden"
+    size_setting: ClassVar = "hidden"
     roles: ClassVar = {
         "Z": "prompt",
         **{"W1": "down", "b1": "bias", "W2": "core", "b2": "bias", "W3": "up", "b3": "bias"},

@@ -28,18 +28,18 @@ from subspace.adapters.base import Adapter, MethodConfig
 from subspace.adapters.bottleneck import ACTIVATIONS
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
-from subspace.kernels.low_rank import add_product, branch_off
+from subspace.kernels.low_rank import lora_down, lora_up_add
 
 ALIASES = {"parallel-adapter": {}, "pa": {}, "scaled-parallel": {"site": "ffn", "scale": 4.0}}
 
 
-@register("parallel", family="extension", trains="bottleneck * (n_in + n_out)", aliases=ALIASES)
+@register("parallel", family="extension", num_params="bottleneck * (n_in + n_out)", aliases=ALIASES)
 class Parallel(Adapter):
     """See the module's docstring."""
 
     site = "linear"
     mergeable = False
-    dial: ClassVar = "bottleneck"
+    size_setting: ClassVar = "bottleneck"
     roles: ClassVar = {"A": "down", "B": "up"}
 
     @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,11 @@ class Parallel(Adapter):
         site: str = setting("linear", "beside linear layers or whole feed-forward blocks", choices=("linear", "ffn"))
 
     @classmethod
-    def site_of(cls, config: Any) -> str:
+    def target_kind(cls, config: Any) -> str:
         return "mlp" if config.site == "ffn" else "linear"
 
     @classmethod
-    def usual_targets(cls, config: Any) -> Sequence[str] | None:
+    def default_targets(cls, config: Any) -> Sequence[str] | None:
         return None if config.site == "ffn" else ("up_proj", "down_proj")
 
     def __init__(self, base: nn.Module, config: Config) -> None:
@@ -70,5 +70,5 @@ class Parallel(Adapter):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        x, h = branch_off(x, self.A, self.config.dropout if self.training else 0.0)
-        return add_product(self.base(x), self.f(h), self.B, self.config.scale)
+        x, h = lora_down(x, self.A, self.config.dropout if self.training else 0.0)
+        return lora_up_add(self.base(x), self.f(h), self.B, self.config.scale)

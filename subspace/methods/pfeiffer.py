@@ -24,7 +24,7 @@ from subspace.adapters.registry import register
 TRAINS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 
 
-@register("pfeiffer", family="extension", trains=TRAINS, aliases={"adapterp": {}})
+@register("pfeiffer", family="extension", num_params=TRAINS, aliases={"adapterp": {}})
 class Pfeiffer(BottleneckAdapter):
     """See the module's docstring."""
 
@@ -33,5 +33,5 @@ class Pfeiffer(BottleneckAdapter):
         """The bottleneck's settings."""
 
     @classmethod
-    def usual_targets(cls, config: Any) -> Sequence[str]:
+    def default_targets(cls, config: Any) -> Sequence[str]:
         return ("down_proj",)

@@ -20,17 +20,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from subspace.adapters.linalg import SVD, largest
-from subspace.adapters.low_rank import DifferenceAdapter, LowRankConfig
+from subspace.adapters.linalg import SVD, top_singular_triplets
+from subspace.adapters.low_rank import LowRankConfig, SVDInitAdapter
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
 
 
-@register("pissa", family="reconstruction", trains="r * (n_in + n_out)")
-class PiSSA(DifferenceAdapter):
+@register("pissa", family="reconstruction", num_params="r * (n_in + n_out)")
+class PiSSA(SVDInitAdapter):
     """See the module's docstring."""
 
-    reads: ClassVar = "largest"
+    weight_access: ClassVar = "largest"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LowRankConfig):
@@ -39,4 +39,4 @@ class PiSSA(DifferenceAdapter):
         alpha: float | None = setting(None, "the update is scaled by alpha / r; none is r", min=1e-6)
 
     def part(self, W: Tensor) -> SVD:
-        return largest(W, self.config.r)
+        return top_singular_triplets(W, self.config.r)

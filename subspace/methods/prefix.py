@@ -38,13 +38,13 @@ PLAIN, NETWORK = "2 * n * n_kv", "(n + hidden + 1) * hidden + 2 * (hidden + 1) *
 @register(
     "prefix",
     family="reconstruction",
-    trains=f"({NETWORK} if hidden else {PLAIN}) + (gate is not None) * heads",
+    num_params=f"({NETWORK} if hidden else {PLAIN}) + (gate is not None) * heads",
     aliases={"prefix-tuning": {}, "p-tuning-v2": {"hidden": 0}},
 )
 class Prefix(AttentionAdapter):
     """See the module's docstring."""
 
-    dial: ClassVar = "n"
+    size_setting: ClassVar = "n"
     roles: ClassVar = {
         **{"K": "prompt", "V": "prompt", "gate": "scale"},
         **{"Z": "prompt", "W1": "core", "b1": "bias", "W2": "up", "b2": "bias"},

@@ -27,12 +27,12 @@ from subspace.adapters.virtual_tokens import PromptAdapter
 from subspace.common.settings import setting
 
 
-@register("prompt", family="reconstruction", trains="n * n_out", aliases={"prompt-tuning": {}, "soft-prompt": {}})
+@register("prompt", family="reconstruction", num_params="n * n_out", aliases={"prompt-tuning": {}, "soft-prompt": {}})
 class Prompt(PromptAdapter):
     """See the module's docstring."""
 
-    dial: ClassVar = "n"
-    reads: ClassVar = "rows"
+    size_setting: ClassVar = "n"
+    weight_access: ClassVar = "rows"
     roles: ClassVar = {"P": "prompt"}
 
     @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Prompt(PromptAdapter):
         self.P = nn.Parameter(torch.empty(config.n, self.out_features).normal_())
         self.rows = torch.randint(self.in_features, (config.n,))
 
-    def start(self, W: Tensor) -> None:
+    def init_from_weight(self, W: Tensor) -> None:
         if self.config.start == "vocabulary":
             self.P.data.copy_(W[self.rows.to(W.device)] * self.gain)
 

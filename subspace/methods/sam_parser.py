@@ -22,25 +22,25 @@ import torch
 from torch import Tensor, nn
 
 from subspace.adapters.registry import register
-from subspace.adapters.singular_values import SpectrumAdapter, SpectrumConfig
+from subspace.adapters.singular_values import SingularValueAdapter, SingularValueConfig
 
 
-@register("sam-parser", family="reconstruction", trains="min(p or n_in, n_in, n_out)")
-class SAMParser(SpectrumAdapter):
+@register("sam-parser", family="reconstruction", num_params="min(p or n_in, n_in, n_out)")
+class SAMParser(SingularValueAdapter):
     """See the module's docstring."""
 
     roles: ClassVar = {"s": "scale"}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(SpectrumConfig):
+    class Config(SingularValueConfig):
         """SAM-PARSER's settings."""
 
     def __init__(self, base: nn.Module, config: Config) -> None:
         super().__init__(base, config)
         self.s = nn.Parameter(torch.zeros(self.k))
 
-    def start(self, W: Tensor) -> None:
-        super().start(W)
+    def init_from_weight(self, W: Tensor) -> None:
+        super().init_from_weight(W)
         self.s.data.copy_(self.sigma)
 
     def values(self) -> Tensor:

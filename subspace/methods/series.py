@@ -25,7 +25,7 @@ from subspace.common.settings import setting
 TRAINS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 
 
-@register("series", family="extension", trains=TRAINS, aliases={"series-adapter": {}})
+@register("series", family="extension", num_params=TRAINS, aliases={"series-adapter": {}})
 class Series(BottleneckAdapter):
     """See the module's docstring."""
 
@@ -38,5 +38,5 @@ class Series(BottleneckAdapter):
         bias: bool = setting(False, "train biases in both layers")
 
     @classmethod
-    def usual_targets(cls, config: Any) -> Sequence[str]:
+    def default_targets(cls, config: Any) -> Sequence[str]:
         return ("down_proj",)

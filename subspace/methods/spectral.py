@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspace.adapters.base import LinearAdapter, MethodConfig
-from subspace.adapters.linalg import largest
+from subspace.adapters.linalg import top_singular_triplets
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
 from subspace.errors import UserError
-from subspace.kernels.low_rank import add_product
+from subspace.kernels.low_rank import lora_up_add
 
 
-@register("spectral", family="combination", trains="r * (n_in + n_out)")
+@register("spectral", family="combination", num_params="r * (n_in + n_out)")
 class Spectral(LinearAdapter):
     """See the module's docstring."""
 
@@ -36,8 +36,8 @@ class Spectral(LinearAdapter):
     sigma: Tensor
     Vt: Tensor
     roles: ClassVar = {"Q": "down", "P": "up"}
-    reads: ClassVar = "largest"
-    dial: ClassVar = "r"
+    weight_access: ClassVar = "largest"
+    size_setting: ClassVar = "r"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MethodConfig):
@@ -59,8 +59,8 @@ class Spectral(LinearAdapter):
         self.register_buffer("sigma", torch.zeros(r))
         self.register_buffer("Vt", torch.zeros(r, self.in_features))
 
-    def start(self, W: Tensor) -> None:
-        for own, found in zip((self.U, self.sigma, self.Vt), largest(W, self.config.r), strict=True):
+    def init_from_weight(self, W: Tensor) -> None:
+        for own, found in zip((self.U, self.sigma, self.Vt), top_singular_triplets(W, self.config.r), strict=True):
             own.copy_(found)
 
     def to_lora(self) -> tuple[Tensor, Tensor]:
@@ -75,5 +75,5 @@ class Spectral(LinearAdapter):
         sigma = self.sigma.to(x.dtype)
         q = F.linear(x, self.Q.T.to(x.dtype)) * sigma
         v = F.linear(x, self.Vt.to(x.dtype)) * sigma
-        out = add_product(self.frozen(x), q + v, self.P)
-        return add_product(out, q, self.U)
+        out = lora_up_add(self.frozen(x), q + v, self.P)
+        return lora_up_add(out, q, self.U)

@@ -21,7 +21,7 @@ from subspace.adapters.base import LinearAdapter, MethodConfig
 from subspace.adapters.registry import register
 
 
-@register("ssb", family="reconstruction", trains="n_in + n_out")
+@register("ssb", family="reconstruction", num_params="n_in + n_out")
 class SSB(LinearAdapter):
     """See the module's docstring."""
 

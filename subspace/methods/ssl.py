@@ -24,7 +24,7 @@ from subspace.adapters.base import LinearAdapter, MethodConfig
 from subspace.adapters.registry import register
 
 
-@register("ssl", family="reconstruction", trains="n_in")
+@register("ssl", family="reconstruction", num_params="n_in")
 class SSL(LinearAdapter):
     """See the module's docstring."""
 

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from subspace.adapters.registry import register
-from subspace.adapters.singular_values import SpectrumAdapter, SpectrumConfig
+from subspace.adapters.singular_values import SingularValueAdapter, SingularValueConfig
 
 
-@register("svdiff", family="combination", trains="min(p or n_in, n_in, n_out)")
-class SVDiff(SpectrumAdapter):
+@register("svdiff", family="combination", num_params="min(p or n_in, n_in, n_out)")
+class SVDiff(SingularValueAdapter):
     """See the module's docstring."""
 
     roles: ClassVar = {"delta": "core"}
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(SpectrumConfig):
+    class Config(SingularValueConfig):
         """SVDiff's settings."""
 
     def __init__(self, base: nn.Module, config: Config) -> None:

@@ -19,7 +19,7 @@ from subspace.adapters.low_rank import ConstrainedConfig, TripletAdapter
 from subspace.adapters.registry import register
 
 
-@register("trilora", family="extension", trains="r * (n_in + n_out + 1)")
+@register("trilora", family="extension", num_params="r * (n_in + n_out + 1)")
 class TriLoRA(TripletAdapter):
     """See the module's docstring."""
 

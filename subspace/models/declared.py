@@ -11,7 +11,7 @@ from subspace.common.declarations import _find, _folder, build, read_yaml
 
 
 @dataclass(frozen=True)
-class Model:
+class EmbeddedModel:
     """A model that a wheel on PyPI carries as a GGUF file."""
 
     name: str
@@ -25,7 +25,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """What decides the shapes of a model's tensors: the values of its config.json, and which checkpoints have them."""
 
     checkpoints: tuple[str, ...]
@@ -33,17 +33,17 @@ class Shape:
     config: Mapping[str, Any]
 
 
-def models() -> dict[str, Model]:
+def embedded_models() -> dict[str, EmbeddedModel]:
     """Return the models that come with no hub."""
-    return _folder("models", Model)
+    return _folder("models", EmbeddedModel)
 
 
-def model(name: str) -> Model:
+def embedded_model(name: str) -> EmbeddedModel:
     """Return one of these models by its name or an alias."""
-    return _find(name, models(), "embedded model")
+    return _find(name, embedded_models(), "embedded model")
 
 
-def shapes() -> dict[str, Shape]:
+def model_shapes() -> dict[str, ModelShape]:
     """Return the architectures that can be counted in without any file of a model."""
-    declared = read_yaml(paths.declarations() / "shapes.yaml")
-    return {name: build(Shape, shape, "shapes.yaml") for name, shape in declared.items()}
+    declared = read_yaml(paths.declarations_folder() / "shapes.yaml")
+    return {name: build(ModelShape, shape, "shapes.yaml") for name, shape in declared.items()}

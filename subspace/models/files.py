@@ -76,7 +76,10 @@ class ModelFiles:
         from transformers import AutoConfig
         from transformers.models.auto import modeling_auto as auto
 
-        with explained(f"cannot read the configuration of model {self.name!r} in {self.folder}"), quiet():
+        with (
+            as_user_error(f"cannot read the configuration of model {self.name!r} in {self.folder}"),
+            suppress_library_logs(),
+        ):
             described: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.folder, gguf_file=self.gguf, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -102,7 +105,7 @@ class ModelFiles:
                 "Download the folder again"
             )
         if present[0].endswith(".index.json"):
-            with explained(f"cannot read {self.folder / present[0]}"):
+            with as_user_error(f"cannot read {self.folder / present[0]}"):
                 index = json.loads((self.folder / present[0]).read_text(encoding="utf-8"))
                 shards = set(index["weight_map"].values())
             absent = sorted(name for name in shards if not (self.folder / name).is_file())
@@ -122,7 +125,7 @@ class ModelFiles:
 
 
 @contextlib.contextmanager
-def explained(request: str) -> Iterator[None]:
+def as_user_error(request: str) -> Iterator[None]:
     """Turn whatever transformers and its parts raise over a user's files into one message."""
     try:
         yield
@@ -136,7 +139,7 @@ def explained(request: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def suppress_library_logs() -> Iterator[None]:
     """Keep progress bars and advice about internals off the terminal; errors still come as exceptions."""
     import torch
     from transformers.utils import logging as messages

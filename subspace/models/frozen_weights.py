@@ -20,20 +20,20 @@ from subspace.distributed.collectives import rank
 from subspace.distributed.zero import full_shape, gathered, is_sharded
 
 
-def storage(layer: Any) -> str:
+def storage_format(layer: Any) -> str:
     """Return how the layer's weight is stored: ``plain``, ``int8`` or ``4bit`` (bitsandbytes)."""
     kind = type(layer.weight).__name__
     return {"Params4bit": "4bit", "Int8Params": "int8"}.get(kind, "plain")
 
 
-def frozen_weight(layer: Any) -> Tensor:
+def dequantized_weight(layer: Any) -> Tensor:
     """Return W, ``(out, in)``, in the dtype it has or dequantises to. For use inside a forward pass, without gradient.
 
     Under ZeRO-3 the layer must be gathered: within a forward pass, reading ``layer.weight`` through DeepSpeed's hooks
     does that.
     """
     weight = layer.weight
-    kind = storage(layer)
+    kind = storage_format(layer)
     whole: Tensor
     if kind == "plain":
         whole = weight.detach()
@@ -49,7 +49,7 @@ def frozen_weight(layer: Any) -> Tensor:
     return whole
 
 
-def let_int8_spread(model: nn.Module) -> None:
+def make_int8_zero3_compatible(model: nn.Module) -> None:
     """Make layers in 8 bits fit for ZeRO-3: bitsandbytes' own keep the whole weight beside what ZeRO takes apart."""
     for layer in model.modules():
         weight: Any = getattr(layer, "weight", None)
@@ -75,10 +75,10 @@ class _Int8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        return None, gradients[0] @ frozen_weight(ctx.layer).to(gradients[0].dtype)
+        return None, gradients[0] @ dequantized_weight(ctx.layer).to(gradients[0].dtype)
 
 
-def held_bytes(model: nn.Module) -> int:
+def weight_memory_bytes(model: nn.Module) -> int:
     """Return how much of the model's weights, with what their quantisation needs, this process holds in memory."""
     tensors: list[Any] = []
     for parameter in model.parameters():
@@ -111,28 +111,28 @@ def is_matrix(parameter: nn.Parameter) -> bool:
     return len(full_shape(parameter)) > 1
 
 
-def put_aside(parameter: nn.Parameter) -> nn.Parameter:
+def offload_to_cpu(parameter: nn.Parameter) -> nn.Parameter:
     """Move a frozen parameter that nothing computes with to the host's memory; ZeRO-3's parts stay where they are."""
     if not (is_sharded(parameter) or parameter.is_meta):
         parameter.data = parameter.data.cpu()
     return parameter
 
 
-def full_weight(layer: Any) -> Tensor:
+def gather_weight_fp32(layer: Any) -> Tensor:
     """Return a float32 copy of the whole W, ``(out, in)``. For use outside a forward pass; all ranks must call it."""
     with gathered([layer.weight]):
-        return frozen_weight(layer).to(torch.float32, copy=True)
+        return dequantized_weight(layer).to(torch.float32, copy=True)
 
 
-def weight_for(owner: int, layer: Any) -> Tensor | None:
-    """Return what :func:`full_weight` does on one rank, and None on the others, which must call it too."""
+def gather_weight_on_rank(owner: int, layer: Any) -> Tensor | None:
+    """Return what :func:`gather_weight_fp32` does on one rank, and None on the others, which must call it too."""
     with gathered([layer.weight]):
-        return frozen_weight(layer).to(torch.float32, copy=True) if owner == rank() else None
+        return dequantized_weight(layer).to(torch.float32, copy=True) if owner == rank() else None
 
 
-def stored_weight(folder: str | Path, name: str) -> Tensor | None:
+def read_checkpoint_weight(folder: str | Path, name: str) -> Tensor | None:
     """Return a weight as a model's folder stores it, float32, or None where that holds it quantised or not at all."""
-    file = file_of(folder, name)
+    file = find_weight_file(folder, name)
     if file is None:
         return None
     with safe_open(file, framework="pt") as stored:
@@ -140,7 +140,7 @@ def stored_weight(folder: str | Path, name: str) -> Tensor | None:
     return weight.float()
 
 
-def file_of(folder: str | Path, name: str) -> Path | None:
+def find_weight_file(folder: str | Path, name: str) -> Path | None:
     """Return the file in a model's folder that holds a weight unquantised, or None."""
     folder = Path(folder)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from subspace.common.host_memory import return_what_is_freed
+from subspace.common.host_memory import return_freed_memory
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,7 +35,7 @@ DTYPES = {
 
 
 @contextlib.contextmanager
-def tensor_by_tensor(*, keep: torch.dtype | None, later: bool) -> Iterator[None]:
+def streaming_safetensors(*, keep: torch.dtype | None, later: bool) -> Iterator[None]:
     """Let transformers read files in this way inside the block.
 
     Args:
@@ -46,7 +46,7 @@ def tensor_by_tensor(*, keep: torch.dtype | None, later: bool) -> Iterator[None]
 
     mapped = modeling_utils.safe_open  # type: ignore[attr-defined]
     modeling_utils.safe_open = partial(_Shard if later else _open, keep=keep)  # type: ignore[assignment, attr-defined]
-    return_what_is_freed()
+    return_freed_memory()
     try:
         yield
     finally:
@@ -79,18 +79,18 @@ class _Shard:
 
     def get_tensor(self, name: str) -> Tensor:
         piece = self.file.get_slice(name)
-        return Unread(self.path, name, piece.get_shape(), DTYPES[piece.get_dtype()])
+        return LazyTensor(self.path, name, piece.get_shape(), DTYPES[piece.get_dtype()])
 
 
-class Unread(Tensor):
+class LazyTensor(Tensor):
     """A tensor of a file: shape and dtype are known, and whatever computes with it reads its values, each time."""
 
     path: str | Path
     key: str
 
     @staticmethod
-    def __new__(cls, path: str | Path, key: str, shape: list[int], dtype: torch.dtype) -> Unread:
-        tensor: Unread = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+    def __new__(cls, path: str | Path, key: str, shape: list[int], dtype: torch.dtype) -> LazyTensor:
+        tensor: LazyTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
         tensor.path, tensor.key = path, key
         return tensor
 

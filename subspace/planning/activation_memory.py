@@ -23,7 +23,7 @@ from subspace.kernels.cross_entropy import loss_at
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchShape:
     """The shape of a micro-batch: rows, tokens of each with padding, columns with a label, and labelled tokens."""
 
     rows: int
@@ -33,7 +33,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Footprint:
+class ActivationMemory:
     """Bytes beyond what the model and its adapters hold.
 
     Attributes:
@@ -51,7 +51,7 @@ class Footprint:
     left: int
 
 
-def rehearse(model: Any, batch: Batch, *, accumulated: bool = False) -> Footprint:
+def trace_activation_memory(model: Any, batch: BatchShape, *, accumulated: bool = False) -> ActivationMemory:
     """Run forward and backward of a model on the meta device and count.
 
     With ``accumulated``, gradients of an earlier micro-batch are there already, and are not counted.
@@ -67,7 +67,7 @@ def rehearse(model: Any, batch: Batch, *, accumulated: bool = False) -> Footprin
         targets = torch.zeros(batch.rows * batch.columns, dtype=torch.int64)
         labelled = torch.zeros(batch.labelled, dtype=torch.int64)
 
-    ledger, at_head = Ledger(), []
+    ledger, at_head = MemoryTracker(), []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(ledger.live))
     model.train()
     with _kernels(), ledger:
@@ -78,7 +78,7 @@ def rehearse(model: Any, batch: Batch, *, accumulated: bool = False) -> Footprin
     hook.remove()
     left = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     model.zero_grad()
-    return Footprint(
+    return ActivationMemory(
         activations=at_head[0],
         head=max(0, with_head - at_head[0]),
         backward=max(0, ledger.peak - max(with_head, at_head[0])),
@@ -87,7 +87,7 @@ def rehearse(model: Any, batch: Batch, *, accumulated: bool = False) -> Footprin
     )
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that were made inside it and are still held."""
 
     def __init__(self) -> None:

@@ -25,18 +25,24 @@ import torch
 
 from subspace import config as config_module
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.adapters.registry import resolve
+from subspace.adapters.registry import resolve_method
 from subspace.common.host_memory import resident_memory
 from subspace.config import RunConfig
 from subspace.data import tasks as tasks_module
-from subspace.data.collate import IGNORE
+from subspace.data.collate import IGNORE_INDEX
 from subspace.data.dataset import Data, is_encoded, open_data
-from subspace.data.sampler import StepPlan, share
-from subspace.distributed.deepspeed_config import OFFLOAD, Layout, fill, lay_out, read_engine_file
+from subspace.data.sampler import StepPlan, shard_batch
+from subspace.distributed.deepspeed_config import (
+    OFFLOAD,
+    BatchLayout,
+    compute_batch_layout,
+    read_engine_file,
+    resolve_deepspeed_config,
+)
 from subspace.errors import RunFailed, UserError
 from subspace.models.loading import device, open_shape, open_tokenizer
-from subspace.planning.activation_memory import Batch, Footprint, rehearse
-from subspace.planning.static_memory import Holdings, Part
+from subspace.planning.activation_memory import ActivationMemory, BatchShape, trace_activation_memory
+from subspace.planning.static_memory import MemoryItem, StaticMemory
 from subspace.training.compatibility import check_packing
 from subspace.training.config import STATE_BYTES
 from subspace.training.optimizers import check_optimizer
@@ -49,7 +55,7 @@ VERIFIED_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingWork:
     """What is fed: the longest micro-batch, and how much of it there is.
 
     Attributes:
@@ -58,7 +64,7 @@ class Work:
         micro_batches: which rows each micro-batch of the first process has.
     """
 
-    batch: Batch
+    batch: BatchShape
     lengths: str
     steps: int | None
     tokens: int | None
@@ -66,7 +72,7 @@ class Work:
     micro_batches: npt.NDArray[np.int64] | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, layout: Layout) -> Work:
+    def of(cls, config: RunConfig, layout: BatchLayout) -> TrainingWork:
         """Look at the data where it is encoded already; else take the longest rows that the run allows."""
         try:
             tokenizer = open_tokenizer(config.model)
@@ -79,14 +85,14 @@ class Work:
         columns = longest - 1 if config.data.loss_on == "all" else min(ANSWER, longest - 1)
         rows = None
         if not config.data.mixture.endswith((".json", ".jsonl", ".parquet")):
-            rows = tasks_module.mixture(config.data.mixture).rows
+            rows = tasks_module.find_mixture(config.data.mixture).rows
         rows = min(rows or config.data.limit or 0, config.data.limit or rows or 0)
         steps = config.train.steps or (int(config.train.epochs * rows / layout.batch) or None)
-        batch = Batch(layout.micro_batch, longest, columns, layout.micro_batch * columns)
+        batch = BatchShape(layout.micro_batch, longest, columns, layout.micro_batch * columns)
         return cls(batch, "data.max_length", steps, None)
 
     @classmethod
-    def _seen(cls, config: RunConfig, layout: Layout, tokenizer: Any) -> Work:
+    def _seen(cls, config: RunConfig, layout: BatchLayout, tokenizer: Any) -> TrainingWork:
         data = open_data(config.data, tokenizer, config.train.seed)
         lengths = data.train.lengths
         steps = StepPlan(
@@ -98,13 +104,13 @@ class Work:
             group_by_length=config.data.group_by_length,
         )
         rows = [steps[number] for number in range(len(steps))]
-        fed = [part for step in rows for part in share(step, 0, layout.ranks, layout.accumulate)]
+        fed = [part for step in rows for part in shard_batch(step, 0, layout.ranks, layout.accumulate)]
         micro_batches = np.array(fed)
         longest = _shape(data, fed[int(_fed(data, micro_batches).argmax())])
         tokens = int(lengths[np.array(rows)].sum())
         return cls(longest, "the heaviest of the data", len(steps), tokens, data, micro_batches)
 
-    def heaviest(self, footprint: Footprint) -> Batch:
+    def heaviest(self, footprint: ActivationMemory) -> BatchShape:
         """Return the micro-batch that takes the most memory, going by what tokens and labels take of the longest."""
         if self.data is None or self.micro_batches is None:
             return self.batch
@@ -122,11 +128,11 @@ def _fed(data: Data, micro_batches: npt.NDArray[np.int64]) -> npt.NDArray[np.int
     return counts
 
 
-def _shape(data: Data, rows: Sequence[int]) -> Batch:
+def _shape(data: Data, rows: Sequence[int]) -> BatchShape:
     batch = data.batch(rows)
-    targets = batch["labels"][:, 1:] != IGNORE
+    targets = batch["labels"][:, 1:] != IGNORE_INDEX
     count, tokens = batch["input_ids"].shape
-    return Batch(count, tokens, int(targets.any(dim=0).sum()), int(targets.sum()))
+    return BatchShape(count, tokens, int(targets.any(dim=0).sum()), int(targets.sum()))
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class Plan:
     tokens: int
     lengths: str
     trained: int
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryItem, ...]
     loading: int
     peak: int
     checkpoint: int
@@ -183,7 +189,7 @@ class Plan:
             yield f"time here: {_time(self.seconds[0])} to {_time(self.seconds[1])}"
 
 
-def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> Plan:
+def build_plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> Plan:
     """Tell what a run takes. No weight is read and no process started.
 
     Args:
@@ -191,36 +197,36 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
         processes: how many it will have.
         memory: bytes of a device into which the largest micro-batch is to fit.
     """
-    layout = lay_out(config.train.batch, config.train.micro_batch, processes)
+    layout = compute_batch_layout(config.train.batch, config.train.micro_batch, processes)
     if config.data.packing:
-        check_packing([resolve(part.name)[0] for part in config.method])
+        check_packing([resolve_method(part.name)[0] for part in config.method])
     raw = read_engine_file(config.engine)
     gpu = device().type == "cuda"
-    work = Work.of(config, layout)
+    work = TrainingWork.of(config, layout)
     model: Any = open_shape(config.model)
     for part in config.method:
         inject(model, part.name, part.settings, targets=part.targets, patterns=part.patterns, start=False)
     trained = trained_parameters(model)
     count = sum(tensor.numel() for tensor in trained.values())
     largest = max(tensor.numel() for tensor in trained.values())
-    engine, _ = fill(
+    engine, _ = resolve_deepspeed_config(
         raw, layout, dtype=config.model.dtype, clip=config.train.clip, largest_adapter=largest, trained=count
     )
     if engine["fp16"]["enabled"] or engine["bf16"]["enabled"]:
         for tensor in trained.values():
             tensor.data = tensor.data.to(getattr(torch, config.model.dtype))
     check_optimizer(config.train.optimizer, gpu=gpu, offloaded=OFFLOAD in engine["zero_optimization"])
-    holdings = Holdings(model, engine, processes, STATE_BYTES[config.train.optimizer], gpu=gpu)
+    holdings = StaticMemory(model, engine, processes, STATE_BYTES[config.train.optimizer], gpu=gpu)
     accumulated = layout.accumulate > 1
-    batch = work.heaviest(rehearse(model, work.batch, accumulated=accumulated))
-    footprint = rehearse(model, batch, accumulated=accumulated)
+    batch = work.heaviest(trace_activation_memory(model, work.batch, accumulated=accumulated))
+    footprint = trace_activation_memory(model, batch, accumulated=accumulated)
     seconds = _seconds(model, config, work.tokens, processes) if work.tokens else None
     program = 0 if gpu else _program(config)
-    fixed = [*([Part("Python, libraries and rows", program)] if program else []), *holdings.parts()]
+    fixed = [*([MemoryItem("Python, libraries and rows", program)] if program else []), *holdings.parts()]
     held = sum(part.bytes for part in fixed if not (part.host and gpu))
     gradients = sum(part.bytes for part in fixed if part.name == "gradients")
 
-    def peak(footprint: Footprint) -> int:
+    def peak(footprint: ActivationMemory) -> int:
         # Gradients come as activations go: a rehearsal counts both, unless they were there before.
         return max(held, held + footprint.peak - (0 if accumulated else gradients))
 
@@ -237,9 +243,9 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
         trained=count,
         parts=(
             *fixed,
-            Part("activations kept for the backward pass", footprint.activations),
-            Part("output head and loss", footprint.head),
-            Part("more in the backward pass", footprint.backward),
+            MemoryItem("activations kept for the backward pass", footprint.activations),
+            MemoryItem("output head and loss", footprint.head),
+            MemoryItem("more in the backward pass", footprint.backward),
         ),
         loading=program + holdings.loading(),
         peak=peak(footprint),
@@ -253,12 +259,12 @@ def plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) ->
     if memory is None:
         return found
     # What a row takes more is the same for every row.
-    one, two = (peak(rehearse(model, _of_rows(batch, rows), accumulated=accumulated)) for rows in (1, 2))
+    one, two = (peak(trace_activation_memory(model, _of_rows(batch, rows), accumulated=accumulated)) for rows in (1, 2))
     most = 0 if one > memory else 1 + int((memory - one) // max(1, two - one))
     return dataclasses.replace(found, memory=memory, largest_micro_batch=most)
 
 
-def _of_rows(batch: Batch, rows: int) -> Batch:
+def _of_rows(batch: BatchShape, rows: int) -> BatchShape:
     return dataclasses.replace(batch, rows=rows, labelled=max(1, batch.labelled * rows // batch.rows))
 
 
@@ -290,7 +296,7 @@ def _seconds(model: Any, config: RunConfig, tokens: int, processes: int) -> tupl
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifiedPlan:
     """A plan of three steps, and what three steps took."""
 
     plan: Plan
@@ -321,11 +327,11 @@ class Verified:
             yield f"  {'time':<30} {told:>10}, measured {_time(self.seconds)}"
 
 
-def verify(file: str, settings: Sequence[str], *, processes: int = 1) -> Verified:
+def verify_plan(file: str, settings: Sequence[str], *, processes: int = 1) -> VerifiedPlan:
     """Run three steps of a run in fresh processes, and return them beside their plan."""
     with tempfile.TemporaryDirectory(prefix="subspace-plan-") as folder:
         few = [*settings, f"train.steps={VERIFIED_STEPS}", f"runs={folder}", "name=verify"]
-        told = plan(config_module.read(file, few), processes=processes)
+        told = build_plan(config_module.read_config(file, few), processes=processes)
         command = [sys.executable, "-m", "subspace", "train", file, *few, "--processes", str(processes)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
@@ -335,7 +341,7 @@ def verify(file: str, settings: Sequence[str], *, processes: int = 1) -> Verifie
         outcome = json.loads((run / "environment.json").read_text())["outcome"]
         saved = next((run / "checkpoints").iterdir())
         size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
-    return Verified(told, outcome["peak_memory"], size, outcome["seconds"])
+    return VerifiedPlan(told, outcome["peak_memory"], size, outcome["seconds"])
 
 
 def parse_size(text: str) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from subspace.adapters.inject import adapters, trained_parameters
 from subspace.distributed.deepspeed_config import OFFLOAD
-from subspace.models.frozen_weights import storage
+from subspace.models.frozen_weights import storage_format
 
 #: Bytes that bitsandbytes takes on a CPU for each number of a matrix that it quantises: the matrix, a float32 copy,
 #: and places in the code book as int64. On a GPU it is one kernel.
@@ -21,7 +21,7 @@ QUANTISING = 14
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryItem:
     """What one thing takes on each device, or in the host's memory for each process."""
 
     name: str
@@ -29,7 +29,7 @@ class Part:
     host: bool = False
 
 
-class Holdings:
+class StaticMemory:
     """What a model with adapters takes on each of some processes under an engine's configuration."""
 
     def __init__(self, model: nn.Module, engine: Mapping[str, Any], ranks: int, state: float, *, gpu: bool) -> None:
@@ -42,7 +42,7 @@ class Holdings:
         threshold = self.zero.get("stage3_param_persistence_threshold", 0) if self.stage == 3 else None
         seen: set[int] = set()
         for module in model.modules():
-            if type(module).__name__.startswith("Linear") and storage(module) != "plain":
+            if type(module).__name__.startswith("Linear") and storage_format(module) != "plain":
                 self.scales += sum(tensor.nbytes for tensor in _scales(module))
                 self.largest = max(self.largest, module.in_features * module.out_features)  # type: ignore[assignment, operator]
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -57,22 +57,22 @@ class Holdings:
                     self.spread += tensor.nbytes
         self.tensors = [t.nbytes for t in model.parameters() if id(t) not in mine]
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[MemoryItem]:
         """Yield what is there between two steps."""
         frozen_away = bool(self.zero.get("offload_param"))
         states_away = bool(self.zero.get(OFFLOAD))
-        yield Part("frozen weights" + (" (this process's share)" if self.spread else ""), self.share, frozen_away)
+        yield MemoryItem("frozen weights" + (" (this process's share)" if self.spread else ""), self.share, frozen_away)
         if self.scales:
-            yield Part("scales of the quantisation", self.scales)
+            yield MemoryItem("scales of the quantisation", self.scales)
         if self.stage == 3:
-            yield Part("weights gathered at a time", self._gathered())
-        yield Part("adapters", self.own)
-        yield Part("gradients", self._gradients())
-        yield Part("state of the optimizer", -(-self.state // self.ranks), states_away)
+            yield MemoryItem("weights gathered at a time", self._gathered())
+        yield MemoryItem("adapters", self.own)
+        yield MemoryItem("gradients", self._gradients())
+        yield MemoryItem("state of the optimizer", -(-self.state // self.ranks), states_away)
         if self.stage:
             # A float32 copy for the optimizer, and the flat gradients that it is given in a step.
-            yield Part("ZeRO's copies of the adapters", 2 * 4 * -(-self.trained // self.ranks), states_away)
-            yield Part("ZeRO's buckets", self._buckets())
+            yield MemoryItem("ZeRO's copies of the adapters", 2 * 4 * -(-self.trained // self.ranks), states_away)
+            yield MemoryItem("ZeRO's buckets", self._buckets())
 
     @property
     def share(self) -> int:

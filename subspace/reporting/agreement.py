@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from subspace.evaluation.protocols.llm_adapters import Generation
+from subspace.evaluation.protocols.llm_adapters import LLMAdapters
 from subspace.evaluation.results import Score, accuracy, read_items, read_results
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def agreement(folder: Path) -> dict[str, Score]:
     by_key = {(result.protocol, result.task): result for result in read_results(folder)}
     found = {}
     for (protocol, task), scored in by_key.items():
-        written = by_key.get((Generation.name, task))
+        written = by_key.get((LLMAdapters.name, task))
         if protocol != AnswerWord.name or not (written and written.items and scored.items):
             continue
         if written.subject != scored.subject:

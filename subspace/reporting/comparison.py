@@ -13,7 +13,7 @@ from subspace.data import tasks as tasks_module
 from subspace.errors import UserError
 from subspace.evaluation.results import read_items
 from subspace.reporting import statistics
-from subspace.reporting.runs import Column, read_columns, refuse_unlike, suite, title
+from subspace.reporting.runs import Column, ensure_comparable, load_runs, suite, title
 from subspace.reporting.statistics import ALPHA, POWER, Difference
 from subspace.reporting.tables import interval
 
@@ -22,7 +22,7 @@ FEW_FLIPS = 10  # below, a bootstrap of what flipped has too little to draw from
 
 
 @dataclass(frozen=True)
-class Line:
+class ComparisonRow:
     """One task, or the mean: ``before`` and ``after`` are shares, ``detectable`` the smallest difference to be seen."""
 
     task: str
@@ -62,8 +62,8 @@ class Comparison:
     protocol: str
     first: Column
     other: Column
-    tasks: tuple[Line, ...]
-    means: tuple[Line, ...]
+    tasks: tuple[ComparisonRow, ...]
+    means: tuple[ComparisonRow, ...]
     others: int
 
     @property
@@ -91,7 +91,7 @@ class Comparison:
         """What it comes to, in words."""
         return "\n".join(self._verdict(line) for line in self.means)
 
-    def _verdict(self, line: Line) -> str:
+    def _verdict(self, line: ComparisonRow) -> str:
         d, names = line.difference, f"{self.other.name} and {self.first.name}"
         found = f"{100 * d.value:+.1f} points {interval(d.low, d.high, sign='+')}, p {_p(line.corrected, equal=True)}"
         if line.corrected < ALPHA:
@@ -114,7 +114,7 @@ class Comparison:
         return found
 
     @staticmethod
-    def _said(column: Column, line: Line) -> list[tuple[Any, Any]]:
+    def _said(column: Column, line: ComparisonRow) -> list[tuple[Any, Any]]:
         """Return what a method's first run predicted for each item, and what was right."""
         file = column.runs[0].results[line.task].items
         assert file
@@ -138,7 +138,7 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison for machines; shares lie between 0 and 1."""
 
-        def plain(line: Line) -> dict[str, Any]:
+        def plain(line: ComparisonRow) -> dict[str, Any]:
             return {**dataclasses.asdict(line), "difference": line.difference._asdict()}
 
         return {
@@ -152,24 +152,24 @@ class Comparison:
         }
 
 
-def comparisons(folders: Sequence[Path], protocol: str | None = None) -> list[Comparison]:
+def compare_runs(folders: Sequence[Path], protocol: str | None = None) -> list[Comparison]:
     """Compare each method with the first one, by every protocol that all were scored by, or by the one named."""
     found = []
-    for columns in read_columns(folders, protocol):
+    for columns in load_runs(folders, protocol):
         if len(columns) < 2:
             given = ", ".join(map(str, folders))
             hint = " They are seeds of one method." if len(folders) > 1 else ""
             raise UserError(f"{given} was to be compared, but with what?{hint} Name the run of another method as well")
-        found += compare(columns)
+        found += compare_columns(columns)
     return found
 
 
-def compare(columns: Sequence[Column]) -> list[Comparison]:
+def compare_columns(columns: Sequence[Column]) -> list[Comparison]:
     """Compare each method with the first one. Holm corrects over the tests of tasks together, and over the means."""
-    refuse_unlike([run for column in columns for run in column.runs])
+    ensure_comparable([run for column in columns for run in column.runs])
     first, *others = columns
-    tasks = [task for task in tasks_module.tasks(None) if all(column.result(task) for column in columns)]
-    tasks += sorted({task for run in first.runs for task in run.results if task not in tasks_module.tasks(None)})
+    tasks = [task for task in tasks_module.list_tasks(None) if all(column.result(task) for column in columns)]
+    tasks += sorted({task for run in first.runs for task in run.results if task not in tasks_module.list_tasks(None)})
     tasks = [task for task in tasks if all(column.result(task) for column in columns)]
     if not tasks:
         raise UserError(f"{', '.join(c.name for c in columns)} have no task in common. Score them on the same tasks")
@@ -190,14 +190,14 @@ def compare(columns: Sequence[Column]) -> list[Comparison]:
     ]
 
 
-def _line(first: Column, other: Column, name: str, tasks: Sequence[str]) -> Line:
+def _line(first: Column, other: Column, name: str, tasks: Sequence[str]) -> ComparisonRow:
     results = [result for task in tasks if (result := first.result(task))]
     metrics = [next(iter(result.metrics)) for result in results]
     before, after = (
         [column.marks(task, metric) for task, metric in zip(tasks, metrics, strict=True)] for column in (first, other)
     )
     difference = statistics.difference(before, after)
-    return Line(
+    return ComparisonRow(
         task=name,
         metric=metrics[0] if len(tasks) == 1 else "",
         n=sum(result.n for result in results),
@@ -209,7 +209,7 @@ def _line(first: Column, other: Column, name: str, tasks: Sequence[str]) -> Line
     )
 
 
-def _corrected(lines: Sequence[Sequence[Line]]) -> list[list[Line]]:
+def _corrected(lines: Sequence[Sequence[ComparisonRow]]) -> list[list[ComparisonRow]]:
     p_values = iter(statistics.holm([line.difference.p for several in lines for line in several]))
     return [[dataclasses.replace(line, corrected=next(p_values)) for line in several] for several in lines]
 

@@ -16,12 +16,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from subspace.common.progress import Progress, silent
+from subspace.common.progress import Progress, no_progress
 from subspace.common.tables import Grid
 from subspace.data import tasks as tasks_module
 from subspace.data import tokenization as tokenization_module
 from subspace.data.config import DataConfig
-from subspace.data.contamination import KINDS, NGRAM, Matcher, Text, definitions, duplicates, keys, shown
+from subspace.data.contamination import (
+    KINDS,
+    NGRAM,
+    Matcher,
+    Text,
+    count_duplicates,
+    definitions,
+    question_text,
+    text_keys,
+)
 from subspace.data.dataset import Data, open_data
 from subspace.data.prepare import task_items
 from subspace.data.records import FILES, file_rows
@@ -148,7 +157,7 @@ class Report:
         return {**asdict(self), "definitions": definitions(self.ngram)}
 
 
-def report(
+def build_report(
     data: DataConfig,
     evaluate: EvaluateConfig,
     model: str,
@@ -156,7 +165,7 @@ def report(
     *,
     seed: int = 0,
     ngram: int = NGRAM,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Report:
     """Count what a run with these settings would train on, and the items that it would be scored on.
 
@@ -170,7 +179,7 @@ def report(
         progress: what is told how far it is.
     """
     opened = open_data(data, tokenizer, seed, progress)
-    template = tasks_module.prompt(data.prompt)
+    template = tasks_module.prompt_template(data.prompt)
     from_file = data.mixture.endswith(FILES)
     window = _window(model)
     tasks = find_tasks(evaluate.tasks)
@@ -178,7 +187,7 @@ def report(
     with progress("read the test items", len(tasks), "tasks") as at:
         for task in tasks:
             samples.append(take_sample(task, evaluate.split, evaluate.limit, evaluate.data))
-            texts.append(list(map(shown(task), samples[-1].items)))
+            texts.append(list(map(question_text(task), samples[-1].items)))
             at(len(samples), task.title)
     prompts = [Text(prompt) for s in samples for prompt, _ in _rows(s.task, s.items, template)] if from_file else None
     matcher = Matcher([text for several in texts for text in several], ngram, prompts)
@@ -196,7 +205,7 @@ def report(
                     items=len(ids),
                     majority=sample.majority,
                     answers=_answers(task, sample.items),
-                    repeats=duplicates(keys(text).normalised for text in several),
+                    repeats=count_duplicates(text_keys(text).normalised for text in several),
                     cut=sum(length > data.max_length for length in trained),
                     beyond=sum(length > window for length in read) if window else 0,
                     longest=max(trained),
@@ -261,8 +270,8 @@ Read = Callable[[npt.NDArray[np.int64]], tuple[list[Text], list[str]]]
 
 def _task_texts(name: str, split: str) -> Read:
     """Return what reads rows of a task, by their numbers: their texts and answers."""
-    task, rows = tasks_module.task(name), task_items(name, split)
-    text = shown(task)
+    task, rows = tasks_module.find_task(name), task_items(name, split)
+    text = question_text(task)
 
     def read(numbers: npt.NDArray[np.int64]) -> tuple[list[Text], list[str]]:
         columns = rows[numbers.tolist()]

@@ -26,10 +26,10 @@ REMEDIES = {
     "tokenizer": "use one base model: another tokenizer cuts the texts differently",
 }
 #: Settings in which runs of one method may differ besides the seed: they change nothing that is learnt.
-UNIMPORTANT = ("name", "runs", "evaluate")
+IGNORED_KEYS = ("name", "runs", "evaluate")
 
 
-class Marks(NamedTuple):
+class Correctness(NamedTuple):
     """The ids of a task's items, and by metric which of them are right."""
 
     ids: tuple[str, ...]
@@ -37,14 +37,14 @@ class Marks(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class ScoredRun:
     """One run's name, folder, configuration (nothing for a base model), and its results by task, of one protocol."""
 
     name: str
     folder: Path
     config: dict[str, Any]
     results: dict[str, TaskResult]
-    _read: dict[str, Marks] = field(default_factory=dict, compare=False)
+    _read: dict[str, Correctness] = field(default_factory=dict, compare=False)
 
     @property
     def about(self) -> str:
@@ -63,10 +63,10 @@ class Run:
         """What was trained, whatever the seed: equal for runs that are one method's."""
         if self.seed is None:
             return self.name
-        kept = {name: value for name, value in self.config.items() if name not in UNIMPORTANT}
+        kept = {name: value for name, value in self.config.items() if name not in IGNORED_KEYS}
         return json.dumps({**kept, "train": {**kept["train"], "seed": None}}, sort_keys=True, default=str)
 
-    def marks(self, task: str) -> Marks:
+    def marks(self, task: str) -> Correctness:
         """Return which items of a task are right, by metric. They are read once."""
         if task not in self._read:
             result = self.results[task]
@@ -77,7 +77,7 @@ class Run:
             records = read_items(result.items)
             ids = tuple(str(record["id"]) for record in records)
             right = {m: np.array([bool(record["correct"][m]) for record in records]) for m in result.metrics}
-            self._read[task] = Marks(ids, right)
+            self._read[task] = Correctness(ids, right)
         return self._read[task]
 
 
@@ -86,7 +86,7 @@ class Column:
     """One method: a run, or several that differ in their seeds."""
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[ScoredRun, ...]
 
     @property
     def about(self) -> str:
@@ -106,16 +106,16 @@ class Column:
         return np.array([run.marks(task).right[metric] for run in self.runs], dtype=float)
 
 
-def read_columns(folders: Sequence[Path], protocol: str | None = None) -> list[list[Column]]:
+def load_runs(folders: Sequence[Path], protocol: str | None = None) -> list[list[Column]]:
     """Read these runs' results, those of different seeds together: by the named protocol, or by all that they share."""
     folders = list(dict.fromkeys(folders))
     names = _names(folders)
-    scored: dict[str, dict[str, Run]] = {}  # by protocol, then by name
+    scored: dict[str, dict[str, ScoredRun]] = {}  # by protocol, then by name
     for name, folder in zip(names, folders, strict=True):
         file = folder / "config.yaml"
         config = declarations_module.read_yaml(file) if file.is_file() else {}
         for result in read_results(folder):
-            run = scored.setdefault(result.protocol, {}).setdefault(name, Run(name, folder, config, {}))
+            run = scored.setdefault(result.protocol, {}).setdefault(name, ScoredRun(name, folder, config, {}))
             run.results[result.task] = result
 
     if protocol is not None and protocol not in scored:
@@ -130,9 +130,9 @@ def read_columns(folders: Sequence[Path], protocol: str | None = None) -> list[l
     return [_columns(scored[name].values()) for name in wanted]
 
 
-def _columns(runs: Iterable[Run]) -> list[Column]:
+def _columns(runs: Iterable[ScoredRun]) -> list[Column]:
     """Put runs of different seeds together. A seed that is there again is another column: it is no new evidence."""
-    together: dict[tuple[str, int], list[Run]] = {}
+    together: dict[tuple[str, int], list[ScoredRun]] = {}
     for run in runs:
         again = 0
         while any(run.seed == other.seed for other in together.get((run.but_seed, again), [])):
@@ -148,9 +148,9 @@ def _columns(runs: Iterable[Run]) -> list[Column]:
     return columns
 
 
-def refuse_unlike(runs: Sequence[Run]) -> None:
+def ensure_comparable(runs: Sequence[ScoredRun]) -> None:
     """Refuse runs that differ in what they were asked, with what makes them alike."""
-    first: dict[str, Run] = {}
+    first: dict[str, ScoredRun] = {}
     for run in runs:
         for task, other in run.results.items():
             name, one = (known := first.setdefault(task, run)).name, known.results[task]
@@ -179,16 +179,16 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def title(task: str) -> str:
     """Return what a task is called in a table."""
-    known = tasks_module.tasks(None)
+    known = tasks_module.list_tasks(None)
     return known[task].title if task in known else task
 
 
 def suite(task: str) -> str:
     """Return the suite that a task belongs to; a mean is over one."""
-    known = tasks_module.tasks(None)
+    known = tasks_module.list_tasks(None)
     return known[task].suite if task in known else "other"
 
 
 def _suite(task: str) -> str:
-    known = tasks_module.tasks(None)
+    known = tasks_module.list_tasks(None)
     return known[task].suite if task in known else "other"

@@ -75,7 +75,7 @@ def wilson(share: float, items: float, level: float = LEVEL) -> tuple[float, flo
     return (0.0 if share == 0 else center - half), (1.0 if share == 1 else center + half)
 
 
-def spread(run: Run) -> float | None:
+def seed_spread(run: Run) -> float | None:
     """Return the standard deviation over seeds of the mean over tasks; None with one seed."""
     return float(_seed_means(run).std(ddof=1)) if len(run[0]) > 1 else None
 
@@ -132,7 +132,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def detectable(
+def detectable_difference(
     items: Sequence[int],
     discordance: Sequence[float] | float = ASSUMED_DISCORDANCE,
     *,
@@ -174,11 +174,11 @@ def detectable(
     return found if found < 1 - 1e-9 else None
 
 
-def expectation(items: Mapping[str, int]) -> str:
+def power_statement(items: Mapping[str, int]) -> str:
     """Say before a scoring what it will be able to tell apart; ``items`` is how many each task has, by its title."""
-    found = {name: detectable([n]) for name, n in items.items()}
+    found = {name: detectable_difference([n]) for name, n in items.items()}
     if len(items) > 1:
-        found["their mean"] = detectable(list(items.values()))
+        found["their mean"] = detectable_difference(list(items.values()))
     each = ", ".join(f"{name} {'none' if share is None else f'{100 * share:.1f}'}" for name, share in found.items())
     return (
         f"smallest true difference between two runs that shows on these items, in points: {each} (paired, power "
@@ -190,7 +190,9 @@ def detectable_between(before: Run, after: Run) -> float | None:
     """Return the smallest true difference that these two runs would show, at the discordance that they have."""
     if len(before[0]) == len(after[0]) == 1:
         pairs = zip(before, after, strict=True)
-        return detectable([task.size for task in before], [float((one != other).mean()) for one, other in pairs])
+        return detectable_difference(
+            [task.size for task in before], [float((one != other).mean()) for one, other in pairs]
+        )
     from scipy.special import stdtrit
 
     found = _hierarchical([(before, -1), (after, 1)])

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace.common.tables import BEST, TIED, Grid, written
+from subspace.common.tables import BEST, TIED, Grid, render_grids
 from subspace.data import tasks as tasks_module
 from subspace.evaluation.results import TaskResult
 from subspace.reporting import statistics
-from subspace.reporting.runs import Column, read_columns, refuse_unlike, suite, title
+from subspace.reporting.runs import Column, ensure_comparable, load_runs, suite, title
 from subspace.reporting.statistics import ALPHA, Difference
 
 HEAD = ("task", "metric", "items", "majority")
@@ -116,7 +116,7 @@ def write(found: Sequence[Table], form: str, *, turned: bool = False) -> str:
         return json.dumps([table.as_dict() for table in found], indent=2)
     if form == "csv":
         return _csv(found)
-    return written([table.grid.turned() if turned else table.grid for table in found], form)
+    return render_grids([table.grid.turned() if turned else table.grid for table in found], form)
 
 
 def _csv(found: Sequence[Table]) -> str:
@@ -134,17 +134,17 @@ def _csv(found: Sequence[Table]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def tables(folders: Sequence[Path], protocol: str | None = None) -> list[Table]:
+def build_tables(folders: Sequence[Path], protocol: str | None = None) -> list[Table]:
     """Return the tables of these runs: one for each protocol that all were scored by, or for the one that is named."""
-    return [side_by_side(found) for found in read_columns(folders, protocol)]
+    return [build_table(found) for found in load_runs(folders, protocol)]
 
 
-def side_by_side(columns: Sequence[Column]) -> Table:
+def build_table(columns: Sequence[Column]) -> Table:
     """Put methods of one protocol side by side; UserError where a fingerprint differs."""
     runs = [run for column in columns for run in column.runs]
-    refuse_unlike(runs)
+    ensure_comparable(runs)
     somewhere = {task for run in runs for task in run.results}
-    order = [*tasks_module.tasks(None), *sorted(somewhere)]
+    order = [*tasks_module.list_tasks(None), *sorted(somewhere)]
     rows: list[Row] = []
     suites: dict[str, list[Row]] = {}
     for task in sorted(somewhere, key=order.index):
@@ -183,7 +183,7 @@ def _row(
         for column in columns
     ]
     cells = [
-        Cell(*statistics.estimate(some), statistics.spread(some), len(some[0])) if some else None for some in marks
+        Cell(*statistics.estimate(some), statistics.seed_spread(some), len(some[0])) if some else None for some in marks
     ]
     scored = {i: (cell, some) for i, (cell, some) in enumerate(zip(cells, marks, strict=True)) if cell and some}
     if len(scored) > 1:

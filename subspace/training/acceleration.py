@@ -18,7 +18,7 @@ from subspace.errors import UserError
 SMALL = 1024  # numbers; moving fewer is not worth it
 
 
-def check_speedups(*, compiled: bool, liger: bool, gpu: bool) -> None:
+def check_accelerations(*, compiled: bool, liger: bool, gpu: bool) -> None:
     """Refuse what this machine has not got."""
     if compiled and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise UserError(
@@ -34,7 +34,7 @@ def check_speedups(*, compiled: bool, liger: bool, gpu: bool) -> None:
         )
 
 
-def use_liger(model: Any) -> None:
+def apply_liger(model: Any) -> None:
     """Put Liger's kernels into a model that has no adapters yet. The loss stays ours."""
     from liger_kernel.transformers import monkey_patch
 
@@ -58,7 +58,7 @@ def compile_layers(model: Any) -> None:
         layer.compile(dynamic=True)
 
 
-def activations_on_host() -> torch.autograd.graph.saved_tensors_hooks:
+def offload_activations() -> torch.autograd.graph.saved_tensors_hooks:
     """Let what passes inside this save for their gradients lie in the host's memory; weights stay where they are."""
     return torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host)
 

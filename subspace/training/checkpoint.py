@@ -26,32 +26,32 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
 
 
-def place(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     """Return where the checkpoint of a step belongs."""
     return folder / "checkpoints" / f"step-{step:06d}"
 
 
-def begin(target: Path) -> Path:
-    """Return the folder to fill with a checkpoint's files before :func:`finish`; what a killed process left is gone."""
+def begin_checkpoint(target: Path) -> Path:
+    """Return an empty folder for a checkpoint's files; :func:`finish_checkpoint` gives it its name."""
     unfinished = target.with_name(target.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     return unfinished
 
 
-def finish(unfinished: Path, target: Path) -> None:
+def finish_checkpoint(unfinished: Path, target: Path) -> None:
     """Vouch for what is in the folder, and make it the checkpoint ``target`` in one move."""
     inside = sorted(unfinished.rglob("*"))
     files = {str(f.relative_to(unfinished)): [f.stat().st_size, _sha256(f)] for f in inside if f.is_file()}
     write_checked(unfinished / MANIFEST, _manifest(files))
     for path in (*inside, unfinished):
-        flush(path)
+        fsync_path(path)
     _remove(target)
     unfinished.rename(target)
-    flush(target.parent)
+    fsync_path(target.parent)
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_corruption(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint; None where every file is as it was written."""
     try:
         text = (checkpoint / MANIFEST).read_bytes()
@@ -71,11 +71,11 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
     """Return a run's newest whole checkpoint, and what was passed over for it; that is put aside under another name."""
     passed_over: list[str] = []
     for path in reversed(checkpoints(folder)):
-        problem = damage(path)
+        problem = find_corruption(path)
         if problem is None:
             return path, passed_over
         passed_over.append(f"the checkpoint {path.name} cannot be used: {problem}")
@@ -85,10 +85,10 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def prune(folder: Path, keep: int, also: Collection[int] = ()) -> None:
+def prune_checkpoints(folder: Path, keep: int, also: Collection[int] = ()) -> None:
     """Remove all but the last ``keep`` checkpoints and those of the steps ``also``, and what was never finished."""
     found = checkpoints(folder)
-    kept = {*found[-keep:], *(place(folder, step) for step in also)}
+    kept = {*found[-keep:], *(checkpoint_path(folder, step) for step in also)}
     for path in set(found) - kept:
         _remove(path)
     for path in (folder / "checkpoints").iterdir():
@@ -110,12 +110,12 @@ def write_checked(file: Path, content: bytes) -> None:
         OSError: the disk does not take it, or gives back something else.
     """
     file.write_bytes(content)
-    flush(file)
+    fsync_path(file)
     if file.read_bytes() != content:
         raise OSError(f"{file.name} reads back differently; is the disk sound?")
 
 
-def flush(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Make sure that what was written to a file, or renamed in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
-"""What of model, methods and engine does not go together, told before anything is loaded, with what does.
+"""Detect incompatible settings of model, methods and engine before anything is loaded.
 
-Some of it never goes (:func:`refusal`), some only not on this machine (:func:`lack`). ``ds_configs/MATRIX.md`` shows
-what was trained and what was refused.
+Some combinations never work (:func:`find_incompatibility`), some only not on this machine
+(:func:`find_missing_requirement`). ``ds_configs/MATRIX.md`` shows what was trained and what was refused.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ STORAGE = {"nf4": "4bit", "fp4": "4bit", "int8": "int8"}
 LIBRARIES = ("async_io", "pin_memory")
 
 
-def check(model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json) -> None:
+def check_compatibility(
+    model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json
+) -> None:
     """Refuse what does not go together, here or anywhere, before anything is loaded."""
-    if reason := refusal(model, methods, engine) or lack(model, engine):
+    if reason := find_incompatibility(model, methods, engine) or find_missing_requirement(model, engine):
         raise UserError(reason)
 
 
@@ -36,7 +38,9 @@ def check_packing(methods: Sequence[type[Adapter]]) -> None:
             )
 
 
-def refusal(model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json) -> str | None:
+def find_incompatibility(
+    model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json
+) -> str | None:
     """Say what does not go together on any machine, and what does; None where all does.
 
     Args:
@@ -71,12 +75,12 @@ def refusal(model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodCon
             )
     kind = STORAGE.get(model.quantize)
     for cls, config in methods:
-        if kind and (reason := cls.refusal(config, kind)):
+        if kind and (reason := cls.check_quantization(config, kind)):
             return f"method {cls.name} was asked for with `quantize: {model.quantize}`: {reason}"
     return None
 
 
-def lack(model: ModelConfig, engine: Json) -> str | None:
+def find_missing_requirement(model: ModelConfig, engine: Json) -> str | None:
     """Say what this machine lacks for a combination, and what it has; None where it lacks nothing."""
     from deepspeed.accelerator import get_accelerator
 

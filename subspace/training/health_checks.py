@@ -9,32 +9,34 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from subspace.adapters.base import Access
+from subspace.adapters.base import OptimizerAccess
 from subspace.adapters.inject import adapters, trained_parameters
 from subspace.adapters.serialization import read_adapter
-from subspace.distributed.collectives import is_main, share_object
+from subspace.distributed.collectives import broadcast_object, is_main
 from subspace.errors import RunFailed
 
 #: Steps after which every trained tensor must have moved. One is not enough: where one factor starts at zero, the
 #: other's first gradient is zero too.
-STEPS_TO_MOVE = 2
+MAX_STEPS_UNCHANGED = 2
 
 
-class LearningCheck:
+class TrainingHealthCheck:
     """Knows what the trained tensors were at the start, and looks whether they move and stay finite.
 
     ``start`` has a checksum of each, so that a resumed run can still tell.
     """
 
-    def __init__(self, model: nn.Module, access: Access, start: Mapping[str, str] | None = None) -> None:
+    def __init__(self, model: nn.Module, access: OptimizerAccess, start: Mapping[str, str] | None = None) -> None:
         self.access = access
         self.parameters: Mapping[str, nn.Parameter] = trained_parameters(model)
-        self.late = {f"{site}.{name}" for site, adapter in adapters(model).items() for name in adapter.moves_late}
+        self.late = {
+            f"{site}.{name}" for site, adapter in adapters(model).items() for name in adapter.delayed_grad_params
+        }
         self.start = dict(start or {name: checksum(access.value(p)) for name, p in self.parameters.items()})
 
     def after_step(self, taken: int) -> None:
         """Look at what has moved, after so many steps that were taken. Collective over ranks."""
-        if taken != STEPS_TO_MOVE:
+        if taken != MAX_STEPS_UNCHANGED:
             return
         expected = {name: p for name, p in self.parameters.items() if name not in self.late}
         still = [name for name, p in expected.items() if checksum(self.access.value(p)) == self.start[name]]
@@ -47,7 +49,9 @@ class LearningCheck:
     def check_file(self, folder: Path) -> None:
         """Refuse an adapter's folder that holds what training began with. Collective over ranks."""
         tensors = read_adapter(folder)[1] if is_main() else {}
-        moved = share_object(any(checksum(tensors[name]) != start for name, start in self.start.items() if is_main()))
+        moved = broadcast_object(
+            any(checksum(tensors[name]) != start for name, start in self.start.items() if is_main())
+        )
         if not moved:
             raise RunFailed(f"the adapter in {folder} holds the values that training began with: nothing was learnt")
 

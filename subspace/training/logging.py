@@ -17,10 +17,10 @@ from subspace.common import progress
 from subspace.common.host_memory import resident_memory
 from subspace.distributed.collectives import is_main
 from subspace.errors import UserError, nearest
-from subspace.training.checkpoint import UNFINISHED, flush, write_checked
+from subspace.training.checkpoint import UNFINISHED, fsync_path, write_checked
 
 TRACKERS = ("tensorboard", "wandb")
-LOG = "log.jsonl"
+LOG_FILE = "log.jsonl"
 
 
 def peak_memory() -> int:
@@ -30,7 +30,7 @@ def peak_memory() -> int:
     return resident_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Recorder:
+class TrainLogger:
     """Records a run's steps. On ranks other than the first it is silent.
 
     A run that goes on has ``done`` steps behind it, which took ``seconds``: the log continues after them.
@@ -53,9 +53,11 @@ class Recorder:
         self.began = self.last = time.perf_counter()
         self.active = is_main()
         if self.active:
-            keep_lines(folder / LOG, done)
-        self.bar = progress.shown("training", steps, "steps") if self.active else progress.silent("training")
-        self.at: progress.At
+            truncate_log(folder / LOG_FILE, done)
+        self.bar = (
+            progress.show_progress("training", steps, "steps") if self.active else progress.no_progress("training")
+        )
+        self.at: progress.ProgressCallback
         self.trackers: list[Any] = []
         for name in trackers:
             if name not in TRACKERS:
@@ -104,8 +106,8 @@ class Recorder:
 
     def flush(self) -> None:
         """Bring the log to the disk, before a checkpoint that it belongs to."""
-        if self.active and (log := self.folder / LOG).exists():
-            flush(log)
+        if self.active and (log := self.folder / LOG_FILE).exists():
+            fsync_path(log)
 
     def validation(self, step: int, loss: float) -> None:
         """Record the loss on the held-out rows."""
@@ -119,7 +121,7 @@ class Recorder:
             print(text, file=sys.stderr, flush=True)
 
     def _write(self, line: dict[str, Any]) -> None:
-        with (self.folder / LOG).open("a") as file:
+        with (self.folder / LOG_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
         for tracker in self.trackers:
             tracker.write(line)
@@ -157,7 +159,7 @@ class _Wandb:
         self.run.finish()
 
 
-def keep_lines(log: Path, done: int) -> None:
+def truncate_log(log: Path, done: int) -> None:
     """Drop from a log what is after the step ``done``, which will come again, and a line that was never finished."""
     if not log.exists():
         return

@@ -21,34 +21,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace.adapters.base import Clock
-from subspace.adapters.inject import groups
+from subspace.adapters.base import TrainProgress
+from subspace.adapters.inject import adapter_groups
 from subspace.adapters.penalties import with_penalties
 from subspace.adapters.serialization import save_adapter
-from subspace.data.collate import IGNORE
+from subspace.data.collate import IGNORE_INDEX
 from subspace.data.dataset import Data
-from subspace.data.sampler import StepPlan, share
-from subspace.distributed.collectives import barrier, is_main, rank, share_object, sum_over_ranks
-from subspace.distributed.deepspeed_config import Layout
-from subspace.distributed.engine import largest_gradient, plain_norm, scale_is_spent
-from subspace.distributed.signals import Interruption
+from subspace.data.sampler import StepPlan, shard_batch
+from subspace.distributed.collectives import all_reduce_sum, barrier, broadcast_object, is_main, rank
+from subspace.distributed.deepspeed_config import BatchLayout
+from subspace.distributed.engine import gradient_norm, loss_scale_exhausted, max_abs_gradient
+from subspace.distributed.signals import SignalHandler
 from subspace.distributed.watchdog import Watchdog
 from subspace.errors import RunFailed, RunStopped, UserError
 from subspace.kernels.cross_entropy import summed_loss
-from subspace.training.acceleration import activations_on_host
-from subspace.training.checkpoint import checkpoints, damage, place, prune
+from subspace.training.acceleration import offload_activations
+from subspace.training.checkpoint import checkpoint_path, checkpoints, find_corruption, prune_checkpoints
 from subspace.training.config import TrainConfig
-from subspace.training.health_checks import LearningCheck
-from subspace.training.logging import Recorder
-from subspace.training.optimizer_access import Access
-from subspace.training.resume import ADAPTER, Saved, restore, save_checkpoint
+from subspace.training.health_checks import TrainingHealthCheck
+from subspace.training.logging import TrainLogger
+from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
+from subspace.training.resume import ADAPTER, Checkpoint, restore_checkpoint, save_checkpoint
 
 #: Steps in a row that float16 may skip before the run is given up.
-SKIPS = 50
+MAX_SKIPPED_STEPS = 50
 
 
 @dataclass
-class Outcome:
+class TrainState:
     """What a training left."""
 
     steps: int = 0
@@ -63,14 +63,14 @@ def train(
     data: Data,
     plan: StepPlan,
     config: TrainConfig,
-    layout: Layout,
+    layout: BatchLayout,
     folder: Path,
-    recorder: Recorder,
+    recorder: TrainLogger,
     *,
     settings: dict[str, Any] | None = None,
-    resumed: Saved | None = None,
+    resumed: Checkpoint | None = None,
     **about: Any,
-) -> Outcome:
+) -> TrainState:
     """Train the engine's adapters by the plan; leave the adapter in ``folder/adapter``. All ranks call it.
 
     Args:
@@ -90,14 +90,14 @@ def train(
         RunStopped: a signal asked for it. There is a checkpoint of the last step.
     """
     model: nn.Module = engine.module
-    scheduled, access, device = groups(model), Access(engine), engine.device
+    scheduled, access, device = adapter_groups(model), DeepSpeedOptimizerAccess(engine), engine.device
     start = resumed.facts["start"] if resumed else None
-    learning = LearningCheck(model, access, start)
-    outcome, fed = Outcome(), Fed(data, plan)
+    learning = TrainingHealthCheck(model, access, start)
+    outcome, fed = TrainState(), ConsumedSamples(data, plan)
     if resumed:
-        outcome = Outcome(**resumed.facts["outcome"])
+        outcome = TrainState(**resumed.facts["outcome"])
         fed.expect(outcome.steps, resumed.facts["fed"])
-        restore(engine, resumed, config.seed)
+        restore_checkpoint(engine, resumed, config.seed)
     saved = outcome.steps
 
     def save() -> None:
@@ -114,21 +114,21 @@ def train(
             **(settings or {}),
         }
         moved = outcome.steps > engine.skipped_steps
-        check = learning.check_file if moved else nothing
+        check = learning.check_file if moved else skip_check
         recorder.flush()
         try:
             save_checkpoint(
-                engine, place(folder, outcome.steps), facts, {"step": outcome.steps, **best, **about}, check
+                engine, checkpoint_path(folder, outcome.steps), facts, {"step": outcome.steps, **best, **about}, check
             )
         except UserError as error:
-            raise type(error)(f"{error}. {last_good(folder)}") from None
+            raise type(error)(f"{error}. {last_checkpoint_hint(folder)}") from None
         if is_main():
-            prune(folder, config.keep_checkpoints, also=[outcome.best_step])
+            prune_checkpoints(folder, config.keep_checkpoints, also=[outcome.best_step])
         saved = outcome.steps
 
     skipped = 0
     with (
-        Interruption() as interruption,
+        SignalHandler() as interruption,
         Watchdog(folder / "hang", 60 * config.hang_minutes, rank(), layout.ranks) as watchdog,
     ):
         for step in range(outcome.steps + 1, len(plan) + 1):
@@ -138,40 +138,40 @@ def train(
             watchdog.beat(step)
             engine.train()
             rows = plan[step - 1]
-            parts = share(rows, rank(), layout.ranks, layout.accumulate)
+            parts = shard_batch(rows, rank(), layout.ranks, layout.accumulate)
             micro_batches = [to_device(data.batch(part), device) for part in parts]
 
             # DeepSpeed averages what each rank and micro-batch contributes, where the mean over tokens wants a sum.
             counts = torch.tensor([*count_tokens(micro_batches), interruption.asked], device=device)
-            labelled, seen, asked = sum_over_ranks(counts).tolist()
+            labelled, seen, asked = all_reduce_sum(counts).tolist()
             if asked:  # by a signal that reached at least one rank; now all know
-                raise stopped(outcome.steps, save)
+                raise make_stop_error(outcome.steps, save)
             weight = layout.accumulate * layout.ranks / labelled
 
             loss = torch.zeros((), device=device)
             for number, batch in enumerate(micro_batches, start=1):
-                with activations_on_host() if config.offload_activations else nullcontext():
+                with offload_activations() if config.offload_activations else nullcontext():
                     summed = summed_loss(engine, batch)
                 engine.backward(with_penalties(weight * summed))
                 loss += summed.detach() / labelled
                 if number == len(micro_batches):
-                    loss, gradient = sum_over_ranks(torch.stack([loss, largest_gradient(engine)])).unbind()
+                    loss, gradient = all_reduce_sum(torch.stack([loss, max_abs_gradient(engine)])).unbind()
                     if not torch.isfinite(loss):
-                        raise learning.explain(step, f"the loss is {loss.item()}", last_good(folder))
+                        raise learning.explain(step, f"the loss is {loss.item()}", last_checkpoint_hint(folder))
                     skipped = 0 if torch.isfinite(gradient) else skipped + 1
                     if skipped and not engine.fp16_enabled():
-                        raise learning.explain(step, "a gradient is not finite", last_good(folder))
-                    if skipped and (skipped > SKIPS or scale_is_spent(engine)):
+                        raise learning.explain(step, "a gradient is not finite", last_checkpoint_hint(folder))
+                    if skipped and (skipped > MAX_SKIPPED_STEPS or loss_scale_exhausted(engine)):
                         what = f"gradients overflow float16 at every loss scale, {skipped} steps in a row"
-                        raise learning.explain(step, f"{what} (try model.dtype=bfloat16)", last_good(folder))
+                        raise learning.explain(step, f"{what} (try model.dtype=bfloat16)", last_checkpoint_hint(folder))
                     for group in scheduled:
-                        type(group[0]).before_step(group, Clock(step, len(plan)), access)
-                norm = plain_norm(engine)
+                        type(group[0]).before_step(group, TrainProgress(step, len(plan)), access)
+                norm = gradient_norm(engine)
                 engine.step()  # acts after the last micro-batch only
             for group in scheduled:
-                type(group[0]).after_step(group, Clock(step, len(plan)), access)
+                type(group[0]).after_step(group, TrainProgress(step, len(plan)), access)
                 for adapter in group:
-                    adapter.kept = {}  # what it has computed from values that have now moved
+                    adapter.clear_cache()  # computed from values that have now moved
             learning.after_step(step - engine.skipped_steps)
 
             fed.add(step)
@@ -185,7 +185,7 @@ def train(
                 save()
 
         if config.keep == "best" and outcome.best_step:
-            keep_best(folder, outcome.best_step)
+            promote_best_checkpoint(folder, outcome.best_step)
         else:
             save_adapter(model, folder / ADAPTER, step=outcome.steps, **about)
         learning.check_file(folder / ADAPTER)
@@ -194,11 +194,13 @@ def train(
 
 def count_tokens(batches: Sequence[dict[str, Tensor]]) -> tuple[int, int]:
     """Return how many tokens carry loss, and how many are read."""
-    labelled = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    labelled = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
     return labelled, sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
-def validate(engine: Any, data: Data, layout: Layout, outcome: Outcome, recorder: Recorder, watchdog: Watchdog) -> None:
+def validate(
+    engine: Any, data: Data, layout: BatchLayout, outcome: TrainState, recorder: TrainLogger, watchdog: Watchdog
+) -> None:
     """Add the mean loss over the held-out rows' labelled tokens to the outcome. Ranks run equally many forwards."""
     engine.eval()
     total = torch.zeros(2, device=engine.device, dtype=torch.float64)
@@ -208,7 +210,7 @@ def validate(engine: Any, data: Data, layout: Layout, outcome: Outcome, recorder
             on_device = to_device(batch, engine.device)
             total[0] += summed_loss(engine, on_device)
             total[1] += count_tokens([on_device])[0]
-    summed, labelled = sum_over_ranks(total).tolist()
+    summed, labelled = all_reduce_sum(total).tolist()
     loss = summed / labelled
     outcome.validations_since_best += 1
     if loss < outcome.best_validation:
@@ -221,7 +223,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-class Fed:
+class ConsumedSamples:
     """A checksum of all rows that training was fed so far, in order: a checkpoint's place in the data."""
 
     def __init__(self, data: Data, plan: StepPlan) -> None:
@@ -246,7 +248,7 @@ class Fed:
             )
 
 
-def stopped(step: int, save: Callable[[], None]) -> RunStopped:
+def make_stop_error(step: int, save: Callable[[], None]) -> RunStopped:
     """Save what there is, and say how the run goes on."""
     if not step:
         return RunStopped("before the first step, by a signal. The same command with --resume starts it")
@@ -256,24 +258,25 @@ def stopped(step: int, save: Callable[[], None]) -> RunStopped:
     )
 
 
-def nothing(folder: Path) -> None:
+def skip_check(folder: Path) -> None:
     """Find nothing wrong with an adapter that cannot have moved."""
 
 
-def last_good(folder: Path) -> str:
+def last_checkpoint_hint(folder: Path) -> str:
     """Say what a run that must stop leaves behind."""
     saved = checkpoints(folder)
     return f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint was saved before (train.save_every)"
 
 
-def keep_best(folder: Path, step: int) -> None:
+def promote_best_checkpoint(folder: Path, step: int) -> None:
     """Make the best checkpoint's adapter the run's."""
-    if problem := share_object(damage(place(folder, step)) if is_main() else None):
-        raise RunFailed(f"the best checkpoint, {place(folder, step)}, cannot be kept: {problem}. {last_good(folder)}")
+    if problem := broadcast_object(find_corruption(checkpoint_path(folder, step)) if is_main() else None):
+        best = checkpoint_path(folder, step)
+        raise RunFailed(f"the best checkpoint, {best}, cannot be kept: {problem}. {last_checkpoint_hint(folder)}")
     if is_main():
         partial = folder / f"{ADAPTER}.partial"
         for old in (partial, folder / ADAPTER):
             shutil.rmtree(old, ignore_errors=True)
-        shutil.copytree(place(folder, step) / ADAPTER, partial)
+        shutil.copytree(checkpoint_path(folder, step) / ADAPTER, partial)
         partial.rename(folder / ADAPTER)
     barrier()

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from subspace.adapters.base import Adapter
-from subspace.adapters.inject import visit
-from subspace.common.progress import shown, silent
+from subspace.adapters.inject import initialize_distributed
+from subspace.common.progress import no_progress, show_progress
 from subspace.distributed.collectives import is_main
 from subspace.distributed.zero import gathered, is_sharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Access:
+class DeepSpeedOptimizerAccess:
     """What a method's schedule may do to trained tensors, whatever ZeRO stage holds them. All ranks call alike."""
 
     def __init__(self, engine: Any = None, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -58,7 +58,7 @@ class Access:
 
             safe_set_full_fp32_param(parameter, value.to(torch.float32))
 
-    def forget(self, parameter: nn.Parameter, where: Tensor) -> None:
+    def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor) -> None:
         """Set what Adam remembers of the values where ``where`` is true to zero."""
         if is_sharded(parameter) or hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
@@ -74,6 +74,6 @@ class Access:
             if key in state:
                 state[key].masked_fill_(where.to(state[key].device), 0)
 
-    def visit(self, adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None]) -> None:
-        """Let each adapter look at its frozen W on one process; see :func:`visit`."""
-        visit(adapters, look, shown if is_main() and self.engine is not None else silent)
+    def for_each_weight(self, adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None]) -> None:
+        """Let each adapter look at its frozen W on one process; see :func:`initialize_distributed`."""
+        initialize_distributed(adapters, look, show_progress if is_main() and self.engine is not None else no_progress)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace.adapters.inject import trained_parameters
-from subspace.distributed.collectives import gather_objects, rank, sum_over_ranks, world_size
+from subspace.distributed.collectives import all_reduce_sum, gather_objects, rank, world_size
 from subspace.distributed.zero import full_shape, is_sharded
 from subspace.errors import UserError
 
@@ -24,7 +24,7 @@ STEP, BLOCK = "step", "block"
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _FlatSlice:
     """A stretch of a flattened trained tensor that this process's optimizer works on."""
 
     name: str
@@ -37,12 +37,12 @@ class _Piece:
         return state.detach().view(-1)[self.offset : self.offset + self.length]
 
 
-def is_readable(engine: Any) -> bool:
+def can_gather_optimizer_state(engine: Any) -> bool:
     """Tell whether the optimizer's state is in memory; offloaded to NVMe, it is in DeepSpeed's own swap files."""
     return not getattr(engine.optimizer, "swap_optimizer", False)
 
 
-def read(engine: Any) -> dict[str, Tensor]:
+def gather_optimizer_state(engine: Any) -> dict[str, Tensor]:
     """Return the optimizer's state on the CPU as ``{"exp_avg/NAME": ...}``, flat. Collective over ranks.
 
     Before the first step there is none. Adam's count of steps has no axis. A state in blocks of 8 bits cannot be cut at
@@ -50,7 +50,7 @@ def read(engine: Any) -> dict[str, Tensor]:
     """
     parameters, state = trained_parameters(engine.module), engine.basic_optimizer.state
     scalars: dict[str, Tensor] = {}
-    flat: dict[str, list[tuple[_Piece, Tensor]]] = {}
+    flat: dict[str, list[tuple[_FlatSlice, Tensor]]] = {}
     blocks = _blocks(engine)
     for piece in _pieces(engine):
         for key, value in {} if blocks else state.get(piece.key, {}).items():
@@ -71,8 +71,8 @@ def read(engine: Any) -> dict[str, Tensor]:
     return whole
 
 
-def write(engine: Any, whole: dict[str, Tensor]) -> None:
-    """Give the optimizer the state that :func:`read` returned; the trained tensors themselves must be there already.
+def restore_optimizer_state(engine: Any, whole: dict[str, Tensor]) -> None:
+    """Restore the state that :func:`gather_optimizer_state` returned. The trained tensors must have been restored.
 
     Raises:
         UserError: a state in blocks, from another number of processes or another ZeRO stage.
@@ -153,14 +153,14 @@ def _write_blocks(engine: Any, blocks: dict[str, Tensor]) -> None:
         optimizer.state[held] = state
 
 
-def _held_here(parameter: nn.Parameter, piece: _Piece) -> Tensor:
+def _held_here(parameter: nn.Parameter, piece: _FlatSlice) -> Tensor:
     if is_sharded(parameter):
         held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return held.detach().view(-1)[: piece.length]
     return parameter.detach().reshape(-1)[piece.start : piece.start + piece.length]
 
 
-def _pieces(engine: Any) -> Iterator[_Piece]:
+def _pieces(engine: Any) -> Iterator[_FlatSlice]:
     optimizer = engine.optimizer
     for name, parameter in trained_parameters(engine.module).items():
         size = full_shape(parameter).numel()
@@ -169,18 +169,18 @@ def _pieces(engine: Any) -> Iterator[_Piece]:
             start = rank() * length
             if start < size:  # the last part is padded
                 key = optimizer.fp32_partitioned_groups_flat[group]
-                yield _Piece(name, start, key, offset, min(length, size - start))
+                yield _FlatSlice(name, start, key, offset, min(length, size - start))
         elif hasattr(parameter, "_hp_mapping"):
             if (here := parameter._hp_mapping) is not None:
                 key = optimizer.single_partition_of_fp32_groups[here.param_group_index]
                 at, length = here.hp_fragment_address.start, here.hp_fragment_address.numel
-                yield _Piece(name, here.lp_fragment_address.start, key, at, length)
+                yield _FlatSlice(name, here.lp_fragment_address.start, key, at, length)
         else:
-            yield _Piece(name, 0, parameter, 0, size)
+            yield _FlatSlice(name, 0, parameter, 0, size)
 
 
 def _put_together(
-    pieces: list[tuple[_Piece, Tensor]], sizes: dict[str, int], device: torch.device, *, spread: bool
+    pieces: list[tuple[_FlatSlice, Tensor]], sizes: dict[str, int], device: torch.device, *, spread: bool
 ) -> dict[str, Tensor]:
     begins, end = {}, 0
     for name, size in sizes.items():
@@ -190,6 +190,6 @@ def _put_together(
         begin = begins[piece.name] + piece.start
         everything[begin : begin + piece.length] = values.to(device)
     if spread and world_size() > 1:
-        everything = sum_over_ranks(everything.view(torch.int32)).view(torch.float32)
+        everything = all_reduce_sum(everything.view(torch.int32)).view(torch.float32)
     parts = torch.split(everything.cpu(), list(sizes.values()))
     return dict(zip(sizes, parts, strict=True))

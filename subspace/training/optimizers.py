@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subspace.adapters.inject import roles, trained_parameters
+from subspace.adapters.inject import parameter_roles, trained_parameters
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
 from subspace.training.config import TrainConfig
@@ -45,7 +45,7 @@ DECAYED_ROLES = ("down", "up", "core", "weight")  # decay towards zero would pul
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Sort the trained tensors by role into AdamW's groups: which decay, and which learn at LoRA+'s rate."""
-    of = roles(model)
+    of = parameter_roles(model)
     sorted_out: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_parameters(model).items():
         decay = config.weight_decay if of[name] in DECAYED_ROLES else 0.0
@@ -58,7 +58,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     ]
 
 
-def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
+def lr_factor(config: TrainConfig, step: int, steps: int) -> float:
     """Return the factor on the learning rate for optimizer step ``step``, the first being 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from subspace.adapters.inject import adapters
 from subspace.adapters.serialization import read_adapter, save_adapter
-from subspace.distributed.collectives import gather_objects, is_main, rank, share_object, world_size
-from subspace.distributed.deepspeed_config import flat
+from subspace.distributed.collectives import broadcast_object, gather_objects, is_main, rank, world_size
+from subspace.distributed.deepspeed_config import flatten_dict
 from subspace.distributed.zero import full_shape, gathered
 from subspace.errors import UserError
 from subspace.training import checkpoint, optimizer_state
@@ -31,13 +31,13 @@ from subspace.training import checkpoint, optimizer_state
 ADAPTER, TENSORS, FACTS = "adapter", "training.safetensors", "training.json"
 HISTORY = "history"
 #: Settings that decide what the numbers of a checkpoint mean, and those among them that do not after all.
-FIXED = ("model.", "method", "targets", "data.", "train.batch", "train.seed", "train.optimizer")
-FREE = ("model.attention", "model.gradient_checkpointing", "model.trust_remote_code")
-UNTOLD = ("name", "runs", "engine", "evaluate.")  # of no concern to the training, or told by what they lead to
+FIXED_KEYS = ("model.", "method", "targets", "data.", "train.batch", "train.seed", "train.optimizer")
+MUTABLE_KEYS = ("model.attention", "model.gradient_checkpointing", "model.trust_remote_code")
+UNREPORTED_KEYS = ("name", "runs", "engine", "evaluate.")  # of no concern to the training, or told by what they lead to
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpoint:
     """A checkpoint's content, the same on every process."""
 
     path: Path
@@ -62,8 +62,8 @@ def save_checkpoint(
         UserError: a disk that does not take it, or an adapter that must not be kept. Older checkpoints are as they
         were.
     """
-    readable = optimizer_state.is_readable(engine)
-    tensors = optimizer_state.read(engine) if readable else {}
+    readable = optimizer_state.can_gather_optimizer_state(engine)
+    tensors = optimizer_state.gather_optimizer_state(engine) if readable else {}
     for site, adapter in adapters(engine.module).items():
         for key, value in adapter.get_extra_state().items():
             tensors[f"{HISTORY}/{site}.{key}"] = value.detach().cpu()
@@ -77,7 +77,7 @@ def save_checkpoint(
 
     unfinished = target.with_name(target.name + checkpoint.UNFINISHED)
     try:
-        _on_main(target, lambda: checkpoint.begin(target))
+        _on_main(target, lambda: checkpoint.begin_checkpoint(target))
         save_adapter(engine.module, unfinished / ADAPTER, **about)
         check(unfinished / ADAPTER)
 
@@ -85,7 +85,7 @@ def save_checkpoint(
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             checkpoint.write_checked(unfinished / TENSORS, save(contiguous))
             checkpoint.write_checked(unfinished / FACTS, json.dumps(everything).encode())
-            checkpoint.finish(unfinished, target)
+            checkpoint.finish_checkpoint(unfinished, target)
 
         _on_main(target, write)
     except UserError:
@@ -94,44 +94,46 @@ def save_checkpoint(
         raise
 
 
-def find_checkpoint(folder: Path) -> tuple[Saved | None, list[str]]:
+def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return a run's newest whole checkpoint, if it has one, and what a user should know. Collective over ranks.
 
     The first process reads, so the folder need not be there for the others.
     """
-    path, notices = share_object(checkpoint.newest(folder) if is_main() else None)
+    path, notices = broadcast_object(checkpoint.find_newest(folder) if is_main() else None)
     if path is None:
         return None, notices
-    facts: dict[str, Any] = share_object(json.loads((path / FACTS).read_text()) if is_main() else None)
+    facts: dict[str, Any] = broadcast_object(json.loads((path / FACTS).read_text()) if is_main() else None)
     contents = []
     for content in (
         read_adapter(path / ADAPTER)[1] if is_main() else {},
         load((path / TENSORS).read_bytes()) if is_main() else {},
     ):
-        names = share_object(list(content))
-        contents.append({name: share_object(content.get(name)) for name in names})
+        names = broadcast_object(list(content))
+        contents.append({name: broadcast_object(content.get(name)) for name in names})
     if not facts["optimizer"]:
         raise UserError(
             f"{path} holds adapters only, because the optimizer was offloaded to NVMe: there is nothing to go on from. "
             "Evaluate or merge its adapter, or train again with the optimizer on the CPU"
         )
-    return Saved(path, facts, *contents), notices
+    return Checkpoint(path, facts, *contents), notices
 
 
-def compare(saved: Saved, config: Mapping[str, Any], engine: Mapping[str, Any], ranks: int) -> list[str]:
+def compare_with_checkpoint(
+    saved: Checkpoint, config: Mapping[str, Any], engine: Mapping[str, Any], ranks: int
+) -> list[str]:
     """Return what is set otherwise than when the checkpoint was written, as ``train.clip: 1.0 -> 0.5``.
 
     Raises:
         UserError: a change that would make the checkpoint's numbers mean something else.
     """
     changed = _changes(saved.facts["config"], config)
-    refused = [c for key, c in changed.items() if key.startswith(FIXED) and not key.startswith(FREE)]
+    refused = [c for key, c in changed.items() if key.startswith(FIXED_KEYS) and not key.startswith(MUTABLE_KEYS)]
     if refused:
         raise UserError(
             f"{saved.path.parent.parent} was trained with other settings, which cannot change on the way: "
             f"{', '.join(refused)}. Resume with the settings of its config.yaml, or give this run another name"
         )
-    told = [c for key, c in changed.items() if not key.startswith(UNTOLD)]
+    told = [c for key, c in changed.items() if not key.startswith(UNREPORTED_KEYS)]
     of_engine = _changes(saved.facts["engine"], engine)
     told += [f"engine {c}" for key, c in of_engine.items() if not key.startswith(("train_", "gradient_"))]
     if ranks != saved.facts["ranks"]:
@@ -139,7 +141,7 @@ def compare(saved: Saved, config: Mapping[str, Any], engine: Mapping[str, Any], 
     return told
 
 
-def restore(engine: Any, saved: Saved, seed: int) -> None:
+def restore_checkpoint(engine: Any, saved: Checkpoint, seed: int) -> None:
     """Make engine, adapters and random generators what they were when the checkpoint was written. Collective.
 
     On another number of processes the random generators start afresh, from ``seed``, the step and the rank.
@@ -154,7 +156,7 @@ def restore(engine: Any, saved: Saved, seed: int) -> None:
                 tensor.data.copy_(saved.adapter[name])
         _restore_history(engine.module, saved.training)
         state = {name: t for name, t in saved.training.items() if not name.startswith(f"{HISTORY}/")}
-        optimizer_state.write(engine, state)
+        optimizer_state.restore_optimizer_state(engine, state)
 
     counters = saved.facts["engine_state"]
     engine.global_steps, engine.skipped_steps = counters["steps"], counters["skipped"]
@@ -180,7 +182,7 @@ def _on_main(target: Path, action: Callable[[], object]) -> None:
             action()
         except OSError as error:
             problem = f"the checkpoint {target} could not be saved: {error.strerror or error}"
-    if problem := share_object(problem):
+    if problem := broadcast_object(problem):
         raise UserError(problem)
 
 
@@ -229,6 +231,6 @@ def _bytes(text: str) -> Tensor:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    old, new = dict(flat(before)), dict(flat(json.loads(json.dumps(now, default=str))))
+    old, new = dict(flatten_dict(before)), dict(flatten_dict(json.loads(json.dumps(now, default=str))))
     keys = [*old, *(key for key in new if key not in old)]
     return {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)}

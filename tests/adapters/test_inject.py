@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from subspace.adapters.base import Clock
-from subspace.adapters.inject import adapters, groups, inject, trained_parameters
+from subspace.adapters.base import TrainProgress
+from subspace.adapters.inject import adapter_groups, adapters, inject, trained_parameters
 from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.errors import UserError
-from subspace.training.optimizer_access import Access
+from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 from tests.helpers.tiny_models import tiny_llama
 
 
@@ -52,7 +52,7 @@ def test_settings_by_site() -> None:
     assert ranks["model.layers.1.self_attn.q_proj"] == 2
     assert ranks["model.layers.0.mlp.up_proj"] == ranks["model.layers.1.mlp.up_proj"] == 3  # the last that matches
     assert created["model.layers.1.self_attn.q_proj"].scale == 2.0
-    assert len(groups(model)) == 1  # one schedule, one penalty
+    assert len(adapter_groups(model)) == 1  # one schedule, one penalty
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_a_schedule_over_unequal_ranks() -> None:
         for parameter in adapter.trained().values():
             parameter.data = torch.ones_like(parameter)
             parameter.grad = torch.rand_like(parameter)
-    type(created[0]).before_step(created, Clock(2, 4), Access())
-    type(created[0]).after_step(created, Clock(4, 4), Access())
+    type(created[0]).before_step(created, TrainProgress(2, 4), DeepSpeedOptimizerAccess())
+    type(created[0]).after_step(created, TrainProgress(4, 4), DeepSpeedOptimizerAccess())
     left = sum(int(adapter.trained()["E"].count_nonzero()) for adapter in created)
     assert left == 2 * len(created)
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from subspace.adapters.base import LinearAdapter, MethodConfig
-from subspace.adapters.export import merged_folder
+from subspace.adapters.export import export_merged
 from subspace.adapters.inject import adapters, inject, trained_parameters
 from subspace.adapters.merging import merge, unmerge
-from subspace.adapters.registry import methods
+from subspace.adapters.registry import list_methods
 from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.errors import UserError
 from subspace.methods.lora import LoRA
@@ -28,8 +28,8 @@ from subspace.models.loading import open_model
 from tests.helpers.tiny_models import tiny, tiny_llama
 
 IDS = torch.tensor([[0, 9, 33, 7, 120, 64, 3, 17], [0, 8, 250, 31, 2, 90, 4, 11]])
-MERGEABLE = [name for name, cls in methods().items() if cls.mergeable]
-UNMERGEABLE = [name for name, cls in methods().items() if not cls.mergeable]
+MERGEABLE = [name for name, cls in list_methods().items() if cls.mergeable]
+UNMERGEABLE = [name for name, cls in list_methods().items() if not cls.mergeable]
 
 
 def logits(model: Any) -> Tensor:
@@ -221,7 +221,7 @@ def nothing_left(out: Path) -> bool:
 @pytest.mark.parametrize("method", MERGEABLE)
 def test_a_merged_folder_is_an_ordinary_one(base: ModelConfig, out: Path, tmp_path: Path, method: str) -> None:
     adapter = saved_adapter(base, tmp_path / "adapter", method)
-    report = merged_folder(base, adapter, out)
+    report = export_merged(base, adapter, out)
     model = open_model(base)
     load_adapter(model, adapter)
     plain = AutoModelForCausalLM.from_pretrained(out)
@@ -241,7 +241,7 @@ def test_a_merged_folder_is_an_ordinary_one(base: ModelConfig, out: Path, tmp_pa
 
 def test_the_report_measures_what_rounding_costs(base: ModelConfig, out: Path, tmp_path: Path) -> None:
     adapter = saved_adapter(base, tmp_path / "adapter", targets=["q_proj"])
-    report = merged_folder(base, adapter, out, dtype="bfloat16")
+    report = export_merged(base, adapter, out, dtype="bfloat16")
     model = open_model(base)
     load_adapter(model, adapter)
     found: list[Any] = list(adapters(model).values())
@@ -261,7 +261,7 @@ def test_an_adapter_of_a_quantised_base_can_have_either_base(
 ) -> None:
     config = ModelConfig(path=base.path, dtype="float32", quantize=quantize)
     adapter = saved_adapter(config, tmp_path / "adapter")
-    merged_folder(config, adapter, out, as_trained=as_trained)
+    export_merged(config, adapter, out, as_trained=as_trained)
     expected = open_model(config if as_trained else base)
     load_adapter(expected, adapter)
     # int8 layers round their inputs too, merged ones do not
@@ -275,14 +275,14 @@ def test_dora_takes_the_row_norms_of_the_weights_at_hand(
 ) -> None:
     config = ModelConfig(path=base.path, dtype="float32", quantize="nf4")
     adapter = saved_adapter(config, tmp_path / "adapter", "dora")
-    assert merged_folder(config, adapter, out, as_trained=as_trained).merged_difference < 1e-4
+    assert export_merged(config, adapter, out, as_trained=as_trained).merged_difference < 1e-4
 
 
 def test_a_merge_that_differs_is_told_what_else_there_is(base: ModelConfig, out: Path, tmp_path: Path) -> None:
     config = ModelConfig(path=base.path, dtype="float32", quantize="nf4")
     adapter = saved_adapter(config, tmp_path / "adapter", "dora")
     with pytest.raises(UserError, match="Merge into the nf4 weights as trained"):
-        merged_folder(config, adapter, out, tolerance=0.0)
+        export_merged(config, adapter, out, tolerance=0.0)
     assert nothing_left(out)
 
 
@@ -290,7 +290,7 @@ def test_a_tied_head_is_written_on_its_own(tmp_path: Path, out: Path) -> None:
     tiny_llama(tmp_path / "base", tie_word_embeddings=True)
     base = ModelConfig(path=str(tmp_path / "base"), dtype="float32")
     adapter = saved_adapter(base, tmp_path / "adapter", targets=["lm_head", "q_proj"])
-    assert merged_folder(base, adapter, out).written_difference < 1e-5
+    assert export_merged(base, adapter, out).written_difference < 1e-5
     assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]
 
 
@@ -316,7 +316,7 @@ def test_a_created_bias_is_announced_in_the_folder(
     sites: list[str], announced: tuple[bool, bool], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, base = shifted_folder("llama", sites, tmp_path, monkeypatch)
-    merged_folder(base, tmp_path, out)
+    export_merged(base, tmp_path, out)
     plain = AutoModelForCausalLM.from_pretrained(out)
     assert distance(logits(plain), logits(expected)) < 1e-5
     assert (plain.config.attention_bias, plain.config.mlp_bias) == announced
@@ -327,7 +327,7 @@ def test_a_bias_without_a_place_in_the_format_is_refused(
 ) -> None:
     _, base = shifted_folder("mistral", ["model.layers.0.self_attn.v_proj"], tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"shift gives model.layers.0.self_attn.v_proj a bias.*mistral have no place"):
-        merged_folder(base, tmp_path, out)
+        export_merged(base, tmp_path, out)
     assert nothing_left(out)
 
 
@@ -337,7 +337,7 @@ def test_a_merge_that_changes_the_function_is_refused(
     adapter = saved_adapter(base, tmp_path / "adapter")
     monkeypatch.setattr(LoRA, "weight", lambda self, W: W + 1.01 * self.scale * self.B @ self.A)
     with pytest.raises(UserError, match="was not written: its logits differ"):
-        merged_folder(base, adapter, out)
+        export_merged(base, adapter, out)
     assert nothing_left(out)
 
 
@@ -352,7 +352,7 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(UserError, match=r"cannot write the merged model to .*No space left on device"):
-        merged_folder(base, adapter, out)
+        export_merged(base, adapter, out)
     assert nothing_left(out)
 
 
@@ -371,7 +371,7 @@ def test_a_folder_that_reads_back_differently_is_refused(
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", lossy)
     with pytest.raises(UserError, match="its files read back as another model"):
-        merged_folder(base, adapter, out)
+        export_merged(base, adapter, out)
     assert nothing_left(out)
 
 
@@ -381,7 +381,7 @@ def test_weights_beyond_the_range_of_float16_are_refused(base: ModelConfig, out:
     name = next(name for name in tensors if name.endswith("q_proj.B"))
     save_file({**tensors, name: tensors[name] * 1e7}, adapter / "adapter.safetensors")
     with pytest.raises(UserError, match=r"q_proj.weight is beyond float16. Write bfloat16"):
-        merged_folder(base, adapter, out, dtype="float16")
+        export_merged(base, adapter, out, dtype="float16")
     assert nothing_left(out)
 
 
@@ -391,10 +391,10 @@ def test_an_existing_folder_is_not_overwritten(
 ) -> None:
     make(out)
     with pytest.raises(UserError, match="it exists"):
-        merged_folder(base, tmp_path, out)
+        export_merged(base, tmp_path, out)
 
 
 def test_an_empty_folder_is_taken(base: ModelConfig, out: Path, tmp_path: Path) -> None:
     out.mkdir()
-    merged_folder(base, saved_adapter(base, tmp_path / "adapter"), out)
+    export_merged(base, saved_adapter(base, tmp_path / "adapter"), out)
     assert (out / "model.safetensors").is_file()

@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from subspace.data import samples as samples_module
-
-pass
-from subspace.adapters.inject import adapters, eject, inject, trained_parameters
-from subspace.adapters.multi_adapter import MixedAdapters, can_be_mixed, mixed
-from subspace.adapters.registry import methods
+from subspace.adapters.inject import adapters, inject, remove_adapters, trained_parameters
+from subspace.adapters.multi_adapter import MixedAdapters, batch_adapters, can_batch_adapters
+from subspace.adapters.registry import list_methods
 from subspace.adapters.serialization import save_adapter
-from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.data import samples as samples_module
+from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
 from subspace.evaluation.protocols.likelihood import Likelihood
 from subspace.evaluation.results import TaskResult, read_items
 from subspace.evaluation.subjects import evaluate_subjects
@@ -41,7 +39,7 @@ def put_in(model: nn.Module, method: str, seed: int, **settings: Any) -> None:
     perturb(model, seed)
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_a_batch_of_several_subjects_gives_each_its_own(method: str) -> None:
     """Two of a method, one of LoRA with another rank at other layers, and the base."""
     model, ids = tiny_llama(), torch.arange(60).reshape(3, 20)
@@ -49,15 +47,15 @@ def test_a_batch_of_several_subjects_gives_each_its_own(method: str) -> None:
     for seed, (name, targets) in enumerate([(method, None), ("lora", ["q_proj", "down_proj"]), (method, None)]):
         inject(model, name, {"r": 3} if targets else {}, targets=targets, seed=seed)
         perturb(model, seed)
-        if not can_be_mixed(model):
+        if not can_batch_adapters(model):
             assert method in ELSEWHERE
             return
         found.append(adapters(model))
         alone.append(model(ids).logits)
-        eject(model)
+        remove_adapters(model)
     assert method not in ELSEWHERE
     before = model(ids).logits
-    with torch.no_grad(), mixed(model, [*found, {}]):
+    with torch.no_grad(), batch_adapters(model, [*found, {}]):
         together = model(ids.repeat(4, 1)).logits
     torch.testing.assert_close(together, torch.cat([*alone, before]), atol=2e-4, rtol=1e-4)
     assert not torch.allclose(together[:3], together[6:9], atol=1e-2)
@@ -70,11 +68,11 @@ def test_low_rank_updates_are_one_product() -> None:
     for method in ("lora", "moslora"):
         put_in(model, method, 0)
         found.append(adapters(model))
-        eject(model)
+        remove_adapters(model)
     calls: list[Tensor] = []
     for adapter in found[0].values():
         adapter.register_forward_hook(lambda *_: calls.append(torch.zeros(0)))
-    with torch.no_grad(), mixed(model, found):
+    with torch.no_grad(), batch_adapters(model, found):
         assert all(part.factors is not None for part in model.modules() if isinstance(part, MixedAdapters))
         model(torch.arange(20).repeat(2, 1))
     assert not calls
@@ -84,8 +82,8 @@ def test_a_constraint_that_is_no_update_of_a_weight_runs_by_itself() -> None:
     model = tiny_llama()
     put_in(model, "lora+mpc-n", 0)
     found = adapters(model)
-    eject(model)
-    with mixed(model, [found]):
+    remove_adapters(model)
+    with batch_adapters(model, [found]):
         assert all(part.factors is None for part in model.modules() if isinstance(part, MixedAdapters))
 
 
@@ -94,8 +92,8 @@ def test_nothing_is_dropped_out() -> None:
     put_in(model, "dora", 0, dropout=0.5)
     found, expected = adapters(model), model.eval()(ids).logits
     model.train()
-    eject(model)
-    with torch.no_grad(), mixed(model, [found]):
+    remove_adapters(model)
+    with torch.no_grad(), batch_adapters(model, [found]):
         torch.testing.assert_close(model.eval()(ids).logits, expected)
 
 
@@ -124,7 +122,7 @@ def scored(base: Path, out: Path, mix: bool, **settings: Any) -> list[list[TaskR
     model = ModelConfig(path=str(base / "base"), dtype="float32")
     return evaluate_subjects(
         [
-            Subject(model, config, out / (method or "base"), base / method if method else None, method)
+            EvaluationSubject(model, config, out / (method or "base"), base / method if method else None, method)
             for method in ("lora", "prefix", "", "houlsby", "dora")
         ]
     )

@@ -9,15 +9,15 @@ import pytest
 import subspace
 from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.parameter_count import count_trained, match_budget
-from subspace.adapters.registry import methods
+from subspace.adapters.registry import list_methods
 from subspace.errors import UserError
 from tests.helpers.tiny_models import tiny_llama
 
-DIALS = [name for name, method in methods().items() if method.dial]
+DIALS = [name for name, method in list_methods().items() if method.size_setting]
 MODEL = tiny_llama()
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_what_is_counted_is_what_is_trained(method: str) -> None:
     model = tiny_llama()
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
@@ -30,7 +30,7 @@ def test_what_is_counted_is_what_is_trained(method: str) -> None:
 @pytest.mark.parametrize("method", DIALS)
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 32])
 def test_a_size_is_found_again_from_its_count(method: str, size: int) -> None:
-    dial = methods()[method].dial
+    dial = list_methods()[method].size_setting
     assert dial
     parameters = count_trained(MODEL, method, {dial: size})
     assert match_budget(method, MODEL, parameters) == size
@@ -39,7 +39,7 @@ def test_a_size_is_found_again_from_its_count(method: str, size: int) -> None:
 @pytest.mark.parametrize("method", DIALS)
 @pytest.mark.parametrize("parameters", [1, 5_000, 9_137])
 def test_no_neighbor_comes_nearer(method: str, parameters: int) -> None:
-    dial = methods()[method].dial
+    dial = list_methods()[method].size_setting
     assert dial
     size = match_budget(method, MODEL, parameters)
     missed = {

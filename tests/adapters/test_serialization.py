@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from subspace.adapters.inject import adapters, groups, inject, trained_parameters
-from subspace.adapters.registry import methods
+from subspace.adapters.inject import adapter_groups, adapters, inject, trained_parameters
+from subspace.adapters.registry import list_methods
 from subspace.adapters.serialization import SETTINGS, TENSORS, load_adapter, save_adapter
 from subspace.errors import UserError
 from tests.helpers.tiny_models import tiny, tiny_llama
@@ -28,7 +28,7 @@ def trained(method: str = "lora") -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_a_fresh_model_gives_equal_logits(method: str, tmp_path: Path) -> None:
     model = trained(method)
     save_adapter(model, tmp_path / "adapter", model="tiny")
@@ -134,7 +134,7 @@ def test_settings_by_site_come_back(tmp_path: Path) -> None:
         same = adapters(other)[site]
         assert same.config == adapter.config
         assert same.num_siblings == adapter.num_siblings
-    assert [len(group) for group in groups(other)] == [len(group) for group in groups(model)]
+    assert [len(group) for group in adapter_groups(other)] == [len(group) for group in adapter_groups(model)]
 
 
 def test_the_published_ia3_comes_back(tmp_path: Path) -> None:

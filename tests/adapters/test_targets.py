@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from subspace.adapters.inject import inject
-from subspace.adapters.targets import DEFAULT_TARGETS, find
+from subspace.adapters.targets import DEFAULT_TARGETS, find_target_modules
 from subspace.errors import UserError
 from tests.helpers.tiny_models import ARCHITECTURES, tiny, tiny_llama
 
@@ -19,7 +19,7 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "up_p
 def test_default_targets_in_every_architecture(architecture: str) -> None:
     model = tiny(architecture)
     expected = {FUSED.get(target, target) if architecture == "phi3" else target for target in DEFAULT_TARGETS}
-    found = find(model, "linear")
+    found = find_target_modules(model, "linear")
     assert {name.rpartition(".")[2] for name in found} == expected
     assert len(found) == 2 * len(expected)  # two layers
     assert all(model.get_submodule(name) is module and isinstance(module, nn.Linear) for name, module in found.items())
@@ -38,7 +38,7 @@ def test_default_targets_in_every_architecture(architecture: str) -> None:
     ],
 )
 def test_other_kinds_in_every_architecture(architecture: str, kind: str, expected: list[str]) -> None:
-    assert list(find(tiny(architecture), kind)) == expected
+    assert list(find_target_modules(tiny(architecture), kind)) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,31 +56,31 @@ def test_other_kinds_in_every_architecture(architecture: str, kind: str, expecte
     ],
 )
 def test_a_target_is_a_name_or_its_end(target: str, expected: list[str]) -> None:
-    assert list(find(tiny_llama(), "linear", [target])) == expected
+    assert list(find_target_modules(tiny_llama(), "linear", [target])) == expected
 
 
 @pytest.mark.parametrize("target", [".*", r".*(proj|head)", r"[a-z_.0-9]+"])
 def test_the_head_must_be_named(target: str) -> None:
-    found = find(tiny_llama(), "linear", [target])
+    found = find_target_modules(tiny_llama(), "linear", [target])
     assert len(found) == 14
     assert "lm_head" not in found
 
 
 def test_sites_come_once_and_in_the_models_order() -> None:
     model = tiny_llama()
-    found = find(model, "linear", ["down_proj", "q_proj", ".*_proj", "q_proj"])
+    found = find_target_modules(model, "linear", ["down_proj", "q_proj", ".*_proj", "q_proj"])
     order = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     assert list(found) == order
 
 
 @pytest.mark.parametrize("target", ["k_proj", "self_attn.v_proj", r"layers\.\d\.self_attn\.(q|v)_proj", "qkv_proj"])
 def test_a_projection_finds_the_linear_that_fuses_it(target: str) -> None:
-    found = find(tiny("phi3"), "linear", [target])
+    found = find_target_modules(tiny("phi3"), "linear", [target])
     assert list(found) == ["model.layers.0.self_attn.qkv_proj", "model.layers.1.self_attn.qkv_proj"]
 
 
 def test_other_kinds_take_targets_too() -> None:
-    found = find(tiny_llama(), "sublayer", [r"mlp\.down_proj"])
+    found = find_target_modules(tiny_llama(), "sublayer", [r"mlp\.down_proj"])
     assert list(found) == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 
 
@@ -100,20 +100,20 @@ def test_other_kinds_take_targets_too() -> None:
 )
 def test_bad_targets_are_answered(targets: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        find(tiny_llama(), "linear", targets)
+        find_target_modules(tiny_llama(), "linear", targets)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_what_holds_an_adapter_is_no_site() -> None:
     model = tiny_llama()
     inject(model, "lora", targets=["q_proj"])
-    assert set(find(model, "linear", [".*_proj"])) == {
-        name for name in find(tiny_llama(), "linear", [".*_proj"]) if "q_proj" not in name
+    assert set(find_target_modules(model, "linear", [".*_proj"])) == {
+        name for name in find_target_modules(tiny_llama(), "linear", [".*_proj"]) if "q_proj" not in name
     }
     with pytest.raises(UserError, match="'q_proj' already holds an adapter"):
-        find(model, "linear", ["q_proj"])
+        find_target_modules(model, "linear", ["q_proj"])
 
 
 def test_a_model_of_another_make_has_llamas_names() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
-    assert list(find(model, "linear", ["q_proj"])) == ["q_proj"]
+    assert list(find_target_modules(model, "linear", ["q_proj"])) == ["q_proj"]

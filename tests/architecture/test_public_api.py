@@ -9,20 +9,20 @@ import sys
 import pytest
 
 import subspace
-from subspace.adapters.registry import methods
+from subspace.adapters.registry import list_methods
 
 
-@pytest.mark.parametrize("name", subspace.PUBLIC)
-def test_a_public_name_is_the_function_and_not_the_module(name: str) -> None:
-    importlib.import_module(subspace.PUBLIC[name])
+@pytest.mark.parametrize("name", subspace._PUBLIC)
+def test_a_public_name_resolves(name: str) -> None:
+    importlib.import_module(subspace._PUBLIC[name])
     assert callable(getattr(subspace, name))
-    assert getattr(subspace, name).__module__ == subspace.PUBLIC[name]
+    assert getattr(subspace, name).__module__ == subspace._PUBLIC[name]
     assert name in dir(subspace)
 
 
 def test_methods_are_listed_twice_alike() -> None:
-    assert subspace.methods() == methods() == subspace.methods()
-    assert "lora" in subspace.methods()
+    assert subspace.list_methods() == list_methods() == subspace.list_methods()
+    assert "lora" in subspace.list_methods()
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -29,7 +29,9 @@ STARTED = sorted(command for command in commands() if not command.startswith("su
 
 def test_the_table_of_methods_is_the_registers() -> None:
     table = README.partition(catalogue.BEGIN)[2].partition(catalogue.END)[0].strip()
-    assert table == catalogue.markdown(), "put what `subspace methods --markdown` prints between the README's marks"
+    assert table == catalogue.methods_table(), (
+        "put what `subspace methods --markdown` prints between the README's marks"
+    )
 
 
 @pytest.mark.parametrize("command", SPOKEN)
@@ -37,7 +39,7 @@ def test_a_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(ROOT)
     _, options = cli.parse(shlex.split(command)[1:])
     if "config" in options:
-        config_module.read(options.config, options.settings)
+        config_module.read_config(options.config, options.settings)
 
 
 @pytest.mark.parametrize("command", STARTED)
@@ -51,7 +53,7 @@ def test_what_a_command_starts_is_there(command: str, monkeypatch: pytest.Monkey
 
 def test_the_readme_shows_every_verb() -> None:
     shown = {shlex.split(command)[1] for command in SPOKEN}
-    assert {verb.name for verb in cli.VERBS} == shown
+    assert {verb.name for verb in cli.COMMANDS} == shown
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\b([a-z]+\.py)\b", README))))

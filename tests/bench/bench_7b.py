@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.common.host_memory import resident_memory, return_what_is_freed
-from subspace.distributed.deepspeed_config import fill, lay_out
-from subspace.distributed.engine import start_engine, start_processes
+from subspace.common.host_memory import resident_memory, return_freed_memory
+from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
+from subspace.distributed.engine import init_distributed, init_engine
 from subspace.kernels.cross_entropy import summed_loss
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model
@@ -64,9 +64,11 @@ def ours(folder: str) -> tuple[Any, Any]:
         inject(model, "lora", {"r": 32, "alpha": 64}, targets=TARGETS)
         count = sum(tensor.numel() for tensor in trained_parameters(model).values())
         raw = {"zero_optimization": {"stage": 0}}
-        config, _ = fill(raw, lay_out(1, None, 1), dtype="bfloat16", clip=1.0, trained=count)
+        config, _ = resolve_deepspeed_config(
+            raw, compute_batch_layout(1, None, 1), dtype="bfloat16", clip=1.0, trained=count
+        )
         optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=1e-4, fused=True)
-        engine = start_engine(model, config, optimizer, lambda step: 1.0)
+        engine = init_engine(model, config, optimizer, lambda step: 1.0)
         engine.train()
 
         def step(batch: dict[str, torch.Tensor]) -> float:
@@ -118,8 +120,8 @@ def theirs(folder: str) -> tuple[Any, Any]:
 def measure(side: str, folder: str, steps: int) -> dict[str, Any]:
     """Open the model and train; return the bytes and the losses."""
     if side == "subspace":
-        start_processes()
-        return_what_is_freed()
+        init_distributed()
+        return_freed_memory()
     before = held()
     forget_most()
     began = time.perf_counter()

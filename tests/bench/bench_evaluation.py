@@ -39,14 +39,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace.adapters.inject import adapters, eject, inject, trained_parameters
+from subspace.adapters.inject import adapters, inject, remove_adapters, trained_parameters
 from subspace.adapters.serialization import load_adapter, save_adapter
-from subspace.common.host_memory import keep_what_is_freed
+from subspace.common.host_memory import keep_freed_memory
 from subspace.data.samples import Sample, find_tasks, take_sample
 from subspace.evaluation.answer_extraction import AnswerWords
-from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
 from subspace.evaluation.evaluate import evaluate
-from subspace.evaluation.protocols.llm_adapters import Generation
+from subspace.evaluation.protocols.llm_adapters import LLMAdapters
 from subspace.evaluation.results import read_items
 from subspace.evaluation.subjects import evaluate_subjects
 from subspace.models.config import ModelConfig
@@ -127,7 +127,7 @@ def alternate(title: str, num_items: int, sides: Mapping[str, Side], rounds: int
     answers: dict[str, Any] = {}
     for _ in range(rounds):
         for name, side in sides.items():
-            keep_what_is_freed()  # for the other side too: loading a model through this project has it returned
+            keep_freed_memory()  # for the other side too: loading a model through this project has it returned
             began = [clock() for clock in clocks]
             with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
                 answers[name] = side()
@@ -187,7 +187,7 @@ def in_peft(config: ModelConfig, adapter: Path) -> Any:
     found = adapters(opened)
     settings: Any = next(iter(found.values())).config
     factors = {site: one.own_tensors() for site, one in found.items()}
-    eject(opened)
+    remove_adapters(opened)
     lora = peft.LoraConfig(r=settings.r, lora_alpha=settings.alpha, target_modules=list(found), task_type="CAUSAL_LM")
     adapted: Any = peft.get_peft_model(opened, lora).eval()
     for site, own in factors.items():
@@ -202,7 +202,7 @@ def by_beams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples
     answers = []
     generate: Any = model.generate
     for sample in samples:
-        scorer = Generation(model, tokenizer, sample.task, sample.items, "alpaca-indented")
+        scorer = LLMAdapters(model, tokenizer, sample.task, sample.items, "alpaca-indented")
         for prompt in scorer.prompts:
             ids = torch.tensor([prompt], device=model.device)
             settings = {
@@ -216,7 +216,7 @@ def by_beams(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples
     return answers
 
 
-def made_subjects(model: ModelConfig, config: EvaluateConfig, count: int, folder: Path) -> list[Subject]:
+def made_subjects(model: ModelConfig, config: EvaluateConfig, count: int, folder: Path) -> list[EvaluationSubject]:
     """Make adapters that differ, as runs leave them."""
     network = open_model(model)
     subjects = []
@@ -227,12 +227,12 @@ def made_subjects(model: ModelConfig, config: EvaluateConfig, count: int, folder
                 parameter.add_(0.01 * torch.randn_like(parameter))
         name = folder / str(number)
         save_adapter(network, name / "adapter")
-        eject(network)
-        subjects.append(Subject(model, config, name, name / "adapter", f"lora {number}"))
+        remove_adapters(network)
+        subjects.append(EvaluationSubject(model, config, name, name / "adapter", f"lora {number}"))
     return subjects
 
 
-def together(groups: list[list[Subject]]) -> list[Any]:
+def together(groups: list[list[EvaluationSubject]]) -> list[Any]:
     """Score the subjects of each group on one load; return the answers."""
     found = [results for group in groups for results in evaluate_subjects(group)]
     return [record["prediction"] for results in found for r in results if r.items for record in read_items(r.items)]

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from subspace.common.host_memory import keep_what_is_freed
+from subspace.common.host_memory import keep_freed_memory
 from subspace.kernels import attention
-from subspace.kernels.low_rank import add_product, branch_off
-from subspace.kernels.rms_norm import lighten_norms
+from subspace.kernels.low_rank import lora_down, lora_up_add
+from subspace.kernels.rms_norm import patch_rms_norm
 
 ROUNDS = 15
 ATTENTIONS = [(16, 64, 9, 3, 64), (16, 96, 9, 3, 64), (16, 256, 9, 3, 64), (4, 128, 32, 8, 128), (2, 1024, 9, 3, 64)]
@@ -33,7 +33,7 @@ Side = Callable[..., Tensor]
 
 def main() -> None:
     """Print all of them."""
-    keep_what_is_freed()
+    keep_freed_memory()
     attention.LONGEST = 4096  # to see where it stops to gain
     for shape in ATTENTIONS:
         rows, tokens, heads, key_heads, width = shape
@@ -41,14 +41,14 @@ def main() -> None:
         mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(rows, 1, tokens, tokens).contiguous()
         theirs, ours = (
             lambda q, k, v, of=of, module=module, mask=mask: of(module, q, k, v, mask)[0]
-            for of in (sdpa_attention_forward, partial(attention.attend, sdpa_attention_forward))
+            for of in (sdpa_attention_forward, partial(attention.row_blocked_attention, sdpa_attention_forward))
         )
         for dtype in (torch.bfloat16, torch.float32):
             given = [torch.randn(rows, tokens, n, width, dtype=dtype) for n in (heads, key_heads, key_heads)]
             tell(f"attention {shape} {dtype}", theirs, ours, [tensor.transpose(1, 2) for tensor in given])
     for dtype in (torch.bfloat16, torch.float32):
         plain, light = (LlamaRMSNorm(576).to(dtype).requires_grad_(False) for _ in "ab")
-        lighten_norms(light)
+        patch_rms_norm(light)
         tell(f"norm {dtype}", plain, light, [torch.randn(16, 96, 576, dtype=dtype)])
         for n_in, n_out in LAYERS:
             layer = nn.Linear(n_in, n_out, bias=False, dtype=dtype).requires_grad_(False)
@@ -65,8 +65,8 @@ def by_autograd(layer: nn.Linear, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def by_branch(layer: nn.Linear, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Add it as this project does."""
-    x, h = branch_off(x, A)
-    return add_product(layer(x), h, B, 2.0)
+    x, h = lora_down(x, A)
+    return lora_up_add(layer(x), h, B, 2.0)
 
 
 def tell(what: str, theirs: Side, ours: Side, given: Sequence[Tensor]) -> None:

@@ -33,10 +33,10 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from subspace.adapters import linalg as decomposition
-from subspace.adapters.base import Clock
+from subspace.adapters.base import TrainProgress
 from subspace.adapters.inject import adapters, inject, trained_parameters
-from subspace.adapters.registry import methods
-from subspace.training.optimizer_access import Access
+from subspace.adapters.registry import list_methods
+from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 R = 32
@@ -52,7 +52,7 @@ Step = Callable[[], float]
 def main() -> None:
     """Run the rounds of every method and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="*", default=list(methods()))
+    parser.add_argument("--methods", nargs="*", default=list(list_methods()))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, default=2, help="of 256 tokens")
@@ -102,7 +102,7 @@ def randomise_decompositions() -> None:
 
     import importlib
 
-    for cls in methods().values():
+    for cls in list_methods().values():
         for module in {
             importlib.import_module(base.__module__) for base in cls.__mro__ if "subspace" in base.__module__
         }:
@@ -171,9 +171,9 @@ def our_side(weights: nn.Module, name: str, ids: Tensor) -> Step:
     model = share(weights)
     if name == "full":
         model = model.float() if next(model.parameters()).dtype == torch.float32 else model
-    fields = methods()[name].Config.__dataclass_fields__
+    fields = list_methods()[name].Config.__dataclass_fields__
     settings = {**({"r": R} if "r" in fields else {}), **SETTINGS.get(name, {})}
-    linear = methods()[name].site == "linear" and name != "full"
+    linear = list_methods()[name].site == "linear" and name != "full"
     inject(model, name, settings, targets=TARGETS if linear else None)
     parameters = list(trained_parameters(model).values())
     TRAINED[name] = sum(p.numel() for p in parameters)
@@ -186,11 +186,11 @@ def our_side(weights: nn.Module, name: str, ids: Tensor) -> Step:
         optimizer.zero_grad()
         loss = loss_of(model, ids)
         loss.backward()  # type: ignore[no-untyped-call]
-        type(group[0]).before_step(group, Clock(steps[0], 100), Access(optimizer=optimizer))
+        type(group[0]).before_step(group, TrainProgress(steps[0], 100), DeepSpeedOptimizerAccess(optimizer=optimizer))
         optimizer.step()
-        type(group[0]).after_step(group, Clock(steps[0], 100), Access(optimizer=optimizer))
+        type(group[0]).after_step(group, TrainProgress(steps[0], 100), DeepSpeedOptimizerAccess(optimizer=optimizer))
         for adapter in group:
-            adapter.kept = {}
+            adapter.clear_cache()
         return loss.item()
 
     return step

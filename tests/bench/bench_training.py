@@ -44,14 +44,14 @@ import numpy as np
 import torch
 
 from subspace.adapters.inject import adapters, inject, trained_parameters
-from subspace.common.host_memory import keep_what_is_freed, resident_memory
+from subspace.common.host_memory import keep_freed_memory, resident_memory
 from subspace.common.paths import REPOSITORY
 from subspace.data.config import DataConfig
 from subspace.data.dataset import open_data
-from subspace.data.sampler import StepPlan, share
-from subspace.distributed.collectives import leave, rank, sum_over_ranks, world_size
-from subspace.distributed.deepspeed_config import fill, lay_out
-from subspace.distributed.engine import start_engine, start_processes
+from subspace.data.sampler import StepPlan, shard_batch
+from subspace.distributed.collectives import all_reduce_sum, rank, shutdown, world_size
+from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
+from subspace.distributed.engine import init_distributed, init_engine
 from subspace.distributed.launcher import free_port
 from subspace.kernels.cross_entropy import summed_loss
 from subspace.models.config import ModelConfig
@@ -199,14 +199,14 @@ def measure(options: Any) -> None:
     block = Block(tokens, now(options.clock) - began, resident_memory("VmHWM") >> 20, losses)
     if rank() == 0:
         print(json.dumps(asdict(block)), flush=True)
-    leave()
+    shutdown()
 
 
 def now(clock: str) -> float:
     """Return seconds by the clock, of all processes together where it is the processors'."""
     if clock == "wall":
         return time.perf_counter()
-    return float(sum_over_ranks(torch.tensor(time.process_time(), dtype=torch.float64)))
+    return float(all_reduce_sum(torch.tensor(time.process_time(), dtype=torch.float64)))
 
 
 def material(options: Any, *, group_by_length: bool) -> tuple[ModelConfig, Any, Any, StepPlan]:
@@ -228,7 +228,7 @@ def subspace_side(
     options: Any, *, stage: int = 0, packing: bool = False, roomy: bool = False, compiled: bool = False
 ) -> Run:
     """This project: its engine, its loss, its batches."""
-    start_processes()
+    init_distributed()
     ranks = world_size()
     opened, _, rows, plan = material(options, group_by_length=not packing)
     data = replace(rows, packing=packing)
@@ -237,25 +237,25 @@ def subspace_side(
     inject(model, "lora", {"r": 32, "alpha": 64, "dropout": options.dropout}, targets=TARGETS)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-    raw, layout = {"zero_optimization": {"stage": stage}}, lay_out(options.batch, None, ranks)
-    engine_config, _ = fill(raw, layout, dtype=options.dtype, clip=1.0, trained=trained)
-    engine = start_engine(model, engine_config, optimizer, lambda step: 1.0)
+    raw, layout = {"zero_optimization": {"stage": stage}}, compute_batch_layout(options.batch, None, ranks)
+    engine_config, _ = resolve_deepspeed_config(raw, layout, dtype=options.dtype, clip=1.0, trained=trained)
+    engine = init_engine(model, engine_config, optimizer, lambda step: 1.0)
     engine.train()
     if compiled:
         compile_layers(model)
     if roomy:
-        keep_what_is_freed()
+        keep_freed_memory()
 
     def run(steps: range) -> tuple[int, list[float]]:
         tokens, losses = 0, []
         for step in steps:
-            batch = data.batch(share(plan[step], rank(), ranks, 1)[0])
-            labelled, seen = sum_over_ranks(torch.tensor(count_tokens([batch]))).tolist()
+            batch = data.batch(shard_batch(plan[step], rank(), ranks, 1)[0])
+            labelled, seen = all_reduce_sum(torch.tensor(count_tokens([batch]))).tolist()
             loss = summed_loss(engine, batch) * ranks / labelled
             engine.backward(loss)
             engine.step()
             tokens += seen
-            losses.append(float(sum_over_ranks(loss.detach())) / ranks)
+            losses.append(float(all_reduce_sum(loss.detach())) / ranks)
         return tokens, losses
 
     return run
@@ -335,7 +335,7 @@ def frozen_side(options: Any) -> Run:
     model.requires_grad_(False)
     assert not adapters(model)
     if not options.lean:
-        keep_what_is_freed()
+        keep_freed_memory()
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
     def run(steps: range) -> tuple[int, list[float]]:

@@ -24,11 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from subspace import config as config_module
-from subspace.adapters.inject import inject, roles
+from subspace.adapters.inject import inject, parameter_roles
 from subspace.adapters.parameter_count import count_trained, match_budget
-from subspace.adapters.registry import methods
+from subspace.adapters.registry import list_methods
 from subspace.common.paths import REPOSITORY
-from subspace.evaluation.results import Score, mean
+from subspace.evaluation.results import Score, mean_score
 from subspace.models.loading import open_shape
 
 RECIPE = REPOSITORY / "launch" / "recipes" / "methods.yaml"
@@ -43,7 +43,7 @@ FACTORS = {"down", "up"}
 def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=list(methods()))
+    parser.add_argument("--only", nargs="*", default=list(list_methods()))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
@@ -62,17 +62,17 @@ def main() -> None:
 
 def settings(name: str) -> dict[str, Any]:
     """Return the settings of a method for the recipe, its size matched to the budget."""
-    recipe = config_module.read(RECIPE)
+    recipe = config_module.read_config(RECIPE)
     shape = open_shape(recipe.model)
     targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     budget = count_trained(shape, "lora", {"r": 8}, targets=targets)
-    cls = methods()[name]
+    cls = list_methods()[name]
     found: dict[str, Any] = {}
     takes_targets = cls.site == "linear"
-    if cls.dial and name != "prompt":
-        found[cls.dial] = match_budget(name, shape, budget, targets=targets if takes_targets else None)
+    if cls.size_setting and name != "prompt":
+        found[cls.size_setting] = match_budget(name, shape, budget, targets=targets if takes_targets else None)
         if "alpha" in cls.Config.__dataclass_fields__ and cls.Config.__dataclass_fields__["alpha"].default:
-            found["alpha"] = 2.0 * found[cls.dial]
+            found["alpha"] = 2.0 * found[cls.size_setting]
     if name == "lora-dash":
         found["launch"] = 4
     return found
@@ -80,12 +80,12 @@ def settings(name: str) -> dict[str, Any]:
 
 def rate(name: str) -> float:
     """Return the learning rate; see the module's docstring."""
-    base: float = config_module.read(RECIPE).train.learning_rate
+    base: float = config_module.read_config(RECIPE).train.learning_rate
     if name == "full":
         return base / 50
-    shape = open_shape(config_module.read(RECIPE).model)
+    shape = open_shape(config_module.read_config(RECIPE).model)
     inject(shape, name, settings(name), start=False)
-    return base if FACTORS & set(roles(shape).values()) else 10 * base
+    return base if FACTORS & set(parameter_roles(shape).values()) else 10 * base
 
 
 def run(name: str) -> tuple[str, str]:
@@ -96,7 +96,7 @@ def run(name: str) -> tuple[str, str]:
     if name != "base" and not (folder / "adapter").is_dir():
         given = {f"method.{key}": value for key, value in settings(name).items()}
         given |= {"name": folder.name, "runs": str(folder.parent), "train.learning_rate": rate(name)}
-        if methods()[name].site != "linear":
+        if list_methods()[name].site != "linear":
             given["targets"] = "null"
         overrides = [f"method={name}", *(f"{key}={value}" for key, value in given.items())]
         commands.insert(0, ["train", str(RECIPE), *overrides])
@@ -136,15 +136,15 @@ def figures(name: str) -> dict[str, Any] | None:
         return None
     about = json.loads((folder / "environment.json").read_text())
     results = json.loads((folder / "results.json").read_text())
-    score = mean([Score(**next(iter(row["metrics"].values()))) for row in results])
+    score = mean_score([Score(**next(iter(row["metrics"].values()))) for row in results])
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     first, *_, last = [line for line in log if "processor_seconds" in line]
-    cls, chosen = methods()[name], config_module.read(folder / "config.yaml").method[0].settings
+    cls, chosen = list_methods()[name], config_module.read_config(folder / "config.yaml").method[0].settings
     return {
         "method": name,
-        "size": f"{cls.dial} = {getattr(chosen, cls.dial)}" if cls.dial else "",
+        "size": f"{cls.size_setting} = {getattr(chosen, cls.size_setting)}" if cls.size_setting else "",
         "trained": about["adapters"]["trained"],
-        "rate": config_module.read(folder / "config.yaml").train.learning_rate,
+        "rate": config_module.read_config(folder / "config.yaml").train.learning_rate,
         "seconds": (last["processor_seconds"] - first["processor_seconds"]) / (last["step"] - first["step"]),
         "memory": about["outcome"]["peak_memory"] / 1e6,
         "loss": about["outcome"]["best_validation"],

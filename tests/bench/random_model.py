@@ -28,7 +28,7 @@ SHARD = 10**9  # bytes, about
 
 def write_random(folder: Path, shape: str, **changes: Any) -> int:
     """Write the model, bfloat16, and return the bytes of its tensors. ``changes`` replace values of its config.json."""
-    config = AutoConfig.for_model(**{**declared_module.shapes()[shape].config, **changes})
+    config = AutoConfig.for_model(**{**declared_module.model_shapes()[shape].config, **changes})
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.save_pretrained(folder)
     bpe_tokenizer(pad_token="<|reserved_special_token_0|>").save_pretrained(folder)

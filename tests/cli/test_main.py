@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from subspace.adapters import catalog as catalogue
-from subspace.adapters.registry import methods
+from subspace.adapters.registry import list_methods
 from subspace.cli import main as cli
-from subspace.cli.command import Verb
+from subspace.cli.command import Command
 from subspace.distributed import launcher
 from subspace.distributed.signals import STATUS_FILE
 from tests.helpers.tiny_models import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = [verb.name for verb in cli.VERBS]
+VERBS = [verb.name for verb in cli.COMMANDS]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -103,27 +103,27 @@ def test_a_mistake_is_one_message_and_status_2(
     assert complaint in said.err
 
 
-def _failing(error: BaseException) -> list[Verb]:
+def _failing(error: BaseException) -> list[Command]:
     def fail(_: object) -> int:
         raise error
 
-    return [Verb("fail", "", "", lambda parser: None, fail)]
+    return [Command("fail", "", "", lambda parser: None, fail)]
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "VERBS", _failing(KeyboardInterrupt()))
+    monkeypatch.setattr(cli, "COMMANDS", _failing(KeyboardInterrupt()))
     assert cli.main(["fail"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "VERBS", _failing(OSError(errno.ENOSPC, "No space left on device", "runs/x")))
+    monkeypatch.setattr(cli, "COMMANDS", _failing(OSError(errno.ENOSPC, "No space left on device", "runs/x")))
     assert cli.main(["fail"]) == 2
     assert "no space is left on the disk for 'runs/x'" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "VERBS", _failing(ZeroDivisionError()))
+    monkeypatch.setattr(cli, "COMMANDS", _failing(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["fail"])
 
@@ -135,7 +135,7 @@ def test_a_rank_leaves_a_failure_to_the_one_that_told_it(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(STATUS_FILE, str(tmp_path / "status"))
     (tmp_path / "status").write_text("2")
-    monkeypatch.setattr(cli, "VERBS", _failing(ConnectionError()))
+    monkeypatch.setattr(cli, "COMMANDS", _failing(ConnectionError()))
     assert cli.main(["fail"]) == 1
     assert capsys.readouterr().err == ""
 
@@ -163,7 +163,7 @@ def test_a_rank_refuses_another_number_of_processes(
 
 
 def test_methods_and_constraints_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = [*methods(), "+mpc-o", "+mpc-d", "+mpc-n"]
+    listed = [*list_methods(), "+mpc-o", "+mpc-d", "+mpc-n"]
     assert cli.main(["methods", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in told] == listed
@@ -173,11 +173,11 @@ def test_methods_and_constraints_are_listed(capsys: pytest.CaptureFixture[str]) 
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == listed
 
 
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", list_methods())
 def test_a_method_has_its_page(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods", name]) == 0
     page = capsys.readouterr().out
-    assert all(f"  {setting}=" in page for setting in catalogue.entry(methods()[name]).settings)
+    assert all(f"  {setting}=" in page for setting in catalogue.method_info(list_methods()[name]).settings)
     assert "arXiv:" in page
     assert ".. math::" in page
 
@@ -204,8 +204,8 @@ def test_trained_numbers_are_counted_in_a_model(tmp_path: Path, capsys: pytest.C
     assert "  alpha=8.0 " in page
 
     assert cli.main(["methods", *shape, "--budget", str(expected), "--json"]) == 0
-    sizes = {e["name"]: e["settings"][e["dial"]] for e in json.loads(capsys.readouterr().out)}
-    assert set(sizes) == {name for name, method in methods().items() if method.dial}
+    sizes = {e["name"]: e["settings"][e["size_setting"]] for e in json.loads(capsys.readouterr().out)}
+    assert set(sizes) == {name for name, method in list_methods().items() if method.size_setting}
     assert sizes["lora"] == 16
 
 

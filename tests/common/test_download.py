@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from subspace.common import download as download_module
 from subspace.common import files as files_module
 from subspace.common.download import Hub, Wheel, wheels
-from subspace.common.files import make_folder, sealed
+from subspace.common.files import build_dir_atomically, read_manifest
 from subspace.errors import UserError
 from tests.helpers.toy_benchmark import TEST, TRAIN, make_wheel, make_world
 
@@ -37,7 +37,7 @@ def build(work: Path) -> dict[str, Any]:
 
 
 def good(folder: Path) -> bool:
-    return sealed(folder, thorough=True) is not None
+    return read_manifest(folder, thorough=True) is not None
 
 
 def remains(folder: Path) -> list[str]:
@@ -46,10 +46,10 @@ def remains(folder: Path) -> list[str]:
 
 def test_a_folder_is_made_once(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "folder"
-    assert make_folder(folder, good, build)
-    assert sealed(folder) == {"from": "a test"}
+    assert build_dir_atomically(folder, good, build)
+    assert read_manifest(folder) == {"from": "a test"}
     assert (folder / "inner" / "numbers").read_text() == "1 2 3"
-    assert not make_folder(folder, good, build)
+    assert not build_dir_atomically(folder, good, build)
     assert remains(folder) == []
 
 
@@ -64,9 +64,9 @@ def flip(file: Path) -> None:
 @pytest.mark.parametrize("spoil", [cut, flip, Path.unlink])
 def test_a_spoiled_folder_is_made_again(spoil: Callable[[Path], None], tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    make_folder(folder, good, build)
+    build_dir_atomically(folder, good, build)
     spoil(folder / "inner" / "numbers")
-    assert make_folder(folder, good, build)
+    assert build_dir_atomically(folder, good, build)
     assert (folder / "inner" / "numbers").read_text() == "1 2 3"
     assert remains(folder) == []
 
@@ -75,9 +75,9 @@ def test_a_spoiled_folder_is_made_again(spoil: Callable[[Path], None], tmp_path:
     "manifest", ["", "{}", "[]", '{"files": {"inner/numbers": 5}}', '{"files": {"other": [1, ""]}}']
 )
 def test_a_folder_with_a_spoiled_manifest_is_not_good(manifest: str, tmp_path: Path) -> None:
-    make_folder(tmp_path / "folder", good, build)
+    build_dir_atomically(tmp_path / "folder", good, build)
     (tmp_path / "folder" / files_module.MANIFEST).write_text(manifest)
-    assert sealed(tmp_path / "folder") is None
+    assert read_manifest(tmp_path / "folder") is None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("broken")])
@@ -87,14 +87,14 @@ def test_what_breaks_off_leaves_nothing(error: BaseException, tmp_path: Path) ->
         raise error
 
     with pytest.raises(type(error)):
-        make_folder(tmp_path / "folder", good, breaks)
+        build_dir_atomically(tmp_path / "folder", good, breaks)
     assert not (tmp_path / "folder").exists()
     assert remains(tmp_path / "folder") == []
 
 
 def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / ".folder.tmp-abc" / "half").mkdir(parents=True)
-    make_folder(tmp_path / "folder", good, build)
+    build_dir_atomically(tmp_path / "folder", good, build)
     assert remains(tmp_path / "folder") == []
 
 
@@ -108,7 +108,7 @@ def test_a_full_disk_is_said_in_words(error: Exception, tmp_path: Path) -> None:
         raise error
 
     with pytest.raises(UserError, match="the disk is full .* set SUBSPACE_CACHE to another disk"):
-        make_folder(tmp_path / "folder", good, full)
+        build_dir_atomically(tmp_path / "folder", good, full)
     assert remains(tmp_path / "folder") == []
 
 
@@ -117,7 +117,7 @@ def test_a_disk_that_may_not_be_written_is_said_in_words(tmp_path: Path) -> None
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with pytest.raises(UserError, match="may not be. Set SUBSPACE_CACHE"):
-        make_folder(tmp_path / "folder", good, denied)
+        build_dir_atomically(tmp_path / "folder", good, denied)
 
 
 def test_who_comes_at_the_same_time_waits(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_who_comes_at_the_same_time_waits(tmp_path: Path) -> None:
         return build(work)
 
     def come() -> None:
-        make_folder(tmp_path / "folder", good, slow)
+        build_dir_atomically(tmp_path / "folder", good, slow)
         assert good(tmp_path / "folder")
 
     threads = [threading.Thread(target=come) for _ in range(4)]
@@ -162,7 +162,7 @@ def test_pip_brings_a_wheel_and_it_is_kept(wheel: Wheel, tmp_path: Path, monkeyp
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     found = download_module.fetch_wheel(wheel)
     assert found == downloaded(wheel, tmp_path)
-    assert files_module.sha256_of(found) == wheel.sha256
+    assert files_module.file_sha256(found) == wheel.sha256
     assert remains(found) == []
 
     monkeypatch.setattr(download_module, "_pip_download", None)
@@ -202,7 +202,7 @@ def test_a_cut_wheel_of_an_earlier_time_is_replaced(
 
     monkeypatch.setattr(download_module, "_pip_download", whole_download)
     downloaded(wheel, tmp_path).write_bytes(b"half of it")
-    assert files_module.sha256_of(download_module.fetch_wheel(wheel)) == wheel.sha256
+    assert files_module.file_sha256(download_module.fetch_wheel(wheel)) == wheel.sha256
 
 
 def test_a_wheel_is_not_asked_for_without_room(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +350,7 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_manifest_is_json_for_people(tmp_path: Path) -> None:
-    make_folder(tmp_path / "folder", good, build)
+    build_dir_atomically(tmp_path / "folder", good, build)
     manifest = json.loads((tmp_path / "folder" / files_module.MANIFEST).read_text())
     assert manifest == {"from": "a test", "files": {"inner/numbers": [5, hashlib.sha256(b"1 2 3").hexdigest()]}}
 

@@ -12,17 +12,17 @@ import pytest
 
 from subspace.data import leakage as unseen
 from subspace.data import samples as samples_module
-from subspace.data.custom_tasks import custom_task, local_items
+from subspace.data.custom_tasks import custom_task, read_local_items
 from subspace.data.samples import find_tasks, take_sample
-from subspace.data.tasks import task, tasks
+from subspace.data.tasks import find_task, list_tasks
 from subspace.errors import UserError
 from subspace.evaluation import config as config_module
 from subspace.evaluation import evaluate as evaluate_module
 from subspace.evaluation import subjects
 from subspace.evaluation.answer_extraction import LastNumber
-from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
 from subspace.evaluation.protocols.likelihood import Likelihood
-from subspace.evaluation.protocols.llm_adapters import Generation
+from subspace.evaluation.protocols.llm_adapters import LLMAdapters
 from subspace.evaluation.results import read_items
 from subspace.models.config import ModelConfig
 from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
@@ -60,15 +60,15 @@ def test_a_suite_of_one_s_own_is_scored_by_every_protocol(planets: Path, tmp_pat
 
 def test_it_is_asked_as_arc_is(planets: Path) -> None:
     own, items = custom_task(planets), take_sample(custom_task(planets), "test", None).items
-    assert [own.instruction(item) for item in items] == [task("arc_easy").instruction(item) for item in items]
-    arc = task("arc_easy").likelihood
+    assert [own.instruction(item) for item in items] == [find_task("arc_easy").instruction(item) for item in items]
+    arc = find_task("arc_easy").likelihood
     assert [own.likelihood.requests(item) for item in items] == [arc.requests(item) for item in items]
     assert own.output(items[0]) == "the correct answer is answer2"
 
 
 def test_its_texts_may_be_one_s_own(planets: Path) -> None:
     planets.write_text(YAML + 'instruction: "Q {{ question }}"\nanswer_words: [x]\nlikelihood: {context: "C:"}\n')
-    own, (item, *_) = custom_task(planets), local_items(custom_task(planets), "test", None)
+    own, (item, *_) = custom_task(planets), read_local_items(custom_task(planets), "test", None)
     assert own.instruction(item) == "Q Which planet has rings?"
     assert own.likelihood.requests(item)[1] == ("C:", " Saturn")
 
@@ -104,12 +104,12 @@ def test_a_declared_task_s_name_is_not_taken(planets: Path) -> None:
 
 def test_the_math_suites_are_declared_in_their_table_s_order() -> None:
     assert [one.name for one in find_tasks("math")] == MATH
-    assert not set(MATH) & set(tasks())
+    assert not set(MATH) & set(list_tasks())
 
 
 def published(folder: Path, name: str, rows: list[tuple[str, Any]]) -> Path:
     """Write a suite's file as it is published, as often as its rows are declared."""
-    declared = task(name).splits["test"]
+    declared = find_task(name).splits["test"]
     assert declared.file
     file = folder / declared.file.path
     file.parent.mkdir(parents=True)
@@ -122,21 +122,21 @@ def published(folder: Path, name: str, rows: list[tuple[str, Any]]) -> Path:
 def test_a_math_suite_is_read_as_it_is_published(name: str, tmp_path: Path) -> None:
     answers = ["B", "E"] if name == "aqua" else ["576.0", "9.8"]
     folder = published(tmp_path, name, [("How many tiles?", answers[0]), ("How many gallons?", answers[1])])
-    sample = take_sample(task(name), "test", 40, str(folder))
+    sample = take_sample(find_task(name), "test", 40, str(folder))
     assert len({item["id"] for item in sample.items}) == 40
-    assert {(item["question"], task(name).answer(item)) for item in sample.items} == {
+    assert {(item["question"], find_task(name).answer(item)) for item in sample.items} == {
         ("How many tiles?", answers[0]),
         ("How many gallons?", answers[1]),
     }
     assert sample.majority == pytest.approx(0.5, abs=0.01)
-    assert task(name).instruction(sample.items[0]) == sample.items[0]["question"]
+    assert find_task(name).instruction(sample.items[0]) == sample.items[0]["question"]
 
 
 def test_a_file_of_another_length_is_refused(tmp_path: Path) -> None:
     folder = published(tmp_path, "svamp", [("How many?", "1")])
     (folder / "SVAMP" / "test.json").write_text('[{"instruction": "How many?", "answer": "1"}]')
     with pytest.raises(UserError, match="has 1 rows where svamp/test has 1,000"):
-        take_sample(task("svamp"), "test", None, str(folder))
+        take_sample(find_task("svamp"), "test", None, str(folder))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_a_file_of_another_length_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_math_suite_from_the_hub_is_asked_alike(name: str, record: Any, question: str, answer: str) -> None:
-    item = task(name).make_item(record, 0, "test")
-    assert (task(name).instruction(item), task(name).answer(item)) == (question, answer)
+    item = find_task(name).make_item(record, 0, "test")
+    assert (find_task(name).instruction(item), find_task(name).answer(item)) == (question, answer)
 
 
 @pytest.mark.parametrize(
@@ -178,24 +178,24 @@ def test_the_last_number_counts(text: str, number: str, label: str, right: bool)
 
 def test_an_explanation_is_written_first(tmp_path: Path) -> None:
     folder = published(tmp_path, "gsm8k", [("How many?", "1"), ("How much?", "2")])
-    items = take_sample(task("gsm8k"), "test", 3, str(folder)).items
-    scorer = Generation(tiny_llama(), bpe_tokenizer(), task("gsm8k"), items, "alpaca-indented")
+    items = take_sample(find_task("gsm8k"), "test", 3, str(folder)).items
+    scorer = LLMAdapters(tiny_llama(), bpe_tokenizer(), find_task("gsm8k"), items, "alpaca-indented")
     records = scorer.score(tiny_llama(), range(3))
     assert all(len(bpe_tokenizer()(record["text"])["input_ids"]) > 32 for record in records)
 
 
 def test_likelihood_is_refused_for_what_is_not_declared_for_it() -> None:
     with pytest.raises(UserError, match="likelihood was asked for gsm8k, which is not declared for it.*llm-adapters"):
-        Likelihood(tiny_llama(), bpe_tokenizer(), task("gsm8k"), [])
+        Likelihood(tiny_llama(), bpe_tokenizer(), find_task("gsm8k"), [])
 
 
 # What was trained on
 
 
-def trained_on(tmp_path: Path, rows: list[str], **settings: Any) -> Subject:
+def trained_on(tmp_path: Path, rows: list[str], **settings: Any) -> EvaluationSubject:
     (tmp_path / "own.json").write_text(json.dumps([{"instruction": text, "output": "x"} for text in rows]))
     config = EvaluateConfig(tasks="gsm8k", **settings)
-    return Subject(ModelConfig(), config, tmp_path / "run", mixture=str(tmp_path / "own.json"))
+    return EvaluationSubject(ModelConfig(), config, tmp_path / "run", mixture=str(tmp_path / "own.json"))
 
 
 def sample(count: int = 200) -> samples_module.Sample:
@@ -203,41 +203,41 @@ def sample(count: int = 200) -> samples_module.Sample:
         {"id": str(n), "question": f"How many are {n} and {n} ?", "context": "", "choices": [str(2 * n)], "label": 0}
         for n in range(count)
     ]
-    return samples_module.Sample(task("gsm8k"), items, 0.1)
+    return samples_module.Sample(find_task("gsm8k"), items, 0.1)
 
 
 def test_a_run_that_was_trained_on_the_test_items_is_refused(tmp_path: Path) -> None:
     rows = [f"how many are {n} and {n}?" for n in range(3)]
     with pytest.raises(UserError, match=r"run was trained on .*own.json, which holds 3 of 200 items of gsm8k.*=score"):
-        subjects.check_unseen(trained_on(tmp_path, rows), [sample()])
+        subjects.check_contamination(trained_on(tmp_path, rows), [sample()])
 
 
 @pytest.mark.parametrize(("rows", "settings"), [(1, {}), (3, {"seen": "score"})])
 def test_a_few_are_told(rows: int, settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = [f"how many are {n} and {n}?" for n in range(rows)]
-    subjects.check_unseen(trained_on(tmp_path, trained, **settings), [sample()])
+    subjects.check_contamination(trained_on(tmp_path, trained, **settings), [sample()])
     assert f"which holds {rows} of 200 items of gsm8k" in capsys.readouterr().err
 
 
 def test_other_questions_are_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    subjects.check_unseen(trained_on(tmp_path, ["how many are 1 and 2?"]), [sample()])
+    subjects.check_contamination(trained_on(tmp_path, ["how many are 1 and 2?"]), [sample()])
     assert capsys.readouterr().err == ""
 
 
 def test_a_named_mixture_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = datasets.Dataset.from_list([{"question": item["question"]} for item in sample().items])
     monkeypatch.setattr(unseen, "task_items", lambda name, split: rows)
-    subject = Subject(ModelConfig(), EvaluateConfig(tasks="gsm8k"), tmp_path, mixture="boolq")
+    subject = EvaluationSubject(ModelConfig(), EvaluateConfig(tasks="gsm8k"), tmp_path, mixture="boolq")
     with pytest.raises(UserError, match="trained on boolq, which holds 200 of 200 items of gsm8k"):
-        subjects.check_unseen(subject, [sample()])
+        subjects.check_contamination(subject, [sample()])
 
 
 def test_a_run_is_told_before_it_is_trained(tmp_path: Path) -> None:
     folder = published(tmp_path, "gsm8k", [("How many?", "1"), ("How much?", "2"), ("How far?", "3")])
     subject = trained_on(tmp_path, ["how many", "other"], data=str(folder))
-    (told,) = unseen.seen_before(subject.mixture, subject.evaluate)
+    (told,) = unseen.overlap_notices(subject.mixture, subject.evaluate)
     assert re.search(r"own.json holds 440 of 1319 items of gsm8k, too many.*refused", told)
-    assert not unseen.seen_before(trained_on(tmp_path, ["other"], data=str(folder)).mixture, subject.evaluate)
+    assert not unseen.overlap_notices(trained_on(tmp_path, ["other"], data=str(folder)).mixture, subject.evaluate)
 
 
 def test_a_suite_that_is_not_there_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,4 +245,4 @@ def test_a_suite_that_is_not_there_is_passed_over(tmp_path: Path, monkeypatch: p
         raise UserError(f"{name} is not on this machine")
 
     monkeypatch.setattr(samples_module, "task_items", lacking)
-    assert not unseen.seen_before(trained_on(tmp_path, ["x"]).mixture, EvaluateConfig(tasks="gsm8k,boolq"))
+    assert not unseen.overlap_notices(trained_on(tmp_path, ["x"]).mixture, EvaluateConfig(tasks="gsm8k,boolq"))

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from subspace.cli.commands.prepare import prepare
 from subspace.data import tokenization as tokenization_module
-from subspace.data.collate import IGNORE, Row, collate
+from subspace.data.collate import IGNORE_INDEX, TokenRow, collate
 from subspace.data.config import DataConfig
 from subspace.data.dataset import Data, open_data
 from subspace.data.prepare import task_items
-from subspace.data.sampler import StepPlan, share
+from subspace.data.sampler import StepPlan, shard_batch
 from subspace.data.tokenization import encode_prompt
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
@@ -76,7 +76,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 # Tensors.
 
-ROWS = [Row([5, 6, 7, 8, 1], 3), Row([9, 1, 4, 1], 2)]
+ROWS = [TokenRow([5, 6, 7, 8, 1], 3), TokenRow([9, 1, 4, 1], 2)]
 
 
 def test_only_the_answer_and_its_end_carry_loss() -> None:
@@ -84,15 +84,18 @@ def test_only_the_answer_and_its_end_carry_loss() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 1, 1, 1, 1], [9, 1, 4, 1, 1, 1, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 3, [1] * 4 + [0] * 4]
     assert batch["labels"].tolist() == [
-        [IGNORE] * 3 + [8, 1] + [IGNORE] * 3,
-        [IGNORE] * 2 + [4, 1] + [IGNORE] * 4,
+        [IGNORE_INDEX] * 3 + [8, 1] + [IGNORE_INDEX] * 3,
+        [IGNORE_INDEX] * 2 + [4, 1] + [IGNORE_INDEX] * 4,
     ]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
 def test_all_tokens_carry_loss_where_asked() -> None:
     labels = collate(ROWS, pad_id=1, loss_on="all", pad_to_multiple=1)["labels"]
-    assert labels.tolist() == [[IGNORE, 6, 7, 8, 1], [IGNORE, 1, 4, 1, IGNORE]]  # nothing stands before the first
+    assert labels.tolist() == [
+        [IGNORE_INDEX, 6, 7, 8, 1],
+        [IGNORE_INDEX, 1, 4, 1, IGNORE_INDEX],
+    ]  # nothing stands before the first
 
 
 @pytest.mark.parametrize(("multiple", "width"), [(1, 5), (4, 8), (8, 8), (64, 64)])
@@ -239,7 +242,7 @@ def test_an_answer_keeps_a_token_before_it(tmp_path: Path, tokenizer: PreTrained
     row = open_data(settings(file), tokenizer).train[0]
     answer = row.input_ids[row.answer_start :]
     shortest = open_data(settings(file, max_length=len(answer) + 1), tokenizer).train[0]
-    assert shortest == Row([row.input_ids[0], *answer], 1)
+    assert shortest == TokenRow([row.input_ids[0], *answer], 1)
     with pytest.raises(UserError, match=f"no row of .* its shortest answer takes {len(answer) + 1}"):
         open_data(settings(file, max_length=len(answer)), tokenizer)
 
@@ -319,7 +322,7 @@ def test_ranks_share_the_held_out_rows(
     batches = [list(data.validation_batches(micro, rank, ranks)) for rank in range(ranks)]
     assert len({len(mine) for mine in batches}) == 1
     labels = [labels for mine in batches for batch in mine for labels in batch["labels"]]
-    labelled = sum(int((row != IGNORE).sum()) for row in labels)
+    labelled = sum(int((row != IGNORE_INDEX).sum()) for row in labels)
     expected = [data.validation[i] for i in range(13)]
     assert labelled == sum(len(row.input_ids) - row.answer_start for row in expected)
     assert max(len(batch["labels"]) for mine in batches for batch in mine) <= micro
@@ -354,7 +357,7 @@ def other_end(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatc
 
 
 def other_prompt(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
-    monkeypatch.setattr("subspace.data.tasks.prompt", lambda name: PLAIN.replace("Say", "Tell"))
+    monkeypatch.setattr("subspace.data.tasks.prompt_template", lambda name: PLAIN.replace("Say", "Tell"))
     return tokenizer
 
 
@@ -454,7 +457,7 @@ def test_a_step_begins_with_its_longest_row() -> None:
 @pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 4), (3, 5)])
 def test_a_step_is_shared_without_loss(ranks: int, accumulate: int) -> None:
     rows = list(range(100, 116))
-    parts = [share(rows, rank, ranks, accumulate) for rank in range(ranks)]
+    parts = [shard_batch(rows, rank, ranks, accumulate) for rank in range(ranks)]
     assert sorted(row for mine in parts for micro in mine for row in micro) == rows
     assert {len(mine) for mine in parts} == {accumulate}
     sizes = [len(micro) for mine in parts for micro in mine]
@@ -462,12 +465,15 @@ def test_a_step_is_shared_without_loss(ranks: int, accumulate: int) -> None:
 
 
 def test_rows_that_are_fed_together_are_of_like_length() -> None:
-    assert [share([9, 8, 7, 6, 5, 4, 3, 2], rank, 2, 2) for rank in (0, 1)] == [[[9, 7], [5, 3]], [[8, 6], [4, 2]]]
+    assert [shard_batch([9, 8, 7, 6, 5, 4, 3, 2], rank, 2, 2) for rank in (0, 1)] == [
+        [[9, 7], [5, 3]],
+        [[8, 6], [4, 2]],
+    ]
 
 
 def test_too_few_rows_to_share_are_refused() -> None:
     with pytest.raises(UserError, match=r"3 rows cannot be shared by 2 processes .* at least 4"):
-        share([1, 2, 3], 0, 2, 2)
+        shard_batch([1, 2, 3], 0, 2, 2)
 
 
 # The real data.

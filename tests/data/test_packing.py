@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from subspace import config as config_module
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.data.collate import IGNORE, Row, collate, packed
+from subspace.data.collate import IGNORE_INDEX, TokenRow, collate, pack_rows
 from subspace.errors import UserError
 from subspace.kernels.cross_entropy import summed_loss
 from subspace.run import train_run
@@ -22,7 +22,7 @@ from tests.helpers.tiny_models import VOCABULARY, tiny
 
 generator = torch.Generator().manual_seed(2)
 ROWS = [
-    Row(torch.randint(2, VOCABULARY, (length,), generator=generator).tolist(), length // 2)
+    TokenRow(torch.randint(2, VOCABULARY, (length,), generator=generator).tolist(), length // 2)
     for length in (20, 14, 9, 5, 3)
 ]
 ROOM = 32  # for 20 + 9 + 3 and 14 + 5
@@ -56,7 +56,7 @@ def test_a_packed_row_is_as_if_alone(architecture: str, attention: str, method: 
     assert together["input_ids"].shape == (2, ROOM)
     others = torch.ones_like(together["labels"], dtype=torch.bool)
     others[0, 20:29] = False
-    together["labels"].masked_fill_(others, IGNORE)
+    together["labels"].masked_fill_(others, IGNORE_INDEX)
     loss, gradients = loss_and_gradients(model, together, model)
     expected, alone = loss_and_gradients(model, collate([ROWS[2]], pad_id=0, loss_on="all"), model)
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -94,7 +94,7 @@ def test_packing_leaves_every_token_and_label(loss_on: str) -> None:
 
 @pytest.mark.parametrize("room", [20, 23, 29, 100])
 def test_no_sequence_takes_more_than_fits(room: int) -> None:
-    sequences = packed(ROWS, room)
+    sequences = pack_rows(ROWS, room)
     assert sorted(row for sequence in sequences for row in sequence) == sorted(ROWS)
     assert max(sum(len(row.input_ids) for row in sequence) for sequence in sequences) <= room
 
@@ -113,7 +113,7 @@ def test_a_packed_run_learns_what_a_padded_one_does(material: Path, tmp_path: Pa
         "data.max_length=20",
     ]
     apart, together = (
-        train_run(config_module.read(material, [*own, f"name={packing}", f"data.packing={packing}"]))
+        train_run(config_module.read_config(material, [*own, f"name={packing}", f"data.packing={packing}"]))
         for packing in ("false", "true")
     )
     assert logged(together) == pytest.approx(logged(apart), abs=1e-5)
@@ -123,6 +123,6 @@ def test_a_packed_run_learns_what_a_padded_one_does(material: Path, tmp_path: Pa
 
 
 def test_vectors_before_the_text_are_refused(material: Path) -> None:
-    config = config_module.read(material, ["method=prompt", "data.packing=true"])
+    config = config_module.read_config(material, ["method=prompt", "data.packing=true"])
     with pytest.raises(UserError, match=r"method prompt puts its vectors before the first one only. .*or take prefix"):
         train_run(config)

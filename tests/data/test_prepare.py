@@ -352,9 +352,9 @@ def test_the_embedded_model_is_an_ordinary_folder() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("name", tasks_module.tasks())
+@pytest.mark.parametrize("name", tasks_module.list_tasks())
 def test_the_test_split_is_the_published_file(name: str) -> None:
-    task = tasks_module.task(name)
+    task = tasks_module.find_task(name)
     (blob,) = [entry.blob for entry in task.published.values() if entry.parts[0].split == "test"]
     assert git_blob_id(published_file(task, task_items(name, "test"))) == blob
 

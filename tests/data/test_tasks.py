@@ -9,7 +9,7 @@ import pytest
 
 from subspace.common import download as download_module
 from subspace.common.declarations import build
-from subspace.data.tasks import ITEM_FIELDS, Part, mixture, prompt, render, task, tasks
+from subspace.data.tasks import ITEM_FIELDS, MixturePart, find_mixture, find_task, list_tasks, prompt_template, render
 from subspace.errors import UserError
 
 NAMES = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
@@ -100,57 +100,61 @@ def item(name: str) -> dict[str, Any]:
 
 
 def test_the_eight_tasks_are_declared_in_the_tables_order() -> None:
-    assert list(tasks()) == NAMES
+    assert list(list_tasks()) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_instruction_is_llm_adapters(name: str) -> None:
-    assert task(name).instruction(item(name)) == INSTRUCTIONS[name]
+    assert find_task(name).instruction(item(name)) == INSTRUCTIONS[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_answer_is_one_of_the_words_looked_for(name: str) -> None:
-    assert task(name).answer(item(name)) == ANSWERS[name]
-    assert task(name).output(item(name)) == f"the correct answer is {ANSWERS[name]}"
-    assert ANSWERS[name] in task(name).answer_words
+    assert find_task(name).answer(item(name)) == ANSWERS[name]
+    assert find_task(name).output(item(name)) == f"the correct answer is {ANSWERS[name]}"
+    assert ANSWERS[name] in find_task(name).answer_words
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_likelihood_requests_are_the_harness_s(name: str) -> None:
-    requests = task(name).likelihood.requests(item(name))
+    requests = find_task(name).likelihood.requests(item(name))
     first, last, characters = REQUESTS[name]
     assert (requests[0], requests[-1], len(requests)) == (first, last, len(ITEMS[name]["choices"]))
-    assert task(name).likelihood.normalizers(item(name)) == characters
+    assert find_task(name).likelihood.normalizers(item(name)) == characters
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_of_the_test_split_add_up(name: str) -> None:
-    test = task(name).splits["test"]
+    test = find_task(name).splits["test"]
     assert sum(test.labels) == test.rows
-    assert task(name).majority == max(test.labels) / test.rows
+    assert find_task(name).majority == max(test.labels) / test.rows
 
 
 @pytest.mark.parametrize("name", ["ARC-Easy", "arc_easy", "ARC-e", "arc easy"])
 def test_a_task_is_found_by_its_aliases(name: str) -> None:
-    assert task(name).name == "arc_easy"
+    assert find_task(name).name == "arc_easy"
 
 
 def test_an_unknown_task_is_answered_with_the_nearest() -> None:
     with pytest.raises(
         UserError, match=r"no task is called 'bolq'\. Did you mean 'boolq'\? There are: addsub, aqua, arc_challenge"
     ):
-        task("bolq")
+        find_task("bolq")
 
 
 @pytest.mark.parametrize("name", ["commonsense"])
 def test_a_mixture_s_parts_add_up_to_its_rows(name: str) -> None:
-    parts = mixture(name).parts
-    assert sum(part.first or task(part.task).splits[part.split].rows for part in parts) == mixture(name).rows == 170420
+    parts = find_mixture(name).parts
+    assert (
+        sum(part.first or find_task(part.task).splits[part.split].rows for part in parts)
+        == find_mixture(name).rows
+        == 170420
+    )
 
 
 def test_the_training_prompt_is_the_published_one() -> None:
     spaces = " " * 16
-    assert render(prompt("alpaca-indented"), {"instruction": "Sing.", "input": ""}) == (
+    assert render(prompt_template("alpaca-indented"), {"instruction": "Sing.", "input": ""}) == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.  \n\n"
         f"{spaces}### Instruction:\n{spaces}Sing.\n{spaces}\n{spaces}### Response:\n{spaces}"
@@ -159,33 +163,36 @@ def test_the_training_prompt_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("name", ["alpaca-indented", "alpaca", "none"])
 def test_a_prompt_shows_the_input_where_there_is_one(name: str) -> None:
-    with_input = render(prompt(name), {"instruction": "Sing this.", "input": "la la"})
-    without = render(prompt(name), {"instruction": "Sing this.", "input": ""})
+    with_input = render(prompt_template(name), {"instruction": "Sing this.", "input": "la la"})
+    without = render(prompt_template(name), {"instruction": "Sing this.", "input": ""})
     assert with_input.index("Sing this.") < with_input.index("la la")
     assert "Input" not in without
 
 
 def test_an_unknown_prompt_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="Did you mean 'alpaca'"):
-        prompt("alpacca")
+        prompt_template("alpacca")
 
 
 @pytest.mark.parametrize(
     ("wanted", "parts"),
     [
-        ("boolq", [Part("boolq")]),
-        ("ARC-e", [Part("arc_easy")]),
-        ("boolq, piqa:500,siqa*0.5", [Part("boolq"), Part("piqa", rows=500), Part("siqa", weight=0.5)]),
+        ("boolq", [MixturePart("boolq")]),
+        ("ARC-e", [MixturePart("arc_easy")]),
+        (
+            "boolq, piqa:500,siqa*0.5",
+            [MixturePart("boolq"), MixturePart("piqa", rows=500), MixturePart("siqa", weight=0.5)],
+        ),
     ],
 )
-def test_a_mixture_by_tasks(wanted: str, parts: list[Part]) -> None:
-    assert mixture(wanted).parts == tuple(parts)
+def test_a_mixture_by_tasks(wanted: str, parts: list[MixturePart]) -> None:
+    assert find_mixture(wanted).parts == tuple(parts)
 
 
 @pytest.mark.parametrize("wanted", ["comonsense", "boolq,pikwa", "boolq:many", "boolq*1.2.3", ""])
 def test_an_unknown_mixture_is_refused(wanted: str) -> None:
     with pytest.raises(UserError, match=r"no mixture, task or file is called .* There are: .*commonsense"):
-        mixture(wanted)
+        find_mixture(wanted)
 
 
 @pytest.mark.parametrize(
@@ -203,28 +210,31 @@ def test_a_broken_mixture_file_is_named(content: str, says: str, tmp_path: Path)
     file = tmp_path / "mine.yaml"
     file.write_text(content)
     with pytest.raises(UserError, match="mine") as refused:
-        mixture(str(file))
+        find_mixture(str(file))
     assert says in str(refused.value)
 
 
 def test_a_mixture_file_of_one_s_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("parts: [{task: ARC-c, weight: 2.5}, {task: winogrande, first: 640}]")
-    assert mixture(str(file)).parts == (Part("arc_challenge", weight=2.5), Part("winogrande", first=640))
+    assert find_mixture(str(file)).parts == (
+        MixturePart("arc_challenge", weight=2.5),
+        MixturePart("winogrande", first=640),
+    )
 
 
 def test_a_record_that_does_not_fit_is_named() -> None:
     with pytest.raises(UserError, match=r"piqa/test, record 7: 'question' was to be goal.*the record has aim, sol1"):
-        task("piqa").make_item({"aim": "x", "sol1": "a", "sol2": "b", "label": 0}, 7, "test")
+        find_task("piqa").make_item({"aim": "x", "sol1": "a", "sol2": "b", "label": 0}, 7, "test")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_digest_follows_what_decides_the_rows(name: str) -> None:
     import dataclasses
 
-    changed = dataclasses.replace(task(name), item={**task(name).item, "question": "'x'"})
-    assert changed.digest != task(name).digest
-    assert dataclasses.replace(task(name), title="other").digest == task(name).digest
+    changed = dataclasses.replace(find_task(name), item={**find_task(name).item, "question": "'x'"})
+    assert changed.digest != find_task(name).digest
+    assert dataclasses.replace(find_task(name), title="other").digest == find_task(name).digest
 
 
 def test_what_a_declaration_lacks_is_named() -> None:

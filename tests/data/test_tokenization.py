@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from subspace.data.tokenization import encode_pair, encode_pairs, encode_prompt, encode_rows, fingerprint, prefix
+from subspace.data.tokenization import (
+    bos_prefix,
+    encode_pair,
+    encode_pairs,
+    encode_prompt,
+    encode_rows,
+    tokenizer_fingerprint,
+)
 from tests.helpers.tiny_models import TEXT, bpe_tokenizer, save_sentencepiece, tiny_llama
 
 PROMPT = "### Instruction:\n  is ice cold?\n  \n  ### Response:\n                "
@@ -105,23 +112,23 @@ def test_prefix_ignores_an_end_that_the_tokenizer_adds() -> None:
     )
     tokenizer.backend_tokenizer.post_processor = both
     assert tokenizer.encode("a fox")[-1] == 1
-    assert prefix(tokenizer) == [0]
+    assert bos_prefix(tokenizer) == [0]
     assert encode_prompt(tokenizer, "a fox")[-1] != 1
 
 
 def test_the_fingerprint_does_not_see_padding() -> None:
     tokenizer = bpe_tokenizer(pad_token="<|reserved_special_token_0|>")
-    before = fingerprint(tokenizer)
+    before = tokenizer_fingerprint(tokenizer)
     tokenizer(["a", "a fox jumps"], padding=True, truncation=True, max_length=5)
-    assert fingerprint(tokenizer) == before
+    assert tokenizer_fingerprint(tokenizer) == before
 
 
 @pytest.mark.parametrize(
     "special", [{"eos_token": "<|reserved_special_token_0|>"}, {"chat_template": "{{ messages }}"}]
 )
 def test_the_fingerprint_sees_what_decides_the_ids(special: dict[str, str]) -> None:
-    assert fingerprint(bpe_tokenizer(**special)) != fingerprint(bpe_tokenizer())
+    assert tokenizer_fingerprint(bpe_tokenizer(**special)) != tokenizer_fingerprint(bpe_tokenizer())
 
 
 def test_the_fingerprint_sees_the_vocabulary(tmp_path: Path) -> None:
-    assert len({fingerprint(make(tmp_path)) for make in KINDS.values()}) == len(KINDS)
+    assert len({tokenizer_fingerprint(make(tmp_path)) for make in KINDS.values()}) == len(KINDS)

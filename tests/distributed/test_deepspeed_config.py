@@ -14,33 +14,33 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from subspace.common.paths import REPOSITORY
-from subspace.distributed.deepspeed_config import fill, lay_out, read_engine_file
+from subspace.distributed.deepspeed_config import compute_batch_layout, read_engine_file, resolve_deepspeed_config
 from subspace.errors import UserError
 from tests.helpers.material import make_material, saved_adapter
 
-LAYOUT = lay_out(16, 4, 2)
+LAYOUT = compute_batch_layout(16, 4, 2)
 ALL = sorted(file for file in (REPOSITORY / "ds_configs").glob("*.json") if file.stem != "matrix")
 
 
 def filled(engine: dict[str, Any], dtype: str = "bfloat16", **more: Any) -> dict[str, Any]:
-    return fill(engine, LAYOUT, dtype=dtype, clip=1.0, **more)[0]
+    return resolve_deepspeed_config(engine, LAYOUT, dtype=dtype, clip=1.0, **more)[0]
 
 
 def test_layout() -> None:
     assert (LAYOUT.micro_batch, LAYOUT.accumulate, LAYOUT.ranks) == (4, 2, 2)
-    assert lay_out(16, None, 2).micro_batch == 8
+    assert compute_batch_layout(16, None, 2).micro_batch == 8
 
 
 def test_batch_that_the_processes_cannot_share() -> None:
     with pytest.raises(
         UserError, match=r"train\.batch is 16 rows a step, which 3 processes cannot share evenly\. Try 15, 18"
     ):
-        lay_out(16, None, 3)
+        compute_batch_layout(16, None, 3)
 
 
 def test_micro_batch_that_does_not_divide() -> None:
     with pytest.raises(UserError, match=r"does not divide the 8 rows .* Take one of 1, 2, 4, 8"):
-        lay_out(16, 3, 2)
+        compute_batch_layout(16, 3, 2)
 
 
 @pytest.mark.parametrize("file", ALL, ids=lambda path: path.stem)
@@ -56,19 +56,23 @@ def test_ready_files_are_filled(file: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "section"), [("float16", {}), ("bfloat16", {"bf16": {"enabled": True}})])
 def test_stage_0_in_16_bits_runs_as_stage_1(dtype: str, section: dict[str, Any]) -> None:
-    engine, notices = fill({"zero_optimization": {"stage": 0}, **section}, LAYOUT, dtype=dtype, clip=1.0)
+    engine, notices = resolve_deepspeed_config(
+        {"zero_optimization": {"stage": 0}, **section}, LAYOUT, dtype=dtype, clip=1.0
+    )
     assert engine["zero_optimization"]["stage"] == 1
     assert "runs as stage 1" in notices[0]
 
 
 def test_stage_0_in_full_precision_stays() -> None:
-    engine, notices = fill({"zero_optimization": {"stage": 0}}, LAYOUT, dtype="bfloat16", clip=1.0)
+    engine, notices = resolve_deepspeed_config({"zero_optimization": {"stage": 0}}, LAYOUT, dtype="bfloat16", clip=1.0)
     assert engine["zero_optimization"]["stage"] == 0
     assert not notices
 
 
 def test_what_auto_stands_for_is_told() -> None:
-    _, notices = fill({"gradient_clipping": "auto", "fp16": {"enabled": "auto"}}, LAYOUT, dtype="float32", clip=0.5)
+    _, notices = resolve_deepspeed_config(
+        {"gradient_clipping": "auto", "fp16": {"enabled": "auto"}}, LAYOUT, dtype="float32", clip=0.5
+    )
     assert notices == ['the engine\'s JSON: "auto" is gradient_clipping=0.5, fp16.enabled=False']
 
 

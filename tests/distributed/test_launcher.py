@@ -151,7 +151,7 @@ def test_a_killed_launcher_is_no_success(start: Callable[..., Run]) -> None:
 
 
 def _plan(**given: object) -> launcher.Launch:
-    launch = launcher.plan(["train", "x.yaml", "name=a b"], **given)  # type: ignore[arg-type]
+    launch = launcher.build_launch(["train", "x.yaml", "name=a b"], **given)  # type: ignore[arg-type]
     assert launch is not None
     return launch
 
@@ -178,8 +178,8 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "visible_devices", list)
-    assert launcher.plan(["train", "x.yaml"]) is None
-    assert launcher.plan(["train", "x.yaml"], processes=1) is None
+    assert launcher.build_launch(["train", "x.yaml"]) is None
+    assert launcher.build_launch(["train", "x.yaml"], processes=1) is None
 
 
 def test_every_visible_device_gets_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_every_visible_device_gets_a_process(monkeypatch: pytest.MonkeyPatch) ->
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "visible_devices", lambda: ["0"])
     with pytest.raises(UserError, match=r"3 processes .* shows 1\. Use --processes 1"):
-        launcher.plan(["train", "x.yaml"], processes=3)
+        launcher.build_launch(["train", "x.yaml"], processes=3)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_bad_hostfile_is_refused(tmp_path: Path, text: str | None, complaint: 
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=complaint):
-        launcher.plan(["train", "x.yaml"], hostfile=str(file))
+        launcher.build_launch(["train", "x.yaml"], hostfile=str(file))
 
 
 def test_the_example_of_a_hostfile_is_good() -> None:
@@ -225,9 +225,9 @@ def test_a_port_is_free() -> None:
 
 def test_a_process_becomes_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launcher.under_launcher()
-    launcher.become_rank()
+    launcher.init_rank_env()
     assert launcher.under_launcher()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
     port = os.environ["MASTER_PORT"]
-    launcher.become_rank()
+    launcher.init_rank_env()
     assert os.environ["MASTER_PORT"] == port

@@ -16,9 +16,9 @@ import pytest
 
 from subspace.adapters.serialization import TENSORS
 from subspace.common.paths import REPOSITORY
-from subspace.distributed.signals import Interruption
+from subspace.distributed.signals import SignalHandler
 from subspace.errors import RunStopped
-from subspace.training.checkpoint import checkpoints, damage
+from subspace.training.checkpoint import checkpoints, find_corruption
 from tests.helpers.material import logged, make_material
 
 pytestmark = pytest.mark.processes
@@ -131,7 +131,7 @@ def test_a_signal_to_a_run_of_one_process(start: Callable[..., Run]) -> None:
     status, said = run.end()
     assert status == 75
     assert "stopped: after step" in said
-    assert damage(checkpoints(run.folder)[-1]) is None
+    assert find_corruption(checkpoints(run.folder)[-1]) is None
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -197,7 +197,7 @@ def test_a_rank_that_is_left_alone_ends_at_the_launchers_signal(
 
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Interruption() as interruption:
+    with SignalHandler() as interruption:
         assert not interruption.asked
         os.kill(os.getpid(), signal.SIGUSR1)
         assert interruption.asked

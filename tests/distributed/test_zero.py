@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspace.adapters.registry import methods
+from subspace.adapters.registry import list_methods
 from subspace.common.paths import REPOSITORY
 from subspace.distributed import launcher
 from tests.helpers.material import STAGES, logged, make_material, saved_adapter
-from tests.helpers.tiny_models import SOON
+from tests.helpers.tiny_models import EARLY_SCHEDULES
 
 pytestmark = pytest.mark.processes
 
@@ -29,7 +29,7 @@ SLACK = {"lora-dash": 2}
 #: From there on, one value in a thousand may have a gradient so near zero that its steps are rounding.
 STRAY = {"lora-dash": 1e-3}
 #: All of them, unless a comma-separated list says which.
-METHODS = [name for name in methods() if name in (os.environ.get("ZERO_METHODS") or name).split(",")]
+METHODS = [name for name in list_methods() if name in (os.environ.get("ZERO_METHODS") or name).split(",")]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def arguments(name: str, stage: int, method: str, *more: str) -> tuple[str, list[str]]:
         run = [f"runs={root}", f"name={name}-{method}", f"engine={root / f'zero{stage}.json'}", f"method={method}"]
-        run += [f"method.{key}={value}" for key, value in SOON.get(method, {}).items()]
+        run += [f"method.{key}={value}" for key, value in EARLY_SCHEDULES.get(method, {}).items()]
         run += [f"train.steps={STEPS}", f"train.learning_rate={RATES.get(method, 0.005)}", "train.validate_every=10"]
         return str(file), [*run, *more]
 

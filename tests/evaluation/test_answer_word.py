@@ -16,7 +16,7 @@ from subspace.evaluation import evaluate as evaluate_module
 from subspace.evaluation.answer_extraction import AnswerWords
 from subspace.evaluation.config import EvaluateConfig
 from subspace.evaluation.protocols.answer_word import AnswerWord
-from subspace.evaluation.protocols.llm_adapters import Generation
+from subspace.evaluation.protocols.llm_adapters import LLMAdapters
 from subspace.evaluation.results import read_items, write_items
 from subspace.reporting.agreement import agreement
 from tests.helpers.items import items
@@ -32,8 +32,8 @@ def without_gradients() -> Any:
 
 def plain_scores(name: str, item: dict[str, Any]) -> list[float]:
     """Score each answer alone after the prompt that ``llm-adapters`` asks, from the definition."""
-    model, tokenizer, task = tiny_llama(), bpe_tokenizer(), tasks_module.task(name)
-    template = tasks_module.prompt("alpaca-indented")
+    model, tokenizer, task = tiny_llama(), bpe_tokenizer(), tasks_module.find_task(name)
+    template = tasks_module.prompt_template("alpaca-indented")
     prompt = tasks_module.render(template, {"instruction": task.instruction(item), "input": ""})
     context = encode_prompt(tokenizer, prompt)
     line = " " * 16  # the prompt's last line, whose spaces go to the answer
@@ -45,29 +45,31 @@ def plain_scores(name: str, item: dict[str, Any]) -> list[float]:
     return scores
 
 
-@pytest.mark.parametrize("name", tasks_module.tasks())
+@pytest.mark.parametrize("name", tasks_module.list_tasks())
 def test_scores_are_those_of_the_answers_after_the_prompt(name: str) -> None:
     made = items(name, 6)
-    records = AnswerWord(tiny_llama(), bpe_tokenizer(), tasks_module.task(name), made, "alpaca-indented").score(
+    records = AnswerWord(tiny_llama(), bpe_tokenizer(), tasks_module.find_task(name), made, "alpaca-indented").score(
         tiny_llama(), range(6)
     )
     for item, record in zip(made, records, strict=True):
         plain = plain_scores(name, item)
         assert record["scores"] == pytest.approx(plain, abs=1e-4)
-        words = [tasks_module.task(name).answer({**item, "label": label}) for label in range(len(plain))]
+        words = [tasks_module.find_task(name).answer({**item, "label": label}) for label in range(len(plain))]
         assert record["prediction"] == words[plain.index(max(plain))]
-        assert record["label"] == tasks_module.task(name).answer(item)
+        assert record["label"] == tasks_module.find_task(name).answer(item)
         assert record["correct"] == {"acc": record["prediction"] == record["label"]}
 
 
 def test_an_item_is_one_row() -> None:
-    scorer = AnswerWord(tiny_llama(), bpe_tokenizer(), tasks_module.task("arc_easy"), items("arc_easy", 5), "alpaca")
+    scorer = AnswerWord(
+        tiny_llama(), bpe_tokenizer(), tasks_module.find_task("arc_easy"), items("arc_easy", 5), "alpaca"
+    )
     assert [rows for rows, _ in scorer.sizes] == [1] * 5
 
 
 def test_the_prompt_is_generation_s() -> None:
-    given = tiny_llama(), bpe_tokenizer(), tasks_module.task("piqa"), items("piqa", 5), "alpaca-indented"
-    assert AnswerWord(*given).hashes == Generation(*given).hashes
+    given = tiny_llama(), bpe_tokenizer(), tasks_module.find_task("piqa"), items("piqa", 5), "alpaca-indented"
+    assert AnswerWord(*given).hashes == LLMAdapters(*given).hashes
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from subspace.errors import RunFailed
-from subspace.evaluation.batching import Halving, count_tokens, plan_batches, token_budget
+from subspace.evaluation.batching import OOMSplitter, count_tokens, plan_batches, token_budget
 from subspace.evaluation.protocols.likelihood import Likelihood
 from tests.helpers.tiny_models import tiny_llama
 from tests.workers.score_tasks import score
@@ -61,14 +61,14 @@ class Scarce:
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu", "python"])
 def test_a_batch_that_does_not_fit_is_halved(error: Exception) -> None:
     scarce = Scarce(50, error)
-    halving = Halving(tiny_llama(), scarce, SIZES)
+    halving = OOMSplitter(tiny_llama(), scarce, SIZES)
     assert halving.score([4, 3, 5]) == [{"number": n} for n in (4, 3, 5)]
     assert scarce.tried == [93, 31, 30, 29]
 
 
 def test_what_did_not_fit_once_is_not_tried_again() -> None:
     scarce = Scarce(50, MemoryError())
-    halving = Halving(tiny_llama(), scarce, SIZES)
+    halving = OOMSplitter(tiny_llama(), scarce, SIZES)
     halving.score([4, 3, 5])
     scarce.tried.clear()
     halving.score([4, 3, 5])
@@ -77,19 +77,19 @@ def test_what_did_not_fit_once_is_not_tried_again() -> None:
 
 def test_an_item_that_does_not_fit_alone_ends_the_run_with_what_helps() -> None:
     with pytest.raises(RunFailed, match="one item of 200 tokens does not fit into memory by itself.*goes on where"):
-        Halving(tiny_llama(), Scarce(100, MemoryError()), SIZES).score([8])
+        OOMSplitter(tiny_llama(), Scarce(100, MemoryError()), SIZES).score([8])
 
 
 def test_under_zero_3_the_size_to_try_is_named() -> None:
     model = tiny_llama()
     model.lm_head.weight.ds_id = 0
     with pytest.raises(RunFailed, match="93 tokens.*evaluate.batch_tokens=46"):
-        Halving(model, Scarce(50, MemoryError()), SIZES).score([4, 3, 5])
+        OOMSplitter(model, Scarce(50, MemoryError()), SIZES).score([4, 3, 5])
 
 
 def test_another_error_is_no_lack_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
-        Halving(tiny_llama(), Scarce(1, RuntimeError("shapes cannot be multiplied")), SIZES).score([4, 3])
+        OOMSplitter(tiny_llama(), Scarce(1, RuntimeError("shapes cannot be multiplied")), SIZES).score([4, 3])
 
 
 def test_halving_changes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,10 @@ import datasets
 import pytest
 import torch
 
-from subspace.adapters.inject import eject, inject, trained_parameters
+from subspace.adapters.inject import inject, remove_adapters, trained_parameters
 from subspace.adapters.serialization import save_adapter
 from subspace.common.paths import REPOSITORY
-from subspace.common.progress import At
+from subspace.common.progress import ProgressCallback
 from subspace.data import samples as samples_module
 from subspace.data import tasks as tasks_module
 from subspace.data.samples import find_tasks, take_sample
@@ -29,7 +29,7 @@ from subspace.distributed import launcher
 from subspace.errors import UserError
 from subspace.evaluation import config as config_module
 from subspace.evaluation import evaluate as evaluate_module
-from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
 from subspace.evaluation.protocols.likelihood import Likelihood
 from subspace.evaluation.results import TaskResult, read_items, read_results
 from subspace.evaluation.subjects import evaluate_subjects
@@ -50,7 +50,7 @@ def made_items(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("names", "found"),
     [
-        ("all", list(tasks_module.tasks())),
+        ("all", list(tasks_module.list_tasks())),
         ("piqa", ["piqa"]),
         ("PIQA, boolq", ["boolq", "piqa"]),
         (["ARC-e", "obqa", "arc_easy"], ["arc_easy", "openbookqa"]),
@@ -66,7 +66,7 @@ def test_an_unknown_task_names_the_nearest() -> None:
 
 
 def test_a_sample_is_part_of_a_larger_one_in_the_split_s_order() -> None:
-    task = tasks_module.task("piqa")
+    task = tasks_module.find_task("piqa")
     small, large, whole = ([item["id"] for item in take_sample(task, "test", n).items] for n in (5, 15, 100))
     assert (len(small), len(large), len(whole)) == (5, 15, 21)
     assert set(small) < set(large) < set(whole)
@@ -75,7 +75,7 @@ def test_a_sample_is_part_of_a_larger_one_in_the_split_s_order() -> None:
 
 
 def test_the_majority_is_the_split_s() -> None:
-    task = tasks_module.task("piqa")
+    task = tasks_module.find_task("piqa")
     labels = [item["label"] for item in items("piqa", 21)]
     most = max(labels.count(0), labels.count(1)) / 21
     assert [take_sample(task, "test", n).majority for n in (3, None)] == [most, most]
@@ -89,7 +89,7 @@ def test_what_is_left_on_disk(tmp_path: Path, protocol: str) -> None:
     (piqa, hellaswag) = results
     assert piqa.items == tmp_path / "evaluation" / protocol / "piqa.jsonl"
     records = read_items(piqa.items)
-    sample = take_sample(tasks_module.task("piqa"), "test", 17).items
+    sample = take_sample(tasks_module.find_task("piqa"), "test", 17).items
     assert [record["id"] for record in records] == [item["id"] for item in sample]
     assert piqa.metrics["acc"].value == sum(record["correct"]["acc"] for record in records) / 17
     assert piqa.n == 17
@@ -130,7 +130,7 @@ def test_progress_reaches_the_end() -> None:
     seen: dict[str, list[float]] = {}
     totals: dict[str, float] = {}
 
-    def watched(title: str, total: float, unit: str) -> AbstractContextManager[At]:
+    def watched(title: str, total: float, unit: str) -> AbstractContextManager[ProgressCallback]:
         totals[title] = total
         return nullcontext(lambda done, detail="": seen.setdefault(title, []).append(done))
 
@@ -156,7 +156,7 @@ def test_a_missing_task_is_told_before_any_is_scored(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_answers_do_not_depend_on_the_batch(protocol: str) -> None:
     model = tiny_llama()
-    jobs = evaluate_module.lay_out(model, bpe_tokenizer(), EvaluateConfig(protocol=protocol))
+    jobs = evaluate_module.build_jobs(model, bpe_tokenizer(), EvaluateConfig(protocol=protocol))
 
     def answers(job: evaluate_module.Job, size: int) -> list[Any]:
         batches = [range(first, min(first + size, 21)) for first in range(0, 21, size)]
@@ -179,7 +179,7 @@ def test_several_protocols_are_scored_in_one_go(tmp_path: Path) -> None:
 def test_examples_stand_before_each_question() -> None:
     def job(count: int) -> evaluate_module.Job:
         config = EvaluateConfig(tasks="openbookqa", examples=count, limit=6)
-        return evaluate_module.lay_out(tiny_llama(), bpe_tokenizer(), config)[0]
+        return evaluate_module.build_jobs(tiny_llama(), bpe_tokenizer(), config)[0]
 
     none, two = job(0), job(2)
     for plain, asked in zip(none.scorer.requests, two.scorer.requests, strict=True):  # type: ignore[attr-defined]
@@ -193,7 +193,7 @@ def test_examples_stand_before_each_question() -> None:
 
 def test_bytes_are_counted_where_that_is_asked_for() -> None:
     config = EvaluateConfig(tasks="piqa", by_bytes=True)
-    (job,) = evaluate_module.lay_out(tiny_llama(), bpe_tokenizer(), config)
+    (job,) = evaluate_module.build_jobs(tiny_llama(), bpe_tokenizer(), config)
     with torch.no_grad():
         records = job.scorer.score(tiny_llama(), range(21))
     for item, record in zip(job.sample.items, records, strict=True):
@@ -246,7 +246,7 @@ def test_what_is_not_the_same_is_scored_again(tmp_path: Path, change: str) -> No
     elif change == "adapters":
         inject(model, "lora")
     elif change == "an adapter's setting":
-        eject(model)
+        remove_adapters(model)
         inject(model, "lora", {"alpha": 2})
     elif change == "items are gone":
         first.items.unlink()
@@ -298,7 +298,7 @@ def test_a_killed_scoring_goes_on_where_it_was(protocol: str, tmp_path: Path, mo
 
 
 def laid_out(protocol: str) -> list[evaluate_module.Job]:
-    return evaluate_module.lay_out(
+    return evaluate_module.build_jobs(
         tiny_llama(), bpe_tokenizer(), EvaluateConfig(protocol=protocol, tasks="piqa", limit=3)
     )
 
@@ -373,7 +373,7 @@ def test_adapters_on_a_base_that_is_spread_answer_as_on_a_whole_one(tmp_path: Pa
 def test_only_stage_3_spreads_a_base(tmp_path: Path) -> None:
     config = EvaluateConfig(engine=str(REPOSITORY / "ds_configs" / "zero2.json"))
     with pytest.raises(UserError, match="of ZeRO stage 2, but only stage 3 spreads a model. Take ds_configs/zero3"):
-        evaluate_subjects([Subject(ModelConfig(path="tiny"), config, tmp_path)])
+        evaluate_subjects([EvaluationSubject(ModelConfig(path="tiny"), config, tmp_path)])
 
 
 @pytest.mark.processes

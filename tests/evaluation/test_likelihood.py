@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.adapters.registry import methods
+from subspace.adapters.registry import list_methods
 from subspace.data import tasks as tasks_module
 from subspace.data.tokenization import encode_pairs
 from subspace.errors import UserError
 from subspace.evaluation.batching import plan_batches
-from subspace.evaluation.choice_scoring import Row, choice_scores, rows_of
+from subspace.evaluation.choice_scoring import ScoringRow, build_scoring_rows, score_choices
 from subspace.evaluation.protocols.likelihood import Likelihood
-from subspace.kernels.cross_entropy import head_at
+from subspace.kernels.cross_entropy import lm_head_on_positions
 from tests.helpers.items import items
 from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
 
@@ -54,7 +54,7 @@ def plain_scores(model: nn.Module, choices: Choices) -> list[float]:
 
 
 def shared_scores(model: nn.Module, made: Sequence[Choices]) -> list[list[float]]:
-    return choice_scores(model, [row for choices in made for row in rows_of(choices, WINDOW, share=True)])
+    return score_choices(model, [row for choices in made for row in build_scoring_rows(choices, WINDOW, share=True)])
 
 
 def flat(scores: Sequence[Sequence[float]]) -> list[float]:
@@ -68,8 +68,8 @@ def without_gradients() -> Any:
 
 
 def test_a_row_holds_what_is_alike_once() -> None:
-    (row,) = rows_of([([5, 6, 7, 8, 9], 2), ([5, 6, 7, 3, 4, 2], 2), ([5, 6, 1], 2)], WINDOW, share=True)
-    assert row == Row(
+    (row,) = build_scoring_rows([([5, 6, 7, 8, 9], 2), ([5, 6, 7, 3, 4, 2], 2), ([5, 6, 1], 2)], WINDOW, share=True)
+    assert row == ScoringRow(
         ids=[5, 6, 7, 8, 7, 3, 4],
         positions=[0, 1, 2, 3, 2, 3, 4],
         branches=[0, 0, 1, 1, 2, 2, 2],
@@ -79,12 +79,12 @@ def test_a_row_holds_what_is_alike_once() -> None:
 
 
 def test_choices_of_one_token_need_no_row_of_their_own() -> None:
-    (row,) = rows_of([([5, 6, 7], 2), ([5, 6, 8], 2)], WINDOW, share=True)
-    assert row == Row(ids=[5, 6], positions=[0, 1], branches=[0, 0], reads=[[1], [1]], targets=[[7], [8]])
+    (row,) = build_scoring_rows([([5, 6, 7], 2), ([5, 6, 8], 2)], WINDOW, share=True)
+    assert row == ScoringRow(ids=[5, 6], positions=[0, 1], branches=[0, 0], reads=[[1], [1]], targets=[[7], [8]])
 
 
 def test_without_sharing_each_choice_has_its_row() -> None:
-    rows = rows_of([([5, 6, 7], 2), ([5, 6, 8, 9], 2)], WINDOW, share=False)
+    rows = build_scoring_rows([([5, 6, 7], 2), ([5, 6, 8, 9], 2)], WINDOW, share=False)
     assert [row.ids for row in rows] == [[5, 6], [5, 6, 8]]
     assert [row.targets for row in rows] == [[[7]], [[8, 9]]]
 
@@ -98,7 +98,7 @@ def test_without_sharing_each_choice_has_its_row() -> None:
     ],
 )
 def test_a_long_text_loses_its_beginning(context: range, window: int, read: list[int]) -> None:
-    (row,) = rows_of([([*context, 20, 21], len(context))], window, share=True)
+    (row,) = build_scoring_rows([([*context, 20, 21], len(context))], window, share=True)
     assert (row.ids, row.targets) == (read, [[20, 21]])
 
 
@@ -112,7 +112,7 @@ def test_a_long_text_loses_its_beginning(context: range, window: int, read: list
 )
 def test_what_cannot_be_scored_is_refused(choice: tuple[list[int], int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        rows_of([choice], 8, share=True)
+        build_scoring_rows([choice], 8, share=True)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -127,7 +127,7 @@ def test_sharing_changes_no_score_in_eager_attention() -> None:
     assert flat(shared_scores(model, made)) == pytest.approx(flat([plain_scores(model, c) for c in made]), abs=1e-4)
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_sharing_changes_no_score_with_adapters(method: str) -> None:
     model, made = tiny_llama(), made_choices(12)
     before = flat(shared_scores(model, made))
@@ -142,16 +142,16 @@ def test_sharing_changes_no_score_with_adapters(method: str) -> None:
 
 def test_a_batch_is_scored_as_its_rows_are() -> None:
     model = tiny_llama()
-    rows = [row for choices in made_choices(12) for row in rows_of(choices, WINDOW, share=True)]
-    assert flat(choice_scores(model, rows)) == pytest.approx(
-        flat([choice_scores(model, [r])[0] for r in rows]), abs=1e-4
+    rows = [row for choices in made_choices(12) for row in build_scoring_rows(choices, WINDOW, share=True)]
+    assert flat(score_choices(model, rows)) == pytest.approx(
+        flat([score_choices(model, [r])[0] for r in rows]), abs=1e-4
     )
 
 
 def test_the_head_runs_where_a_token_is_scored() -> None:
     model, places = tiny_llama(), torch.tensor([2, 7])
     ids = torch.arange(10).reshape(2, 5)
-    with head_at(model, places):
+    with lm_head_on_positions(model, places):
         logits = model(ids).logits
     assert logits.shape == (1, 2, VOCABULARY)
     torch.testing.assert_close(logits[0], model(ids).logits.flatten(0, 1)[places])
@@ -165,11 +165,11 @@ def test_half_precision_is_summed_in_full() -> None:
     assert rough != pytest.approx(exact, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", tasks_module.tasks())
+@pytest.mark.parametrize("name", tasks_module.list_tasks())
 @pytest.mark.parametrize("budget", [1, 300])
 def test_answers_do_not_depend_on_the_batch(name: str, budget: int) -> None:
     model, made = tiny_llama(), items(name, 20)
-    scorer = Likelihood(model, bpe_tokenizer(), tasks_module.task(name), made)
+    scorer = Likelihood(model, bpe_tokenizer(), tasks_module.find_task(name), made)
     together = scorer.score(model, range(20))
     apart = {
         n: r
@@ -185,7 +185,7 @@ def test_answers_do_not_depend_on_the_batch(name: str, budget: int) -> None:
 @pytest.mark.parametrize("window", [16, 1024])
 def test_a_sliding_window_is_respected(window: int) -> None:
     """A 4-d mask would take the window's place, so choices of texts longer than it stand alone."""
-    model, made, task = tiny("mistral", sliding_window=window), items("piqa", 12), tasks_module.task("piqa")
+    model, made, task = tiny("mistral", sliding_window=window), items("piqa", 12), tasks_module.find_task("piqa")
     tokenizer = bpe_tokenizer()
     encoded = [encode_pairs(tokenizer, task.likelihood.requests(item)) for item in made]
     scores = [record["scores"] for record in Likelihood(model, tokenizer, task, made).score(model, range(12))]

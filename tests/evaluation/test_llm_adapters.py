@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.adapters.registry import methods
+from subspace.adapters.registry import list_methods
 from subspace.data import tasks as tasks_module
-from subspace.data.tokenization import encode_rows, num_alike
+from subspace.data.tokenization import common_prefix_length, encode_rows
 from subspace.evaluation.answer_extraction import AnswerWords
-from subspace.evaluation.greedy_decoding import decode_greedily, read_beginning
-from subspace.evaluation.protocols.llm_adapters import Generation, asked
+from subspace.evaluation.greedy_decoding import decode_greedily, prefill_shared_prefix
+from subspace.evaluation.protocols.llm_adapters import LLMAdapters, render_prompts
 from tests.helpers.items import items
 from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
 
@@ -61,7 +61,7 @@ def test_a_batch_is_decoded_as_its_rows_are(architecture: str) -> None:
     assert written == [plain(model, prompt, never, 8) for prompt in prompts()]
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_adapters_decode_alike(method: str) -> None:
     model = tiny_llama()
     without = decode_greedily(model, prompts(), never, max_new_tokens=8)
@@ -97,7 +97,7 @@ def test_what_prompts_share_is_read_once(architecture: str, method: str, monkeyp
     perturb(model)
     expected = [plain(model, prompt, never, 4) for prompt in beginning_alike()]
     read = shapes_read(model, monkeypatch)
-    beginning = read_beginning(model, beginning_alike())
+    beginning = prefill_shared_prefix(model, beginning_alike())
     for several in (range(6), range(2)):
         asked = [beginning_alike()[number] for number in several]
         written = decode_greedily(model, asked, never, max_new_tokens=4, beginning=beginning)
@@ -112,7 +112,7 @@ def test_what_prompts_share_is_read_once(architecture: str, method: str, monkeyp
 def test_a_draft_is_kept_as_far_as_the_model_agrees(architecture: str, kept: int, fixed: bool) -> None:
     model = tiny(architecture, attn_implementation="eager" if architecture == "gemma2" else "sdpa")
     expected = [plain(model, prompt, never, 8) for prompt in beginning_alike()]
-    beginning = None if fixed else read_beginning(model, beginning_alike())
+    beginning = None if fixed else prefill_shared_prefix(model, beginning_alike())
     for text in expected:
         draft = [*text[:kept], *((token + 1) % VOCABULARY for token in text[kept:5])]
         how: Any = {"beginning": beginning, "draft": draft, "fixed": fixed}
@@ -132,12 +132,12 @@ def test_a_draft_that_is_right_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -
     assert decode_greedily(model, [prompt], lambda tokens: len(tokens) == 3, 6, draft=draft) == [expected[:3]]
 
 
-@pytest.mark.parametrize("name", tasks_module.tasks())
+@pytest.mark.parametrize("name", tasks_module.list_tasks())
 def test_every_answer_that_is_trained_begins_with_the_draft(name: str) -> None:
-    task, made = tasks_module.task(name), items(name, 8)
-    scorer = Generation(tiny_llama(), bpe_tokenizer(), task, made, "alpaca-indented")
+    task, made = tasks_module.find_task(name), items(name, 8)
+    scorer = LLMAdapters(tiny_llama(), bpe_tokenizer(), task, made, "alpaca-indented")
     assert "the correct answer is" in str(bpe_tokenizer().decode(scorer.draft))
-    texts = asked(scorer.template, task, made)
+    texts = render_prompts(scorer.template, task, made)
     for ids, num_prompt in encode_rows(bpe_tokenizer(), list(zip(texts, map(task.output, made), strict=True))):
         assert ids[num_prompt:][: len(scorer.draft)] == scorer.draft
 
@@ -154,12 +154,12 @@ def test_rows_that_end_leave_the_others_as_they_are() -> None:
     assert len({len(tokens) for tokens in written}) > 2
 
 
-@pytest.mark.parametrize("name", tasks_module.tasks())
+@pytest.mark.parametrize("name", tasks_module.list_tasks())
 def test_stopping_early_changes_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = tiny_llama(), items(name, 12)
     # Single letters stand for answer words, so that a random model says some.
-    task = tasks_module.task(name)
-    scorer = Generation(model, bpe_tokenizer(), task, made, "alpaca-indented")
+    task = tasks_module.find_task(name)
+    scorer = LLMAdapters(model, bpe_tokenizer(), task, made, "alpaca-indented")
     scorer.extractor = AnswerWords(["e", "A", "on", "7"])
     early = scorer.score(model, range(12))
     monkeypatch.setattr(scorer, "_finished", lambda tokens: tokens[-1] in scorer.ends)
@@ -169,10 +169,10 @@ def test_stopping_early_changes_no_answer(name: str, monkeypatch: pytest.MonkeyP
     assert any(record["prediction"] for record in early)
 
 
-@pytest.mark.parametrize("name", tasks_module.tasks())
+@pytest.mark.parametrize("name", tasks_module.list_tasks())
 def test_answers_do_not_depend_on_the_batch(name: str) -> None:
     model, made = tiny_llama(), items(name, 8)
-    scorer = Generation(model, bpe_tokenizer(), tasks_module.task(name), made, "alpaca-indented")
+    scorer = LLMAdapters(model, bpe_tokenizer(), tasks_module.find_task(name), made, "alpaca-indented")
     together = scorer.score(model, range(8))
     assert together == [record for number in range(8) for record in scorer.score(model, [number])]
     assert len({record["text"] for record in together}) > 4
@@ -180,13 +180,13 @@ def test_answers_do_not_depend_on_the_batch(name: str) -> None:
 
 def test_the_beginning_is_read_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = tiny_llama(), items("piqa", 6)
-    scorer = Generation(model, bpe_tokenizer(), tasks_module.task("piqa"), made, "alpaca-indented")
+    scorer = LLMAdapters(model, bpe_tokenizer(), tasks_module.find_task("piqa"), made, "alpaca-indented")
     expected = scorer.score(model, range(6))
     read = shapes_read(model, monkeypatch)
     with scorer.beginning_read(model):
         assert [record for number in range(6) for record in scorer.score(model, [number])] == expected
     (first, *others) = [width for _, width in read]
-    assert first == num_alike(scorer.prompts) > 20
+    assert first == common_prefix_length(scorer.prompts) > 20
     assert max(others) == max(map(len, scorer.prompts)) - first + len(scorer.draft)
     assert scorer.beginning is None
 
@@ -212,7 +212,7 @@ def test_the_beginning_is_read_once_for_all_batches(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_the_first_answer_word_counts(name: str, text: str, word: str) -> None:
-    assert AnswerWords(tasks_module.task(name).answer_words).find(text) == word
+    assert AnswerWords(tasks_module.find_task(name).answer_words).find(text) == word
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_an_answer_word_is_settled_when_nothing_can_change_it(words: list[str], 
 
 def test_a_record_says_what_was_asked_and_answered() -> None:
     model, (item,) = tiny_llama(), items("siqa", 1)
-    scorer = Generation(model, bpe_tokenizer(), tasks_module.task("siqa"), [item], "alpaca-indented")
+    scorer = LLMAdapters(model, bpe_tokenizer(), tasks_module.find_task("siqa"), [item], "alpaca-indented")
     scorer.extractor = AnswerWords(["e"])
     (record,) = scorer.score(model, [0])
     assert record["label"] == f"answer{item['label'] + 1}"
@@ -241,7 +241,7 @@ def test_a_record_says_what_was_asked_and_answered() -> None:
 
 def test_a_prompt_that_is_too_long_keeps_its_end() -> None:
     model = tiny_llama(max_position_embeddings=100)
-    scorer = Generation(model, bpe_tokenizer(), tasks_module.task("piqa"), items("piqa", 4), "alpaca-indented")
+    scorer = LLMAdapters(model, bpe_tokenizer(), tasks_module.find_task("piqa"), items("piqa", 4), "alpaca-indented")
     assert scorer.truncated == 4
     assert [len(prompt) for prompt in scorer.prompts] == [100 - 32] * 4
     assert str(bpe_tokenizer().decode(scorer.prompts[0])).endswith("### Response:")

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from subspace.adapters.inject import inject
 from subspace.data import tasks as tasks_module
-from subspace.evaluation.config import DEFECTS, PUBLISHED
-from subspace.evaluation.protocols.llm_adapters_published import Published
+from subspace.evaluation.config import DEFAULT_DEFECTS, PUBLISHED_DEFECTS
+from subspace.evaluation.protocols.llm_adapters_published import LLMAdaptersPublished
 from tests.helpers.items import items
 from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 
@@ -37,9 +37,11 @@ def without_gradients() -> Any:
 
 
 def scorer(
-    model: PreTrainedModel, name: str = "siqa", count: int = 6, defects: Sequence[str] = PUBLISHED, batch: int = 1
-) -> Published:
-    made = Published(model, bpe_tokenizer(), tasks_module.task(name), items(name, count), defects, batch=batch)
+    model: PreTrainedModel, name: str = "siqa", count: int = 6, defects: Sequence[str] = DEFAULT_DEFECTS, batch: int = 1
+) -> LLMAdaptersPublished:
+    made = LLMAdaptersPublished(
+        model, bpe_tokenizer(), tasks_module.find_task(name), items(name, count), defects, batch=batch
+    )
     made.extractor = type(made.extractor)(WORDS)  # type: ignore[call-arg]
     return made
 
@@ -49,7 +51,7 @@ def as_published(model: Any, name: str, count: int, prompt: str = SCORING) -> li
     tokenizer: Any = bpe_tokenizer()
     answers = []
     for item in items(name, count):
-        inputs = tokenizer(prompt % tasks_module.task(name).instruction(item), return_tensors="pt")
+        inputs = tokenizer(prompt % tasks_module.find_task(name).instruction(item), return_tensors="pt")
         written = model.generate(
             inputs["input_ids"],
             attention_mask=torch.ones_like(inputs["input_ids"]),
@@ -64,11 +66,11 @@ def as_published(model: Any, name: str, count: int, prompt: str = SCORING) -> li
     return answers
 
 
-def answers(made: Published, model: Any, batch: Sequence[int]) -> list[tuple[str, str]]:
+def answers(made: LLMAdaptersPublished, model: Any, batch: Sequence[int]) -> list[tuple[str, str]]:
     return [(record["text"], record["prediction"]) for record in made.score(model, batch)]
 
 
-@pytest.mark.parametrize("name", tasks_module.tasks())
+@pytest.mark.parametrize("name", tasks_module.list_tasks())
 def test_it_answers_as_the_published_evaluator(name: str) -> None:
     model = tiny_llama()
     found = answers(scorer(model, name, 4), model, range(4))
@@ -78,19 +80,19 @@ def test_it_answers_as_the_published_evaluator(name: str) -> None:
 
 
 def test_the_prompts_are_the_published_ones_to_the_byte() -> None:
-    for name in tasks_module.tasks():
-        instruction = tasks_module.task(name).instruction(items(name, 1)[0])
+    for name in tasks_module.list_tasks():
+        instruction = tasks_module.find_task(name).instruction(items(name, 1)[0])
         assert scorer(tiny_llama(), name, 1).texts == [SCORING % instruction]
         assert scorer(tiny_llama(), name, 1, []).texts == [TRAINING % instruction]
 
 
 def test_the_published_prompt_is_encoded_with_its_last_spaces() -> None:
-    (unequal,), (equal,) = (scorer(tiny_llama(), count=1, defects=d).prompts for d in (PUBLISHED, ()))
+    (unequal,), (equal,) = (scorer(tiny_llama(), count=1, defects=d).prompts for d in (DEFAULT_DEFECTS, ()))
     assert str(bpe_tokenizer().decode(unequal)).endswith(f"### Response:\n{S}")
     assert str(bpe_tokenizer().decode(equal)).endswith("### Response:")
 
 
-@pytest.mark.parametrize("defects", [(), PUBLISHED, ("pad_is_zero",), ("last_response",)])
+@pytest.mark.parametrize("defects", [(), DEFAULT_DEFECTS, ("pad_is_zero",), ("last_response",)])
 def test_what_else_is_in_the_batch_changes_nothing(defects: Sequence[str]) -> None:
     model = tiny_llama()
     made = scorer(model, defects=defects)
@@ -100,9 +102,11 @@ def test_what_else_is_in_the_batch_changes_nothing(defects: Sequence[str]) -> No
 def test_without_a_mask_padding_is_read() -> None:
     """A published batch of three, by the published evaluator's steps: no mask, so that generate takes all for text."""
     model, tokenizer = tiny_llama(), bpe_tokenizer(pad_token="<|reserved_special_token_0|>", padding_side="left")
-    task, made = tasks_module.task("siqa"), items("siqa", 6)
+    task, made = tasks_module.find_task("siqa"), items("siqa", 6)
     read = ("unequal_prompts", "no_attention_mask")
-    alone = [record["text"] for record in Published(model, tokenizer, task, made, read).score(model, range(6))]
+    alone = [
+        record["text"] for record in LLMAdaptersPublished(model, tokenizer, task, made, read).score(model, range(6))
+    ]
     assert alone == [text for text, _ in as_published(model, "siqa", 6)]
     for defects, pad in ((read, tokenizer.pad_token_id), ((*read, "pad_is_zero"), 0)):
         expected = []
@@ -114,7 +118,7 @@ def test_without_a_mask_padding_is_read() -> None:
             written = model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)  # type: ignore[operator]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             expected += [text.split("### Response:")[1].strip() for text in texts]
-        scored = Published(model, tokenizer, task, made, defects, batch=3)
+        scored = LLMAdaptersPublished(model, tokenizer, task, made, defects, batch=3)
         assert [record["text"] for record in scored.score(model, range(6))] == expected
         assert [scored.score(model, [n])[0]["text"] for n in range(6)] == expected
         assert expected != alone
@@ -149,7 +153,7 @@ def test_the_published_batch_matters_only_without_a_mask() -> None:
     assert one.ingredients != six.ingredients
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("defect", PUBLISHED_DEFECTS)
 def test_every_defect_is_in_the_fingerprint(defect: str) -> None:
     model = tiny_llama()
     assert scorer(model, count=1, defects=[defect]).ingredients != scorer(model, count=1, defects=[]).ingredients

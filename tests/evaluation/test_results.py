@@ -16,10 +16,10 @@ from subspace.evaluation.results import (
     Score,
     TaskResult,
     accuracy,
-    correct,
     digest,
     items_file,
-    mean,
+    mean_score,
+    read_correct,
     read_items,
     read_results,
     write_items,
@@ -131,7 +131,7 @@ def test_items_are_read_back(tmp_path: Path) -> None:
     file = items_file(tmp_path, "likelihood", "piqa")
     write_items(file, records)
     assert read_items(file) == records
-    assert correct(file, "acc") == [True, False]
+    assert read_correct(file, "acc") == [True, False]
     assert len(file.read_bytes().split(b"\n")) == 3
 
 
@@ -164,4 +164,4 @@ def test_the_error_of_a_share_is_binomial() -> None:
 
 
 def test_a_mean_weighs_tasks_alike() -> None:
-    assert mean([Score(0.5, 0.03), Score(0.7, 0.04)]) == pytest.approx(Score(0.6, 0.025))
+    assert mean_score([Score(0.5, 0.03), Score(0.7, 0.04)]) == pytest.approx(Score(0.6, 0.025))

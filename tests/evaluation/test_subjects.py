@@ -9,13 +9,13 @@ import datasets
 import pytest
 import torch
 
-from subspace.adapters.inject import adapters, eject, inject, trained_parameters
-from subspace.adapters.registry import methods
+from subspace.adapters.inject import adapters, inject, remove_adapters, trained_parameters
+from subspace.adapters.registry import list_methods
 from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.data import samples as samples_module
 from subspace.evaluation import evaluate as evaluate_module
 from subspace.evaluation import subjects
-from subspace.evaluation.config import EvaluateConfig, Subject
+from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
 from subspace.evaluation.results import read_items
 from subspace.evaluation.subjects import evaluate_subjects
 from subspace.models.config import ModelConfig
@@ -38,7 +38,7 @@ def perturb(model: torch.nn.Module) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_a_model_is_what_it_was_once_adapters_are_out(method: str) -> None:
     model, ids = tiny_llama(), torch.arange(20)[None]
     before, tensors, modules = model(ids).logits, model.state_dict(), [type(m) for m in model.modules()]
@@ -46,7 +46,7 @@ def test_a_model_is_what_it_was_once_adapters_are_out(method: str) -> None:
     inject(model, method)
     perturb(model)
     assert not torch.equal(model(ids).logits, before)
-    eject(model)
+    remove_adapters(model)
     assert torch.equal(model(ids).logits, before)
     after = model.state_dict()
     assert after.keys() == copies.keys()
@@ -59,7 +59,7 @@ def test_adapters_within_adapters_come_out() -> None:
     before = model(ids).logits
     inject(model, "lora")
     inject(model, "prefix")
-    eject(model)
+    remove_adapters(model)
     assert not adapters(model)
     assert torch.equal(model(ids).logits, before)
 
@@ -77,10 +77,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def subject(base: Path, out: Path, method: str = "", **settings: Any) -> Subject:
+def subject(base: Path, out: Path, method: str = "", **settings: Any) -> EvaluationSubject:
     config = EvaluateConfig(**{"protocol": "likelihood,llm-adapters", "tasks": "siqa,openbookqa", **settings})
     model = ModelConfig(path=str(base / "base"), dtype="float32")
-    return Subject(model, config, out / (method or "base"), base / method if method else None, method)
+    return EvaluationSubject(model, config, out / (method or "base"), base / method if method else None, method)
 
 
 def test_all_are_scored_on_one_load_as_each_is_alone(
@@ -95,7 +95,7 @@ def test_all_are_scored_on_one_load_as_each_is_alone(
 
     def laying(model: Any, tokenizer: Any, config: EvaluateConfig, progress: Any) -> Any:
         laid_out.append(config)
-        return evaluate_module.lay_out(model, tokenizer, config, progress)
+        return evaluate_module.build_jobs(model, tokenizer, config, progress)
 
     monkeypatch.setattr(subjects, "open_model", counting)
     monkeypatch.setattr(subjects, "lay_out", laying)

@@ -87,7 +87,7 @@ def harness_task(name: str, items: Sequence[Item], examples: int = 0) -> Configu
     """Return the harness's task of our task's name, with these items as its data, for training too."""
     rows = datasets.Dataset.from_list([RECORDS[name](item) for item in items])
     splits = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
-    wanted = tasks_module.task(name).lm_eval_name
+    wanted = tasks_module.find_task(name).lm_eval_name
     folders = [str(Path(lm_eval.__file__).parent / "tasks" / folder) for folder in FOLDERS]
     manager = TaskManager(include_path=folders, include_defaults=False)
     with mock.patch("lm_eval.api.task.datasets.load_dataset", return_value=splits):

@@ -1,7 +1,7 @@
 """Every base with every ZeRO stage, one and two processes and every family of methods: which go, and how exactly.
 
-``python -m tests.helpers.matrix`` trains all cells, which takes about half an hour, and writes ``ds_configs/matrix.json`` and,
-from it, ``ds_configs/MATRIX.md``; with ``--table`` it only does the latter. With ``--in FOLDER`` the runs stay there,
+``python -m tests.helpers.matrix`` trains all cells, which takes about half an hour, and writes
+``ds_configs/matrix.json`` and, from it, ``ds_configs/MATRIX.md``; with ``--table`` it only does the latter. With ``--in FOLDER`` the runs stay there,
 and a measurement that was cut short goes on where it was. A cell trains a tiny LLaMA. Its losses are
 held against those of a plain loop of torch's, on one process and without DeepSpeed, on the same base. Its adapter is
 then read back from its file, scored and merged.
@@ -28,20 +28,20 @@ import torch
 from torch import Tensor
 
 from subspace import config as config_module
-from subspace.adapters.inject import eject
+from subspace.adapters.inject import remove_adapters
 from subspace.adapters.merging import merge, unmerge
-from subspace.adapters.registry import methods, resolve
+from subspace.adapters.registry import list_methods, resolve_method
 from subspace.adapters.serialization import load_adapter
 from subspace.common.paths import REPOSITORY
 from subspace.config import RunConfig
 from subspace.data.dataset import Data, open_data
 from subspace.distributed import launcher
-from subspace.distributed.deepspeed_config import fill, lay_out
+from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.errors import UserError
 from subspace.kernels.cross_entropy import summed_loss
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model, open_tokenizer
-from subspace.training.compatibility import lack, refusal
+from subspace.training.compatibility import find_incompatibility, find_missing_requirement
 from subspace.training.loop import count_tokens
 from tests.helpers.material import logged, make_material
 
@@ -109,15 +109,17 @@ class Cell:
 CELLS = [Cell(*cell) for cell in itertools.product(BASES, ENGINES, RANKS, METHODS)]
 
 
-def refused(cell: Cell, why: Callable[..., str | None] = refusal) -> str | None:
+def refused(cell: Cell, why: Callable[..., str | None] = find_incompatibility) -> str | None:
     """Return what the code says against a cell; ``why`` is ``refusal``, or ``lack`` for this machine's reasons."""
     model = ModelConfig(**BASES[cell.base])
-    layout = lay_out(8, 4, cell.ranks)
-    engine, _ = fill({"zero_optimization": ENGINES[cell.engine]}, layout, dtype=model.dtype, clip=1.0)
-    if why is lack:
-        return lack(model, engine)
-    cls, settings = resolve(cell.method)
-    return refusal(model, [(cls, cls.Config(**settings))], engine)
+    layout = compute_batch_layout(8, 4, cell.ranks)
+    engine, _ = resolve_deepspeed_config(
+        {"zero_optimization": ENGINES[cell.engine]}, layout, dtype=model.dtype, clip=1.0
+    )
+    if why is find_missing_requirement:
+        return find_missing_requirement(model, engine)
+    cls, settings = resolve_method(cell.method)
+    return find_incompatibility(model, [(cls, cls.Config(**settings))], engine)
 
 
 def covering() -> list[Cell]:
@@ -143,12 +145,14 @@ def measure(cells: Sequence[Cell], root: Path) -> dict[str, Json]:
     """
     make_material(root)
     for name, zero in ENGINES.items():
-        # So large that no gradient is swapped, and so small that the rest is, with what tests/workers/matrix_cells.py does.
+        # So large that no gradient is swapped, and so small that the rest is (see tests/workers/matrix_cells.py).
         engine = {"zero_optimization": zero, "aio": {"block_size": 12288}}
         # A loss scale that nothing overflows at: a step that is skipped has no counterpart in the reference.
         engine["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
         (root / f"zero{name}.json").write_text(json.dumps(engine).replace("NVME", str(root / "nvme")))
-    outcomes: dict[str, Json] = {cell.name: {"refused": why} for cell in cells if (why := refused(cell, lack))}
+    outcomes: dict[str, Json] = {
+        cell.name: {"refused": why} for cell in cells if (why := refused(cell, find_missing_requirement))
+    }
     able = [cell for cell in cells if cell.name not in outcomes]
     plain = sorted({Cell(cell.base, "0", 1, cell.method) for cell in able}, key=CELLS.index)
     todo = [cell for cell in able if not _is_done(root / cell.name)]
@@ -236,7 +240,7 @@ class Judge:
 
     def read(self, cell: Cell) -> RunConfig:
         """Return a cell's configuration."""
-        return config_module.read(*_run(self.root, cell, cell.name))
+        return config_module.read_config(*_run(self.root, cell, cell.name))
 
     def __call__(self, cell: Cell) -> Json:
         """Return how far a cell is from its reference, its file from what was in memory, and its merged model."""
@@ -248,7 +252,7 @@ class Judge:
             "loss": max(abs(a - b) for a, b in zip(losses, expected, strict=True)),
             "moved": max(expected) - min(expected),
             "reloaded": abs(self.validation(folder / "adapter") - validation),
-            "merged": self.merged(folder / "adapter", mergeable=methods()[cell.method].mergeable),
+            "merged": self.merged(folder / "adapter", mergeable=list_methods()[cell.method].mergeable),
             "held": json.loads((folder / "environment.json").read_text())["outcome"]["weights_held"],
         }
         return outcome
@@ -261,7 +265,7 @@ class Judge:
             for batch in self.data.validation_batches(4, 0, 1)
         ]
         total = sum(float(summed_loss(self.model, batch)) for batch in batches)
-        eject(self.model)
+        remove_adapters(self.model)
         return total / count_tokens(batches)[0]
 
     def merged(self, adapter: Path, *, mergeable: bool) -> float | None:
@@ -281,7 +285,7 @@ class Judge:
             unmerge(self.dense)
             return float((after - before).abs().max() / before.abs().max())
         finally:
-            eject(self.dense)
+            remove_adapters(self.dense)
 
 
 def table(record: Json) -> str:
@@ -290,8 +294,8 @@ def table(record: Json) -> str:
     lines = [
         "# What goes together",
         "",
-        "Written by `python -m tests.helpers.matrix`; `tests/long/test_matrix.py` keeps it current. A tiny LLaMA was trained for",
-        f"{STEPS} steps in each combination that is not refused, on {machine}. A number is the largest distance of a",
+        "Written by `python -m tests.helpers.matrix`; `tests/long/test_matrix.py` keeps it current. A tiny LLaMA was",
+        f"trained for {STEPS} steps in each combination that is not refused, on {machine}. A number is the largest distance of a",
         "loss from that of a plain loop of torch's, on one process and without DeepSpeed, on the same base: with 1 and",
         "with 2 processes. `a`, `b`, ... are refused before anything is loaded, with the words below. `held` is what",
         "one process has in memory of weights, quantisation and adapters, in kB, with 1 and with 2 processes (lora).",

@@ -19,7 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 VOCABULARY = 384
 
 #: Settings with which a method's schedule acts within 20 steps.
-SOON: dict[str, dict[str, Any]] = {"lora-dash": {"launch": 5}, "flexlora": {"every": 2}, "adalora": {"every": 3}}
+EARLY_SCHEDULES: dict[str, dict[str, Any]] = {
+    "lora-dash": {"launch": 5},
+    "flexlora": {"every": 2},
+    "adalora": {"every": 3},
+}
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -55,7 +55,7 @@ def adapted() -> Any:
 
 @torch.no_grad()
 def test_the_harness_scores_the_adapters(run: Path) -> None:
-    made, task = items("arc_easy", 12), tasks_module.task("arc_easy")
+    made, task = items("arc_easy", 12), tasks_module.find_task("arc_easy")
     theirs = harness.harness_scores(SubspaceLM(run=str(run), batch_size=4), harness.harness_task("arc_easy", made))
     flat = [score for scores in theirs for score in scores]
 

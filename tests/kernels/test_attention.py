@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from subspace.adapters.inject import inject
 from subspace.errors import UserError
 from subspace.kernels import attention
-from subspace.kernels.attention import attend
+from subspace.kernels.attention import row_blocked_attention
 from subspace.kernels.cross_entropy import summed_loss
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model
@@ -59,7 +59,7 @@ def ours(*given: Any, **more: Any) -> Any:
     def otherwise(*_: Any, **__: Any) -> Any:
         raise AssertionError("the other attention was taken")
 
-    return attend(otherwise, *given, **more)
+    return row_blocked_attention(otherwise, *given, **more)
 
 
 def apart(some: list[Tensor], others: list[Tensor]) -> float:
@@ -77,7 +77,7 @@ def test_it_is_torchs(monkeypatch: pytest.MonkeyPatch, key_heads: int, mask: str
         given = [tensor.to(dtype) for tensor in tensors(key_heads, keys)]
         return results(attention, given, seen, HEADS // key_heads, scaling=0.3)
 
-    monkeypatch.setattr(attention, "AT_ONCE", 2 * HEADS * TOKENS * keys)  # two rows, two, and one
+    monkeypatch.setattr(attention, "MAX_SCORES", 2 * HEADS * TOKENS * keys)  # two rows, two, and one
     exact = of(sdpa_attention_forward, torch.float64)
     assert apart(of(ours, torch.float32), exact) < 1e-6
     assert apart(of(ours, torch.bfloat16), exact) < 1.5 * apart(of(sdpa_attention_forward, torch.bfloat16), exact)
@@ -102,14 +102,17 @@ def test_what_it_does_not_know_goes_to_the_other(more: dict[str, Any]) -> None:
         known.update(told)
         return query, None
 
-    assert attend(otherwise, Module(3), query.requires_grad_(), key, value, None, **more) == (query, None)
+    assert row_blocked_attention(otherwise, Module(3), query.requires_grad_(), key, value, None, **more) == (
+        query,
+        None,
+    )
     assert {**known, **more} == known
 
 
 def test_without_gradients_it_is_the_other() -> None:
     query, key, value, _ = tensors(2, TOKENS)
     expected, _ = sdpa_attention_forward(Module(3), query, key, value, None)  # type: ignore[arg-type]
-    found, _ = attend(sdpa_attention_forward, Module(3), query, key, value, None)
+    found, _ = row_blocked_attention(sdpa_attention_forward, Module(3), query, key, value, None)
     assert torch.equal(found, expected)
 
 
@@ -121,7 +124,7 @@ def test_a_model_in_bfloat16_trains_with_it(tmp_path: Path, checkpointing: bool)
     for dtype in ("float32", "bfloat16"):
         config = ModelConfig(path=str(tmp_path), dtype=dtype, gradient_checkpointing=checkpointing)
         model: Any = open_model(config)
-        assert (model.config._attn_implementation == attention.NAME) == (dtype == "bfloat16")
+        assert (model.config._attn_implementation == attention.ATTENTION_NAME) == (dtype == "bfloat16")
         inject(model, "lora", {"r": 4})
         model.train()
         loss = summed_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask > 0, -100)})

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.data.collate import IGNORE
-from subspace.distributed.deepspeed_config import fill, lay_out
-from subspace.distributed.engine import start_engine, start_processes
+from subspace.data.collate import IGNORE_INDEX
+from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
+from subspace.distributed.engine import init_distributed, init_engine
 from subspace.kernels import cross_entropy as loss
 from subspace.kernels.cross_entropy import summed_loss
 from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, tiny, tiny_llama
@@ -25,8 +25,8 @@ def batch(rows: int = 3, tokens: int = 24) -> dict[str, Tensor]:
     ids = torch.randint(2, VOCABULARY, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
     mask[-1, tokens // 2 :] = 0
-    labels = ids.masked_fill(mask == 0, IGNORE)
-    labels[0, :5] = IGNORE
+    labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
+    labels[0, :5] = IGNORE_INDEX
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -41,7 +41,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 @pytest.fixture
 def a_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "AT_ONCE", 10 * VOCABULARY)
+    monkeypatch.setattr(loss, "MAX_LOGITS", 10 * VOCABULARY)
 
 
 @pytest.mark.usefixtures("a_few_at_once")
@@ -88,15 +88,15 @@ def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
 
 @pytest.mark.usefixtures("a_few_at_once")
 def test_parts_under_zero_3() -> None:
-    start_processes()
+    init_distributed()
     of, losses = batch(), []
     for stage in (0, 3):
         model = tiny_llama()
         inject(model, "lora", {"r": 4}, targets=["q_proj"])
         raw = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
-        config, _ = fill(raw, lay_out(3, None, 1), dtype="float32", clip=1.0)
+        config, _ = resolve_deepspeed_config(raw, compute_batch_layout(3, None, 1), dtype="float32", clip=1.0)
         optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=0.01)
-        engine = start_engine(model, config, optimizer, lambda step: 1.0)
+        engine = init_engine(model, config, optimizer, lambda step: 1.0)
         for _ in range(3):
             summed = summed_loss(engine, of)
             engine.backward(summed / 30)

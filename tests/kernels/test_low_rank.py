@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspace.kernels.dropout import dropout
-from subspace.kernels.low_rank import add_product, branch_off
+from subspace.kernels.low_rank import lora_down, lora_up_add
 
 IN, OUT, RANK, SCALE = 12, 7, 3, 1.7
 Branch = Callable[[Tensor, nn.Linear, Tensor, Tensor, float], Tensor]
 
 
 def ours(x: Tensor, layer: nn.Linear, A: Tensor, B: Tensor, p: float) -> Tensor:
-    x, h = branch_off(x, A, p)
-    return add_product(layer(x), torch.relu(h), B, SCALE)
+    x, h = lora_down(x, A, p)
+    return lora_up_add(layer(x), torch.relu(h), B, SCALE)
 
 
 def plainly(x: Tensor, layer: nn.Linear, A: Tensor, B: Tensor, p: float) -> Tensor:
@@ -53,7 +53,7 @@ def test_it_is_what_autograd_makes(p: float, bias: bool, seen: str, trained: str
 def test_the_update_is_written_into_the_output() -> None:
     y, h, B = torch.randn(4, OUT), torch.randn(4, RANK, requires_grad=True), torch.randn(OUT, RANK)
     expected = y + SCALE * h @ B.T
-    assert add_product(y, h, B, SCALE) is y
+    assert lora_up_add(y, h, B, SCALE) is y
     assert torch.allclose(y, expected)
 
 
@@ -62,15 +62,15 @@ def test_a_view_is_not_written_to() -> None:
     whole = torch.randn(2, 4 * OUT)
     before = whole.clone()
     h, B = torch.randn(8, RANK, requires_grad=True), torch.randn(OUT, RANK)
-    assert torch.allclose(add_product(whole.view(8, OUT), h, B, SCALE), before.view(8, OUT) + SCALE * h @ B.T)
+    assert torch.allclose(lora_up_add(whole.view(8, OUT), h, B, SCALE), before.view(8, OUT) + SCALE * h @ B.T)
     assert torch.equal(whole, before)
 
 
 def test_factors_are_rounded_to_what_they_meet() -> None:
     x = torch.randn(3, IN, dtype=torch.bfloat16, requires_grad=True)
     A, B = torch.randn(RANK, IN, requires_grad=True), torch.randn(OUT, RANK, requires_grad=True)
-    through, h = branch_off(x, A)
-    out = add_product(through @ torch.randn(IN, OUT).bfloat16(), h, B)
+    through, h = lora_down(x, A)
+    out = lora_up_add(through @ torch.randn(IN, OUT).bfloat16(), h, B)
     assert out.dtype == h.dtype == torch.bfloat16
     out.sum().backward()  # type: ignore[no-untyped-call]
     assert A.grad is not None

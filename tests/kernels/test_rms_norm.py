@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspace.kernels.rms_norm import KINDS, lighten_norms
+from subspace.kernels.rms_norm import KINDS, patch_rms_norm
 
 WIDTH = 24
 
@@ -49,7 +49,7 @@ def test_it_is_transformers(kind: str) -> None:
             lambda x, w=weight: w * x * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt(), dtype, exact=True
         )
         theirs = results(norm, dtype)
-        lighten_norms(norm)
+        patch_rms_norm(norm)
         ours = results(norm, dtype)
         for one, other, right in zip(ours, theirs, exact, strict=True):
             assert apart(one, right) < most
@@ -60,13 +60,13 @@ def test_another_norm_is_left_alone() -> None:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
     norm = GemmaRMSNorm(WIDTH)
-    lighten_norms(norm)
+    patch_rms_norm(norm)
     assert "forward" not in vars(norm)
 
 
 def test_a_trained_weight_gets_its_gradient() -> None:
     norm = norm_of("LlamaRMSNorm", torch.float32)
-    lighten_norms(norm)
+    patch_rms_norm(norm)
     norm.weight.requires_grad_(True)
     x = torch.randn(4, WIDTH)
     norm(x).sum().backward()
@@ -76,7 +76,7 @@ def test_a_trained_weight_gets_its_gradient() -> None:
 
 def test_scoring_has_transformers_own() -> None:
     norm, plain = norm_of("LlamaRMSNorm", torch.float32), norm_of("LlamaRMSNorm", torch.float32)
-    lighten_norms(norm)
+    patch_rms_norm(norm)
     x = torch.randn(4, WIDTH)
     with torch.no_grad():
         assert torch.equal(norm(x), plain(x))
@@ -85,7 +85,7 @@ def test_scoring_has_transformers_own() -> None:
 def test_float16_has_the_range_of_transformers_own() -> None:
     """A large value meets a gradient that the loss scale has made large: their product is more than float16 holds."""
     norm = norm_of("LlamaRMSNorm", torch.float16)
-    lighten_norms(norm)
+    patch_rms_norm(norm)
     x = torch.ones(1, WIDTH, dtype=torch.float16)
     x[0, 3] = 3000
     norm(x.requires_grad_()).backward(torch.full((1, WIDTH), 100.0, dtype=torch.float16))

@@ -71,7 +71,7 @@ def test_every_recipe_of_a_llama_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_trains_what_was_published(name: str) -> None:
     trained, share, more = ROWS[name]
-    run = config_module.read(FOLDER / f"{name}.yaml")
+    run = config_module.read_config(FOLDER / f"{name}.yaml")
     (part,) = run.method
     counted = functools.partial(count_trained, shape(run.model.path), targets=part.targets)
     assert counted(part.name, part.settings) == trained

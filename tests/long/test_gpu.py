@@ -21,7 +21,7 @@ SETTINGS = ["train.steps=12", "model.dtype=bfloat16"]
 def test_trains_on_the_gpu(tmp_path: Path, stage: int, quantize: str) -> None:
     file = make_material(tmp_path)
     own = [f"engine={tmp_path / f'zero{stage}.json'}", f"model.quantize={quantize}", f"runs={tmp_path}", "name=run"]
-    folder = train_run(config_module.read(file, [*SETTINGS, *own]))
+    folder = train_run(config_module.read_config(file, [*SETTINGS, *own]))
     losses = logged(folder)
     assert losses[-1] < losses[0] - 0.3
     assert all(torch.isfinite(tensor).all() for tensor in saved_adapter(folder).values())
@@ -30,5 +30,5 @@ def test_trains_on_the_gpu(tmp_path: Path, stage: int, quantize: str) -> None:
 def test_float16_trains_on_the_gpu(tmp_path: Path) -> None:
     file = make_material(tmp_path)
     own = [f"engine={tmp_path / 'zero1.json'}", f"runs={tmp_path}", "name=run", "model.dtype=float16"]
-    losses = logged(train_run(config_module.read(file, ["train.steps=24", *own])))
+    losses = logged(train_run(config_module.read_config(file, ["train.steps=24", *own])))
     assert losses[-1] < losses[0] - 0.3

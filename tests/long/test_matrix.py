@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from subspace.training.compatibility import lack
+from subspace.training.compatibility import find_missing_requirement
 from tests.helpers.matrix import (
     CELLS,
     MERGED,
@@ -60,7 +60,7 @@ def by_name(cell: Cell) -> str:
 def hold(cell: Cell, outcome: dict[str, Any]) -> None:
     """Check that a cell did as its reference, that its file is what it trained, and that it merges."""
     if "refused" in outcome:
-        assert outcome["refused"] == refused(cell, lack)
+        assert outcome["refused"] == refused(cell, find_missing_requirement)
         return
     assert outcome["loss"] < TOLERANCE[cell.base]
     assert outcome["moved"] > 2 * TOLERANCE[cell.base]  # so there is something to agree on

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from subspace.adapters.base import Adapter
-from subspace.adapters.inject import adapters, eject, inject, roles, trained_parameters
+from subspace.adapters.inject import adapters, inject, parameter_roles, remove_adapters, trained_parameters
 from subspace.adapters.merging import merge, unmerge
 from subspace.adapters.registry import find_method
 from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.errors import UserError
-from subspace.evaluation.choice_scoring import choice_scores, rows_of
+from subspace.evaluation.choice_scoring import build_scoring_rows, score_choices
 from subspace.evaluation.greedy_decoding import decode_greedily
 from subspace.methods.lora import LoRA
 from subspace.methods.parallel import Parallel
@@ -199,7 +199,7 @@ def with_vectors_by_hand(model: Any, ids: Tensor, mask: Tensor | None = None) ->
     (adapter,) = adapters(model).values()
     vectors = adapter.vectors()  # type: ignore[operator]
     plain = copy.deepcopy(model)
-    eject(plain)
+    remove_adapters(plain)
     embedded = plain.get_input_embeddings()(ids)
     embedded = torch.cat([vectors.expand(len(ids), -1, -1), embedded], dim=1)
     if mask is not None:
@@ -242,7 +242,7 @@ def test_prompted_models_read_trees(attention: str) -> None:
     model = adapted("llama", "prompt", {"n": 3}, attn_implementation=attention)
     texts = [[5, 9, 33, 7, 120, 64], [5, 9, 33, 8, 2], [5, 9, 33, 8, 90, 4, 11]]
     with torch.no_grad():
-        (scores,) = choice_scores(model, rows_of([(ids, 3) for ids in texts], 2048, share=True))
+        (scores,) = score_choices(model, build_scoring_rows([(ids, 3) for ids in texts], 2048, share=True))
     for ids, score in zip(texts, scores, strict=True):
         told = with_vectors_by_hand(model, torch.tensor([ids])).log_softmax(-1)[0]
         assert score == pytest.approx(sum(float(told[i - 1, ids[i]]) for i in range(3, len(ids))), abs=1e-4)
@@ -250,7 +250,7 @@ def test_prompted_models_read_trees(attention: str) -> None:
 
 def test_a_prompt_that_comes_out_leaves_nothing_behind() -> None:
     model = adapted("llama", "prompt")
-    eject(model)
+    remove_adapters(model)
     assert torch.equal(logits(model), logits(tiny_llama()))
     assert not model.model._forward_hooks
     assert not model.model._forward_pre_hooks
@@ -338,14 +338,16 @@ def test_full_trains_every_number_once(architecture: str) -> None:
     inject(model, "full")
     assert list(trained_parameters(model)) == names
     assert sum(parameter.numel() for parameter in trained_parameters(model).values()) == count
-    assert roles(model).keys() == trained_parameters(model).keys()
+    assert parameter_roles(model).keys() == trained_parameters(model).keys()
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_full_decays_matrices_only() -> None:
     model = tiny("qwen2")
     inject(model, "full")
-    by_role = {role: {n for n, r in roles(model).items() if r == role} for role in roles(model).values()}
+    by_role = {
+        role: {n for n, r in parameter_roles(model).items() if r == role} for role in parameter_roles(model).values()
+    }
     assert by_role.keys() == {"weight", "bias", "scale"}
     assert all(name.endswith("norm.weight") for name in by_role["scale"])
     assert not any("norm" in name for name in by_role["weight"])
@@ -368,7 +370,7 @@ def test_what_is_tied_stays_tied(architecture: str, tmp_path: Path) -> None:
     assert model.config.tie_word_embeddings
     assert torch.equal(logits(model), unmerged)
     unmerge(model)
-    eject(model)
+    remove_adapters(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(logits(model), logits(tiny(architecture)))
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.adapters.base import Adapter, Clock, LinearAdapter
+from subspace.adapters.base import Adapter, LinearAdapter, TrainProgress
 from subspace.adapters.registry import find_method
 from subspace.adapters.virtual_tokens import AttentionAdapter
 from subspace.methods.adalora import budget
-from subspace.training.optimizer_access import Access
+from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 
 W = torch.tensor([[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]])  # 2 out, 3 in; row norms 3 and 5
 X = torch.tensor([1.0, -1.0, 2.0])  # W X = (3, 5)
@@ -24,7 +24,7 @@ def at(name: str, tensors: dict[str, Any], **settings: Any) -> Adapter:
     base.weight.data = W.clone()
     cls = find_method(name)
     adapter = cls(base, cls.Config(**settings))
-    adapter.start(W)
+    adapter.init_from_weight(W)
     for key, value in tensors.items():
         adapter.trained()[key].data = torch.tensor(value)
     return adapter
@@ -81,7 +81,7 @@ def test_adalora_penalty_is_the_mean_of_norms() -> None:
 def test_adalora_budget(step: int, kept: int) -> None:
     # 2 layers of 12 falling to 2 of 8 between steps 10 and 70: at 20, 1/6 has passed, and 16 + 8 (5/6)^3 = 20.6.
     config = find_method("adalora").Config(r=12, target_r=8, warm_up=0.1, cool_down=0.3, every=10)  # type: ignore[call-arg]
-    assert budget(config, Clock(step, 100), 2 * 12, 2 * 8) == kept  # type: ignore[arg-type]
+    assert budget(config, TrainProgress(step, 100), 2 * 12, 2 * 8) == kept  # type: ignore[arg-type]
 
 
 def test_adalora_zeroes_the_least_important_and_lets_it_come_back() -> None:
@@ -91,8 +91,8 @@ def test_adalora_zeroes_the_least_important_and_lets_it_come_back() -> None:
             parameter.grad = torch.zeros_like(parameter)
             if key == "E":
                 parameter.grad = torch.tensor(grad)
-        type(adapter).before_step([adapter], Clock(step, 4), Access())
-        type(adapter).after_step([adapter], Clock(step, 4), Access())
+        type(adapter).before_step([adapter], TrainProgress(step, 4), DeepSpeedOptimizerAccess())
+        type(adapter).after_step([adapter], TrainProgress(step, 4), DeepSpeedOptimizerAccess())
         # Budgets: int(1 + 2 (2/3)^3) = 1, so one is left from the first step on, the one with the largest |E dL/dE|.
         assert (adapter.trained()["E"] != 0).tolist() == [True, False, False]
         adapter.trained()["E"].data[2] = 1.0 if step == 2 else adapter.trained()["E"].data[2]
@@ -103,8 +103,8 @@ def after(adapter: Adapter, step: int, steps: int, gradient: list[float]) -> lis
     """Take a step with this gradient of E; return which E are left."""
     for key, parameter in adapter.trained().items():
         parameter.grad = torch.tensor(gradient) if key == "E" else torch.zeros_like(parameter)
-    type(adapter).before_step([adapter], Clock(step, steps), Access())
-    type(adapter).after_step([adapter], Clock(step, steps), Access())
+    type(adapter).before_step([adapter], TrainProgress(step, steps), DeepSpeedOptimizerAccess())
+    type(adapter).after_step([adapter], TrainProgress(step, steps), DeepSpeedOptimizerAccess())
     return (adapter.trained()["E"] != 0).tolist()
 
 

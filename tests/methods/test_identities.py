@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.adapters.base import Clock, LinearAdapter
-from subspace.adapters.linalg import largest, smallest, spectral_entropy, whole
-from subspace.adapters.registry import methods, resolve
+from subspace.adapters.base import LinearAdapter, TrainProgress
+from subspace.adapters.linalg import bottom_singular_triplets, full_svd, spectral_entropy, top_singular_triplets
+from subspace.adapters.registry import list_methods, resolve_method
 from subspace.errors import UserError
 from subspace.methods.flexlora import FlexLoRA, moves
 from subspace.methods.lora import LoRA
-from subspace.training.optimizer_access import Access
+from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 
 OUT, IN = 24, 20
 
@@ -29,10 +29,10 @@ def make(name: str, *, seed: int = 1, bias: bool = True, moved: float = 0.3, **s
     """Return an adapter of a random layer, in float64, with trained tensors that have moved."""
     torch.manual_seed(seed)
     base = nn.Linear(IN, OUT, bias=bias)
-    cls, presets = resolve(name)
+    cls, presets = resolve_method(name)
     adapter = cls(base, cls.Config(**{**presets, **settings}))
     with torch.no_grad():
-        adapter.start(base.weight)
+        adapter.init_from_weight(base.weight)
     base.double(), adapter.double()
     torch.manual_seed(seed + 1)
     for parameter in adapter.trained().values():
@@ -86,7 +86,7 @@ def test_as_a_lora_it_is_the_same_update_of_the_stated_rank(name: str) -> None:
 
 
 def test_every_method_with_a_lora_form_is_in_the_table() -> None:
-    forms = {name for name, cls in methods().items() if issubclass(cls, LinearAdapter) and cls.mergeable}
+    forms = {name for name, cls in list_methods().items() if issubclass(cls, LinearAdapter) and cls.mergeable}
     none = {name for name in forms if name in ("dora", "liera", "ia3", "ssl", "ssb", "bitfit", "full")}
     assert forms - none - LOW_RANK.keys() == set()
 
@@ -163,7 +163,7 @@ def test_ia3_variants_differ_in_the_side_and_the_bias() -> None:
 def test_singular_values_alone_move(settings: dict[str, Any]) -> None:
     """[16]."""
     adapter = make("sam-parser", **settings)
-    U, sigma, Vt = whole(frozen(adapter).float())
+    U, sigma, Vt = full_svd(frozen(adapter).float())
     core = U.double().T @ adapter.weight(frozen(adapter)) @ Vt.double().T
     assert torch.allclose(core, torch.diag(core.diagonal()), atol=1e-5)
     expected = torch.cat([adapter.s, sigma[len(adapter.s) :].double()])
@@ -288,10 +288,11 @@ def test_dora_keeps_its_norm_where_that_is_safe() -> None:
     adapter.base.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     adapter(x), adapter(x)
     assert calls == [3, 5, 3, 5]  # nobody promised to tell of changes
-    adapter.kept, calls[:] = {}, []
+    adapter.clear_cache()
+    calls.clear()
     adapter(x), adapter(x)
     assert calls == [3, 5, 5]
-    adapter.kept = {}
+    adapter.clear_cache()
     adapter.A.data *= 2
     assert not torch.allclose(adapter(x), make("dora", r=3)(x))
     adapter.load_state_dict(make("dora", r=3).state_dict())
@@ -301,7 +302,7 @@ def test_dora_keeps_its_norm_where_that_is_safe() -> None:
 def dash(direction: int, size: float) -> Any:
     """Return an adapter whose low-rank update is ``size`` along one singular direction of W."""
     adapter = make("lora-dash", r=1, alpha=2, d=1, launch=4, moved=0.0)
-    U, _, Vt = whole(frozen(adapter).float())
+    U, _, Vt = full_svd(frozen(adapter).float())
     adapter.A.data, adapter.B.data = Vt[direction][None].double(), size / 2 * U[:, direction, None].double()
     return adapter
 
@@ -311,10 +312,10 @@ def test_dash_finds_the_direction_that_changes() -> None:
     adapter = dash(5, 0.7)
     x = torch.randn(5, IN).double()
     before = adapter(x)
-    type(adapter).after_step([adapter], Clock(3, 10), Access())
+    type(adapter).after_step([adapter], TrainProgress(3, 10), DeepSpeedOptimizerAccess())
     assert not adapter.U.any()
-    type(adapter).after_step([adapter], Clock(4, 10), Access())
-    U, _, Vt = whole(frozen(adapter).float())
+    type(adapter).after_step([adapter], TrainProgress(4, 10), DeepSpeedOptimizerAccess())
+    U, _, Vt = full_svd(frozen(adapter).float())
     assert torch.allclose(adapter.U[:, 0].float(), U[:, 5], atol=1e-5)
     assert torch.allclose(adapter.Vt[0].float(), Vt[5], atol=1e-5)
     assert torch.equal(adapter(x), before)
@@ -326,11 +327,11 @@ def test_dash_finds_the_direction_that_changes() -> None:
 def test_dash_prefers_what_changes_most_for_its_size() -> None:
     """[22]."""
     adapter = dash(0, 0.5)
-    U, sigma, Vt = whole(frozen(adapter).float())
+    U, sigma, Vt = full_svd(frozen(adapter).float())
     small = 0.9 * 0.5 * float(sigma[-1] / sigma[0]) + 0.2 * 0.5
     adapter.A.data = torch.stack([Vt[0], Vt[-1]]).double()
     adapter.B.data = 0.5 * torch.stack([0.5 * U[:, 0], small * U[:, -1]], dim=1).double()
-    type(adapter).after_step([adapter], Clock(4, 10), Access())
+    type(adapter).after_step([adapter], TrainProgress(4, 10), DeepSpeedOptimizerAccess())
     assert torch.allclose(adapter.Vt[0].float(), Vt[-1], atol=1e-5)
 
 
@@ -374,7 +375,7 @@ def test_flexlora_moves_a_direction_from_the_peaked_to_the_even() -> None:
     optimizer.step()
     peaked.E.data[:3], even.E.data[:3] = torch.tensor([-5.0, 0.1, 0.2]), torch.tensor([1.0, 1.0, 1.0])
     before, moments = even(x), optimizer.state[even.A]["exp_avg"].clone()
-    FlexLoRA.after_step([peaked, even], Clock(3, 10), Access(optimizer=optimizer))
+    FlexLoRA.after_step([peaked, even], TrainProgress(3, 10), DeepSpeedOptimizerAccess(optimizer=optimizer))
     assert peaked.alive.tolist() == [1, 0, 1, 0]
     assert even.alive.tolist() == [1, 1, 1, 1]
     assert torch.equal(even(x), before)  # the new direction's E is zero
@@ -387,12 +388,12 @@ def test_flexlora_moves_a_direction_from_the_peaked_to_the_even() -> None:
 def test_flexlora_leaves_single_directions_alone() -> None:
     """[24]."""
     lone, other = flex([0.5], 1), flex([1.0, 1.0], 2)
-    FlexLoRA.after_step([lone, other], Clock(3, 10), Access())
+    FlexLoRA.after_step([lone, other], TrainProgress(3, 10), DeepSpeedOptimizerAccess())
     assert lone.alive.sum() == 1
     assert other.alive.sum() in (2, 3)
 
 
-FACTORS = [name for name, cls in methods().items() if "mpc" in cls.Config.__dataclass_fields__]
+FACTORS = [name for name, cls in list_methods().items() if "mpc" in cls.Config.__dataclass_fields__]
 
 
 @pytest.mark.parametrize("name", FACTORS)
@@ -452,7 +453,7 @@ def test_lora_without_a_linear_pattern() -> None:
 @pytest.mark.parametrize("name", ["ssl+mpc-o", "adalora+mpc-o"])
 def test_constraints_want_free_factors(name: str) -> None:
     with pytest.raises(UserError, match=r"mpc-o constrains two factors, which \w+ has not"):
-        resolve(name)
+        resolve_method(name)
 
 
 def test_dora_has_no_nonlinear_form() -> None:
@@ -462,45 +463,45 @@ def test_dora_has_no_nonlinear_form() -> None:
 
 @pytest.mark.parametrize("name", ["LoRA+MPC_o", "lora+mpc-o", "Lora+Mpc_O"])
 def test_the_papers_spelling_is_understood(name: str) -> None:
-    cls, presets = resolve(name)
+    cls, presets = resolve_method(name)
     assert (cls.name, presets) == ("lora", {"mpc": "o"})
 
 
 def test_decompositions_agree_with_each_other() -> None:
     torch.manual_seed(0)
     W = torch.randn(1100, 1050) @ torch.diag(torch.linspace(3, 0.01, 1050) ** 2)
-    U, sigma, Vt = whole(W)
+    U, sigma, Vt = full_svd(W)
     assert torch.allclose(U * sigma @ Vt, W, atol=1e-2)
-    for part, where in ((largest(W, 8), slice(0, 8)), (smallest(W, 8), slice(-8, None))):
+    for part, where in ((top_singular_triplets(W, 8), slice(0, 8)), (bottom_singular_triplets(W, 8), slice(-8, None))):
         assert torch.allclose(part.sigma, sigma[where], rtol=2e-3)
-    top = largest(W, 8)  # randomised at this size
+    top = top_singular_triplets(W, 8)  # randomised at this size
     assert (top.U.T @ U[:, :8]).diagonal().min() > 0.99
-    assert torch.equal(largest(W, 8).U, top.U)
+    assert torch.equal(top_singular_triplets(W, 8).U, top.U)
 
 
 def test_a_decomposition_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     W = torch.randn(9, 7)
-    first = smallest(W, 2)
+    first = bottom_singular_triplets(W, 2)
     monkeypatch.setattr(torch.linalg, "svd", None)
-    assert torch.equal(smallest(W, 2).U, first.U)
+    assert torch.equal(bottom_singular_triplets(W, 2).U, first.U)
     with pytest.raises(TypeError):
-        smallest(W + 1e-6, 2)
+        bottom_singular_triplets(W + 1e-6, 2)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "name", [n for n, c in methods().items() if issubclass(c, LinearAdapter) and c.site == "linear"]
+    "name", [n for n, c in list_methods().items() if issubclass(c, LinearAdapter) and c.site == "linear"]
 )
 def test_no_dense_tensor_is_saved_for_the_backward_pass(name: str, bias: bool) -> None:
     """[31]: nothing of W's size but W itself and the method's own tensors."""
     torch.manual_seed(0)
     n_in, n_out, tokens = 96, 80, 4
     base = nn.Linear(n_in, n_out, bias=bias).requires_grad_(False)
-    cls, presets = resolve(name)
+    cls, presets = resolve_method(name)
     adapter = cls(base, cls.Config(**presets))
     with torch.no_grad():
-        adapter.start(base.weight)
+        adapter.init_from_weight(base.weight)
     own = {t.untyped_storage().data_ptr() for t in (*adapter.parameters(), *adapter.buffers())}
     saved: list[int] = []
 

@@ -13,7 +13,7 @@ import pytest
 from torch import nn
 
 from subspace.adapters.parameter_count import count_trained
-from subspace.adapters.registry import methods, resolve
+from subspace.adapters.registry import list_methods, resolve_method
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_shape
 
@@ -73,14 +73,14 @@ def shape(name: str) -> nn.Module:
 
 
 def count(model: str, method: str, settings: dict[str, Any]) -> int:
-    cls, presets = resolve(method)
-    linear = cls.site_of(cls.Config(**presets, **settings)) == "linear"
+    cls, presets = resolve_method(method)
+    linear = cls.target_kind(cls.Config(**presets, **settings)) == "linear"
     own_targets = settings.get("variant") == "original"
     return count_trained(shape(model), method, settings, targets=FIVE if linear and not own_targets else None)
 
 
 def test_every_method_is_counted() -> None:
-    assert {resolve(method)[0].name for method, _, _ in LLAMA_7B} == set(methods())
+    assert {resolve_method(method)[0].name for method, _, _ in LLAMA_7B} == set(list_methods())
 
 
 @pytest.mark.parametrize(("method", "settings", "expected"), LLAMA_7B)

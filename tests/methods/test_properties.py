@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from subspace.adapters.base import ROLES, SITES, Adapter, Clock, LinearAdapter
-from subspace.adapters.inject import adapters, groups, inject, roles, trained_parameters
+from subspace.adapters.base import ROLES, SITES, Adapter, LinearAdapter, TrainProgress
+from subspace.adapters.inject import adapter_groups, adapters, inject, parameter_roles, trained_parameters
 from subspace.adapters.penalties import with_penalties
-from subspace.adapters.registry import find_method, methods
+from subspace.adapters.registry import find_method, list_methods
 from subspace.errors import UserError
-from subspace.training.optimizer_access import Access
-from tests.helpers.tiny_models import SOON, tiny, tiny_llama
+from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
+from tests.helpers.tiny_models import EARLY_SCHEDULES, tiny, tiny_llama
 
-METHODS = methods()
+METHODS = list_methods()
 LINEAR = [name for name, cls in METHODS.items() if issubclass(cls, LinearAdapter) and cls.mergeable]
 #: Settings with which each fits a layer of 6 to 5.
 SMALL = {name: {"r": 3} for name in ("pissa", "milora", "spectral")} | {"lora-dash": {"d": 3}}
@@ -44,7 +44,7 @@ def adapted(
 ) -> PreTrainedModel:
     model = tiny(architecture)
     model.to(dtype)  # type: ignore[arg-type]
-    inject(model, method.name, {**SOON.get(method.name, {}), **settings}, seed=3)
+    inject(model, method.name, {**EARLY_SCHEDULES.get(method.name, {}), **settings}, seed=3)
     for adapter in adapters(model).values():
         for tensor in (*adapter.own_tensors().values(), *adapter.buffers(recurse=False)):
             tensor.data = tensor.data.to(dtype)
@@ -53,9 +53,9 @@ def adapted(
 
 def launch(model: nn.Module) -> None:
     """Bring schedules to where every tensor moves."""
-    for group in groups(model):
-        if group[0].moves_late:
-            type(group[0]).after_step(group, Clock(group[0].config.launch, 30), Access())
+    for group in adapter_groups(model):
+        if group[0].delayed_grad_params:
+            type(group[0]).after_step(group, TrainProgress(group[0].config.launch, 30), DeepSpeedOptimizerAccess())
 
 
 def perturb(model: nn.Module, scale: float = 0.1) -> None:
@@ -78,7 +78,7 @@ def one(method: type[Adapter], n_in: int = 6, n_out: int = 5, bias: bool = True)
     adapter = method(base, method.Config(**SMALL.get(method.name, {})))
     assert isinstance(adapter, LinearAdapter)
     with torch.no_grad():
-        adapter.start(base.weight)
+        adapter.init_from_weight(base.weight)
     base.double(), adapter.double()
     launch(adapter)
     for parameter in adapter.trained().values():
@@ -88,13 +88,13 @@ def one(method: type[Adapter], n_in: int = 6, n_out: int = 5, bias: bool = True)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_starts_as_the_frozen_model(method: type[Adapter], dtype: torch.dtype) -> None:
-    if not method.starts_as_frozen:
+    if not method.identity_at_init:
         pytest.skip(f"{method.name} declares that it does not")
     frozen = logits(tiny_llama().to(dtype)).float()  # type: ignore[arg-type]
     model = tiny_llama().to(dtype)  # type: ignore[arg-type]
-    inject(model, method.name, SOON.get(method.name, {}))
+    inject(model, method.name, EARLY_SCHEDULES.get(method.name, {}))
     launch(model)
-    rounding = method.start_error * (1 if dtype == torch.float32 else 1000)
+    rounding = method.identity_tolerance * (1 if dtype == torch.float32 else 1000)
     assert (logits(model).float() - frozen).abs().max() <= rounding * frozen.abs().max()
 
 
@@ -147,16 +147,16 @@ def test_trains_as_many_numbers_as_it_says(method: type[Adapter]) -> None:
         if hasattr(adapter, "in_features"):
             scope.update(n_in=adapter.in_features, n_out=adapter.out_features)
         elif method.site == "module":
-            scope.update(n_values=sum(p.numel() for p in adapter.aside.values()))
+            scope.update(n_values=sum(p.numel() for p in adapter.original_params.values()))
         else:
             scope.update(n_kv=adapter.num_kv_heads * adapter.head_dim, heads=adapter.num_heads)  # type: ignore[operator]
-        assert sum(p.numel() for p in adapter.trained().values()) == eval(method.trains, {}, scope)
+        assert sum(p.numel() for p in adapter.trained().values()) == eval(method.num_params, {}, scope)
 
 
 def test_every_trained_tensor_has_a_role(method: type[Adapter]) -> None:
     model = adapted(method)
-    assert roles(model).keys() == trained_parameters(model).keys()
-    assert set(roles(model).values()) <= ROLES.keys()
+    assert parameter_roles(model).keys() == trained_parameters(model).keys()
+    assert set(parameter_roles(model).values()) <= ROLES.keys()
     assert method.site in SITES
 
 
@@ -177,11 +177,11 @@ def test_learns(method: type[Adapter]) -> None:
         optimizer.zero_grad()
         value = loss(model)
         value.backward()  # type: ignore[no-untyped-call]
-        for group in groups(model):
-            type(group[0]).before_step(group, Clock(step + 1, 30), Access())
+        for group in adapter_groups(model):
+            type(group[0]).before_step(group, TrainProgress(step + 1, 30), DeepSpeedOptimizerAccess())
         optimizer.step()
-        for group in groups(model):
-            type(group[0]).after_step(group, Clock(step + 1, 30), Access())
+        for group in adapter_groups(model):
+            type(group[0]).after_step(group, TrainProgress(step + 1, 30), DeepSpeedOptimizerAccess())
         losses.append(value.item())
     assert losses[-1] < 0.75 * losses[0]
 
@@ -257,8 +257,8 @@ def test_start_depends_on_seed_and_site_alone(method: type[Adapter]) -> None:
     shared = {name: p for name, p in trained_parameters(part).items() if name in same}
     assert 0 < len(shared) < len(same) + alone
     assert all(torch.equal(same[name], p) for name, p in shared.items())
-    random = method.reads not in ("largest", "smallest") and method.family != "reference"
-    drawn = [name for name, p in same.items() if random and p.std() > 0 and roles(whole)[name] != "scale"]
+    random = method.weight_access not in ("largest", "smallest") and method.family != "reference"
+    drawn = [name for name, p in same.items() if random and p.std() > 0 and parameter_roles(whole)[name] != "scale"]
     assert all(not torch.equal(same[name], trained_parameters(other)[name]) for name in drawn)
 
 
@@ -300,4 +300,4 @@ def test_second_method_keeps_the_first_trained() -> None:
     inject(model, "lora", targets=["q_proj"])
     inject(model, "ssl", targets=["up_proj"])
     assert {type(a).name for a in adapters(model).values()} == {"lora", "ssl"}
-    assert trained_parameters(model).keys() == roles(model).keys()
+    assert trained_parameters(model).keys() == parameter_roles(model).keys()

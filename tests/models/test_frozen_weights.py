@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from subspace.adapters.base import Clock
-from subspace.adapters.inject import adapters, groups, inject, trained_parameters
-from subspace.adapters.linalg import smallest
-from subspace.adapters.registry import methods
+from subspace.adapters.base import TrainProgress
+from subspace.adapters.inject import adapter_groups, adapters, inject, trained_parameters
+from subspace.adapters.linalg import bottom_singular_triplets
+from subspace.adapters.registry import list_methods
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
-from subspace.models.frozen_weights import full_weight
+from subspace.models.frozen_weights import gather_weight_fp32
 from subspace.models.loading import open_model
-from subspace.training.optimizer_access import Access
-from tests.helpers.tiny_models import SOON, tiny_llama
+from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
+from tests.helpers.tiny_models import EARLY_SCHEDULES, tiny_llama
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17], [8, 8, 250, 31, 2, 90, 4, 11]])
-SETTINGS: dict[str, dict[str, Any]] = {**SOON, "svdiff": {"p": 4}, "sam-parser": {"p": 4}, "ssl": {}}
+SETTINGS: dict[str, dict[str, Any]] = {**EARLY_SCHEDULES, "svdiff": {"p": 4}, "sam-parser": {"p": 4}, "ssl": {}}
 REFUSED = ("full",)
 
 
@@ -43,16 +43,16 @@ def dequantised(model: PreTrainedModel) -> PreTrainedModel:
     plain = tiny_llama()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            plain.get_submodule(name).weight.data = full_weight(module).cpu()
+            plain.get_submodule(name).weight.data = gather_weight_fp32(module).cpu()
     return plain
 
 
 def with_adapters(model: PreTrainedModel, method: str, like: PreTrainedModel | None = None) -> PreTrainedModel:
     """Inject, launch and move; with ``like``, take that model's tensors."""
     inject(model, method, SETTINGS.get(method, {}), seed=3)
-    for group in groups(model):
-        if group[0].moves_late:
-            type(group[0]).after_step(group, Clock(group[0].config.launch, 30), Access())
+    for group in adapter_groups(model):
+        if group[0].delayed_grad_params:
+            type(group[0]).after_step(group, TrainProgress(group[0].config.launch, 30), DeepSpeedOptimizerAccess())
     torch.manual_seed(11)
     for parameter in trained_parameters(model).values():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -70,7 +70,7 @@ def loss(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8"])
-@pytest.mark.parametrize("method", [name for name in methods() if name not in REFUSED])
+@pytest.mark.parametrize("method", [name for name in list_methods() if name not in REFUSED])
 def test_gradients_are_those_of_the_dequantised_weights(llama: Path, method: str, quantize: str) -> None:
     quantised = with_adapters(opened(llama, quantize), method)
     plain = with_adapters(dequantised(opened(llama, quantize)), method, like=quantised)
@@ -97,15 +97,15 @@ def test_small_directions_come_from_the_unquantised_checkpoint(llama: Path, meth
     site = next(iter(created))
     adapter: Any = created[site]
     W = stored[f"{site}.weight"]
-    assert not torch.equal(full_weight(adapter.base).cpu(), W)
+    assert not torch.equal(gather_weight_fp32(adapter.base).cpu(), W)
     if method == "milora":
-        U, sigma, Vt = smallest(W, 4)
+        U, sigma, Vt = bottom_singular_triplets(W, 4)
         assert torch.allclose(adapter.scale * adapter.B0 @ adapter.A0, U * sigma @ Vt, atol=1e-6)
     else:
         each: Any
         for each in created.values():
             each.B.data += torch.randn_like(each.B)
-        type(adapter).after_step(list(created.values()), Clock(1, 10), Access())
+        type(adapter).after_step(list(created.values()), TrainProgress(1, 10), DeepSpeedOptimizerAccess())
         image = adapter.U[:, 0] @ W @ adapter.Vt[0]  # u^T W v is a singular value only if both are W's own
         assert torch.allclose(W @ adapter.Vt[0], image * adapter.U[:, 0], atol=1e-5)
 

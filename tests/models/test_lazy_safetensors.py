@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from subspace.models.config import ModelConfig
-from subspace.models.lazy_safetensors import Unread, tensor_by_tensor
+from subspace.models.lazy_safetensors import LazyTensor, streaming_safetensors
 from subspace.models.loading import open_model
 from tests.bench.random_model import write_random
 from tests.helpers.tiny_models import tiny_llama
@@ -95,9 +95,9 @@ def test_a_tensor_is_read_where_it_is_used(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / "shard.safetensors"
     save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, file)
     reads: list[str] = []
-    read = Unread.read
-    monkeypatch.setattr(Unread, "read", lambda tensor: reads.append(tensor.key) or read(tensor))  # type: ignore[func-returns-value]
-    with tensor_by_tensor(keep=None, later=True):
+    read = LazyTensor.read
+    monkeypatch.setattr(LazyTensor, "read", lambda tensor: reads.append(tensor.key) or read(tensor))  # type: ignore[func-returns-value]
+    with streaming_safetensors(keep=None, later=True):
         unread: dict[str, Any] = modeling_utils.load_state_dict(str(file))
     assert (unread["a"].shape, unread["b"].dtype, reads) == ((2, 3), torch.bfloat16, [])
     here = torch.zeros(2, 3)

@@ -24,12 +24,12 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, T5Config,
 
 from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.penalties import with_penalties
-from subspace.adapters.registry import find_method, methods
+from subspace.adapters.registry import find_method, list_methods
 from subspace.errors import UserError
-from subspace.kernels.attention import NAME
+from subspace.kernels.attention import ATTENTION_NAME
 from subspace.models.config import ModelConfig
-from subspace.models.frozen_weights import full_weight, storage
-from subspace.models.loading import describe, open_model, open_tokenizer
+from subspace.models.frozen_weights import gather_weight_fp32, storage_format
+from subspace.models.loading import open_model, open_tokenizer, summarize_model
 from tests.helpers.tiny_models import (
     ARCHITECTURES,
     TEXT,
@@ -110,7 +110,7 @@ def test_opens_every_architecture_as_it_was_saved(saved: Callable[[str], Path], 
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_method_trains_in_every_architecture(saved: Callable[[str], Path], variant: str, method: str) -> None:
     model = open_model(config(saved(variant)))
@@ -122,7 +122,7 @@ def test_every_method_trains_in_every_architecture(saved: Callable[[str], Path],
     loss(model).backward()  # type: ignore[no-untyped-call]
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert set(gradients) == trained_parameters(model).keys()
-    late = find_method(method).moves_late
+    late = find_method(method).delayed_grad_params
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
     assert all(gradient.any() for name, gradient in gradients.items() if name.rpartition(".")[2] not in late)
 
@@ -133,7 +133,7 @@ def test_dtype_and_attention_are_what_was_asked_for(llama: Path, dtype: str, att
     model = open_model(config(llama, dtype=dtype, attention=attention))
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     own = attention == "sdpa" and dtype == "bfloat16"  # it has one that is faster in training on a CPU
-    assert model.config._attn_implementation == (NAME if own else attention)
+    assert model.config._attn_implementation == (ATTENTION_NAME if own else attention)
     assert distance(logits(model), logits(tiny_llama())) < {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}[dtype]
 
 
@@ -169,7 +169,7 @@ def test_opening_says_nothing(llama: Path, capfd: pytest.CaptureFixture[str]) ->
 )
 def test_what_was_opened_is_described(llama: Path, settings: dict[str, Any], parts: list[str]) -> None:
     chosen = config(llama, **settings)
-    opened = describe(open_model(chosen), chosen)
+    opened = summarize_model(open_model(chosen), chosen)
     assert opened.parameters == sum(parameter.numel() for parameter in tiny_llama().parameters())
     assert all(part in str(opened) for part in parts), opened
 
@@ -185,7 +185,7 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     plain = tiny_llama()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            plain.get_submodule(name).weight.data = full_weight(module).cpu()
+            plain.get_submodule(name).weight.data = gather_weight_fp32(module).cpu()
     return plain
 
 
@@ -194,7 +194,9 @@ def test_a_quantised_model_computes_with_its_dequantised_weights(
     llama: Path, quantize: str, double_quant: bool
 ) -> None:
     model = open_model(config(llama, quantize=quantize, double_quant=double_quant))
-    kinds = {name.rpartition(".")[2]: storage(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kinds = {
+        name.rpartition(".")[2]: storage_format(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
     assert kinds.pop("lm_head") == "plain"
     assert set(kinds.values()) == {"int8" if quantize == "int8" else "4bit"}
     # int8 rounds its inputs too
@@ -221,11 +223,11 @@ def test_evaluation_leaves_quantised_weights_alone(llama: Path, quantize: str, d
     """A pass in eval mode must not repack 4-bit weights, as bitsandbytes does on CPUs with AVX512-BF16."""
     model = open_model(config(llama, quantize=quantize, double_quant=double_quant, dtype=dtype))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    before = {name: full_weight(module) for name, module in layers.items()}
+    before = {name: gather_weight_fp32(module) for name, module in layers.items()}
     with torch.no_grad():
         first, second = logits(model), logits(model)
     assert torch.equal(first, second)
-    assert all(torch.equal(full_weight(module), before[name]) for name, module in layers.items())
+    assert all(torch.equal(gather_weight_fp32(module), before[name]) for name, module in layers.items())
     # Also where the CPU here does not do it.
     assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
 

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the harness warns of when it is imported
     harness = pytest.importorskip("tests.harness", reason="needs lm-eval")
 
-every_task = pytest.mark.parametrize("name", list(tasks_module.tasks()))
+every_task = pytest.mark.parametrize("name", list(tasks_module.list_tasks()))
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +58,13 @@ def both(
     """Return our records, the harness's scores, and its predictions."""
     task = harness.harness_task(name, items)
     theirs = harness.harness_scores(harness.harness_model(model, tokenizer), task)
-    ours = Likelihood(model, tokenizer, tasks_module.task(name), items).score(model, range(len(items)))
+    ours = Likelihood(model, tokenizer, tasks_module.find_task(name), items).score(model, range(len(items)))
     return ours, theirs, harness.harness_predictions(task, theirs)
 
 
 @every_task
 def test_the_harness_is_fed_the_same_items(name: str) -> None:
-    task = tasks_module.task(name)
+    task = tasks_module.find_task(name)
     made = items(name, 30)
     back = [task.make_item(harness.RECORDS[name](item), 0, "test") | {"id": item["id"]} for item in made]
     assert back == made
@@ -74,7 +74,7 @@ def test_the_harness_is_fed_the_same_items(name: str) -> None:
 def test_the_harness_asks_the_same(name: str) -> None:
     made = items(name, 30)
     theirs = [instance.args for instance in harness.harness_task(name, made).instances]
-    assert [request for item in made for request in tasks_module.task(name).likelihood.requests(item)] == theirs
+    assert [request for item in made for request in tasks_module.find_task(name).likelihood.requests(item)] == theirs
 
 
 @every_task
@@ -86,11 +86,11 @@ def test_the_harness_s_examples_are_drawn(name: str, count: int) -> None:
     theirs = {(instance.doc_id, instance.idx): instance.args for instance in instances}
     positions = [2, 5, 17]
     asked: dict[Any, Any] = {}
-    own = tasks_module.task(name).splits["test"].official == "test"
+    own = tasks_module.find_task(name).splits["test"].official == "test"
     drawn = draw_examples(made, [made[n] for n in positions], positions, count, own_test_split=own)
     for position, several in zip(positions, drawn, strict=True):
         scorer = Likelihood(
-            tiny_llama(), bpe_tokenizer(), tasks_module.task(name), [made[position]], examples=[several]
+            tiny_llama(), bpe_tokenizer(), tasks_module.find_task(name), [made[position]], examples=[several]
         )
         asked |= {(position, n): pair for n, pair in enumerate(scorer.requests[0])}
     assert asked == {key: theirs[key] for key in asked}
@@ -114,9 +114,9 @@ def test_what_is_too_long_loses_the_same_beginning() -> None:
 @pytest.mark.long
 @every_task
 def test_every_real_item_is_asked_the_same(name: str) -> None:
-    real = take_sample(tasks_module.task(name), "test", None).items
+    real = take_sample(tasks_module.find_task(name), "test", None).items
     theirs = [instance.args for instance in harness.harness_task(name, real).instances]
-    assert [request for item in real for request in tasks_module.task(name).likelihood.requests(item)] == theirs
+    assert [request for item in real for request in tasks_module.find_task(name).likelihood.requests(item)] == theirs
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_model_answers_the_same(
     (result,) = evaluate(model, tokenizer, EvaluateConfig(tasks=name, limit=limit), tmp_path)
     assert result.items
     ours = read_items(result.items)
-    task = harness.harness_task(name, take_sample(tasks_module.task(name), "test", limit).items)
+    task = harness.harness_task(name, take_sample(tasks_module.find_task(name), "test", limit).items)
     scores = harness.harness_scores(harness.harness_model(model, tokenizer), task)
     theirs = harness.harness_predictions(task, scores)
 

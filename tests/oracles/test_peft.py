@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.adapters.base import Adapter, Clock
+from subspace.adapters.base import Adapter, TrainProgress
 from subspace.adapters.inject import adapters, inject, trained_parameters
 from subspace.adapters.merging import merge
-from subspace.training.optimizer_access import Access
+from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 from tests.helpers.tiny_models import tiny, tiny_llama
 
 with warnings.catch_warnings():
@@ -214,11 +214,11 @@ def test_adalora_allocates_as_peft_does() -> None:
         for own, their in pairs.values():
             own.grad = torch.randn(own.shape, generator=generator)
             their.grad = own.grad.reshape(their.shape).clone()
-        type(group[0]).before_step(group, Clock(step, steps), Access())
+        type(group[0]).before_step(group, TrainProgress(step, steps), DeepSpeedOptimizerAccess())
         for own, their in pairs.values():
             own.data -= 0.01 * own.grad  # type: ignore[operator]
             their.data -= 0.01 * their.grad  # type: ignore[operator]
-        type(group[0]).after_step(group, Clock(step, steps), Access())
+        type(group[0]).after_step(group, TrainProgress(step, steps), DeepSpeedOptimizerAccess())
         allocator.update_and_allocate(other.base_model, step)
         ours = [own.ne(0) for name, (own, _) in pairs.items() if name.endswith(".E")]
         theirs = [their.ne(0).flatten() for name, (_, their) in pairs.items() if name.endswith(".E")]

@@ -15,13 +15,13 @@ from torch import nn
 from subspace import config as config_module
 from subspace.adapters.inject import inject
 from subspace.cli import main as cli
-from subspace.distributed.deepspeed_config import fill, lay_out
+from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_shape
-from subspace.planning.activation_memory import Batch, Footprint, Ledger, rehearse
-from subspace.planning.plan import Plan, Work, _shape, parse_size, plan
-from subspace.planning.static_memory import Holdings
+from subspace.planning.activation_memory import ActivationMemory, BatchShape, MemoryTracker, trace_activation_memory
+from subspace.planning.plan import Plan, TrainingWork, _shape, build_plan, parse_size
+from subspace.planning.static_memory import StaticMemory
 from subspace.training.optimizers import make_optimizer
 from tests.helpers.material import make_material
 from tests.helpers.tiny_models import tiny_llama
@@ -69,22 +69,24 @@ def test_a_small_run_takes_what_is_told(tmp_path: Path) -> None:
 
 def test_the_micro_batch_that_takes_most_is_planned_for(tmp_path: Path) -> None:
     """Where the head weighs more than the layers, it is not the longest one."""
-    config = config_module.read(make_material(tmp_path), ["train.batch=4", "data.group_by_length=false"])
-    work = Work.of(config, lay_out(4, None, 1))
+    config = config_module.read_config(make_material(tmp_path), ["train.batch=4", "data.group_by_length=false"])
+    work = TrainingWork.of(config, compute_batch_layout(4, None, 1))
     assert work.data is not None
     assert work.micro_batches is not None
     shapes = [_shape(work.data, rows.tolist()) for rows in work.micro_batches]
     assert max(shape.tokens for shape in shapes) == work.batch.tokens
-    by_head = work.heaviest(Footprint(activations=0, head=1, backward=0, peak=0, left=0))
+    by_head = work.heaviest(ActivationMemory(activations=0, head=1, backward=0, peak=0, left=0))
     assert by_head.labelled == max(shape.labelled for shape in shapes)
-    by_layers = work.heaviest(Footprint(activations=1, head=0, backward=0, peak=0, left=0))
+    by_layers = work.heaviest(ActivationMemory(activations=1, head=0, backward=0, peak=0, left=0))
     assert by_layers.tokens == work.batch.tokens
     assert by_layers.labelled < by_head.labelled
 
 
 def test_packed_rows_are_planned_for(tmp_path: Path) -> None:
-    config = config_module.read(make_material(tmp_path), ["train.batch=8", "data.packing=true", "data.max_length=128"])
-    work = Work.of(config, lay_out(8, None, 1))
+    config = config_module.read_config(
+        make_material(tmp_path), ["train.batch=8", "data.packing=true", "data.max_length=128"]
+    )
+    work = TrainingWork.of(config, compute_batch_layout(8, None, 1))
     assert work.data is not None
     assert work.micro_batches is not None
     shapes = [_shape(work.data, rows.tolist()) for rows in work.micro_batches]
@@ -106,7 +108,7 @@ def test_memory_that_is_kept_is_told_of(tmp_path: Path, keep: bool) -> None:
 
 
 def tiny_plan(root: Path, *settings: str, processes: int = 1) -> Plan:
-    return plan(config_module.read(make_material(root), settings), processes=processes)
+    return build_plan(config_module.read_config(make_material(root), settings), processes=processes)
 
 
 def parts(found: Plan) -> dict[str, int]:
@@ -115,7 +117,9 @@ def parts(found: Plan) -> dict[str, int]:
 
 def test_a_7b_model_is_planned_without_a_file() -> None:
     settings = ["model.path=llama-7b", "model.dtype=bfloat16", "model.quantize=nf4", "train.micro_batch=1"]
-    found = plan(config_module.read(ROOT / "launch/recipes/llama-7b-lora-r32.yaml", settings), memory=24 * GB)
+    found = build_plan(
+        config_module.read_config(ROOT / "launch/recipes/llama-7b-lora-r32.yaml", settings), memory=24 * GB
+    )
     assert found.trained == 56_098_816
     packed = (6_738_415_616 - 2 * 32000 * 4096 - 65 * 4096) / 2
     held = packed + 2 * (2 * 32000 * 4096 + 65 * 4096)
@@ -145,17 +149,21 @@ def test_what_is_held_is_what_a_model_holds() -> None:
     frozen = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     created = inject(model, "lora", {"r": 4}, targets=["q_proj"])
     own = sum(t.nbytes for adapter in created.values() for t in adapter.own_tensors().values())
-    engine, _ = fill(
-        {"zero_optimization": {"stage": 1}}, lay_out(4, None, 2), dtype="float32", clip=1.0, trained=own // 4
+    engine, _ = resolve_deepspeed_config(
+        {"zero_optimization": {"stage": 1}},
+        compute_batch_layout(4, None, 2),
+        dtype="float32",
+        clip=1.0,
+        trained=own // 4,
     )
-    found = {part.name: part.bytes for part in Holdings(model, engine, 2, 8, gpu=False).parts()}
+    found = {part.name: part.bytes for part in StaticMemory(model, engine, 2, 8, gpu=False).parts()}
     assert found["frozen weights"] == frozen
     assert found["adapters"] == found["gradients"] == own
     assert found["state of the optimizer"] == own  # two moments, half of each
 
 
 def test_the_ledger_counts_what_is_held() -> None:
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         a = torch.zeros(1000)
         b = a.view(10, 100).t()
         assert ledger.live == 4000
@@ -185,9 +193,9 @@ def test_a_rehearsal_keeps_what_a_step_keeps(quantize: str, checkpointing: bool,
     mask = torch.ones_like(ids)
     mask[0, 20:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         summed_loss(real, batch).backward()  # type: ignore[no-untyped-call]
-    found = rehearse(told, Batch(4, 32, 31, int((batch["labels"][:, 1:] != -100).sum())))
+    found = trace_activation_memory(told, BatchShape(4, 32, 31, int((batch["labels"][:, 1:] != -100).sum())))
     assert found.peak == pytest.approx(ledger.peak, rel=0.05)
 
 
@@ -208,7 +216,7 @@ def test_8_bit_state_trains_and_pages_need_a_gpu(tmp_path: Path) -> None:
     from tests.helpers.material import logged
 
     run = make_material(tmp_path)
-    config = config_module.read(run, [f"runs={tmp_path}", "train.optimizer=adamw8bit"])
+    config = config_module.read_config(run, [f"runs={tmp_path}", "train.optimizer=adamw8bit"])
     losses = logged(train_run(config))
     assert losses[-1] < losses[0] - 0.1
     parameter = nn.Parameter(torch.ones(4096))
@@ -217,6 +225,6 @@ def test_8_bit_state_trains_and_pages_need_a_gpu(tmp_path: Path) -> None:
     optimizer.step()
     assert optimizer.state[parameter]["state1"].dtype is torch.uint8
     if not torch.cuda.is_available():
-        paged = config_module.read(run, [f"runs={tmp_path}", "name=p", "train.optimizer=paged_adamw8bit"])
+        paged = config_module.read_config(run, [f"runs={tmp_path}", "name=p", "train.optimizer=paged_adamw8bit"])
         with pytest.raises(UserError, match="Use train.optimizer=adamw8bit"):
             train_run(paged)

@@ -11,7 +11,7 @@ import pytest
 from subspace.cli.main import main
 from subspace.errors import UserError
 from subspace.reporting import statistics
-from subspace.reporting.comparison import comparisons
+from subspace.reporting.comparison import compare_runs
 from tests.reporting.test_tables import run, trained
 
 FIRST = "1" * 40 + "0" * 60
@@ -29,14 +29,14 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def test_the_tests_are_paired_by_item(folders: list[Path]) -> None:
-    (found,) = comparisons([folders[0], folders[2]])
+    (found,) = compare_runs([folders[0], folders[2]])
     before, after = (np.array([[float(mark) for mark in right]]) for right in (FIRST, MORE))
     boolq, piqa = found.tasks
     assert boolq.difference == statistics.difference([before], [after])
     assert (boolq.difference.lost, boolq.difference.gained, boolq.difference.value) == (0, 35, 0.35)
     assert boolq.difference.p == statistics.mcnemar(0, 35)
     assert (boolq.before, boolq.after, boolq.n) == (0.4, 0.75, 100)
-    assert boolq.detectable == statistics.detectable([100], 0.35)
+    assert boolq.detectable == statistics.detectable_difference([100], 0.35)
     assert piqa.metric == "acc"
     (mean,) = found.means
     assert mean.difference == statistics.difference([before, before[:, ::-1]], [after, after[:, ::-1]])
@@ -44,7 +44,7 @@ def test_the_tests_are_paired_by_item(folders: list[Path]) -> None:
 
 
 def test_holm_corrects_over_tasks_and_methods(folders: list[Path]) -> None:
-    same, more = comparisons(folders)
+    same, more = compare_runs(folders)
     raw = [line.difference.p for one in (same, more) for line in one.tasks]
     assert [line.corrected for one in (same, more) for line in one.tasks] == statistics.holm(raw)
     raw = [line.difference.p for one in (same, more) for line in one.means]
@@ -52,18 +52,18 @@ def test_holm_corrects_over_tasks_and_methods(folders: list[Path]) -> None:
 
 
 def test_the_verdict_is_in_words(folders: list[Path]) -> None:
-    same, more = comparisons(folders)
+    same, more = compare_runs(folders)
     assert more.verdict.startswith("mean of 2: more is better than first: +35.0 points [+28.5, +41.5], p ")
     assert same.verdict == (
         "mean of 2: same and first are not told apart with these items: +0.0 points [-2.0, +2.0], p = 1; "
         "the smallest detectable difference is 3.9 points"
     )
-    (worse,) = comparisons([folders[2], folders[0]])
+    (worse,) = compare_runs([folders[2], folders[0]])
     assert "first is worse than more: -35.0 points" in worse.verdict
 
 
 def test_the_items_that_flipped(folders: list[Path]) -> None:
-    (found,) = comparisons(folders[:2])
+    (found,) = compare_runs(folders[:2])
     assert [(flip.task, flip.id, flip.gained) for flip in found.flips] == [
         ("boolq", "0", False),
         ("boolq", "40", True),
@@ -75,7 +75,7 @@ def test_the_items_that_flipped(folders: list[Path]) -> None:
 
 
 def test_few_flips_are_told(folders: list[Path]) -> None:
-    same, more = comparisons(folders)
+    same, more = compare_runs(folders)
     assert any("fewer than 10 items flipped" in note and "BoolQ, PIQA" in note for note in same.grid.notes)
     assert not any("fewer than" in note for note in more.grid.notes)
 
@@ -88,31 +88,31 @@ def seeded(tmp_path: Path, name: str, shift: int) -> list[Path]:
 
 def test_seeds_are_compared_as_methods(tmp_path: Path) -> None:
     lora, dora = seeded(tmp_path, "lora", 0), seeded(tmp_path, "dora", 20)
-    (found,) = comparisons([*lora, *dora])
+    (found,) = compare_runs([*lora, *dora])
     assert (found.first.name, found.other.name) == ("lora ×3", "dora ×3")
     (mean,) = found.means
     assert mean.difference.value == pytest.approx(0.2)
     assert "hierarchical bootstrap" in found.grid.notes[2]
-    one = comparisons([lora[0], dora[0]])[0].means[0]
+    one = compare_runs([lora[0], dora[0]])[0].means[0]
     assert mean.difference.error > 1.5 * one.difference.error  # three seeds know that seeds differ; one does not
     assert {flip.id for flip in found.flips if flip.task == "boolq"} == {str(i) for i in range(46, 66)}
 
 
 def test_one_method_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="but with what. They are seeds of one method. Name the run of another"):
-        comparisons(seeded(tmp_path, "lora", 0))
+        compare_runs(seeded(tmp_path, "lora", 0))
 
 
 def test_no_task_in_common_is_refused(tmp_path: Path) -> None:
     one, other = run(tmp_path / "one", {"boolq": {"acc": "10"}}), run(tmp_path / "two", {"piqa": {"acc": "10"}})
     with pytest.raises(UserError, match="one, two have no task in common"):
-        comparisons([one, other])
+        compare_runs([one, other])
 
 
 def test_unlike_runs_are_refused(folders: list[Path], tmp_path: Path) -> None:
     other = run(tmp_path / "other", {"boolq": {"acc": FIRST}}, ingredients={"template": "another"})
     with pytest.raises(UserError, match="first and other cannot be put side by side: in BoolQ they differ in template"):
-        comparisons([folders[0], other])
+        compare_runs([folders[0], other])
 
 
 def test_the_command(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:

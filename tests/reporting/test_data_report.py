@@ -10,7 +10,7 @@ import pytest
 
 from subspace.cli.main import main
 from subspace.data import tasks as tasks_module
-from subspace.data.contamination import KINDS, Matcher, Text, duplicates, keys, shown
+from subspace.data.contamination import KINDS, Matcher, Text, count_duplicates, question_text, text_keys
 
 LONG = "the quick brown fox jumps over the lazy dog and then runs back home again tonight"  # 16 words
 
@@ -75,8 +75,8 @@ def test_no_text_at_all() -> None:
 
 def test_duplicates_are_those_that_are_there_again() -> None:
     texts = [ITEM, ITEM._replace(choices=ITEM.choices[::-1]), Text("other"), ITEM]
-    assert duplicates(keys(text).normalised for text in texts) == 2
-    assert duplicates(keys(text).exact for text in texts) == 1
+    assert count_duplicates(text_keys(text).normalised for text in texts) == 2
+    assert count_duplicates(text_keys(text).exact for text in texts) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_duplicates_are_those_that_are_there_again() -> None:
 )
 def test_what_is_compared_is_what_training_shows(task: str, expected: Text) -> None:
     item: dict[str, Any] = {"id": "1", "topic": "t", "context": "c", "question": "q", "choices": ["a", "b", "c"]}
-    assert shown(tasks_module.task(task))({**item, "label": 0}) == expected
+    assert question_text(tasks_module.find_task(task))({**item, "label": 0}) == expected
 
 
 # On the real data: slow only where its token ids are not in the cache.
@@ -133,7 +133,7 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     """One row is a test item as LLM-Adapters asks it, another has its words in other ones; the rest is harmless."""
     from subspace.data.prepare import task_items
 
-    task, items = tasks_module.task("openbookqa"), list(task_items("openbookqa", "test"))
+    task, items = tasks_module.find_task("openbookqa"), list(task_items("openbookqa", "test"))
     long = next(i for i, item in enumerate(items) if len(item["question"].split()) > 20)
     rows = [
         {"instruction": task.instruction(items[3]), "output": "the correct answer is answer1"},

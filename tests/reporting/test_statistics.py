@@ -103,7 +103,7 @@ def test_seeds_share_their_items() -> None:
     one = marks(70, 100)
     thrice = statistics.estimate([np.repeat(one, 3, axis=0)])
     assert thrice.error == pytest.approx(statistics.estimate([one]).error, rel=0.03)
-    assert statistics.spread([np.repeat(one, 3, axis=0)]) == pytest.approx(0)
+    assert statistics.seed_spread([np.repeat(one, 3, axis=0)]) == pytest.approx(0)
 
 
 def test_the_error_over_seeds_is_that_of_the_analysis_of_variance() -> None:
@@ -119,7 +119,7 @@ def test_the_error_over_seeds_is_that_of_the_analysis_of_variance() -> None:
     expected = ((of_seeds + of_items - rest) / task.size) ** 0.5
     assert of_seeds > 1.5 * rest  # else there would be no variance of the seeds alone
     assert statistics.estimate([task]).error == pytest.approx(expected, rel=0.02)
-    assert statistics.spread([task]) == pytest.approx(task.mean(1).std(ddof=1))
+    assert statistics.seed_spread([task]) == pytest.approx(task.mean(1).std(ddof=1))
 
 
 def test_what_does_not_differ_has_no_difference() -> None:
@@ -225,7 +225,7 @@ def test_the_interval_of_a_difference_over_seeds_covers_the_truth(seeds: int, ef
 
 @pytest.mark.parametrize(("items", "discordance"), [([500], 0.15), ([1838], 0.05), ([3270, 1838, 500], 0.1)])
 def test_what_is_detectable_is_detected_with_the_stated_power(items: list[int], discordance: float) -> None:
-    d = statistics.detectable(items, discordance)
+    d = statistics.detectable_difference(items, discordance)
     assert d is not None
     random = np.random.default_rng(5)
     gained, lost = (discordance + d) / 2, (discordance - d) / 2
@@ -240,30 +240,30 @@ def test_what_is_detectable_is_detected_with_the_stated_power(items: list[int], 
 
 
 def test_a_difference_needs_as_much_discordance() -> None:
-    d = statistics.detectable([40], 0.05)
+    d = statistics.detectable_difference([40], 0.05)
     assert d is not None
     assert d > 0.05
-    assert statistics.detectable([40], d) == pytest.approx(d, rel=1e-3)
-    assert statistics.detectable([3]) is None
+    assert statistics.detectable_difference([40], d) == pytest.approx(d, rel=1e-3)
+    assert statistics.detectable_difference([3]) is None
 
 
 def test_more_items_detect_less_and_more_discordance_hides_more() -> None:
-    found = [statistics.detectable([n], psi) or 1 for n, psi in [(1000, 0.1), (2000, 0.1), (2000, 0.2)]]
+    found = [statistics.detectable_difference([n], psi) or 1 for n, psi in [(1000, 0.1), (2000, 0.1), (2000, 0.2)]]
     assert found[1] < found[0]
     assert found[1] < found[2]
 
 
 def test_between_two_runs_the_discordance_is_theirs() -> None:
     before, after = pair(40, 50, 300, 110)
-    assert statistics.detectable_between([before], [after]) == statistics.detectable([500], 90 / 500)
+    assert statistics.detectable_between([before], [after]) == statistics.detectable_difference([500], 90 / 500)
     several = [np.repeat(before, 3, axis=0)]
     assert statistics.detectable_between(several, [after]) == pytest.approx(
-        statistics.detectable([500], 90 / 500), rel=0.05
+        statistics.detectable_difference([500], 90 / 500), rel=0.05
     )
 
 
 def test_what_can_be_detected_is_said_in_one_line() -> None:
-    line = statistics.expectation({"BoolQ": 3270, "OBQA": 500, "tiny": 3})
+    line = statistics.power_statement({"BoolQ": 3270, "OBQA": 500, "tiny": 3})
     assert "\n" not in line
-    assert f"BoolQ {100 * (statistics.detectable([3270]) or 0):.1f}, OBQA 4.8, tiny none, their mean" in line
+    assert f"BoolQ {100 * (statistics.detectable_difference([3270]) or 0):.1f}, OBQA 4.8, tiny none, their mean" in line
     assert "power 80 %, alpha 5 %, if 15 % of the answers differ" in line

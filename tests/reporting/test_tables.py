@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import yaml
 
-from subspace.common.tables import BEST, FORMATS, TIED, show
+from subspace.common.tables import BEST, FORMATS, TIED, print_grid
 from subspace.errors import UserError
 from subspace.evaluation.results import TaskResult, accuracy, items_file, write_items, write_results
 from subspace.reporting import statistics
 from subspace.reporting.plots import plot
-from subspace.reporting.tables import tables, write
+from subspace.reporting.tables import build_tables, write
 
 Marks = Mapping[str, Sequence[str]]  # by metric, for each item: "1" right, "0" wrong
 
@@ -74,7 +74,7 @@ def after(tmp_path: Path) -> Path:
 
 
 def test_before_and_after(before: Path, after: Path) -> None:
-    (table,) = tables([before, after])
+    (table,) = build_tables([before, after])
     assert (
         table.markdown()
         == """\
@@ -99,9 +99,9 @@ def test_before_and_after(before: Path, after: Path) -> None:
 
 def test_the_terminal_shows_the_same_numbers(before: Path, after: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
-    (table,) = tables([before, after])
+    (table,) = build_tables([before, after])
     with redirect_stdout(io.StringIO()) as printed:
-        show(table.grid)
+        print_grid(table.grid)
     lines = printed.getvalue().splitlines()
     rows = [line.split() for line in lines if "[" in line]
     assert rows[1:] == [" ".join(cells).split() for cells in table.grid.rows]
@@ -109,7 +109,7 @@ def test_the_terminal_shows_the_same_numbers(before: Path, after: Path, monkeypa
 
 
 def test_json_holds_shares_and_fingerprints(before: Path, after: Path) -> None:
-    (table,) = tables([before, after])
+    (table,) = build_tables([before, after])
     plain = json.loads(json.dumps(table.as_dict()))
     assert plain["methods"]["tuned"] == {"about": "tiny with lora, float32", "runs": [str(after)]}
     boolq = plain["rows"][0]
@@ -123,7 +123,7 @@ def test_json_holds_shares_and_fingerprints(before: Path, after: Path) -> None:
 
 
 def test_the_difference_is_paired_by_item(before: Path, after: Path) -> None:
-    (table,) = tables([before, after])
+    (table,) = build_tables([before, after])
     one, other = ([[[0.0, 0, 1, 0]]], [[[1.0, 1, 1, 0]]])
     expected = statistics.difference([np.array(task) for task in one], [np.array(task) for task in other])
     assert table.rows[3].difference == expected
@@ -132,19 +132,19 @@ def test_the_difference_is_paired_by_item(before: Path, after: Path) -> None:
 
 def test_more_runs_have_no_difference(before: Path, after: Path, tmp_path: Path) -> None:
     third = run(tmp_path / "third", {"boolq": BOOLQ, "piqa": PIQA, "hellaswag": HELLASWAG}, adapter="dora")
-    (table,) = tables([before, after, third])
+    (table,) = build_tables([before, after, third])
     assert table.grid.head == ("task", "metric", "items", "majority", "base", "tuned", "third")
     assert {len(cells) for cells in table.grid.rows} == {7}
 
 
 def test_one_run_alone(before: Path) -> None:
-    (table,) = tables([before, before])
+    (table,) = build_tables([before, before])
     assert table.grid.rows[0] == ("BoolQ", "acc", "4", "50.0", "75.0 [30.1, 95.4]")
 
 
 def test_the_mean_is_over_what_every_run_has(before: Path, tmp_path: Path) -> None:
     less = run(tmp_path / "less", {"piqa": {"acc": "0000", "acc_norm": "0000"}, "openbookqa": {"acc_norm": "1111"}})
-    (table,) = tables([before, less])
+    (table,) = build_tables([before, less])
     assert [cells[0] for cells in table.grid.rows] == [
         "BoolQ",
         "PIQA",
@@ -160,7 +160,7 @@ def test_the_mean_is_over_what_every_run_has(before: Path, tmp_path: Path) -> No
 
 def test_nothing_in_common_has_no_mean(tmp_path: Path) -> None:
     one, two = run(tmp_path / "one", {"boolq": BOOLQ}), run(tmp_path / "two", {"piqa": PIQA})
-    (table,) = tables([one, two])
+    (table,) = build_tables([one, two])
     assert table.means == ()
     assert [cells[4:6].count("-") for cells in table.grid.rows] == [1, 1, 1]
 
@@ -168,26 +168,26 @@ def test_nothing_in_common_has_no_mean(tmp_path: Path) -> None:
 def test_each_protocol_has_its_table(before: Path, after: Path) -> None:
     run(before, {"boolq": BOOLQ}, protocol="llm-adapters")
     run(after, {"boolq": BOOLQ}, protocol="llm-adapters")
-    assert [table.protocol for table in tables([before, after])] == ["likelihood", "llm-adapters"]
-    assert [table.protocol for table in tables([before, after], "llm-adapters")] == ["llm-adapters"]
+    assert [table.protocol for table in build_tables([before, after])] == ["likelihood", "llm-adapters"]
+    assert [table.protocol for table in build_tables([before, after], "llm-adapters")] == ["llm-adapters"]
 
 
 def test_a_protocol_that_not_every_run_has_is_left_out_unless_named(before: Path, after: Path) -> None:
     run(after, {"boolq": BOOLQ}, protocol="llm-adapters")
-    assert [table.protocol for table in tables([before, after])] == ["likelihood"]
+    assert [table.protocol for table in build_tables([before, after])] == ["likelihood"]
     with pytest.raises(UserError, match=r"base was not scored by llm-adapters. Run: subspace evaluate .*base evaluate"):
-        tables([before, after], "llm-adapters")
+        build_tables([before, after], "llm-adapters")
 
 
 def test_runs_without_a_protocol_in_common_are_refused(before: Path, tmp_path: Path) -> None:
     other = run(tmp_path / "other", {"boolq": BOOLQ}, protocol="llm-adapters")
     with pytest.raises(UserError, match=r"other was not scored by likelihood. Run: subspace evaluate .*other"):
-        tables([before, other])
+        build_tables([before, other])
 
 
 def test_an_unknown_protocol_names_the_nearest(before: Path) -> None:
     with pytest.raises(UserError, match="none of base was scored by 'likelyhood'. Did you mean 'likelihood'"):
-        tables([before], "likelyhood")
+        build_tables([before], "likelyhood")
 
 
 @pytest.mark.parametrize(
@@ -204,17 +204,17 @@ def test_unlike_numbers_are_refused(before: Path, tmp_path: Path, part: str, rem
     with pytest.raises(
         UserError, match=f"base and other cannot be put side by side: in BoolQ they differ in {part} .*{remedy}"
     ):
-        tables([before, other])
+        build_tables([before, other])
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     one, two = run(tmp_path / "a" / "lora", {"boolq": BOOLQ}), run(tmp_path / "b" / "lora", {"boolq": BOOLQ})
-    (table,) = tables([one, two])
+    (table,) = build_tables([one, two])
     assert table.grid.head[4:6] == (str(one), str(two))
 
 
 def test_truncated_items_are_told(tmp_path: Path) -> None:
-    (table,) = tables([run(tmp_path / "base", {"boolq": BOOLQ, "piqa": PIQA}, truncated=3)])
+    (table,) = build_tables([run(tmp_path / "base", {"boolq": BOOLQ, "piqa": PIQA}, truncated=3)])
     assert "base: 6 items were longer than the model reads and lost their beginning" in table.notes
 
 
@@ -229,7 +229,7 @@ def seeds(tmp_path: Path) -> list[Path]:
 
 
 def test_runs_that_differ_in_their_seed_are_one_column(seeds: list[Path]) -> None:
-    (table,) = tables(seeds)
+    (table,) = build_tables(seeds)
     assert table.grid.head[4:] == ("lora ×3",)
     cell = table.rows[0].cells[0]
     assert cell
@@ -243,23 +243,23 @@ def test_runs_that_differ_in_their_seed_are_one_column(seeds: list[Path]) -> Non
 @pytest.mark.parametrize("changes", [{"method": {"name": "lora", "r": 16}}, {"train": {"seed": 3, "steps": 7}}])
 def test_another_setting_is_another_method(seeds: list[Path], tmp_path: Path, changes: dict[str, Any]) -> None:
     other = trained(tmp_path / "lora-other", RIGHT[0], seed=3, **changes)
-    assert [column.name for column in tables([*seeds, other])[0].columns] == ["lora ×3", "lora-other"]
+    assert [column.name for column in build_tables([*seeds, other])[0].columns] == ["lora ×3", "lora-other"]
 
 
 def test_a_seed_twice_is_no_new_evidence(seeds: list[Path], tmp_path: Path) -> None:
     again = trained(tmp_path / "again", RIGHT[0], seed=0)
-    assert [len(column.runs) for column in tables([*seeds, again])[0].columns] == [3, 1]
+    assert [len(column.runs) for column in build_tables([*seeds, again])[0].columns] == [3, 1]
 
 
 def test_one_seed_is_said_to_be_one(seeds: list[Path], before: Path) -> None:
-    (table,) = tables([*seeds[:2], trained(seeds[0].parent / "dora", RIGHT[0], seed=0, method={"name": "dora"})])
+    (table,) = build_tables([*seeds[:2], trained(seeds[0].parent / "dora", RIGHT[0], seed=0, method={"name": "dora"})])
     assert "one seed only: dora. Their numbers are about these runs, not methods" in table.notes
 
 
 def test_a_task_that_one_seed_lacks_is_not_there(seeds: list[Path]) -> None:
     rows = [result for result in json.loads((seeds[1] / "results.json").read_text()) if result["task"] == "piqa"]
     (seeds[1] / "results.json").write_text(json.dumps(rows))
-    (table,) = tables(seeds)
+    (table,) = build_tables(seeds)
     assert [(row.task, row.in_mean) for row in table.rows] == [("piqa", True)]
 
 
@@ -269,7 +269,7 @@ def test_a_task_that_one_seed_lacks_is_not_there(seeds: list[Path]) -> None:
 def test_ties_with_the_best_are_marked(tmp_path: Path) -> None:
     marks = {"best": "1" * 60 + "0" * 40, "close": "1" * 56 + "0" * 44, "far": "1" * 20 + "0" * 80}
     folders = [run(tmp_path / name, {"boolq": {"acc": right}}) for name, right in marks.items()]
-    (table,) = tables(folders)
+    (table,) = build_tables(folders)
     (row,) = table.rows
     assert [text[-1] for text in row.texts[4:7]] == [BEST, TIED, "]"]
     p_values = [statistics.mcnemar(0, 4), statistics.mcnemar(0, 40)]
@@ -280,23 +280,23 @@ def test_holm_corrects_over_the_methods_of_a_row(tmp_path: Path) -> None:
     """Six items of difference are p = 0.031: enough against one other method, not among three."""
     folders = [run(tmp_path / "best", {"boolq": {"acc": "1" * 26 + "0" * 4}})]
     folders += [run(tmp_path / f"m{i}", {"boolq": {"acc": "1" * 20 + "0" * 10}}) for i in range(3)]
-    assert TIED not in tables(folders[:2])[0].markdown().split("-")[0]
-    assert [text[-1] for text in tables(folders[:2])[0].grid.rows[0][4:6]] == [BEST, "]"]
-    assert [text[-1] for text in tables(folders)[0].grid.rows[0][4:]] == [BEST, TIED, TIED, TIED]
+    assert TIED not in build_tables(folders[:2])[0].markdown().split("-")[0]
+    assert [text[-1] for text in build_tables(folders[:2])[0].grid.rows[0][4:6]] == [BEST, "]"]
+    assert [text[-1] for text in build_tables(folders)[0].grid.rows[0][4:]] == [BEST, TIED, TIED, TIED]
 
 
 def test_other_items_under_one_fingerprint_are_refused(before: Path, after: Path) -> None:
     file = items_file(after, "likelihood", "boolq")
     file.write_text(file.read_text().replace('"id": 3', '"id": 4'))
     with pytest.raises(UserError, match="the items of BoolQ in .* are not the same ones"):
-        tables([before, after])
+        build_tables([before, after])
 
 
 # Forms.
 
 
 def test_csv_has_a_line_for_each_task_and_method(before: Path, after: Path) -> None:
-    lines = list(csv.DictReader(io.StringIO(write(tables([before, after]), "csv"))))
+    lines = list(csv.DictReader(io.StringIO(write(build_tables([before, after]), "csv"))))
     assert len(lines) == 2 * 6
     assert {line["method"] for line in lines} == {"base", "tuned"}
     (one,) = [line for line in lines if line["task"] == "boolq" and line["method"] == "base"]
@@ -305,7 +305,7 @@ def test_csv_has_a_line_for_each_task_and_method(before: Path, after: Path) -> N
 
 
 def test_latex_is_escaped_and_marks_the_best(before: Path, after: Path) -> None:
-    text = write(tables([before, after]), "latex")
+    text = write(build_tables([before, after]), "latex")
     assert "PIQA & (acc\\_norm) & 4 & 50.0 &" in text
     assert "\\textbf{100.0 [51.0, 100.0]} &" in text
     assert "\\underline{75.0 [30.1, 95.4]} &" in text
@@ -316,7 +316,7 @@ def test_latex_is_escaped_and_marks_the_best(before: Path, after: Path) -> None:
 
 
 def test_html_is_a_page_with_every_cell(before: Path, after: Path) -> None:
-    (table,) = tables([before, after])
+    (table,) = build_tables([before, after])
     page = write([table], "html")
     assert page.count("<td") == sum(map(len, table.grid.rows))
     assert page.count("<tbody>") == 2
@@ -324,7 +324,7 @@ def test_html_is_a_page_with_every_cell(before: Path, after: Path) -> None:
 
 
 def test_a_turned_table_has_methods_down(before: Path, after: Path) -> None:
-    (table,) = tables([before, after])
+    (table,) = build_tables([before, after])
     grid = table.grid.turned()
     assert grid.head == ("task", "BoolQ", "PIQA", "PIQA", "HellaSwag", "HellaSwag", "mean of 3")
     assert [row[0] for row in grid.rows] == ["metric", "items", "majority", "base", "tuned", "difference"]
@@ -335,7 +335,7 @@ def test_a_turned_table_has_methods_down(before: Path, after: Path) -> None:
 def test_every_form_has_every_table(before: Path, after: Path, form: str) -> None:
     for folder in (before, after):
         run(folder, {"boolq": BOOLQ}, protocol="llm-adapters")
-    text = write(tables([before, after]), form)
+    text = write(build_tables([before, after]), form)
     assert "likelihood" in text
     assert "llm-adapters" in text
 
@@ -343,15 +343,15 @@ def test_every_form_has_every_table(before: Path, after: Path, form: str) -> Non
 @pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_a_plot_is_drawn(seeds: list[Path], tmp_path: Path, suffix: str, begins: bytes) -> None:
     other = trained(tmp_path / "dora", RIGHT[0], seed=0, method={"name": "dora"})
-    (file,) = plot(tables([*seeds, other]), tmp_path / "plots" / f"scores{suffix}")
+    (file,) = plot(build_tables([*seeds, other]), tmp_path / "plots" / f"scores{suffix}")
     assert file.read_bytes().startswith(begins)
 
 
 def test_a_plot_is_the_same_each_time(before: Path, after: Path, tmp_path: Path) -> None:
-    drawn = [plot(tables([before, after]), tmp_path / f"{i}.svg")[0].read_bytes() for i in range(2)]
+    drawn = [plot(build_tables([before, after]), tmp_path / f"{i}.svg")[0].read_bytes() for i in range(2)]
     assert drawn[0] == drawn[1]
 
 
 def test_an_unknown_kind_of_plot_is_refused(before: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is one of: .png, .svg, .pdf"):
-        plot(tables([before]), tmp_path / "scores.gif")
+        plot(build_tables([before]), tmp_path / "scores.gif")

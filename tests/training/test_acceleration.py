@@ -16,7 +16,7 @@ from subspace.adapters.inject import inject
 from subspace.errors import UserError
 from subspace.run import train_run
 from subspace.training import acceleration as speedups
-from subspace.training.acceleration import activations_on_host, check_speedups, compile_layers, is_weight
+from subspace.training.acceleration import check_accelerations, compile_layers, is_weight, offload_activations
 from tests.helpers.material import logged, make_material
 from tests.helpers.tiny_models import tiny_llama
 
@@ -27,7 +27,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(material: Path, runs: Path, name: str, *overrides: str) -> list[float]:
-    return logged(train_run(config_module.read(material, [f"runs={runs}", f"name={name}", *overrides])))
+    return logged(train_run(config_module.read_config(material, [f"runs={runs}", f"name={name}", *overrides])))
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler looks where it is warned not to
@@ -72,15 +72,15 @@ def test_weights_are_told_from_activations() -> None:
 
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"there is none here. Set train.liger=false"):
-        check_speedups(compiled=False, liger=True, gpu=False)
+        check_accelerations(compiled=False, liger=True, gpu=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install liger-kernel"):
-        check_speedups(compiled=False, liger=True, gpu=True)
+        check_accelerations(compiled=False, liger=True, gpu=True)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"apt-get install g\+\+"):
-        check_speedups(compiled=True, liger=False, gpu=False)
-    check_speedups(compiled=False, liger=False, gpu=False)
+        check_accelerations(compiled=True, liger=False, gpu=False)
+    check_accelerations(compiled=False, liger=False, gpu=False)
 
 
 @pytest.mark.gpu
@@ -93,7 +93,7 @@ def test_offloading_spares_the_gpu() -> None:
         ids = torch.randint(2, 300, (8, 256), generator=torch.Generator().manual_seed(0)).cuda()
         torch.cuda.reset_peak_memory_stats()
         if on:
-            with activations_on_host():
+            with offload_activations():
                 loss = model(ids, labels=ids, use_cache=False).loss
         else:
             loss = model(ids, labels=ids, use_cache=False).loss
@@ -116,5 +116,5 @@ def test_liger_has_the_same_losses(material: Path, tmp_path: Path) -> None:
 def test_liger_is_put_into_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel")
     model = tiny_llama()
-    speedups.use_liger(model)
+    speedups.apply_liger(model)
     assert "Liger" in model.model.layers[0].mlp.forward.__qualname__

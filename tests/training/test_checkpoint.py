@@ -20,31 +20,40 @@ from subspace.common.paths import REPOSITORY
 from subspace.errors import UserError
 from subspace.run import train_run
 from subspace.training import checkpoint
-from subspace.training.checkpoint import MANIFEST, begin, checkpoints, damage, finish, newest, place, prune
+from subspace.training.checkpoint import (
+    MANIFEST,
+    begin_checkpoint,
+    checkpoint_path,
+    checkpoints,
+    find_corruption,
+    find_newest,
+    finish_checkpoint,
+    prune_checkpoints,
+)
 from tests.helpers.material import logged, make_material
 
 FILES = {"adapter/adapter.json": b"{}\n", "training.json": b"[1, 2, 3]" * 9, "training.safetensors": bytes(range(256))}
 
 
 def save(folder: Path, step: int) -> Path:
-    unfinished = begin(place(folder, step))
+    unfinished = begin_checkpoint(checkpoint_path(folder, step))
     for name, content in FILES.items():
         (unfinished / name).parent.mkdir(exist_ok=True)
         (unfinished / name).write_bytes(content)
-    finish(unfinished, place(folder, step))
-    return place(folder, step)
+    finish_checkpoint(unfinished, checkpoint_path(folder, step))
+    return checkpoint_path(folder, step)
 
 
 def test_a_checkpoint_is_vouched_for(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
-    assert damage(path) is None
-    assert newest(tmp_path) == (path, [])
+    assert find_corruption(path) is None
+    assert find_newest(tmp_path) == (path, [])
     assert set(json.loads((path / MANIFEST).read_text())["files"]) == set(FILES)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
-    assert newest(tmp_path) == (None, [])
+    assert find_newest(tmp_path) == (None, [])
 
 
 def truncate(path: Path, draw: random.Random) -> None:
@@ -83,10 +92,10 @@ def test_damage_is_found_and_the_last_whole_one_is_taken(tmp_path: Path, seed: i
         inside = sorted(p for p in path.rglob("*") if p.is_file())
         for file in draw.sample(inside, draw.randint(1, 2)):
             DAMAGES[seed % len(DAMAGES)](file, draw)
-        assert damage(path) is not None
+        assert find_corruption(path) is not None
     if draw.random() < 0.5:  # and a save was under way
-        shutil.copytree(paths[0], begin(place(tmp_path, 25)), dirs_exist_ok=True)
-    found, passed_over = newest(tmp_path)
+        shutil.copytree(paths[0], begin_checkpoint(checkpoint_path(tmp_path, 25)), dirs_exist_ok=True)
+    found, passed_over = find_newest(tmp_path)
     assert found == paths[-damaged - 1]
     assert len(passed_over) == damaged
     assert {p.name: p.read_bytes() for p in found.glob("*.*") if p.name != MANIFEST} == {
@@ -100,26 +109,26 @@ def test_no_bit_of_a_manifest_can_change(tmp_path: Path, bit: int) -> None:
     sound = (path / MANIFEST).read_bytes()
     for i in range(len(sound)):
         (path / MANIFEST).write_bytes(sound[:i] + bytes([sound[i] ^ (1 << bit)]) + sound[i + 1 :])
-        assert damage(path)
+        assert find_corruption(path)
 
 
 def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
-    begin(place(tmp_path, 6))
-    prune(tmp_path, 2, also=[2])
+    begin_checkpoint(checkpoint_path(tmp_path, 6))
+    prune_checkpoints(tmp_path, 2, also=[2])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()]
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
-    assert not place(tmp_path, 6).with_suffix(".partial").exists()
+    assert not checkpoint_path(tmp_path, 6).with_suffix(".partial").exists()
 
 
 def test_what_is_put_aside_pushes_out_nothing_good(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     for step in (2, 3):
-        (place(tmp_path, step) / MANIFEST).unlink()
-    newest(tmp_path)
-    prune(tmp_path, 2)
+        (checkpoint_path(tmp_path, step) / MANIFEST).unlink()
+    find_newest(tmp_path)
+    prune_checkpoints(tmp_path, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
@@ -134,14 +143,14 @@ def test_a_kill_while_saving_leaves_the_older_one(tmp_path: Path, monkeypatch: p
         raise Killed
 
     if moment == "flush":
-        monkeypatch.setattr(checkpoint, "flush", die)
+        monkeypatch.setattr(checkpoint, "fsync_path", die)
     else:
         monkeypatch.setattr(Path, "rename", die)
     with pytest.raises(Killed):
         save(tmp_path, 2)
     monkeypatch.undo()
-    assert newest(tmp_path) == (older, [])
-    assert damage(save(tmp_path, 2)) is None
+    assert find_newest(tmp_path) == (older, [])
+    assert find_corruption(save(tmp_path, 2)) is None
 
 
 @pytest.fixture
@@ -164,18 +173,18 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
     config = make_material(tmp_path)
     settings = [f"runs={small_disk}", "name=full", *SETTINGS]
     with pytest.raises(UserError, match=r"No space left on device.*\. The last good checkpoint is \S+step-00000\d$"):
-        train_run(config_module.read(config, settings))
+        train_run(config_module.read_config(config, settings))
     folder = small_disk / "full"
     there = checkpoints(folder)
     assert there
-    assert [path for path in there if damage(path)] == []
+    assert [path for path in there if find_corruption(path)] == []
     assert list((folder / "checkpoints").glob("*.partial")) == []
     assert not (folder / "adapter").exists()
 
     # Once there is space, the same run goes on from there, as if there always had been.
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
-    train_run(config_module.read(config, settings), resume=True)
-    whole = train_run(config_module.read(config, [*settings, f"runs={tmp_path}", "name=whole"]))
+    train_run(config_module.read_config(config, settings), resume=True)
+    whole = train_run(config_module.read_config(config, [*settings, f"runs={tmp_path}", "name=whole"]))
     assert logged(folder) == logged(whole)
 
 
@@ -208,4 +217,4 @@ def test_a_file_that_the_system_refuses_is_an_error(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert "File too large" in done.stderr
-    assert newest(tmp_path) == (older, [])
+    assert find_newest(tmp_path) == (older, [])

@@ -10,8 +10,8 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch.utils import cpp_extension
 
 from subspace import config as config_module
-from subspace.adapters.registry import resolve
-from subspace.distributed.deepspeed_config import fill, lay_out
+from subspace.adapters.registry import resolve_method
+from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.run import train_run
@@ -22,12 +22,14 @@ CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "somewhere"}
 
 
 def filled(dtype: str, zero: dict[str, Any]) -> dict[str, Any]:
-    return fill({"zero_optimization": zero}, lay_out(8, 4, 1), dtype=dtype, clip=1.0)[0]
+    return resolve_deepspeed_config({"zero_optimization": zero}, compute_batch_layout(8, 4, 1), dtype=dtype, clip=1.0)[
+        0
+    ]
 
 
 def said(model: ModelConfig, zero: dict[str, Any], method: str = "lora") -> str | None:
-    cls, settings = resolve(method)
-    return combination.refusal(model, [(cls, cls.Config(**settings))], filled(model.dtype, zero))
+    cls, settings = resolve_method(method)
+    return combination.find_incompatibility(model, [(cls, cls.Config(**settings))], filled(model.dtype, zero))
 
 
 @pytest.mark.parametrize(
@@ -80,10 +82,10 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("library", combination.LIBRARIES)
 def test_the_lock_of_a_build_that_was_killed_does_not_hang(builds: Path, library: str) -> None:
     engine = filled("float32", {"stage": 3, "offload_param": NVME})
-    assert combination.lack(ModelConfig(dtype="float32"), engine) is None
+    assert combination.find_missing_requirement(ModelConfig(dtype="float32"), engine) is None
     lock = Path(cpp_extension._get_build_directory(library, verbose=False)) / "lock"
     lock.touch()
-    reason = combination.lack(ModelConfig(dtype="float32"), engine)
+    reason = combination.find_missing_requirement(ModelConfig(dtype="float32"), engine)
     assert reason is not None
     assert f"{lock} says" in reason
     assert "remove that file" in reason
@@ -93,7 +95,7 @@ def test_the_lock_of_a_build_that_was_killed_does_not_hang(builds: Path, library
 def test_a_machine_without_libaio_is_told(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=True: False)
     engine = filled("float32", {"stage": 3, what: NVME})
-    assert "libaio-dev" in str(combination.lack(ModelConfig(dtype="float32"), engine))
+    assert "libaio-dev" in str(combination.find_missing_requirement(ModelConfig(dtype="float32"), engine))
 
 
 def test_a_run_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -101,5 +103,5 @@ def test_a_run_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "engine.json").write_text('{"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}')
     settings = [f"engine={tmp_path / 'engine.json'}", f"runs={tmp_path}", "model.path=nowhere"]
     with pytest.raises(UserError, match="offloads the weights at ZeRO stage 1"):
-        train_run(config_module.read(file, settings))
+        train_run(config_module.read_config(file, settings))
     assert not (tmp_path / "run").exists()

@@ -15,22 +15,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from subspace import config as config_module
-from subspace.data import samples as samples_module
-
-pass
 from subspace.adapters.base import Adapter
-from subspace.adapters.inject import adapters, inject, roles, trained_parameters
+from subspace.adapters.inject import adapters, inject, parameter_roles, trained_parameters
 from subspace.adapters.serialization import TENSORS, load_adapter, save_adapter
-from subspace.data.collate import IGNORE
+from subspace.data import samples as samples_module
+from subspace.data.collate import IGNORE_INDEX
 from subspace.errors import RunFailed, UserError
 from subspace.kernels.cross_entropy import summed_loss
 from subspace.methods.lora import LoRA
 from subspace.run import train_run
 from subspace.training.checkpoint import checkpoints
 from subspace.training.config import TrainConfig
-from subspace.training.health_checks import LearningCheck, checksum
-from subspace.training.optimizer_access import Access
-from subspace.training.optimizers import parameter_groups, rate_factor
+from subspace.training.health_checks import TrainingHealthCheck, checksum
+from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
+from subspace.training.optimizers import lr_factor, parameter_groups
 from tests.helpers.items import items
 from tests.helpers.material import STAGES, logged, make_material, saved_adapter
 from tests.helpers.tiny_models import tiny_llama
@@ -42,7 +40,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(material: Path, runs: Path, name: str, *overrides: str) -> Path:
-    return train_run(config_module.read(material, [f"runs={runs}", f"name={name}", *overrides]))
+    return train_run(config_module.read_config(material, [f"runs={runs}", f"name={name}", *overrides]))
 
 
 def test_micro_batches_give_the_loss_and_the_adapter_of_one_batch(material: Path, tmp_path: Path) -> None:
@@ -57,7 +55,7 @@ def test_micro_batches_give_the_loss_and_the_adapter_of_one_batch(material: Path
 def test_loss_is_the_mean_over_the_labelled_tokens() -> None:
     model = tiny_llama()
     ids = torch.tensor([[5, 9, 33, 7, 120, 1, 1], [8, 8, 250, 31, 2, 90, 4]])
-    labels = torch.full_like(ids, IGNORE)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     labels[0, 3:5], labels[1, 4:7] = ids[0, 3:5], ids[1, 4:7]
     mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7])
     found = summed_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
@@ -82,7 +80,7 @@ def test_run_folder(material: Path, tmp_path: Path) -> None:
     assert about["outcome"]["loss"] == logged(folder)[-1]
     assert list((folder / "tensorboard").glob("events*"))
     assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000006"]
-    again = config_module.read(folder / "config.yaml", [])
+    again = config_module.read_config(folder / "config.yaml", [])
     assert again.train.steps == 6
     assert again.method[0].settings.r == 4  # type: ignore[attr-defined]
 
@@ -115,8 +113,8 @@ def test_several_methods_train_in_one_run(material: Path, tmp_path: Path) -> Non
     ]
     assert about["trained"] == sum(tensor.numel() for tensor in saved_adapter(folder).values())
     assert logged(folder)[-1] < logged(folder)[0]
-    again = config_module.read(folder / "config.yaml")
-    assert again.method == config_module.read(several).method
+    again = config_module.read_config(folder / "config.yaml")
+    assert again.method == config_module.read_config(several).method
     description = load_adapter(tiny_llama(), folder / "adapter")
     assert {part["method"] for part in description["adapters"]} == {"lora", "ssb"}
 
@@ -189,7 +187,7 @@ def test_a_loss_scale_that_never_recovers_is_told(
 def test_a_file_that_holds_the_start_is_refused(tmp_path: Path) -> None:
     model = tiny_llama()
     inject(model, "lora", {"r": 4})
-    learning = LearningCheck(model, Access())
+    learning = TrainingHealthCheck(model, DeepSpeedOptimizerAccess())
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(RunFailed, match="holds the values that training began with"):
         learning.check_file(tmp_path / "adapter")
@@ -207,9 +205,9 @@ def test_a_tensor_may_move_late_where_its_method_says_so(monkeypatch: pytest.Mon
     still = {name: checksum(parameter) for name, parameter in trained_parameters(model).items()}
     start = {name: (moved if name.endswith(".A") else still)[name] for name in moved}
     with pytest.raises(RunFailed, match=r"10 of 20 trained tensors have not moved, first \S+\.B"):
-        LearningCheck(model, Access(), start).after_step(2)
-    monkeypatch.setattr(LoRA, "moves_late", frozenset({"B"}))
-    LearningCheck(model, Access(), start).after_step(2)
+        TrainingHealthCheck(model, DeepSpeedOptimizerAccess(), start).after_step(2)
+    monkeypatch.setattr(LoRA, "delayed_grad_params", frozenset({"B"}))
+    TrainingHealthCheck(model, DeepSpeedOptimizerAccess(), start).after_step(2)
 
 
 def test_a_tensor_that_does_not_learn_stops_the_run(
@@ -256,7 +254,7 @@ def test_only_factors_decay_and_up_factors_learn_faster(method: str) -> None:
     model = tiny_llama()
     inject(model, method)
     config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, lora_plus=16.0)
-    of = {id(trained_parameters(model)[name]): role for name, role in roles(model).items()}
+    of = {id(trained_parameters(model)[name]): role for name, role in parameter_roles(model).items()}
     seen = 0
     for group in parameter_groups(model, config):
         for parameter in group["params"]:
@@ -277,7 +275,7 @@ def test_only_factors_decay_and_up_factors_learn_faster(method: str) -> None:
 )
 def test_schedules(schedule: str, factors: list[float]) -> None:
     config = TrainConfig(schedule=schedule, warmup_steps=2)
-    assert [rate_factor(config, step, 10) for step in (0, 1, 2, 6, 10)] == pytest.approx(factors)
+    assert [lr_factor(config, step, 10) for step in (0, 1, 2, 6, 10)] == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

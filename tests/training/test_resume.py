@@ -12,16 +12,16 @@ import torch
 
 from subspace import config as config_module
 from subspace.adapters.inject import adapters, inject
-from subspace.adapters.registry import methods
+from subspace.adapters.registry import list_methods
 from subspace.adapters.serialization import TENSORS
-from subspace.distributed.signals import Interruption
+from subspace.distributed.signals import SignalHandler
 from subspace.errors import RunStopped, UserError
 from subspace.run import is_finished, train_run
 from subspace.training import loop as loop_module
-from subspace.training.checkpoint import MANIFEST, checkpoints, place
-from subspace.training.resume import Saved, _random_state, _set_random_state, restore
+from subspace.training.checkpoint import MANIFEST, checkpoint_path, checkpoints
+from subspace.training.resume import Checkpoint, _random_state, _set_random_state, restore_checkpoint
 from tests.helpers.material import logged, make_material
-from tests.helpers.tiny_models import SOON, tiny_llama
+from tests.helpers.tiny_models import EARLY_SCHEDULES, tiny_llama
 
 STEPS = 9
 #: With what has a state of its own: epochs, accumulation, a schedule, decay. Every step has a checkpoint.
@@ -36,7 +36,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(material: Path, runs: Path, name: str, *overrides: str, resume: bool = False) -> Path:
-    config = config_module.read(material, [f"runs={runs}", f"name={name}", *SETTINGS, *overrides])
+    config = config_module.read_config(material, [f"runs={runs}", f"name={name}", *SETTINGS, *overrides])
     return train_run(config, resume=resume)
 
 
@@ -45,7 +45,7 @@ def killed(whole: Path, name: str, step: int) -> Path:
     folder = whole.with_name(name)
     shutil.copytree(whole, folder, ignore=lambda at, names: {"adapter"} if Path(at) == whole else set())
     for path in checkpoints(folder):
-        if path.name > place(folder, step).name:
+        if path.name > checkpoint_path(folder, step).name:
             shutil.rmtree(path)
     lines = [line for line in (folder / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step + 2]
     (folder / "log.jsonl").write_text("\n".join([*lines, '{"step": 9, "lo']))
@@ -75,9 +75,12 @@ def test_a_run_goes_on_from_any_step(material: Path, whole: Path, step: int) -> 
     assert json.loads((folder / "environment.json").read_text())["resumed_after"] == step
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", list_methods())
 def test_every_method_goes_on(material: Path, tmp_path: Path, method: str) -> None:
-    settings = [f"method={method}", *(f"method.{key}={value}" for key, value in SOON.get(method, {}).items())]
+    settings = [
+        f"method={method}",
+        *(f"method.{key}={value}" for key, value in EARLY_SCHEDULES.get(method, {}).items()),
+    ]
     whole = train(material, tmp_path, "whole", *settings)
     folder = killed(whole, "killed", 5)
     train(material, tmp_path, "killed", *settings, resume=True)
@@ -108,15 +111,15 @@ def test_a_state_of_eight_bits_goes_on(material: Path, tmp_path: Path, stage: in
 
 def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     """Ask a run to stop, as a signal does, once so many steps are done."""
-    real, asked = loop_module.Fed.add, []
+    real, asked = loop_module.ConsumedSamples.add, []
 
-    def add(self: loop_module.Fed, number: int) -> None:
+    def add(self: loop_module.ConsumedSamples, number: int) -> None:
         real(self, number)
         if number == step:
             asked.append(number)
 
-    patch.setattr(loop_module.Fed, "add", add)
-    patch.setattr(Interruption, "asked", property(lambda self: bool(asked), lambda self, value: None), raising=False)
+    patch.setattr(loop_module.ConsumedSamples, "add", add)
+    patch.setattr(SignalHandler, "asked", property(lambda self: bool(asked), lambda self, value: None), raising=False)
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(material: Path, whole: Path) -> None:
@@ -136,7 +139,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(material: Path, whole: Pa
 def test_a_run_that_is_stopped_before_it_began_starts_over(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Interruption, "asked", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr(SignalHandler, "asked", property(lambda self: True, lambda self, value: None), raising=False)
     with pytest.raises(RunStopped, match="before the first step"):
         train(material, tmp_path, "run")
     monkeypatch.undo()
@@ -145,8 +148,8 @@ def test_a_run_that_is_stopped_before_it_began_starts_over(
 
 def test_a_damaged_checkpoint_is_passed_over(material: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = killed(whole, "damaged", 5)
-    (place(folder, 5) / "training.safetensors").write_bytes(b"")
-    (place(folder, 4) / MANIFEST).unlink()
+    (checkpoint_path(folder, 5) / "training.safetensors").write_bytes(b"")
+    (checkpoint_path(folder, 4) / MANIFEST).unlink()
     train(material, whole.parent, folder.name, *DROPOUT, "train.validate_every=3", resume=True)
     assert_same(whole, folder)
     said = capsys.readouterr().err
@@ -166,7 +169,7 @@ def test_without_a_checkpoint_it_starts_at_the_beginning(
 
 def test_a_checkpoint_has_no_frozen_weights(whole: Path) -> None:
     size = sum(path.stat().st_size for path in (whole / "adapter").rglob("*"))
-    saved = sum(path.stat().st_size for path in place(whole, 5).rglob("*") if path.is_file())
+    saved = sum(path.stat().st_size for path in checkpoint_path(whole, 5).rglob("*") if path.is_file())
     random = 50_000  # states of generators
     assert saved < 4 * size + random
     assert not list(whole.rglob("*.pt"))
@@ -229,8 +232,8 @@ def test_a_finished_run_can_be_made_longer_and_is_known(material: Path, whole: P
     folder = whole.with_name("longer")
     shutil.copytree(whole, folder)
     settings = [f"runs={whole.parent}", "name=longer", *SETTINGS, *DROPOUT, "train.validate_every=3"]
-    assert is_finished(config_module.read(material, settings))
-    longer = config_module.read(material, [*settings, "train.steps=12"])
+    assert is_finished(config_module.read_config(material, settings))
+    longer = config_module.read_config(material, [*settings, "train.steps=12"])
     assert not is_finished(longer)
     # With rows grouped by length over all steps there are, more steps deal out other rows.
     with pytest.raises(UserError, match="were fed other rows"):
@@ -257,4 +260,4 @@ def test_a_checkpoint_of_another_layer_is_refused() -> None:
     }
     elsewhere = {name.replace("layers.0", "layers.1"): tensor for name, tensor in own.items()}
     with pytest.raises(UserError, match="other names or shapes"):
-        restore(SimpleNamespace(module=model), Saved(Path("step-000001"), {}, elsewhere, {}), seed=0)
+        restore_checkpoint(SimpleNamespace(module=model), Checkpoint(Path("step-000001"), {}, elsewhere, {}), seed=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from subspace.adapters.serialization import TENSORS
-from subspace.training.checkpoint import checkpoints, damage, place
+from subspace.training.checkpoint import checkpoint_path, checkpoints, find_corruption
 from tests.distributed.test_zero import launch, losses
 from tests.helpers.material import STAGES, logged, make_material
 from tests.training.test_resume import killed
@@ -94,10 +94,10 @@ def test_another_layout_goes_on_with_the_same_losses(runs: Path, move: tuple[tup
 
 @pytest.mark.parametrize("engine", LAYOUTS)
 def test_checkpoints_say_the_same_in_every_layout(runs: Path, engine: str) -> None:
-    path = place(runs / f"noisy-{engine}", KILLED_AFTER)
-    assert damage(path) is None
+    path = checkpoint_path(runs / f"noisy-{engine}", KILLED_AFTER)
+    assert find_corruption(path) is None
     assert len(checkpoints(runs / f"noisy-{engine}")) == STEPS
     names = json.loads((path / "manifest.json").read_text())["files"]
     sizes = {name: size for name, (size, _) in names.items() if name.endswith("safetensors")}
-    one = json.loads((place(runs / "noisy-zero0", KILLED_AFTER) / "manifest.json").read_text())["files"]
+    one = json.loads((checkpoint_path(runs / "noisy-zero0", KILLED_AFTER) / "manifest.json").read_text())["files"]
     assert sizes == {name: size for name, (size, _) in one.items() if name.endswith("safetensors")}

@@ -10,44 +10,46 @@ from pathlib import Path
 import torch
 
 from subspace.common.host_memory import resident_memory
-from subspace.distributed.deepspeed_config import fill, lay_out
-from subspace.distributed.engine import start_processes
-from subspace.distributed.zero import whole_copies
+from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
+from subspace.distributed.engine import init_distributed
+from subspace.distributed.zero import gather_copies
 from subspace.models.config import ModelConfig
-from subspace.models.lazy_safetensors import Unread
-from subspace.models.loading import describe, open_model
+from subspace.models.lazy_safetensors import LazyTensor
+from subspace.models.loading import open_model, summarize_model
 
 
 def count_reading() -> list[int]:
     """Return a list to which the bytes of each tensor that is read of a file are added from now on."""
     counts: list[int] = []
-    read = Unread.read
+    read = LazyTensor.read
 
-    def counting(tensor: Unread) -> torch.Tensor:
+    def counting(tensor: LazyTensor) -> torch.Tensor:
         values = read(tensor)
         counts.append(values.nbytes)
         return values
 
-    Unread.read = counting  # type: ignore[assignment, method-assign]
+    LazyTensor.read = counting  # type: ignore[assignment, method-assign]
     return counts
 
 
 def main() -> None:
     """Open a small model to have all code imported, then another; write what the latter took to ``RANK.json``."""
     small, folder, out = sys.argv[1:4]
-    start_processes()
+    init_distributed()
     ranks = int(os.environ["WORLD_SIZE"])
-    engine, _ = fill({"zero_optimization": {"stage": 3}}, lay_out(ranks, None, ranks), dtype="bfloat16", clip=1.0)
+    engine, _ = resolve_deepspeed_config(
+        {"zero_optimization": {"stage": 3}}, compute_batch_layout(ranks, None, ranks), dtype="bfloat16", clip=1.0
+    )
     open_model(ModelConfig(path=small), zero3=engine)
     before = resident_memory()
     bytes_read = count_reading()
     config = ModelConfig(path=folder)
     model = open_model(config, zero3=engine)
-    first = next(iter(whole_copies([next(iter(model.named_parameters()))]).values()))
+    first = next(iter(gather_copies([next(iter(model.named_parameters()))]).values()))
     line = {
         "rank": int(os.environ["RANK"]),
         "most": resident_memory("VmHWM") - before,
-        "held": describe(model, config).bytes,
+        "held": summarize_model(model, config).bytes,
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "read": sum(bytes_read),
         "first": first.float().sum().item(),

@@ -12,26 +12,26 @@ from torch.optim.lr_scheduler import LambdaLR
 from subspace import config as config_module
 from subspace.adapters.inject import adapters, trained_parameters
 from subspace.adapters.serialization import save_adapter
-from subspace.common.progress import silent
+from subspace.common.progress import no_progress
 from subspace.config import RunConfig
 from subspace.data.dataset import open_data
-from subspace.data.sampler import StepPlan, share
-from subspace.distributed.collectives import leave
-from subspace.distributed.engine import start_processes
+from subspace.data.sampler import StepPlan, shard_batch
+from subspace.distributed.collectives import shutdown
+from subspace.distributed.engine import init_distributed
 from subspace.kernels.cross_entropy import summed_loss
 from subspace.models.loading import open_model, open_tokenizer
-from subspace.run import add, train_run
+from subspace.run import inject_method, train_run
 from subspace.training.loop import count_tokens
-from subspace.training.optimizers import parameter_groups, rate_factor
+from subspace.training.optimizers import lr_factor, parameter_groups
 
 
 def main() -> None:
     """Train each run that the file lists: ``[kind, file, overrides]``, with the engine or, a ``plain`` one, without."""
     swap_small_tensors()
-    start_processes(minutes=10)
+    init_distributed(minutes=10)
     for kind, file, overrides in json.loads(Path(sys.argv[1]).read_text()):
-        (train_plainly if kind == "plain" else train_run)(config_module.read(file, overrides))
-    leave()
+        (train_plainly if kind == "plain" else train_run)(config_module.read_config(file, overrides))
+    shutdown()
 
 
 def swap_small_tensors() -> None:
@@ -43,37 +43,37 @@ def swap_small_tensors() -> None:
 
 def train_plainly(config: RunConfig) -> None:
     """Train as :func:`train_run` does, on one process, by torch alone; leave ``losses.json`` and ``adapter/``."""
-    data = open_data(config_module.data, open_tokenizer(config_module.model), config_module.train.seed)
+    data = open_data(config.data, open_tokenizer(config.model), config.train.seed)
     plan = StepPlan(
         data.train.lengths,
-        batch=config_module.train.batch,
+        batch=config.train.batch,
         epochs=1,
-        steps=config_module.train.steps,
-        seed=config_module.train.seed,
+        steps=config.train.steps,
+        seed=config.train.seed,
     )
-    model = open_model(config_module.model).train()
-    add(model, config_module.method[0], config_module.train.seed, silent, start=True)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config_module.train))
-    schedule = LambdaLR(optimizer, lambda step: rate_factor(config_module.train, step, len(plan)))
+    model = open_model(config.model).train()
+    inject_method(model, config.method[0], config.train.seed, no_progress, start=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.train))
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(config.train, step, len(plan)))
     losses = []
-    assert config_module.train.micro_batch is not None
-    accumulate = config_module.train.batch // config_module.train.micro_batch
+    assert config.train.micro_batch is not None
+    accumulate = config.train.batch // config.train.micro_batch
     for step in range(len(plan)):
-        batches = [data.batch(part) for part in share(plan[step], 0, 1, accumulate)]
+        batches = [data.batch(part) for part in shard_batch(plan[step], 0, 1, accumulate)]
         total = 0.0
         for batch in batches:
             loss = summed_loss(model, batch) / count_tokens(batches)[0]
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(list(trained_parameters(model).values()), config_module.train.clip)
+        torch.nn.utils.clip_grad_norm_(list(trained_parameters(model).values()), config.train.clip)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         for adapter in adapters(model).values():
-            adapter.kept = {}
+            adapter.clear_cache()
         losses.append(total)
-    save_adapter(model, config_module.folder / "adapter")
-    (config_module.folder / "losses.json").write_text(json.dumps(losses))
+    save_adapter(model, config.folder / "adapter")
+    (config.folder / "losses.json").write_text(json.dumps(losses))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scores a tiny model in the processes that a launcher started; tests/evaluation/test_evaluate.py reads what it leaves."""
+"""Score a tiny model in the processes that a launcher started; evaluation/test_evaluate.py reads what it leaves."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from subspace.common.paths import REPOSITORY
 from subspace.data import samples as samples_module
 from subspace.data.prepare import task_items
-from subspace.distributed.collectives import leave
-from subspace.distributed.deepspeed_config import fill_to_score
-from subspace.distributed.engine import spread, start_processes
+from subspace.distributed.collectives import shutdown
+from subspace.distributed.deepspeed_config import resolve_deepspeed_config_for_inference
+from subspace.distributed.engine import init_distributed, init_inference_engine
 from subspace.evaluation import config as config_module
 from subspace.evaluation import evaluate as evaluate_module
-from subspace.evaluation.config import Subject
+from subspace.evaluation.config import EvaluationSubject
 from subspace.evaluation.results import TaskResult
 from subspace.evaluation.subjects import evaluate_subjects
 from subspace.models.config import ModelConfig
@@ -46,7 +46,7 @@ def score(
         which = ModelConfig(path=model_name, dtype="float32")
         model, tokenizer = open_model(which), open_tokenizer(which)
     if stage == 3:
-        model = spread(model, fill_to_score(ZERO3, "float32")).module
+        model = init_inference_engine(model, resolve_deepspeed_config_for_inference(ZERO3, "float32")).module
     config = config_module.EvaluateConfig(protocol=protocol, **{**SETTINGS, **settings})
     with mock.patch.object(samples_module, "task_items", made if count else PREPARED):
         return evaluate_module.evaluate(model, tokenizer, config, folder, model_name=model_name)
@@ -58,8 +58,8 @@ def score_subjects(folder: Path, protocol: str, stage: int, base: str, methods: 
 
     config = config_module.EvaluateConfig(protocol=protocol, **SETTINGS, engine=ZERO3 if stage == 3 else None)
     model = ModelConfig(path=f"{base}/base", dtype="float32")
-    subjects = [Subject(model, config, folder / "base")]
-    subjects += [Subject(model, config, folder / name, Path(base, name), name) for name in methods]
+    subjects = [EvaluationSubject(model, config, folder / "base")]
+    subjects += [EvaluationSubject(model, config, folder / name, Path(base, name), name) for name in methods]
 
     def made(name: str, split: str) -> datasets.Dataset:
         return datasets.Dataset.from_list(items(name, 21))
@@ -70,13 +70,13 @@ def score_subjects(folder: Path, protocol: str, stage: int, base: str, methods: 
 
 def main() -> None:
     """Score in each of the ways that the first argument lists; every rank leaves what it was given back."""
-    start_processes(minutes=5)
+    init_distributed(minutes=5)
     for folder, protocol, stage, settings in json.loads(sys.argv[1]):
         results = (score_subjects if "methods" in settings else score)(Path(folder), protocol, stage, **settings)
         rank = torch.distributed.get_rank()
         values = [[result.task, result.metrics, result.fingerprint] for result in results]
         Path(folder, f"rank{rank}.json").write_text(json.dumps(values))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from subspace import config as config_module
-from subspace.distributed.collectives import leave
-from subspace.distributed.engine import start_processes
+from subspace.distributed.collectives import shutdown
+from subspace.distributed.engine import init_distributed
 from subspace.kernels import cross_entropy as loss
 from subspace.run import train_run
 
@@ -19,11 +19,11 @@ def main() -> None:
     A second argument is how many logits the loss holds at once; so it comes in parts with models as small as these.
     """
     if len(sys.argv) > 2:
-        loss.AT_ONCE = int(sys.argv[2])
-    start_processes(minutes=5)
+        loss.MAX_LOGITS = int(sys.argv[2])
+    init_distributed(minutes=5)
     for file, overrides, *resume in json.loads(Path(sys.argv[1]).read_text()):
-        train_run(config_module.read(file, overrides), resume=any(resume))
-    leave()
+        train_run(config_module.read_config(file, overrides), resume=any(resume))
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from subspace.cli.command import Verb, json_argument, scored_arguments
+from subspace.cli.command import Command, json_argument, scored_arguments
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,21 +17,21 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace.common.tables import show
-    from subspace.reporting.comparison import comparisons
+    from subspace.common.tables import print_grid
+    from subspace.reporting.comparison import compare_runs
 
-    found = comparisons([Path(run) for run in options.runs], options.protocol)
+    found = compare_runs([Path(run) for run in options.runs], options.protocol)
     if options.json:
         print(json.dumps([one.as_dict() for one in found], indent=2))
         return 0
     for one in found:
         for grid in (one.grid, one.flipped) if options.items else (one.grid,):
-            print(f"{grid.markdown()}\n") if options.markdown else show(grid)
+            print(f"{grid.markdown()}\n") if options.markdown else print_grid(grid)
         print(one.verdict)
     return 0
 
 
-VERB = Verb(
+VERB = Command(
     "compare",
     "tell whether runs differ: paired tests, intervals, and the items that flipped",
     """examples:

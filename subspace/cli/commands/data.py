@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from subspace.cli.command import Verb, count, json_argument, settings_manual
+from subspace.cli.command import Command, count, json_argument, settings_manual
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,31 +18,31 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace.common.progress import shown
-    from subspace.common.tables import show
-    from subspace.config import read_data
+    from subspace.common.progress import show_progress
+    from subspace.common.tables import print_grid
+    from subspace.config import read_data_config
     from subspace.models.loading import open_tokenizer
-    from subspace.reporting.data_report import report
+    from subspace.reporting.data_report import build_report
 
-    config = read_data(options.data, options.settings)
-    found = report(
+    config = read_data_config(options.data, options.settings)
+    found = build_report(
         config.data,
         config.evaluate,
         config.model.path,
         open_tokenizer(config.model),
         seed=config.train.seed,
         ngram=options.ngram,
-        progress=shown,
+        progress=show_progress,
     )
     if options.json:
         print(json.dumps(found.as_dict(), indent=2))
         return 0
     for grid in [*found.grids, found.items] if options.items else found.grids:
-        print(f"{grid.markdown()}\n") if options.markdown else show(grid)
+        print(f"{grid.markdown()}\n") if options.markdown else print_grid(grid)
     return 0
 
 
-VERB = Verb(
+VERB = Command(
     "data",
     "count what a run would train on and be scored on: repeats, cuts, contamination",
     """examples:

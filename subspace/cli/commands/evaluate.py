@@ -8,12 +8,20 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from subspace.cli.command import Verb, count, elsewhere, json_argument, launch_arguments, settings_manual, show_tables
+from subspace.cli.command import (
+    Command,
+    count,
+    json_argument,
+    launch_arguments,
+    launch_or_none,
+    settings_manual,
+    show_tables,
+)
 from subspace.distributed import launcher
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
-    from subspace.evaluation.config import Subject
+    from subspace.evaluation.config import EvaluationSubject
     from subspace.evaluation.evaluate import Job
     from subspace.reporting.tables import Table
 
@@ -28,7 +36,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if launcher.under_launcher():
-        launcher.become_rank()
+        launcher.init_rank_env()
     from subspace import config as config_module
 
     given = [*options.subjects, *([f"evaluate.limit={options.limit}"] if options.limit else [])]
@@ -36,44 +44,44 @@ def _run(options: argparse.Namespace) -> int:
     subjects = [config_module.read_subject(word, settings) for word in given if word not in settings]
     if not subjects:
         raise UserError("subspace evaluate was given settings, but nothing to score: a run's folder or a model")
-    status = elsewhere(options, ["evaluate", *given])
+    status = launch_or_none(options, ["evaluate", *given])
     if status is not None:
         return status
-    launcher.become_rank()
+    launcher.init_rank_env()
 
-    from subspace.common.progress import shown
-    from subspace.distributed.collectives import is_main, leave
-    from subspace.distributed.engine import start_processes
+    from subspace.common.progress import show_progress
+    from subspace.distributed.collectives import is_main, shutdown
+    from subspace.distributed.engine import init_distributed
     from subspace.evaluation.subjects import evaluate_subjects
 
-    start_processes()
-    evaluate_subjects(subjects, shown, _say_what_shows if is_main() else None)
+    init_distributed()
+    evaluate_subjects(subjects, show_progress, _say_what_shows if is_main() else None)
     if is_main():
         _show_scores(subjects, options)
-    leave()
-    launcher.mark_finished()
+    shutdown()
+    launcher.write_success_marker()
     return 0
 
 
 def _say_what_shows(jobs: Sequence[Job]) -> None:
     """Say before the scoring how large a difference between two runs these items can show."""
-    from subspace.reporting.statistics import expectation
+    from subspace.reporting.statistics import power_statement
 
-    print(expectation({job.sample.task.title: len(job.sample.items) for job in jobs}), file=sys.stderr)
+    print(power_statement({job.sample.task.title: len(job.sample.items) for job in jobs}), file=sys.stderr)
 
 
-def _show_scores(subjects: Sequence[Subject], options: argparse.Namespace) -> None:
+def _show_scores(subjects: Sequence[EvaluationSubject], options: argparse.Namespace) -> None:
     """Print a table for each protocol: side by side what can be compared, else one for each subject."""
     from subspace.reporting.agreement import agreement
-    from subspace.reporting.tables import tables
+    from subspace.reporting.tables import build_tables
 
     found: list[Table] = []
     for protocol in dict.fromkeys(name for s in subjects for name in s.evaluate.protocols):
         folders = [s.folder for s in subjects if protocol in s.evaluate.protocols]
         try:
-            found += tables(folders, protocol)
+            found += build_tables(folders, protocol)
         except UserError:
-            found += [table for folder in folders for table in tables([folder], protocol)]
+            found += [table for folder in folders for table in build_tables([folder], protocol)]
     show_tables(found, options)
     for folder in dict.fromkeys(s.folder for s in subjects if "answer-word" in s.evaluate.protocols):
         by_task = ", ".join(f"{task} {100 * share.value:.1f} %" for task, share in agreement(folder).items())
@@ -81,7 +89,7 @@ def _show_scores(subjects: Sequence[Subject], options: argparse.Namespace) -> No
             print(f"{folder}: answer-word gives llm-adapters' answer on {by_task}")
 
 
-VERB = Verb(
+VERB = Command(
     "evaluate",
     "score a base model or adapters on the suites",
     """examples:

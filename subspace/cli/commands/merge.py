@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from subspace.cli.command import Verb, json_argument
+from subspace.cli.command import Command, json_argument
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,18 +22,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from subspace import config as config_module
-    from subspace.adapters.export import merged_folder
+    from subspace.adapters.export import export_merged
 
-    run, out = config_module.read_run(Path(options.run)), Path(options.out)
+    run, out = config_module.read_run_subject(Path(options.run)), Path(options.out)
     assert run.adapter
-    report = merged_folder(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)
+    report = export_merged(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)
     print(
         json.dumps({"folder": str(out), **dataclasses.asdict(report)}) if options.json else f"{report}\nmerged: {out}"
     )
     return 0
 
 
-VERB = Verb(
+VERB = Command(
     "merge",
     "write base model and adapter as one plain Hugging Face folder, proved equal",
     """examples:

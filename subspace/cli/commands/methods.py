@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from subspace.cli.command import Verb, count, json_argument
+from subspace.cli.command import Command, count, json_argument
 from subspace.errors import UserError
 
 
@@ -35,32 +35,32 @@ def _run(options: argparse.Namespace) -> int:
     given = [word for word in options.words if "=" in word] + ([f"r={options.r}"] if options.r else [])
     settings = method_settings(names[0] if names else None, given)
     if options.markdown:
-        print(catalogue.markdown())
+        print(catalogue.methods_table())
         return 0
-    found = [entry for entry in catalogue.entries(settings) if not names or entry.name in settings]
+    found = [entry for entry in catalogue.method_infos(settings) if not names or entry.name in settings]
     if options.shape:
         targets = [word for words in options.targets or [] for word in words.split(",")] or None
         shape = open_shape(ModelConfig(path=options.shape))
         if options.budget and not names:
-            found = [entry for entry in found if entry.dial]
-        found = [catalogue.counted(entry, shape, targets, options.budget) for entry in found]
+            found = [entry for entry in found if entry.size_setting]
+        found = [catalogue.with_param_count(entry, shape, targets, options.budget) for entry in found]
     if options.json:
         plain = [dataclasses.asdict(entry) for entry in found]
         print(json.dumps(plain[0] if names else plain, indent=2))
     elif names:
-        print(catalogue.page(found[0], options.shape))
+        print(catalogue.method_page(found[0], options.shape))
     else:
-        print(catalogue.listing(found, options.shape))
+        print(catalogue.methods_list(found, options.shape))
     return 0
 
 
-VERB = Verb(
+VERB = Command(
     "methods",
     "list the methods, or tell all about one",
     """examples:
   subspace methods
   subspace methods lora+mpc-o
-  subspace methods --shape llama-7b --r 32                 what each trains, on the usual layers
+  subspace methods --shape llama-7b --r 32                 what each num_params, on the usual layers
   subspace methods dora --shape llama3-8b --targets q_proj v_proj --r 8 alpha=16
   subspace methods houlsby --shape llama-7b --budget 56098816""",
     _arguments,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from subspace.cli.command import Verb, count, json_argument, settings_manual
+from subspace.cli.command import Command, count, json_argument, settings_manual
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +24,17 @@ def _run(options: argparse.Namespace) -> int:
     from subspace.planning import plan
 
     memory = plan.parse_size(options.memory) if options.memory else None
-    config = config_module.read(options.config, options.settings)
-    found: plan.Plan | plan.Verified
+    config = config_module.read_config(options.config, options.settings)
+    found: plan.Plan | plan.VerifiedPlan
     if options.verify:
-        found = plan.verify(options.config, options.settings, processes=options.processes)
+        found = plan.verify_plan(options.config, options.settings, processes=options.processes)
     else:
-        found = plan.plan(config, processes=options.processes, memory=memory)
+        found = plan.build_plan(config, processes=options.processes, memory=memory)
     print(json.dumps(found.as_dict(), indent=2) if options.json else "\n".join(found.lines()))
     return 0
 
 
-VERB = Verb(
+VERB = Command(
     "plan",
     "tell before anything is loaded what a run takes: memory by part, disk, steps, time",
     """examples:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from subspace.common.progress import Progress, silent
+from subspace.common.progress import Progress, no_progress
 from subspace.data import tasks as tasks_module
 from subspace.errors import UserError, nearest
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 import argparse
 
-from subspace.cli.command import Verb, json_argument
+from subspace.cli.command import Command, json_argument
 from subspace.data.prepare import SOURCES, PreparedMixture, PreparedSplit, _coverage, _Suites, _tasks_of
 from subspace.models.prepare import PreparedModel, _prepare_model
 
@@ -38,7 +38,7 @@ def prepare(
     source: str = "auto",
     *,
     every_file: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Prepared:
     """Bring models and data here, unless they are here and whole.
 
@@ -56,7 +56,9 @@ def prepare(
     prepared = tuple(_prepare_model(name, progress, every_file=every_file) for name in models)
     splits = tuple(split for task in tasks for split in suites.prepare(task))
     mixtures = [
-        m for m in tasks_module.mixtures().values() if {part.task for part in m.parts} <= {task.name for task in tasks}
+        m
+        for m in tasks_module.list_mixtures().values()
+        if {part.task for part in m.parts} <= {task.name for task in tasks}
     ]
     covered = tuple(_coverage(mixture) for mixture in mixtures if not mixture.deduplicate)
     return Prepared(prepared, splits, covered, tuple(suites.notices))
@@ -73,9 +75,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from subspace.cli.commands.prepare import prepare
-    from subspace.common.progress import shown
+    from subspace.common.progress import show_progress
 
-    done = prepare(options.models, options.data, options.source, every_file=options.every_file, progress=shown)
+    done = prepare(options.models, options.data, options.source, every_file=options.every_file, progress=show_progress)
     if options.json:
         print(json.dumps(dataclasses.asdict(done), indent=2))
         return 0
@@ -97,7 +99,7 @@ def _state(fresh: bool) -> str:
     return "prepared" if fresh else "was there"
 
 
-VERB = Verb(
+VERB = Command(
     "prepare",
     "bring a model and the benchmark data to this machine, and check them",
     """examples:

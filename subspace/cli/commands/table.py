@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from subspace.cli.command import Verb, json_argument, scored_arguments, show_tables
+from subspace.cli.command import Command, json_argument, scored_arguments, show_tables
 from subspace.common.tables import FORMATS
 
 
@@ -20,9 +20,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace.reporting.tables import tables
+    from subspace.reporting.tables import build_tables
 
-    found = tables([Path(run) for run in options.runs], options.protocol)
+    found = build_tables([Path(run) for run in options.runs], options.protocol)
     show_tables(found, options)
     if options.plot:
         from subspace.reporting.plots import plot
@@ -32,7 +32,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-VERB = Verb(
+VERB = Command(
     "table",
     "put the results of runs side by side",
     """examples:

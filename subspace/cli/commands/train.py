@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from subspace.cli.command import Verb, elsewhere, json_argument, launch_arguments, settings_manual
+from subspace.cli.command import Command, json_argument, launch_arguments, launch_or_none, settings_manual
 from subspace.distributed import launcher
 
 
@@ -22,25 +22,25 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if launcher.under_launcher():
-        launcher.become_rank()
+        launcher.init_rank_env()
     from subspace import config as config_module
-    from subspace.distributed.collectives import is_main, leave
+    from subspace.distributed.collectives import is_main, shutdown
     from subspace.distributed.deepspeed_config import read_engine_file
-    from subspace.run import is_finished, refuse_used, train_run
+    from subspace.run import ensure_new_run_dir, is_finished, train_run
 
-    config = config_module.read(options.config, options.settings)
+    config = config_module.read_config(options.config, options.settings)
     # What can be refused now is refused before any process starts.
     read_engine_file(config.engine)
     finished = options.resume and is_finished(config)
     if finished:
         print(f"{config.folder} is finished: there is nothing left to train", file=sys.stderr)
     elif not options.resume:
-        refuse_used(config.folder)
+        ensure_new_run_dir(config.folder)
     resume = ["--resume"] if options.resume else []
-    status = None if finished else elsewhere(options, ["train", options.config, *options.settings, *resume])
+    status = None if finished else launch_or_none(options, ["train", options.config, *options.settings, *resume])
     if status is not None:
         return status
-    launcher.become_rank()
+    launcher.init_rank_env()
     folder = config.folder if finished else train_run(config, resume=options.resume)
     if is_main():
         outcome = json.loads((folder / "environment.json").read_text())["outcome"]
@@ -50,12 +50,12 @@ def _run(options: argparse.Namespace) -> int:
             print(f"{outcome['steps']} steps, last loss {outcome['loss']:.4f}, {outcome['seconds'] / 60:.1f} min")
             print(f"adapter: {folder / 'adapter'}")
             print(f"next: subspace evaluate {folder}")
-    leave()
-    launcher.mark_finished()
+    shutdown()
+    launcher.write_success_marker()
     return 0
 
 
-VERB = Verb(
+VERB = Command(
     "train",
     "train adapters as a configuration says",
     """examples:

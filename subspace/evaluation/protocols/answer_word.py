@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from subspace.data.tasks import Item, Task, prompt
+from subspace.data.tasks import Item, Task, prompt_template
 from subspace.data.tokenization import encode_rows
 from subspace.errors import UserError
 from subspace.evaluation.choice_scoring import Choices
-from subspace.evaluation.protocols.llm_adapters import Generation, asked
+from subspace.evaluation.protocols.llm_adapters import LLMAdapters, render_prompts
 from subspace.evaluation.results import digest
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ class AnswerWord:
         if task.extraction != "first-word":
             raise UserError(
                 f"protocol {self.name} was asked for {task.name}, whose answers are no words of a short list. "
-                f"Use evaluate.protocol={Generation.name}"
+                f"Use evaluate.protocol={LLMAdapters.name}"
             )
-        self.task, self.items, self.template = task, items, prompt(prompt_name)
-        texts = asked(self.template, task, items)
+        self.task, self.items, self.template = task, items, prompt_template(prompt_name)
+        texts = render_prompts(self.template, task, items)
         self.hashes = [digest(text) for text in texts]
         # The right answer in the place of every label in turn.
         possible = [[{**item, "label": label} for label in range(len(item["choices"]))] for item in items]

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from subspace.data.tasks import Item, Task, prompt, render
-from subspace.data.tokenization import encode_prompt, encode_rows, num_alike
-from subspace.evaluation.greedy_decoding import Beginning, decode_greedily, read_beginning
+from subspace.data.tasks import Item, Task, prompt_template, render
+from subspace.data.tokenization import common_prefix_length, encode_prompt, encode_rows
+from subspace.evaluation.greedy_decoding import SharedPrefix, decode_greedily, prefill_shared_prefix
 from subspace.evaluation.results import digest
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ from subspace.evaluation.answer_extraction import answer_record, extractor
 VERSION = "1"
 
 
-def asked(template: str, task: Task, items: Sequence[Item]) -> list[str]:
+def render_prompts(template: str, task: Task, items: Sequence[Item]) -> list[str]:
     """Return the prompt of each item: its instruction in a template of ``data/prompts.yaml``."""
     return [render(template, {"instruction": task.instruction(item), "input": ""}) for item in items]
 
 
-class Generation:
+class LLMAdapters:
     """The items of a task, ready to be scored by this protocol."""
 
     name = "llm-adapters"
@@ -49,12 +49,12 @@ class Generation:
     ) -> None:
         self.tokenizer, self.task, self.items = tokenizer, task, items
         self.extractor = extractor(task)
-        self.template = prompt(prompt_name)
-        texts = asked(self.template, task, items)
+        self.template = prompt_template(prompt_name)
+        texts = render_prompts(self.template, task, items)
         self.hashes = [digest(text) for text in texts]
         self.ends = end_tokens(model, tokenizer)
-        self.draft = drafted(tokenizer, task, self.template, items[0]) if items else []
-        self.beginning: Beginning | None = None
+        self.draft = answer_prefix_tokens(tokenizer, task, self.template, items[0]) if items else []
+        self.beginning: SharedPrefix | None = None
 
         config: Any = model.config
         window = config.max_position_embeddings - task.max_new_tokens
@@ -76,7 +76,7 @@ class Generation:
     @contextmanager
     def beginning_read(self, model: nn.Module) -> Iterator[None]:
         """Read what all prompts begin with, once for all batches scored inside, where the model stays as it is."""
-        self.beginning = read_beginning(model, self.prompts)
+        self.beginning = prefill_shared_prefix(model, self.prompts)
         try:
             yield
         finally:
@@ -107,12 +107,12 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
 
 
-def drafted(tokenizer: PreTrainedTokenizerBase, task: Task, template: str, item: Item) -> list[int]:
+def answer_prefix_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, template: str, item: Item) -> list[int]:
     """Return the tokens that every answer a model was trained to give to a task begins with."""
     if task.extraction != "first-word":
         return []
-    text = asked(template, task, [item])[0]
+    text = render_prompts(template, task, [item])[0]
     answers = [task.output({**item, "label": label}) for label in range(len(item["choices"]))]
     rows = encode_rows(tokenizer, [(text, answer) for answer in answers])
     begun = [ids[num_prompt:] for ids, num_prompt in rows]
-    return begun[0][: num_alike(begun)]
+    return begun[0][: common_prefix_length(begun)]

@@ -21,24 +21,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from subspace.data.tasks import Item, Task, prompt
+from subspace.data.tasks import Item, Task, prompt_template
 from subspace.data.tokenization import encode_prompt
-from subspace.distributed.zero import passes_together
+from subspace.distributed.zero import requires_synchronized_forward
 from subspace.evaluation.answer_extraction import answer_record, extractor
-from subspace.evaluation.protocols.llm_adapters import asked, end_tokens
+from subspace.evaluation.protocols.llm_adapters import end_tokens, render_prompts
 from subspace.evaluation.results import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from subspace.evaluation.config import PUBLISHED
+from subspace.evaluation.config import DEFAULT_DEFECTS
 
 VERSION = "1"
 NUM_BEAMS = 4
 MARKER = "### Response:"
 
 
-class Published:
+class LLMAdaptersPublished:
     """The items of a task, ready to be scored by this protocol."""
 
     name = "llm-adapters-published"
@@ -51,15 +51,15 @@ class Published:
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         items: Sequence[Item],
-        defects: Sequence[str] = PUBLISHED,
+        defects: Sequence[str] = DEFAULT_DEFECTS,
         *,
         batch: int = 1,
     ) -> None:
         self.tokenizer, self.task, self.items, self.defects = tokenizer, task, items, sorted(defects)
         self.extractor = extractor(task)
         unequal = "unequal_prompts" in defects
-        self.template = prompt("alpaca-indented-scoring" if unequal else "alpaca-indented")
-        self.texts = asked(self.template, task, items)
+        self.template = prompt_template("alpaca-indented-scoring" if unequal else "alpaca-indented")
+        self.texts = render_prompts(self.template, task, items)
         self.hashes = [digest(text) for text in self.texts]
         # The published evaluator encodes the text as it stands, the white space at its end included.
         encode: Any = tokenizer
@@ -104,7 +104,10 @@ class Published:
         )
         with _dropout(model, [self.hashes[number] for number in batch], active="dropout_active" in self.defects):
             written = model.generate(
-                inputs, attention_mask=mask, generation_config=settings, synced_gpus=passes_together(model)
+                inputs,
+                attention_mask=mask,
+                generation_config=settings,
+                synced_gpus=requires_synchronized_forward(model),
             )
         return [self._record(number, row[length:].tolist()) for number, row in zip(batch, written, strict=True)]
 

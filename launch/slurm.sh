@@ -32,15 +32,16 @@ for argument in "$@"; do
 done
 
 if [ -z "${SLURM_JOB_NODELIST-}" ]; then
-    echo "error: this is not a SLURM job (SLURM_JOB_NODELIST is not set). Submit it with sbatch, or use launch/local.sh" >&2
+    echo "error: this is not a SLURM job (SLURM_JOB_NODELIST is not set). Submit it with sbatch, or run 'subspace $*' on this machine" >&2
     exit 2
 fi
 
 # The first of 'node[01-04,07],other3'.
 first_node() {
-    if command -v scontrol > /dev/null; then
-        scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p
-    else
+    local names
+    if names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2> /dev/null) && [ -n "$names" ]; then
+        echo "${names%%$'\n'*}"
+    else # there is no scontrol here, or it has no configuration
         sed -E 's/^([^,[]*)\[([^],-]*)[^]]*\].*$/\1\2/; s/,.*$//' <<< "$SLURM_JOB_NODELIST"
     fi
 }
@@ -56,7 +57,7 @@ python=$PWD/.venv/bin/python
 rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
 command=(
     env MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" LOCAL_SIZE="$tasks"
-    srun --nodes="${SLURM_NNODES:-1}" --ntasks-per-node="$tasks" --kill-on-bad-exit=1
+    srun --nodes="${SLURM_NNODES:-1}" --ntasks-per-node="$tasks" --kill-on-bad-exit=0 --wait=60
     bash -c "$rank" rank "$python" -m subspace "${arguments[@]}"
 )
 if [ "$dry_run" = yes ]; then

@@ -1,7 +1,7 @@
 """Detect incompatible settings of model, methods and engine before anything is loaded.
 
 Some combinations never work (:func:`find_incompatibility`), some only not on this machine
-(:func:`find_missing_requirement`). ``ds_configs/MATRIX.md`` shows what was trained and what was refused.
+(:func:`find_missing_requirement`). ``tests/long/MATRIX.md`` shows what was trained and what was refused.
 """
 
 from __future__ import annotations

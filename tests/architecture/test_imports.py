@@ -1,195 +1,138 @@
-"""The architecture: what may import what, who may know a foreign library, and how long a method's file may be."""
+"""The architecture: which package may import which, who may know a foreign library, and how long a file may be.
+
+What may import what stands in pyproject.toml, as contracts of import-linter; ``lint-imports`` shows the same.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
+import io
+import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import grimp
 import pytest
+from importlinter import api
+from importlinter.application import use_cases
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "subspace"
+from subspace.common.paths import REPOSITORY
 
-# A file may import files of the lines above its own, nothing beside it and nothing below.
-LAYERS = [
-    "errors paths distributed linalg progress statistics formats checkpoint interruption watchdog host_memory",
-    "zero attention norm",
-    "optimizers speedups settings dropout base sites methods model_files results decomposition shards",
-    "method branch",
-    "access output_head lowrank spectrum bottleneck virtual_tokens",
-    "methods.* declarations encoding",
-    "inject contamination sources proof likelihood decoding partial workload loss",
-    "mixed adapter_file budget log prepare generation checksum",
-    "rows model optimizer_state checks answer_word published",
-    "batches engine custom combination",
-    "resume",
-    "train evaluate merge scored_runs holdings rehearsal",
-    "unseen config tables catalogue launcher",
-    "run data_report subjects comparison plots lm_eval_model",
-    "plan verb verbs",
-    "verbs.*",
-    "cli",
-    "__main__ __init__",
-]
-
-# Who may import a foreign library at all, also inside a function.
-OWNERS = {
-    "deepspeed": "zero access engine combination",
-    "transformers": "model model_files prepare merge shards",
-    "bitsandbytes": "base model engine rehearsal optimizers",
-    "datasets": "prepare batches sources",
-    "huggingface_hub": "sources",
-    "jsonargparse": "config",
-    "yaml": "config declarations",
-    "jinja2": "declarations",
-    "rich": "progress formats",
-    "scipy": "statistics",
-    "matplotlib": "plots",
-    "safetensors": "base decomposition adapter_file resume merge shards",
-    "psutil": "launcher",
-    "lm_eval": "lm_eval_model",
-    "liger_kernel": "speedups",
-}
-#: What may be imported where only a type checker sees it.
-TYPES_ONLY = {"transformers": "encoding rows batches data_report evaluate generation likelihood answer_word published"}
-
-METHODS_KNOW = {"torch"} | {
-    f"subspace.{name}"
-    for name in [
-        "method",
-        "linalg",
-        "branch",
-        "dropout",
-        "settings",
-        "errors",
-        "decomposition",
-        "lowrank",
-        "spectrum",
-        "bottleneck",
-        "virtual_tokens",
-        "base",
-    ]
-}
-LONGEST_METHOD = 100
-
-
-@dataclass(frozen=True)
-class Import:
-    """One imported module, and how."""
-
-    module: str
-    line: int
-    at_start: bool  # runs when the file is imported
-    types_only: bool
-
-
-def imports(file: Path) -> list[Import]:
-    """Return what a file imports, ``from subspace import errors`` as ``subspace.errors``."""
-    return list(_walk(ast.parse(file.read_text()), at_start=True, types_only=False))
-
-
-def _walk(node: ast.AST, *, at_start: bool, types_only: bool) -> Iterator[Import]:
-    for child in ast.iter_child_nodes(node):
-        names: list[str] = []
-        if isinstance(child, ast.Import):
-            names = [alias.name for alias in child.names]
-        elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, f"line {child.lineno}: relative imports hide the layer"
-            module = child.module or ""
-            names = (
-                [f"{module}.{alias.name}" for alias in child.names]
-                if module in ("subspace", "subspace.methods", "subspace.verbs")
-                else [module]
-            )
-        yield from (Import(name, getattr(child, "lineno", 0), at_start, types_only) for name in names)
-        inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        guarded = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-        yield from _walk(child, at_start=at_start and not inside, types_only=types_only or guarded)
-
-
-def stem(file: Path) -> str:
-    """Name a file of the package as the tables above do: ``method``, ``methods.lora``."""
-    name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
-    return name.removesuffix(".__init__") if "." in name else name
-
-
-def layer(name: str) -> int:
-    """Return the number of the line that a file stands in."""
-    folder, _, inside = name.rpartition(".")
-    short = f"{folder}.*" if folder else inside
-    found = [number for number, line in enumerate(LAYERS) if short in line.split()]
-    assert found, f"subspace/{name.replace('.', '/')}.py stands in no line of LAYERS"
-    return found[0]
-
-
+PACKAGE = REPOSITORY / "subspace"
 FILES = sorted(PACKAGE.rglob("*.py"))
-METHODS = sorted(set((PACKAGE / "methods").glob("*.py")) - {PACKAGE / "methods" / "__init__.py"})
-every_file = pytest.mark.parametrize("file", FILES, ids=stem)
-every_method = pytest.mark.parametrize("file", METHODS, ids=stem)
+METHODS = PACKAGE / "methods"
+
+#: What a method's file may import, besides torch and the standard library: the contract, and what families share.
+METHODS_KNOW = {
+    "subspace.adapters.base",
+    "subspace.adapters.bottleneck",
+    "subspace.adapters.linalg",
+    "subspace.adapters.low_rank",
+    "subspace.adapters.registry",
+    "subspace.adapters.singular_values",
+    "subspace.adapters.virtual_tokens",
+    "subspace.common.settings",
+    "subspace.errors",
+    "subspace.kernels.dropout",
+    "subspace.kernels.low_rank",
+    "subspace.models.frozen_weights",
+}
+LONGEST_METHOD, LONGEST_MODULE, LARGEST_FOLDER = 100, 400, 17
+#: Files that are longer than they should be; none may join them.
+LONG = {"config.py"}
+
+#: Not imported before a command knows what it is asked for.
+HEAVY = {
+    "torch",
+    "transformers",
+    "deepspeed",
+    "bitsandbytes",
+    "datasets",
+    "scipy",
+    "matplotlib",
+    "safetensors",
+    "numpy",
+}
 
 
-@every_file
-def test_imports_point_downwards(file: Path) -> None:
-    own = layer(stem(file))
-    upwards = [
-        f"line {i.line}: {i.module}"
-        for i in imports(file)
-        if i.module.startswith("subspace.") and not i.types_only and layer(i.module.removeprefix("subspace.")) >= own
+def name_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+@functools.cache
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("subspace", include_external_packages=True, exclude_type_checking_imports=True)
+
+
+def contracts() -> list[str]:
+    declared = api.read_configuration(str(REPOSITORY / "pyproject.toml"))["contracts_options"]
+    return [contract["id"] for contract in declared]
+
+
+@pytest.mark.parametrize("contract", contracts())
+def test_a_contract_of_imports_is_kept(contract: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with redirect_stdout(io.StringIO()) as said:
+        kept = use_cases.lint_imports(
+            config_filename="pyproject.toml", limit_to_contracts=(contract,), cache_dir=None, is_debug_mode=False
+        )
+    assert kept, said.getvalue()
+
+
+def test_both_contracts_are_declared() -> None:
+    assert {"architecture", "owners"} <= set(contracts())
+
+
+def test_no_import_is_relative() -> None:
+    relative = [
+        f"{name_of(file)}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
     ]
-    assert not upwards
+    assert not relative
 
 
-@every_file
-def test_foreign_libraries_have_owners(file: Path) -> None:
-    name = stem(file)
+def test_a_method_knows_torch_and_the_contract_only() -> None:
+    allowed = METHODS_KNOW | {"torch", *sys.stdlib_module_names}
     strangers = [
-        f"line {i.line}: {i.module}"
-        for i in imports(file)
-        if (library := i.module.partition(".")[0]) in OWNERS
-        and name not in OWNERS[library].split()
-        and not (i.types_only and name in TYPES_ONLY.get(library, "").split())
+        f"{module} imports {imported}"
+        for module in sorted(graph().find_children("subspace.methods"))
+        for imported in sorted(graph().find_modules_directly_imported_by(module) - allowed)
     ]
     assert not strangers
 
 
-@every_file
-def test_the_package_knows_neither_data_nor_launch_nor_tests(file: Path) -> None:
-    assert not [i for i in imports(file) if i.module.partition(".")[0] in ("data", "launch", "tests")]
+def test_the_package_knows_neither_data_nor_launch_nor_tests() -> None:
+    assert not {"data", "launch", "tests"} & graph().modules
 
 
-@every_method
-def test_a_method_knows_torch_and_the_contract_only(file: Path) -> None:
-    roots = {i.module for i in imports(file)} - METHODS_KNOW
-    foreign = [m for m in roots if m.partition(".")[0] not in sys.stdlib_module_names | {"torch", "__future__"}]
-    assert not foreign
+def test_files_and_folders_are_small() -> None:
+    def limit(file: Path) -> int:
+        return LONGEST_METHOD if file.parent == METHODS else LONGEST_MODULE
+
+    lengths = {file: len(file.read_text().splitlines()) for file in FILES}
+    too_long = {name_of(file): lines for file, lines in lengths.items() if lines >= limit(file)}
+    assert set(too_long) <= LONG, too_long
+    folders = {folder: len(list(folder.glob("*.py"))) for folder in {file.parent for file in FILES} - {METHODS}}
+    assert {name_of(folder): files for folder, files in folders.items() if files > LARGEST_FOLDER} == {}
 
 
-@every_method
-def test_a_method_is_short(file: Path) -> None:
-    assert len(file.read_text().splitlines()) < LONGEST_METHOD
+def test_an_entry_point_holds_no_logic() -> None:
+    for file in (REPOSITORY / "launch").glob("*.py"):
+        kinds = {type(node) for node in ast.walk(ast.parse(file.read_text()))}
+        assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.Try}, file
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "merge"])
-def test_an_entry_point_holds_no_logic(name: str) -> None:
-    tree = ast.parse((ROOT / "launch" / f"{name}.py").read_text())
-    kinds = {type(node) for node in ast.walk(tree)}
-    assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.Try}
-
-
+@pytest.mark.processes
 def test_the_command_starts_light() -> None:
     """What ``subspace --help`` imports is the standard library and this package's lightest files."""
-    heavy = {"torch", *OWNERS}
-    reached, todo = set(), ["__main__", "__init__"]
-    while todo:
-        name = todo.pop()
-        reached.add(name)
-        at_start = [
-            i.module for i in imports(PACKAGE / f"{name.replace('.', '/')}.py") if i.at_start and not i.types_only
-        ]
-        assert not [m for m in at_start if m.partition(".")[0] in heavy], f"{name}: {at_start}"
-        todo += [m.removeprefix("subspace.") for m in at_start if m.startswith("subspace.")]
-        todo = [name for name in todo if name not in reached]
-    assert {"cli", "verbs.train"} <= reached
+    code = (
+        "import pkgutil, sys, subspace.cli.main, subspace.cli.commands as all_of_them\n"
+        "assert 'subspace.cli.commands.train' in sys.modules\n"
+        f"print(*sorted({HEAVY} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == []

@@ -19,7 +19,7 @@ from subspace.errors import UserError
 from tests.helpers.material import make_material, saved_adapter
 
 LAYOUT = compute_batch_layout(16, 4, 2)
-ALL = sorted(file for file in (REPOSITORY / "ds_configs").glob("*.json") if file.stem != "matrix")
+ALL = sorted(file for file in (REPOSITORY / "ds_configs").glob("*.json"))
 
 
 def filled(engine: dict[str, Any], dtype: str = "bfloat16", **more: Any) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Every base with every ZeRO stage, one and two processes and every family of methods: which go, and how exactly.
 
 ``python -m tests.helpers.matrix`` trains all cells, which takes about half an hour, and writes
-``ds_configs/matrix.json`` and, from it, ``ds_configs/MATRIX.md``; with ``--table`` it only does the latter. With
-``--in FOLDER`` the runs stay there, and a measurement that was cut short goes on where it was. A cell trains a tiny LLaMA. Its losses are
-held against those of a plain loop of torch's, on one process and without DeepSpeed, on the same base. Its adapter is
-then read back from its file, scored and merged.
+``tests/long/matrix.json`` and, from it, ``tests/long/MATRIX.md``; with ``--table`` it only does the latter. With
+``--in FOLDER`` the runs stay there, and a measurement that was cut short goes on where it was. A cell trains a tiny
+LLaMA. Its losses are held against those of a plain loop of torch's, on one process and without DeepSpeed, on the same
+base. Its adapter is then read back from its file, scored and merged.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from subspace.training.loop import count_tokens
 from tests.helpers.material import logged, make_material
 
 Json = dict[str, Any]
-RECORD, TABLE = REPOSITORY / "ds_configs" / "matrix.json", REPOSITORY / "ds_configs" / "MATRIX.md"
+RECORD, TABLE = REPOSITORY / "tests/long/matrix.json", REPOSITORY / "tests/long/MATRIX.md"
 
 BASES: dict[str, Json] = {
     "fp32": {"dtype": "float32"},
@@ -296,7 +296,8 @@ def table(record: Json) -> str:
         "",
         "Written by `python -m tests.helpers.matrix`; `tests/long/test_matrix.py` keeps it current. A tiny LLaMA was",
         f"trained for {STEPS} steps in each combination that is not refused, on {machine}. A number is the largest",
-        "distance of a loss from that of a plain loop of torch's, on one process and without DeepSpeed, on the same base: with 1 and",
+        "distance of a loss from that of a plain loop of torch's, on one process and without DeepSpeed, "
+        "on the same base: with 1 and",
         "with 2 processes. `a`, `b`, ... are refused before anything is loaded, with the words below. `held` is what",
         "one process has in memory of weights, quantisation and adapters, in kB, with 1 and with 2 processes (lora).",
         "",

@@ -38,7 +38,7 @@ def test_a_script_is_sound(script: Path) -> None:
     assert bash("-n", script).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["quickstart", "local", "cluster", "slurm"])
+@pytest.mark.parametrize("name", ["quickstart", "cluster", "slurm"])
 def test_a_script_helps(name: str) -> None:
     helped = bash(f"launch/{name}.sh", "--help")
     assert helped.returncode == 0
@@ -55,20 +55,16 @@ def test_the_quickstart_refuses_what_it_does_not_know() -> None:
     assert "'--fast'" in refused.stderr
 
 
-def test_one_machine() -> None:
-    printed = bash(
-        "launch/local.sh", "train", RECIPE, "name=x", "--processes", "2", "--dry-run", DS_ACCELERATOR="cpu"
-    ).stdout
-    assert "-m deepspeed.launcher.runner" in printed
-    assert printed.endswith(f"--module subspace train {RECIPE} name=x\n")
-
-
 def test_several_machines() -> None:
     printed = bash("launch/cluster.sh", "launch/hostfile.example", "train", RECIPE, "--dry-run").stdout
     assert "-m deepspeed.launcher.runner --hostfile launch/hostfile.example" in printed
     assert printed.endswith(f"--module subspace train {RECIPE}\n")
 
 
+FAILS = "echo 'scontrol: error: no configuration' >&2; exit 1"
+
+
+@pytest.mark.parametrize("scontrol", [FAILS, 'shift 2; [ "$*" = "$SLURM_JOB_NODELIST" ] && printf "%s\\n" $FIRST next'])
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
@@ -78,12 +74,17 @@ def test_several_machines() -> None:
         ("alone", "alone"),
     ],
 )
-def test_slurm_prints_its_command(nodes: str, first: str) -> None:
+def test_slurm_prints_its_command(tmp_path: Path, scontrol: str, nodes: str, first: str) -> None:
+    """With a scontrol that works, and with one that lies about without a configuration."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{scontrol}\n")
+    (tmp_path / "scontrol").chmod(0o755)
     job: dict[str, Any] = {
         "SLURM_JOB_ID": "20007",
         "SLURM_JOB_NODELIST": nodes,
         "SLURM_NNODES": "2",
         "SLURM_NTASKS_PER_NODE": "8",
+        "FIRST": first,
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
     }
     printed = bash("launch/slurm.sh", "train", RECIPE, "--dry-run", **job).stdout
     assert printed.startswith(

@@ -8,7 +8,6 @@ nearest known one.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import types
 import typing
@@ -23,6 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from subspace.adapters.base import Adapter, MethodConfig
 from subspace.adapters.registry import list_methods, resolve_method
+from subspace.common.files import write_file
 from subspace.common.paths import REPOSITORY
 from subspace.common.settings import Settings, setting
 from subspace.data.config import DataConfig
@@ -280,10 +280,7 @@ def write_config(config: RunConfig, file: Path) -> None:
     engine = Path(config.engine)
     if engine.is_relative_to(REPOSITORY):
         plain["engine"] = str(engine.relative_to(REPOSITORY))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
-    os.replace(partial, file)  # noqa: PTH105
+    write_file(file, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
 
 
 class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]

@@ -6,7 +6,6 @@ built), ``log.jsonl``, TensorBoard's events, ``checkpoints/`` and ``adapter/``.
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import json
 import os
@@ -22,6 +21,7 @@ import torch
 
 from subspace.adapters.inject import adapters, inject, trained_parameters
 from subspace.adapters.registry import resolve_method
+from subspace.common.files import is_disk_full, write_json
 from subspace.common.host_memory import keep_freed_memory
 from subspace.common.paths import REPOSITORY
 from subspace.common.progress import Progress, no_progress, show_progress
@@ -42,7 +42,6 @@ from subspace.errors import UserError
 from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.loading import device, open_model, open_tokenizer, summarize_model
 from subspace.training.acceleration import apply_liger, check_accelerations, compile_layers
-from subspace.training.checkpoint import write_json
 from subspace.training.compatibility import check_compatibility, check_packing
 from subspace.training.logging import LOG_FILE, TrainLogger, peak_memory
 from subspace.training.loop import TrainState, last_checkpoint_hint, train
@@ -164,7 +163,7 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
                 settings=kept, resumed=saved, model=config.model.path,
             )  # fmt: skip
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
             raise UserError(
                 f"no space is left on the disk for '{error.filename}'. {last_checkpoint_hint(folder)}"

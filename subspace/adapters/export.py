@@ -7,8 +7,6 @@ A folder is put in place only after its model gave the same logits as the unmerg
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from subspace.adapters.merging import _frozen, merge
 from subspace.adapters.serialization import load_adapter
 from subspace.adapters.targets import layer_names
+from subspace.common.files import write_folder, write_json
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.models.files import suppress_library_logs
@@ -111,8 +110,7 @@ def export_merged(
         if not torch.isfinite(parameter).all():
             raise UserError(f"the merged model was not written: {name} is beyond {written}. Write bfloat16 or float32")
 
-    partial = out.with_name(f"{out.name}.partial")
-    with _whole_or_not(partial, out):
+    with _disk_errors(out), write_folder(out, replace=False) as partial:
         with suppress_library_logs():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
@@ -133,7 +131,7 @@ def export_merged(
             same_tokens=float((after.argmax(-1) == unmerged.argmax(-1)).float().mean()),
         )
         about = {"base": config.path, "adapter": str(adapter), **asdict(report)}
-        (partial / "merge.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / "merge.json", about)
     return report
 
 
@@ -201,19 +199,11 @@ def _make_room_for_biases(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _whole_or_not(partial: Path, out: Path) -> Iterator[None]:
-    """Let the folder be written as ``partial`` and rename it at the end; leave nothing behind where that fails."""
+def _disk_errors(out: Path) -> Iterator[None]:
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         yield
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"cannot write the merged model to {out}: {reason}. Free some space, or give another folder"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -11,13 +11,13 @@ algorithm 4.4 with 12 power iterations); the smallest need the exact decompositi
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from subspace.common.files import write_file
 from subspace.common.paths import svd_cache_folder
 
 #: Up to this smaller side, the exact decomposition takes under a second.
@@ -80,10 +80,8 @@ def _cached(W: Tensor, kind: str, compute: object) -> SVD:
         stored = load_file(file)
         return SVD(*(stored[name].to(W.device) for name in SVD._fields))
     found: SVD = compute()
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.cpu().contiguous() for name, t in found._asdict().items()}, partial)
-    partial.replace(file)  # whole or not at all: another process may be doing the same
+    tensors = {name: t.cpu().contiguous() for name, t in found._asdict().items()}
+    write_file(file, lambda partial: save_file(tensors, partial))
     return found
 
 

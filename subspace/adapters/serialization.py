@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from subspace.adapters.inject import adapter_groups, adapters, assign_groups, inject
+from subspace.common.files import write_folder, write_json
 from subspace.distributed.collectives import barrier, broadcast_object, is_main
 from subspace.distributed.zero import full_shape, gather_copies
 from subspace.errors import UserError
@@ -129,7 +129,7 @@ def _describe(model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], model: nn.Module, about: dict[str, Any]) -> str | None:
-    """Write through a neighbouring folder that is renamed when it is whole and read back; return what went wrong."""
+    """Write the folder, whole or not at all, and read the tensors back; return what went wrong."""
     if not tensors:
         return f"nothing to save in {folder}: the model has no adapters"
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -137,32 +137,17 @@ def _write(folder: Path, tensors: dict[str, Tensor], model: nn.Module, about: di
         return (
             f"the adapter was not saved in {folder}: {broken[0]} is not finite, in all {len(broken)} of {len(tensors)}"
         )
-    partial = folder.with_name(f"{folder.name}.partial")
+    float32 = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        float32 = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-        save_file(float32, partial / TENSORS, metadata={"format": "pt"})
-        (partial / SETTINGS).write_text(json.dumps(_describe(model, about), indent=2, default=str) + "\n")
-        for file in partial.iterdir():
-            _flush(file)
-        different = _differing(partial / TENSORS, float32)
-        if different:
-            return (
-                f"the adapter was written to {partial} but reads back differently ({different[0]}): is the disk sound?"
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror or error
+        with write_folder(folder) as work:
+            save_file(float32, work / TENSORS, metadata={"format": "pt"})
+            write_json(work / SETTINGS, _describe(model, about))
+            if different := _differing(work / TENSORS, float32):
+                raise OSError(f"it reads back differently ({different[0]}); is the disk sound?")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         return f"the adapter could not be saved in {folder}: {reason}. Free some space or choose another folder"
     return None
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def _differing(file: Path, expected: dict[str, Tensor]) -> list[str]:

@@ -6,7 +6,6 @@ Everything heavy is imported by the verb that needs it, so that ``subspace --hel
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import NoReturn
 
 from subspace.cli.command import Command
 from subspace.cli.commands import compare, data, evaluate, merge, methods, plan, prepare, table, train
+from subspace.common.files import is_disk_full
 from subspace.distributed import launcher
 from subspace.errors import RunStopped, UserError, nearest
 
@@ -77,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" for '{error.filename}'" if error.filename else ""
+        if is_disk_full(error):
+            file = getattr(error, "filename", None)
+            where = f" for '{file}'" if file else ""
             return _fail(f"no space is left on the disk{where}. Free some and run the command again", USER_ERROR)
         if launcher.is_peer_failure(error):
             return _fail("another process of the run has ended, and this one cannot go on without it", 1, at_once=False)

@@ -15,17 +15,17 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from subspace.common import paths
 from subspace.common.declarations import build, read_yaml
-from subspace.common.files import _locked, disk_errors, file_sha256, remove_partial
+from subspace.common.files import disk_errors, file_sha256, is_disk_full, locked, temporary_folder, write_file
 from subspace.common.progress import Progress, no_progress
 from subspace.errors import UserError
 
@@ -67,12 +67,9 @@ _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"
 def fetch_wheel(wheel: Wheel, progress: Progress = no_progress) -> Path:
     """Return the wheel's file, downloaded by pip unless it is there and whole."""
     target = paths.cache_folder() / "downloads" / wheel.file
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
-            remove_partial(target)
-            if not target.is_file() or file_sha256(target) != wheel.sha256:
-                _download(wheel, target, progress)
+    with disk_errors(target), locked(target):
+        if not target.is_file() or file_sha256(target) != wheel.sha256:
+            _download(wheel, target, progress)
     return target
 
 
@@ -83,12 +80,12 @@ def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     with (
         progress(f"downloading {wanted} from PyPI", wheel.bytes, "bytes") as at,
-        tempfile.TemporaryDirectory(prefix=f".{wheel.file}.tmp-", dir=target.parent) as work,
+        temporary_folder(target) as work,
     ):
-        status, said = _pip_download(wanted, Path(work), lambda size: at(min(size, wheel.bytes)))
-        arrived = Path(work, "whole", wheel.file)
+        status, said = _pip_download(wanted, work, lambda size: at(min(size, wheel.bytes)))
+        arrived = work / "whole" / wheel.file
         if status != 0 or not arrived.is_file():
-            if "No space left on device" in said:
+            if "No space left on device" in said:  # pip's own
                 raise OSError(errno.ENOSPC, "No space left on device")
             raise UserError(
                 f"{wanted} was asked of PyPI by 'pip download' and did not come: {_reason(said)}. Check the network "
@@ -99,7 +96,7 @@ def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
                 f"{wanted} was downloaded, but its sha256 is {found[:16]}... where {wheel.sha256[:16]}... is declared: "
                 "it was cut, or pip's index ('pip config list') serves another file. It was thrown away: try again"
             )
-        arrived.replace(target)
+        write_file(target, partial(shutil.move, arrived))
 
 
 def _pip_download(wanted: str, work: Path, at: Callable[[int], None]) -> tuple[int, str]:
@@ -233,7 +230,7 @@ def _hub_errors(repo: str, kind: str) -> Iterator[None]:
         ) from None
     except Exception as error:
         # Whatever else goes wrong on the way (names, proxies, certificates, time limits, the offline switch).
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"the hub was asked for the {kind} {repo} and did not answer ({reason})") from None

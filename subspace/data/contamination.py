@@ -7,7 +7,6 @@ choices, without the words of the template. Everything is hashed to 64 bits, and
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from subspace.common.hashing import hash_texts
 from subspace.data.tasks import Item, Task
 
 NGRAM = 13
@@ -68,7 +68,7 @@ def text_keys(text: Text) -> TextKeys:
     """Return a text's hashes."""
     question = _squeezed(text.question)
     choices = sorted(map(_squeezed, text.choices))
-    return TextKeys(_hash(text.question, *text.choices), _hash(question, *choices), _hash(question))
+    return TextKeys(hash_texts(text.question, *text.choices), hash_texts(question, *choices), hash_texts(question))
 
 
 class Matcher:
@@ -109,7 +109,7 @@ class Matcher:
         counts, codes = [], []
         for text in texts:
             words = _words(" ".join([text.question, *text.choices]))
-            codes += [self._words.get(word) or self._words.setdefault(word, _hash(word)) for word in words]
+            codes += [self._words.get(word) or self._words.setdefault(word, hash_texts(word)) for word in words]
             counts.append(len(words))
         code = np.array(codes, dtype=np.uint64)
         owner = np.repeat(np.arange(len(texts), dtype=np.int32), counts)
@@ -137,7 +137,3 @@ def _words(text: str) -> list[str]:
 
 def _squeezed(text: str) -> str:
     return "".join(_words(text))
-
-
-def _hash(*texts: str) -> int:
-    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")

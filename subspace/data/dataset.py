@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from subspace.common import files as files_module
 from subspace.common import paths
+from subspace.common.hashing import hash_texts
 from subspace.common.progress import Progress, no_progress
 from subspace.data import records as rows
 from subspace.data import tasks as tasks_module
@@ -271,13 +272,9 @@ def _encode(part: rows.TextRows, tokenizer: PreTrainedTokenizerBase, progress: P
                 columns["answer_start"].append(start)
                 columns["length"].append(len(ended))
             at(begin + len(some))
-    columns["key"] = [_key(prompt, answer) for prompt, answer in texts]
+    keys = np.array([hash_texts(prompt, answer) for prompt, answer in texts], dtype=np.uint64)
+    columns["key"] = keys.view(np.int64).tolist()  # Arrow and the order of rows take them as signed
     return columns
-
-
-def _key(prompt: str, answer: str) -> int:
-    digest = hashlib.blake2b(f"{prompt}\0{answer}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _take(available: int, part: MixturePart, draw: np.random.Generator) -> Integers:

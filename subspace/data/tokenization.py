@@ -7,10 +7,11 @@ glues a space to the word after it then never sees a context that ends in a fore
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+from subspace.common.hashing import hash_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         # Whoever called the tokenizer last left its padding and truncation in here; neither is the tokenizer's own.
         state["backend"] = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return hash_json(state)
 
 
 def _cut(context: str, continuation: str) -> tuple[str, str]:

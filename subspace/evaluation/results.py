@@ -7,7 +7,6 @@ metrics, tokenizer) and a fingerprint of them. Two numbers can be compared exact
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from subspace.common.files import write_file
+from subspace.common.hashing import hash_json
 from subspace.errors import UserError
 
 RESULTS = "results.json"
@@ -64,7 +65,7 @@ class TaskResult:
 
 def digest(value: Any) -> str:
     """Return twelve hexadecimal digits of a value that JSON can hold. The order of a mapping's keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return hash_json(value)[:12]
 
 
 def accuracy(correct: Sequence[bool]) -> Score:
@@ -86,7 +87,7 @@ def items_file(folder: Path, protocol: str, task: str) -> Path:
 
 def write_items(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write one line an item; the file is there whole or not at all."""
-    _write(file, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
+    write_file(file, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
 
 
 def read_items(file: Path) -> list[dict[str, Any]]:
@@ -116,7 +117,7 @@ def write_results(folder: Path, results: Iterable[TaskResult]) -> None:
     file = folder / RESULTS
     kept = {(row.protocol, row.task): row for row in (read_results(folder) if file.exists() else [])}
     kept.update({(row.protocol, row.task): row for row in results})
-    _write(file, json.dumps([_row(kept[key], folder) for key in sorted(kept)], indent=2, ensure_ascii=False) + "\n")
+    write_file(file, json.dumps([_row(kept[key], folder) for key in sorted(kept)], indent=2, ensure_ascii=False) + "\n")
 
 
 def find_result(folder: Path, protocol: str, task: str) -> TaskResult | None:
@@ -163,10 +164,3 @@ def _result(row: Mapping[str, Any], folder: Path) -> TaskResult:
     if result.fingerprint != row["fingerprint"]:
         raise ValueError(f"fingerprint of {result.protocol}/{result.task}")
     return result
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from subspace.common.files import write_file
 from subspace.distributed.collectives import barrier, broadcast_object, gather_objects, is_main, rank, world_size
 
 Record = dict[str, Any]
@@ -80,19 +81,16 @@ class ResumableResults:
     def _start(self, key: str) -> None:
         """Begin this process's file anew, without torn lines. The first process's takes over what all files held."""
         assert self.file
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         own = _own(self.file, rank())
-        fresh = own.with_name(f"{self.file.name}.new-{rank()}")
         known = self.records if is_main() else {}
-        lines = [{"key": key, "budget": self.budget}, *known.items()]
-        fresh.write_text("".join(map(_line, lines)), encoding="utf-8")
+        text = "".join(map(_line, [{"key": key, "budget": self.budget}, *known.items()]))
         if is_main():
-            fresh.replace(own)
+            write_file(own, text)
             for file in {*self._files()} - {_own(self.file, other) for other in range(world_size())}:
                 file.unlink(missing_ok=True)
         barrier()
-        if not is_main():
-            fresh.replace(own)
+        if not is_main():  # only now: the first process has on the disk what this file held
+            write_file(own, text)
         self.handle = own.open("a", encoding="utf-8")
 
     def _files(self) -> list[Path]:

@@ -10,15 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from subspace.common.files import (
+    PARTIAL,
+    begin_folder,
+    file_sha256,
+    finish_folder,
+    move_folder,
+    remove_folder,
+    write_checked,
+)
+
 MANIFEST = "manifest.json"
-UNFINISHED, DAMAGED = ".partial", ".damaged"
+DAMAGED = ".damaged"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -33,22 +42,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def begin_checkpoint(target: Path) -> Path:
     """Return an empty folder for a checkpoint's files; :func:`finish_checkpoint` gives it its name."""
-    unfinished = target.with_name(target.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    return unfinished
+    return begin_folder(target)
 
 
 def finish_checkpoint(unfinished: Path, target: Path) -> None:
     """Vouch for what is in the folder, and make it the checkpoint ``target`` in one move."""
-    inside = sorted(unfinished.rglob("*"))
-    files = {str(f.relative_to(unfinished)): [f.stat().st_size, _sha256(f)] for f in inside if f.is_file()}
+    inside = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    files = {str(path.relative_to(unfinished)): [path.stat().st_size, file_sha256(path)] for path in inside}
     write_checked(unfinished / MANIFEST, _manifest(files))
-    for path in (*inside, unfinished):
-        fsync_path(path)
-    _remove(target)
-    unfinished.rename(target)
-    fsync_path(target.parent)
+    finish_folder(unfinished, target)
 
 
 def find_corruption(checkpoint: Path) -> str | None:
@@ -66,7 +68,7 @@ def find_corruption(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _sha256(path) != checksum:
+        if file_sha256(path) != checksum:
             return f"{name} is damaged"
     return None
 
@@ -80,8 +82,7 @@ def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
             return path, passed_over
         passed_over.append(f"the checkpoint {path.name} cannot be used: {problem}")
         # Under its own name it would count among those that are kept.
-        _remove(aside := path.with_name(path.name + DAMAGED))
-        path.rename(aside)
+        move_folder(path, path.with_name(path.name + DAMAGED))
     return None, passed_over
 
 
@@ -90,55 +91,13 @@ def prune_checkpoints(folder: Path, keep: int, also: Collection[int] = ()) -> No
     found = checkpoints(folder)
     kept = {*found[-keep:], *(checkpoint_path(folder, step) for step in also)}
     for path in set(found) - kept:
-        _remove(path)
+        remove_folder(path)
     for path in (folder / "checkpoints").iterdir():
-        if path.suffix in (UNFINISHED, DAMAGED):
+        if path.suffix in (PARTIAL, DAMAGED):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    partial = file.with_name(file.name + UNFINISHED)
-    write_checked(partial, (json.dumps(content, indent=2, default=str) + "\n").encode())
-    partial.replace(file)
-
-
-def write_checked(file: Path, content: bytes) -> None:
-    """Write a file, flush it to the disk and read it back.
-
-    Raises:
-        OSError: the disk does not take it, or gives back something else.
-    """
-    file.write_bytes(content)
-    fsync_path(file)
-    if file.read_bytes() != content:
-        raise OSError(f"{file.name} reads back differently; is the disk sound?")
-
-
-def fsync_path(path: Path) -> None:
-    """Make sure that what was written to a file, or renamed in a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, if it is there, so that half of it is never found under its name."""
-    if checkpoint.exists():
-        unfinished = checkpoint.with_name(f"{checkpoint.name}.old{UNFINISHED}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        checkpoint.rename(unfinished)
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _manifest(files: dict[str, Any]) -> bytes:
     """Return the only spelling of a manifest that counts: with its own checksum, so that none of it can be changed."""
     seal = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return (json.dumps({"format": 1, "files": files, "seal": seal}, indent=1) + "\n").encode()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 
 from subspace.common import progress
+from subspace.common.files import fsync_path, write_file
 from subspace.common.host_memory import resident_memory
 from subspace.distributed.collectives import is_main
 from subspace.errors import UserError, nearest
-from subspace.training.checkpoint import UNFINISHED, fsync_path, write_checked
 
 TRACKERS = ("tensorboard", "wandb")
 LOG_FILE = "log.jsonl"
@@ -171,9 +171,7 @@ def truncate_log(log: Path, done: int) -> None:
             continue
         if line["step"] <= done:
             kept.append(text)
-    partial = log.with_suffix(UNFINISHED)
-    write_checked(partial, "".join(f"{text}\n" for text in kept).encode())
-    partial.replace(log)
+    write_file(log, "".join(f"{text}\n" for text in kept))
 
 
 def _tracker(name: str, folder: Path, config: Any, done: int) -> Any:

@@ -25,6 +25,7 @@ from subspace.adapters.base import TrainProgress
 from subspace.adapters.inject import adapter_groups
 from subspace.adapters.penalties import with_penalties
 from subspace.adapters.serialization import save_adapter
+from subspace.common.files import write_folder
 from subspace.data.collate import IGNORE_INDEX
 from subspace.data.dataset import Data
 from subspace.data.sampler import StepPlan, shard_batch
@@ -274,9 +275,6 @@ def promote_best_checkpoint(folder: Path, step: int) -> None:
         best = checkpoint_path(folder, step)
         raise RunFailed(f"the best checkpoint, {best}, cannot be kept: {problem}. {last_checkpoint_hint(folder)}")
     if is_main():
-        partial = folder / f"{ADAPTER}.partial"
-        for old in (partial, folder / ADAPTER):
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.copytree(checkpoint_path(folder, step) / ADAPTER, partial)
-        partial.rename(folder / ADAPTER)
+        with write_folder(folder / ADAPTER) as work:
+            shutil.copytree(checkpoint_path(folder, step) / ADAPTER, work, dirs_exist_ok=True)
     barrier()

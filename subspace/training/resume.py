@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from subspace.adapters.inject import adapters
 from subspace.adapters.serialization import read_adapter, save_adapter
+from subspace.common.files import PARTIAL, write_checked
 from subspace.distributed.collectives import broadcast_object, gather_objects, is_main, rank, world_size
 from subspace.distributed.deepspeed_config import flatten_dict
 from subspace.distributed.zero import full_shape, gathered
@@ -75,7 +76,7 @@ def save_checkpoint(
         "ranks": world_size(),
     }
 
-    unfinished = target.with_name(target.name + checkpoint.UNFINISHED)
+    unfinished = target.with_name(target.name + PARTIAL)
     try:
         _on_main(target, lambda: checkpoint.begin_checkpoint(target))
         save_adapter(engine.module, unfinished / ADAPTER, **about)
@@ -83,8 +84,8 @@ def save_checkpoint(
 
         def write() -> None:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            checkpoint.write_checked(unfinished / TENSORS, save(contiguous))
-            checkpoint.write_checked(unfinished / FACTS, json.dumps(everything).encode())
+            write_checked(unfinished / TENSORS, save(contiguous))
+            write_checked(unfinished / FACTS, json.dumps(everything).encode())
             checkpoint.finish_checkpoint(unfinished, target)
 
         _on_main(target, write)

@@ -1,13 +1,9 @@
-"""What arrives is checked, and is whole or not there."""
+"""What is downloaded is checked, and is there whole or not at all."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,121 +19,14 @@ from huggingface_hub.errors import (
 )
 
 from subspace.common import download as download_module
-from subspace.common import files as files_module
 from subspace.common.download import Hub, Wheel, wheels
-from subspace.common.files import build_dir_atomically, read_manifest
+from subspace.common.files import file_sha256
 from subspace.errors import UserError
 from tests.helpers.toy_benchmark import TEST, TRAIN, make_wheel, make_world
 
 
-def build(work: Path) -> dict[str, Any]:
-    (work / "inner").mkdir()
-    (work / "inner" / "numbers").write_text("1 2 3")
-    return {"from": "a test"}
-
-
-def good(folder: Path) -> bool:
-    return read_manifest(folder, thorough=True) is not None
-
-
 def remains(folder: Path) -> list[str]:
     return [path.name for path in folder.parent.iterdir() if path != folder and not path.name.endswith(".lock")]
-
-
-def test_a_folder_is_made_once(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "folder"
-    assert build_dir_atomically(folder, good, build)
-    assert read_manifest(folder) == {"from": "a test"}
-    assert (folder / "inner" / "numbers").read_text() == "1 2 3"
-    assert not build_dir_atomically(folder, good, build)
-    assert remains(folder) == []
-
-
-def cut(file: Path) -> None:
-    file.write_text("1 2")
-
-
-def flip(file: Path) -> None:
-    file.write_text("1 2 4")
-
-
-@pytest.mark.parametrize("spoil", [cut, flip, Path.unlink])
-def test_a_spoiled_folder_is_made_again(spoil: Callable[[Path], None], tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    build_dir_atomically(folder, good, build)
-    spoil(folder / "inner" / "numbers")
-    assert build_dir_atomically(folder, good, build)
-    assert (folder / "inner" / "numbers").read_text() == "1 2 3"
-    assert remains(folder) == []
-
-
-@pytest.mark.parametrize(
-    "manifest", ["", "{}", "[]", '{"files": {"inner/numbers": 5}}', '{"files": {"other": [1, ""]}}']
-)
-def test_a_folder_with_a_spoiled_manifest_is_not_good(manifest: str, tmp_path: Path) -> None:
-    build_dir_atomically(tmp_path / "folder", good, build)
-    (tmp_path / "folder" / files_module.MANIFEST).write_text(manifest)
-    assert read_manifest(tmp_path / "folder") is None
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("broken")])
-def test_what_breaks_off_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
-    def breaks(work: Path) -> dict[str, Any]:
-        build(work)
-        raise error
-
-    with pytest.raises(type(error)):
-        build_dir_atomically(tmp_path / "folder", good, breaks)
-    assert not (tmp_path / "folder").exists()
-    assert remains(tmp_path / "folder") == []
-
-
-def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
-    (tmp_path / ".folder.tmp-abc" / "half").mkdir(parents=True)
-    build_dir_atomically(tmp_path / "folder", good, build)
-    assert remains(tmp_path / "folder") == []
-
-
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("IoError: No space left on device (os error 28)")],
-)
-def test_a_full_disk_is_said_in_words(error: Exception, tmp_path: Path) -> None:
-    def full(work: Path) -> dict[str, Any]:
-        build(work)
-        raise error
-
-    with pytest.raises(UserError, match="the disk is full .* set SUBSPACE_CACHE to another disk"):
-        build_dir_atomically(tmp_path / "folder", good, full)
-    assert remains(tmp_path / "folder") == []
-
-
-def test_a_disk_that_may_not_be_written_is_said_in_words(tmp_path: Path) -> None:
-    def denied(work: Path) -> dict[str, Any]:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    with pytest.raises(UserError, match="may not be. Set SUBSPACE_CACHE"):
-        build_dir_atomically(tmp_path / "folder", good, denied)
-
-
-def test_who_comes_at_the_same_time_waits(tmp_path: Path) -> None:
-    built = []
-
-    def slow(work: Path) -> dict[str, Any]:
-        time.sleep(0.2)
-        built.append(work)
-        return build(work)
-
-    def come() -> None:
-        build_dir_atomically(tmp_path / "folder", good, slow)
-        assert good(tmp_path / "folder")
-
-    threads = [threading.Thread(target=come) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 1
 
 
 # Wheels.
@@ -162,7 +51,7 @@ def test_pip_brings_a_wheel_and_it_is_kept(wheel: Wheel, tmp_path: Path, monkeyp
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     found = download_module.fetch_wheel(wheel)
     assert found == downloaded(wheel, tmp_path)
-    assert files_module.file_sha256(found) == wheel.sha256
+    assert file_sha256(found) == wheel.sha256
     assert remains(found) == []
 
     monkeypatch.setattr(download_module, "_pip_download", None)
@@ -202,7 +91,7 @@ def test_a_cut_wheel_of_an_earlier_time_is_replaced(
 
     monkeypatch.setattr(download_module, "_pip_download", whole_download)
     downloaded(wheel, tmp_path).write_bytes(b"half of it")
-    assert files_module.file_sha256(download_module.fetch_wheel(wheel)) == wheel.sha256
+    assert file_sha256(download_module.fetch_wheel(wheel)) == wheel.sha256
 
 
 def test_a_wheel_is_not_asked_for_without_room(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +104,7 @@ def test_a_wheel_is_not_asked_for_without_room(wheel: Wheel, monkeypatch: pytest
 def test_what_a_killed_download_left_is_swept_away(
     wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = downloaded(wheel, tmp_path).parent / f".{wheel.file}.tmp-abc"
+    left = downloaded(wheel, tmp_path).parent / f"{wheel.file}.partial"
     left.mkdir()
     monkeypatch.setattr(download_module, "_pip_download", lambda *_: (1, ""))
     with pytest.raises(UserError):
@@ -347,12 +236,6 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
     assert download_module.hub_model_here("toys/model") is None
-
-
-def test_the_manifest_is_json_for_people(tmp_path: Path) -> None:
-    build_dir_atomically(tmp_path / "folder", good, build)
-    manifest = json.loads((tmp_path / "folder" / files_module.MANIFEST).read_text())
-    assert manifest == {"from": "a test", "files": {"inner/numbers": [5, hashlib.sha256(b"1 2 3").hexdigest()]}}
 
 
 def test_parquet_is_read_by_the_real_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

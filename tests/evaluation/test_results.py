@@ -148,7 +148,7 @@ def test_an_interrupted_write_leaves_the_older_file(tmp_path: Path, monkeypatch:
     def full_disk(path: Path, *arguments: Any, **keywords: Any) -> int:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_results(tmp_path, [dataclasses.replace(result(), n=99)])
     monkeypatch.undo()

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from subspace import config as config_module
+from subspace.common import files
 from subspace.common.paths import REPOSITORY
 from subspace.errors import UserError
 from subspace.run import train_run
-from subspace.training import checkpoint
 from subspace.training.checkpoint import (
     MANIFEST,
     begin_checkpoint,
@@ -143,7 +143,7 @@ def test_a_kill_while_saving_leaves_the_older_one(tmp_path: Path, monkeypatch: p
         raise Killed
 
     if moment == "flush":
-        monkeypatch.setattr(checkpoint, "fsync_path", die)
+        monkeypatch.setattr(files, "fsync_path", die)
     else:
         monkeypatch.setattr(Path, "rename", die)
     with pytest.raises(Killed):
@@ -191,11 +191,9 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from subspace.training.checkpoint import begin
-from subspace.training.checkpoint import finish
-from subspace.training.checkpoint import place
-target = place(Path(sys.argv[1]), 2)
-folder = begin(target)
+from subspace.training.checkpoint import begin_checkpoint, checkpoint_path
+target = checkpoint_path(Path(sys.argv[1]), 2)
+folder = begin_checkpoint(target)
 (folder / "training.json").write_bytes(bytes(5000))
 """
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from subspace.adapters.inject import adapters, inject, trained_parameters
+from subspace.adapters.parameter_count import count_numbers, count_trained
 from subspace.adapters.registry import resolve_method
 from subspace.common.files import is_disk_full, write_json
 from subspace.common.host_memory import keep_freed_memory
@@ -37,7 +38,6 @@ from subspace.distributed.deepspeed_config import (
     resolve_deepspeed_config,
 )
 from subspace.distributed.engine import init_distributed, init_engine
-from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
 from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.loading import device, open_model, open_tokenizer, summarize_model
@@ -194,13 +194,8 @@ def inject_method(
         start=start,
         progress=progress,
     )
-    trained = {id(p): full_shape(p).numel() for adapter in created.values() for p in adapter.trained().values()}
-    return {"method": part.name, "sites": len(created), "trained": sum(trained.values())}
-
-
-def count_trained(model: torch.nn.Module) -> int:
-    """Return how many numbers are trained."""
-    return sum(full_shape(parameter).numel() for parameter in trained_parameters(model).values())
+    trained = count_numbers(p for adapter in created.values() for p in adapter.trained().values())
+    return {"method": part.name, "sites": len(created), "trained": trained}
 
 
 def ensure_new_run_dir(folder: Path) -> None:

@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "tanh": torch.tanh,
 }
+NUM_PARAMS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 
 
 @dataclass(frozen=True, kw_only=True)

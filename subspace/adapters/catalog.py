@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,25 @@ from typing import Any
 
 from torch import nn
 
-from subspace.adapters import low_rank as lowrank
+from subspace.adapters import low_rank
 from subspace.adapters.base import Adapter
 from subspace.adapters.parameter_count import count_trained, match_budget
 from subspace.adapters.registry import CONSTRAINTS, list_methods
+from subspace.common.tables import Grid
 
+#: The marks around the tables: the full one's in ``subspace/methods/README.md``, the short one's in ``README.md``.
 BEGIN, END = "<!-- methods: written by `subspace methods --markdown` -->", "<!-- end of methods -->"
+BEGIN_SHORT = "<!-- methods: written by `subspace methods --markdown --short` -->"
 CONSTRAINT = "constraint"
+METHODS_FOLDER = "subspace/methods"
+
+FAMILY_MEANINGS = {
+    "reconstruction": "φ(W): W, or what it is applied to, is transformed",
+    "extension": "W + s ΔW: an update that does not depend on W's own subspaces is added",
+    "combination": "φ(W) + s ΔW: both at once",
+    "reference": "every number is trained",
+    CONSTRAINT: "a term on the factors of a method, after its name: `lora+mpc-o`",
+}
 
 
 @dataclass(frozen=True)
@@ -72,16 +85,16 @@ def method_infos(settings: Mapping[str, Mapping[str, Any]] | None = None) -> lis
 
 
 def _constrained(method: type[Adapter]) -> bool:
-    return issubclass(method.Config, lowrank.ConstrainedConfig)
+    return issubclass(method.Config, low_rank.ConstrainedConfig)
 
 
 def _constraint(name: str) -> MethodInfo:
-    manual = inspect.getdoc(lowrank) or ""
+    manual = inspect.getdoc(low_rank) or ""
     told = re.search(rf"^``{name[-1]}``  (.*:math:`(.+?)`.*)$", manual, re.MULTILINE)
     paper = re.search(r"arXiv:(\d+\.\d+)", manual)
-    assert told, f"{name}: the docstring of {lowrank.__name__} has no row with a :math: for it"
+    assert told, f"{name}: the docstring of {low_rank.__name__} has no row with a :math: for it"
     assert paper
-    fields = dataclasses.fields(lowrank.ConstrainedConfig)
+    fields = dataclasses.fields(low_rank.ConstrainedConfig)
     return MethodInfo(
         name=f"+{name}",
         family=CONSTRAINT,
@@ -94,7 +107,7 @@ def _constraint(name: str) -> MethodInfo:
         size_setting=None,
         composes=tuple(method.name for method in list_methods().values() if _constrained(method)),
         arxiv=paper[1],
-        file="subspace/lowrank.py",
+        file="subspace/adapters/low_rank.py",
     )
 
 
@@ -125,37 +138,46 @@ def method_docstring(method: type[Adapter]) -> str:
 
 
 def methods_table() -> str:
-    """Write the README's table."""
-    rows = [
-        "| method | family | equation | trained numbers a site | settings | merges | paper |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for e in method_infos():
-        settings = [f"`{name}={_plain(value)}`" for name, value in _own(e).items()] or ["none"]
-        composes = " ".join(f"`{name}`" for name in e.composes)
-        told = ", ".join([*settings, f"with {composes}"] if composes else settings)
-        paper = f"[{e.arxiv}](https://arxiv.org/abs/{e.arxiv})"
-        # Between $` and `$ Markdown leaves LaTeX alone.
+    """Return the table of all methods in Markdown, for ``subspace/methods/README.md``."""
+    head = ("method", "family", "equation", "trained numbers a site", "settings", "merges", "paper")
+    rows = []
+    for info in method_infos():
+        settings = [f"`{name}={_plain(value)}`" for name, value in _own(info).items()] or ["none"]
+        settings += [f"with {' '.join(f'`{name}`' for name in info.composes)}"] if info.composes else []
         rows.append(
-            f"| [`{e.name}`]({e.file}) | {e.family} | $`{e.equation}`$ | `{e.num_params}` | {told} "
-            f"| {'yes' if e.mergeable else 'no'} | {paper} |"
+            (
+                f"[`{info.name}`]({os.path.relpath(info.file, METHODS_FOLDER)})",
+                info.family,
+                f"$`{info.equation}`$",  # between $` and `$ Markdown leaves LaTeX alone
+                f"`{info.num_params}`",
+                ", ".join(settings),
+                _yes(info.mergeable),
+                f"[{info.arxiv}](https://arxiv.org/abs/{info.arxiv})",
+            )
         )
-    return "\n".join(rows)
+    return Grid("", head, tuple(rows), left=len(head)).markdown()
 
 
-def methods_list(listed: Sequence[MethodInfo], model: str = "") -> str:
-    """List methods for a terminal; with what each trains in the model of this name, where they were counted."""
-    rows = [("method", "family", f"trained in {model}" if model else "trained numbers a site", "merges", "settings")]
-    for e in listed:
-        settings = [f"{name}={_plain(value)}" for name, value in _own(e).items()]
-        settings += ["with", *e.composes] if e.composes else []
-        trained = e.num_params if e.trained is None else _count(e)
-        rows.append((e.name, e.family, trained, "yes" if e.mergeable else "no", " ".join(settings)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in rows
-    )
+def short_methods_table() -> str:
+    """Return the methods by family in Markdown, one line a family, for the top-level README."""
+    infos = method_infos()
+    rows = [
+        (family, meaning, ", ".join(f"[`{info.name}`]({info.file})" for info in infos if info.family == family))
+        for family, meaning in FAMILY_MEANINGS.items()
+    ]
+    return Grid("", ("family", "what is done to W", "methods"), tuple(rows), left=3).markdown()
+
+
+def methods_grid(infos: Sequence[MethodInfo], model: str = "") -> Grid:
+    """Return a table for a terminal; with what each method trains in the model of this name, where it was counted."""
+    head = ("method", "family", f"trained in {model}" if model else "trained numbers a site", "merges", "settings")
+    rows = []
+    for info in infos:
+        settings = [f"{name}={_plain(value)}" for name, value in _own(info).items()]
+        settings += ["with", *info.composes] if info.composes else []
+        trained = info.num_params if info.trained is None else _count(info)
+        rows.append((info.name, info.family, trained, _yes(info.mergeable), " ".join(settings)))
+    return Grid("", head, tuple(rows), left=len(head))
 
 
 def method_page(e: MethodInfo, model: str = "") -> str:
@@ -184,6 +206,10 @@ def _own(e: MethodInfo) -> dict[str, Any]:
 
 def _count(e: MethodInfo) -> str:
     return f"{e.trained:,} ({100 * (e.share or 0):.2f} %)"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _plain(value: Any) -> str:

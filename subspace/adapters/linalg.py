@@ -11,6 +11,7 @@ algorithm 4.4 with 12 power iterations); the smallest need the exact decompositi
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,16 +71,15 @@ def _signed(U: Tensor, sigma: Tensor, Vt: Tensor) -> SVD:
     return SVD(U * top, sigma, Vt * top.T)
 
 
-def _cached(W: Tensor, kind: str, compute: object) -> SVD:
+def _cached(W: Tensor, kind: str, compute: Callable[[], SVD]) -> SVD:
     """Read the decomposition from the cache, or compute it and write it there."""
     from safetensors.torch import load_file, save_file
 
-    assert callable(compute)
     file = _file(W, kind)
     if file.exists():
         stored = load_file(file)
         return SVD(*(stored[name].to(W.device) for name in SVD._fields))
-    found: SVD = compute()
+    found = compute()
     tensors = {name: t.cpu().contiguous() for name, t in found._asdict().items()}
     write_file(file, lambda partial: save_file(tensors, partial))
     return found

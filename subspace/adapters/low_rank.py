@@ -51,6 +51,16 @@ class ConstrainedConfig(LowRankConfig):
     mpc_squared: bool = setting(True, "square the penalty's norms")
 
 
+def check_rank(adapter: LinearAdapter, r: int) -> None:
+    """Raise UserError where a layer has fewer than r singular directions."""
+    smaller = min(adapter.in_features, adapter.out_features)
+    if r > smaller:
+        raise UserError(
+            f"{adapter.name} was asked for r={r} singular directions of a layer that has {smaller}. Set "
+            f"method.r={smaller} or less, or leave that layer out of `targets`"
+        )
+
+
 class LowRankAdapter(LinearAdapter):
     """``W' = W + s B C A`` with a small core ``C (r, r)``, which is the identity unless a method says otherwise."""
 
@@ -136,12 +146,7 @@ class SVDInitAdapter(LowRankAdapter):
 
     def __init__(self, base: nn.Module, config: LowRankConfig) -> None:
         super().__init__(base, config)
-        smaller = min(self.in_features, self.out_features)
-        if config.r > smaller:
-            raise UserError(
-                f"{self.name} was asked for r={config.r} singular directions of a layer that has {smaller}. Set "
-                f"method.r={smaller} or less, or leave that layer out of `targets`"
-            )
+        check_rank(self, config.r)
         self.register_buffer("A0", torch.zeros_like(self.A, requires_grad=False))
         self.register_buffer("B0", torch.zeros_like(self.B, requires_grad=False))
 

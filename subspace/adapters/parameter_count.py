@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from subspace.adapters.base import MethodConfig
-from subspace.adapters.inject import inject
+from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.registry import list_methods, resolve_method
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
@@ -20,16 +20,26 @@ from subspace.errors import UserError
 
 def count_trained(
     model: nn.Module,
-    method: str,
+    method: str | None = None,
     settings: Mapping[str, Any] | MethodConfig | None = None,
     *,
     targets: Sequence[str] | None = None,
     patterns: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> int:
-    """Count the numbers that a method trains in a model, which is left as it is; arguments as of ``inject``."""
+    """Return how many numbers a model trains, or how many a method would train in it; arguments as of ``inject``.
+
+    Numbers that several sites share count once, and parameters that ZeRO-3 has sharded count whole. The model is left
+    as it is.
+    """
+    if method is None:
+        return count_numbers(trained_parameters(model).values())
     created = inject(_shape_of(model), method, settings, targets=targets, patterns=patterns, start=False)
-    trained = {id(p): p.numel() for adapter in created.values() for p in adapter.trained().values()}
-    return sum(trained.values())
+    return count_numbers(p for adapter in created.values() for p in adapter.trained().values())
+
+
+def count_numbers(parameters: Iterable[nn.Parameter]) -> int:
+    """Return how many numbers these parameters hold together, each parameter once and whole."""
+    return sum({id(p): full_shape(p).numel() for p in parameters}.values())
 
 
 def match_budget(

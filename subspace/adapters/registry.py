@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from subspace.adapters.base import FAMILIES, Adapter, MethodConfig
@@ -38,12 +39,17 @@ def register(
     return enter
 
 
-def list_methods() -> dict[str, type[Adapter]]:
-    """Return every method by name. A file of ``subspace.methods`` registers what it defines when it is imported."""
-    package = importlib.import_module("subspace.methods")  # subspace.methods is this function
-
+@cache
+def _import_builtin_methods() -> None:
+    """Import every file of ``subspace.methods``, which registers what it defines. Once a process."""
+    package = importlib.import_module("subspace.methods")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def list_methods() -> dict[str, type[Adapter]]:
+    """Return every method by name."""
+    _import_builtin_methods()
     return dict(sorted(_register.items()))
 
 
@@ -68,11 +74,6 @@ def resolve_method(name: str) -> tuple[type[Adapter], Presets]:
         able = [other.name for other in known.values() if "mpc" in other.Config.__dataclass_fields__]
         raise UserError(f"'{name}': {constraint} constrains two factors, which {cls.name} has not. {nearest('', able)}")
     return cls, {**presets, **CONSTRAINTS[constraint]}
-
-
-def find_method(name: str) -> type[Adapter]:
-    """Return the method of this name or alias, without the settings that an alias stands for."""
-    return resolve_method(name)[0]
 
 
 def configure(cls: type[Adapter], settings: Mapping[str, Any]) -> MethodConfig:

@@ -20,13 +20,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 
 from subspace.errors import UserError, nearest
-
-Kind = Literal["linear", "sublayer", "attention", "mlp", "embedding", "module"]
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 

@@ -63,7 +63,8 @@ class Grid:
         rule = [":---"] * self.left + ["---:"] * (len(self.head) - self.left)
         cells = [[text.replace("|", "\\|") for text in row] for row in (self.head, rule, *self.rows)]
         lines = [f"| {' | '.join(row)} |" for row in cells]
-        return "\n".join([f"**{self.title}**", "", *lines, "", *(f"- {note}" for note in self.notes)]).rstrip()
+        title = [f"**{self.title}**", ""] if self.title else []
+        return "\n".join([*title, *lines, "", *(f"- {note}" for note in self.notes)]).rstrip()
 
     def latex(self) -> str:
         """Return the table for LaTeX with the package booktabs; the best is bold, its ties underlined."""
@@ -98,8 +99,11 @@ class Grid:
         from rich.text import Text
 
         # As Text, because rich takes plain strings with brackets for markup.
-        table = Table(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.caption, table.caption_justify = Text("\n".join(self.notes)), "left"
+        table = Table(
+            title=Text(self.title) if self.title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        table.caption = Text("\n".join(self.notes)) if self.notes else None
+        table.caption_justify = "left"
         for number, name in enumerate(self.head):
             table.add_column(Text(name), justify="left" if number < self.left else "right", no_wrap=True)
         for block in self.blocks:

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from subspace.adapters.bottleneck import ACTIVATIONS, BottleneckAdapter, BottleneckConfig
+from subspace.adapters.bottleneck import ACTIVATIONS, NUM_PARAMS, BottleneckAdapter, BottleneckConfig
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
 
-TRAINS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 
-
-@register("houlsby", family="extension", num_params=TRAINS)
+@register("houlsby", family="extension", num_params=NUM_PARAMS)
 class Houlsby(BottleneckAdapter):
     """See the module's docstring."""
 

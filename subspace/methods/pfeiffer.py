@@ -18,13 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subspace.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
+from subspace.adapters.bottleneck import NUM_PARAMS, BottleneckAdapter, BottleneckConfig
 from subspace.adapters.registry import register
 
-TRAINS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 
-
-@register("pfeiffer", family="extension", num_params=TRAINS, aliases={"adapterp": {}})
+@register("pfeiffer", family="extension", num_params=NUM_PARAMS, aliases={"adapterp": {}})
 class Pfeiffer(BottleneckAdapter):
     """See the module's docstring."""
 

@@ -18,14 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from subspace.adapters.bottleneck import ACTIVATIONS, BottleneckAdapter, BottleneckConfig
+from subspace.adapters.bottleneck import ACTIVATIONS, NUM_PARAMS, BottleneckAdapter, BottleneckConfig
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
 
-TRAINS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 
-
-@register("series", family="extension", num_params=TRAINS, aliases={"series-adapter": {}})
+@register("series", family="extension", num_params=NUM_PARAMS, aliases={"series-adapter": {}})
 class Series(BottleneckAdapter):
     """See the module's docstring."""
 

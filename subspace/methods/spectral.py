@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from subspace.adapters.base import LinearAdapter, MethodConfig
 from subspace.adapters.linalg import top_singular_triplets
+from subspace.adapters.low_rank import check_rank
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
-from subspace.errors import UserError
 from subspace.kernels.low_rank import lora_up_add
 
 
@@ -47,12 +47,8 @@ class Spectral(LinearAdapter):
 
     def __init__(self, base: nn.Module, config: Config) -> None:
         super().__init__(base, config)
-        r, smaller = config.r, min(self.in_features, self.out_features)
-        if r > smaller:
-            raise UserError(
-                f"spectral was asked for r={r} singular directions of a layer that has {smaller}. Set "
-                f"method.r={smaller} or less, or leave that layer out of `targets`"
-            )
+        r = config.r
+        check_rank(self, r)
         self.P = nn.Parameter(torch.zeros(self.out_features, r))
         self.Q = nn.Parameter(torch.zeros(self.in_features, r))
         self.register_buffer("U", torch.zeros(self.out_features, r))

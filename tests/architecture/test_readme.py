@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from subspace import config as config_module
-from subspace.adapters import catalog as catalogue
+from subspace.adapters import catalog
 from subspace.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,11 +28,30 @@ SPOKEN = sorted(command for command in commands() if command.startswith("subspac
 STARTED = sorted(command for command in commands() if not command.startswith("subspace "))
 
 
-def test_the_table_of_methods_is_the_registers() -> None:
-    table = README.partition(catalogue.BEGIN)[2].partition(catalogue.END)[0].strip()
-    assert table == catalogue.methods_table(), (
-        "put what `subspace methods --markdown` prints between the README's marks"
+@pytest.mark.parametrize(
+    ("file", "begin", "table", "command"),
+    [
+        ("subspace/methods/README.md", catalog.BEGIN, catalog.methods_table, "subspace methods --markdown"),
+        ("README.md", catalog.BEGIN_SHORT, catalog.short_methods_table, "subspace methods --markdown --short"),
+    ],
+)
+def test_a_table_of_methods_is_current(
+    file: str, begin: str, table: Callable[[], str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = (ROOT / file).read_text().partition(begin)[2].partition(catalog.END)[0].strip()
+    assert written == table(), f"put what `{command}` prints between the marks of {file}"
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.strip() == written
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_table_of_methods_links_to_files(short: bool) -> None:
+    table, folder = (
+        (catalog.short_methods_table(), ROOT) if short else (catalog.methods_table(), ROOT / catalog.METHODS_FOLDER)
     )
+    links = re.findall(r"\]\((?!https:)([^)]+)\)", table)
+    assert len(links) == len(catalog.method_infos())
+    assert [link for link in links if not (folder / link).is_file()] == []
 
 
 @pytest.mark.parametrize("command", SPOKEN)

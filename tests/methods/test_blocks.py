@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from subspace.adapters.base import Adapter
 from subspace.adapters.inject import adapters, inject, parameter_roles, remove_adapters, trained_parameters
 from subspace.adapters.merging import merge, unmerge
-from subspace.adapters.registry import find_method
+from subspace.adapters.registry import resolve_method
 from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.errors import UserError
 from subspace.evaluation.choice_scoring import build_scoring_rows, score_choices
@@ -54,7 +54,7 @@ def at(name: str, tensors: dict[str, Any], base: nn.Module | None = None, **sett
     if base is None:
         base = nn.Linear(3, 2, bias=False)
         base.weight.data = W.clone()
-    cls = find_method(name)
+    cls = resolve_method(name)[0]
     adapter = cls(base, cls.Config(**settings))
     for key, value in tensors.items():
         adapter.trained()[key].data = torch.tensor(value)

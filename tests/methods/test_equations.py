@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspace.adapters.base import Adapter, LinearAdapter, TrainProgress
-from subspace.adapters.registry import find_method
+from subspace.adapters.registry import resolve_method
 from subspace.adapters.virtual_tokens import AttentionAdapter
 from subspace.methods.adalora import budget
 from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
@@ -22,7 +22,7 @@ X = torch.tensor([1.0, -1.0, 2.0])  # W X = (3, 5)
 def at(name: str, tensors: dict[str, Any], **settings: Any) -> Adapter:
     base = nn.Linear(3, 2, bias=False)
     base.weight.data = W.clone()
-    cls = find_method(name)
+    cls = resolve_method(name)[0]
     adapter = cls(base, cls.Config(**settings))
     adapter.init_from_weight(W)
     for key, value in tensors.items():
@@ -80,7 +80,7 @@ def test_adalora_penalty_is_the_mean_of_norms() -> None:
 )
 def test_adalora_budget(step: int, kept: int) -> None:
     # 2 layers of 12 falling to 2 of 8 between steps 10 and 70: at 20, 1/6 has passed, and 16 + 8 (5/6)^3 = 20.6.
-    config = find_method("adalora").Config(r=12, target_r=8, warm_up=0.1, cool_down=0.3, every=10)  # type: ignore[call-arg]
+    config = resolve_method("adalora")[0].Config(r=12, target_r=8, warm_up=0.1, cool_down=0.3, every=10)  # type: ignore[call-arg]
     assert budget(config, TrainProgress(step, 100), 2 * 12, 2 * 8) == kept  # type: ignore[arg-type]
 
 
@@ -155,7 +155,7 @@ class _Attention(nn.Module):
 
 
 def test_prefix() -> None:
-    cls = find_method("prefix")
+    cls = resolve_method("prefix")[0]
     adapter = cls(_Attention(), cls.Config(n=1))  # type: ignore[call-arg]
     assert isinstance(adapter, AttentionAdapter)
     adapter.trained()["K"].data = torch.tensor([[[1.0, 0.0]]])

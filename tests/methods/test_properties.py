@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from subspace.adapters.base import ROLES, SITES, Adapter, LinearAdapter, TrainProgress
 from subspace.adapters.inject import adapter_groups, adapters, inject, parameter_roles, trained_parameters
 from subspace.adapters.penalties import with_penalties
-from subspace.adapters.registry import find_method, list_methods
+from subspace.adapters.registry import list_methods, resolve_method
 from subspace.errors import UserError
 from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 from tests.helpers.tiny_models import EARLY_SCHEDULES, tiny, tiny_llama
@@ -273,16 +273,16 @@ def test_document_cites_and_shows(method: type[Adapter]) -> None:
 
 @pytest.mark.parametrize("name", ["LORA", "Lora", "lora"])
 def test_letter_case_is_free(name: str) -> None:
-    assert find_method(name).name == "lora"
+    assert resolve_method(name)[0].name == "lora"
 
 
 def test_alias() -> None:
-    assert find_method("P_Tuning_v2").name == "prefix"
+    assert resolve_method("P_Tuning_v2")[0].name == "prefix"
 
 
 def test_unknown_method_names_the_nearest() -> None:
     with pytest.raises(UserError, match="no method is called 'dorra'. Did you mean 'dora'"):
-        find_method("dorra")
+        resolve_method("dorra")[0]
 
 
 def test_unknown_setting_names_the_nearest() -> None:

@@ -24,7 +24,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, T5Config,
 
 from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.penalties import with_penalties
-from subspace.adapters.registry import find_method, list_methods
+from subspace.adapters.registry import list_methods, resolve_method
 from subspace.errors import UserError
 from subspace.kernels.attention import ATTENTION_NAME
 from subspace.models.config import ModelConfig
@@ -122,7 +122,7 @@ def test_every_method_trains_in_every_architecture(saved: Callable[[str], Path],
     loss(model).backward()  # type: ignore[no-untyped-call]
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert set(gradients) == trained_parameters(model).keys()
-    late = find_method(method).delayed_grad_params
+    late = resolve_method(method)[0].delayed_grad_params
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
     assert all(gradient.any() for name, gradient in gradients.items() if name.rpartition(".")[2] not in late)
 

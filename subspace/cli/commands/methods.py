@@ -17,12 +17,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--targets", nargs="+", metavar="TARGET", help="with --shape: the layers that get an adapter")
     add("--budget", type=count, metavar="N", help="with --shape: in that size of a method which trains nearest to N")
     add("--r", type=count, metavar="N", help="short for r=N")
-    add("--markdown", action="store_true", help="the table that the README shows")
+    add("--markdown", action="store_true", help="the table of subspace/methods/README.md")
+    add("--short", action="store_true", help="with --markdown: one line a family, the table of README.md")
     json_argument(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace.adapters import catalog as catalogue
+    from subspace.adapters import catalog
+    from subspace.common.tables import print_grid
     from subspace.config import method_settings
     from subspace.models.config import ModelConfig
     from subspace.models.loading import open_shape
@@ -35,22 +37,22 @@ def _run(options: argparse.Namespace) -> int:
     given = [word for word in options.words if "=" in word] + ([f"r={options.r}"] if options.r else [])
     settings = method_settings(names[0] if names else None, given)
     if options.markdown:
-        print(catalogue.methods_table())
+        print(catalog.short_methods_table() if options.short else catalog.methods_table())
         return 0
-    found = [entry for entry in catalogue.method_infos(settings) if not names or entry.name in settings]
+    found = [entry for entry in catalog.method_infos(settings) if not names or entry.name in settings]
     if options.shape:
         targets = [word for words in options.targets or [] for word in words.split(",")] or None
         shape = open_shape(ModelConfig(path=options.shape))
         if options.budget and not names:
             found = [entry for entry in found if entry.size_setting]
-        found = [catalogue.with_param_count(entry, shape, targets, options.budget) for entry in found]
+        found = [catalog.with_param_count(entry, shape, targets, options.budget) for entry in found]
     if options.json:
         plain = [dataclasses.asdict(entry) for entry in found]
         print(json.dumps(plain[0] if names else plain, indent=2))
     elif names:
-        print(catalogue.method_page(found[0], options.shape))
+        print(catalog.method_page(found[0], options.shape))
     else:
-        print(catalogue.methods_list(found, options.shape))
+        print_grid(catalog.methods_grid(found, options.shape))
     return 0
 
 

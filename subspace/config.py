@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from subspace.adapters.base import Adapter, MethodConfig
 from subspace.adapters.registry import list_methods, resolve_method
 from subspace.common.files import write_file
-from subspace.common.paths import REPOSITORY
+from subspace.common.paths import find_resource, recipes_folder, resource_name
 from subspace.common.settings import Settings, setting
 from subspace.data.config import DataConfig
 from subspace.errors import UserError, nearest
@@ -197,6 +197,8 @@ def read_config(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: ``key=value`` each, as ``train.steps=100``. ``method=dora`` drops the file's method and its settings.
     """
     file = Path(file)
+    if not file.is_file():
+        file = find_resource(file) or file
     return _resolve({"name": file.stem, **_from_file(file)}, overrides, str(file), file.parent)
 
 
@@ -278,8 +280,7 @@ def write_config(config: RunConfig, file: Path) -> None:
     """Write a configuration so that :func:`read_config` gives it back, here and on another machine."""
     plain = config.as_dict()
     engine = Path(config.engine)
-    if engine.is_relative_to(REPOSITORY):
-        plain["engine"] = str(engine.relative_to(REPOSITORY))
+    plain["engine"] = resource_name(engine) or str(engine)
     write_file(file, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
 
 
@@ -301,7 +302,7 @@ def _from_file(file: Path) -> dict[str, Any]:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
-        recipes = [str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "launch" / "recipes").glob("*.yaml")]
+        recipes = [f"launch/recipes/{path.name}" for path in recipes_folder().glob("*.yaml")]
         near = nearest(str(file), recipes).partition("There are: ")[0]  # there are too many to list
         raise UserError(f"there is no configuration file '{file}'. {near}Recipes lie in launch/recipes") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -406,9 +407,9 @@ def _suggest(name: str, known: Mapping[str, SettingInfo], parts: Mapping[str, ty
 
 
 def _find_engine(path: str, beside: Path) -> str:
-    """Find the engine's file from the current folder, from the configuration's, or in the repository.
+    """Find the engine's file from the current folder, from the configuration's, or among the project's own.
 
     Where there is none, the path stays: only training opens it, and a run is scored without.
     """
-    places = (Path(), beside, REPOSITORY)
-    return next((str((place / path).resolve()) for place in places if (place / path).is_file()), path)
+    found = next((place / path for place in (Path(), beside) if (place / path).is_file()), None) or find_resource(path)
+    return str(found.resolve()) if found else path

@@ -24,7 +24,7 @@ from subspace.adapters.parameter_count import count_numbers, count_trained
 from subspace.adapters.registry import resolve_method
 from subspace.common.files import is_disk_full, write_json
 from subspace.common.host_memory import keep_freed_memory
-from subspace.common.paths import REPOSITORY
+from subspace.common.paths import checkout
 from subspace.common.progress import Progress, no_progress, show_progress
 from subspace.config import MethodEntry, RunConfig, read_config, write_config
 from subspace.data.dataset import open_data
@@ -239,9 +239,12 @@ def describe_environment() -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Return the repository's commit, with ``+`` where files differ from it; None outside a repository."""
+    repository = checkout()
+    if repository is None:
+        return None
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from subspace import __version__
 from subspace.cli.command import Command
 from subspace.cli.commands import compare, data, evaluate, merge, methods, plan, prepare, table, train
 from subspace.common.files import is_disk_full
@@ -99,9 +100,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         print(_overview())
         return 0
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(version("subspace"))
+        print(__version__)
         return 0
     verb, options = parse(arguments)
     return verb.run(options)

@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""What knows nothing of models: files, downloads, paths, progress, tables, and how settings are declared."""

@@ -50,8 +50,15 @@ def build(kind: type[_Declared], values: Mapping[str, Any], where: str) -> _Decl
     return kind(**values)
 
 
+def declaration_files(folder: Path) -> list[Path]:
+    """Return the YAML files of a folder of declarations, which must be there."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}. SUBSPACE_DATA should name one with tasks/, mixtures/, models/")
+    return sorted(folder.glob("*.yaml"))
+
+
 def _folder(name: str, kind: type[_Declared]) -> dict[str, _Declared]:
-    files = sorted((paths.declarations_folder() / name).glob("*.yaml"))
+    files = declaration_files(paths.declarations_folder() / name)
     return {file.stem: build(kind, {"name": file.stem, **read_yaml(file)}, file.name) for file in files}
 
 

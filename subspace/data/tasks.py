@@ -23,7 +23,7 @@ from jinja2 import StrictUndefined, Template, TemplateError, Undefined
 from jinja2.sandbox import SandboxedEnvironment
 
 from subspace.common import paths
-from subspace.common.declarations import _find, _folder, build, read_yaml
+from subspace.common.declarations import _find, _folder, build, declaration_files, read_yaml
 from subspace.common.download import Hub
 from subspace.errors import UserError, nearest
 
@@ -303,7 +303,7 @@ def prompt_template(name: str) -> str:
 
 @cache
 def _tasks(folder: Path) -> dict[str, Task]:
-    found = [build_task(file, read_yaml(file)) for file in (folder / "tasks").glob("*.yaml")]
+    found = [build_task(file, read_yaml(file)) for file in declaration_files(folder / "tasks")]
     return {task.name: task for task in sorted(found, key=lambda task: task.position)}
 
 

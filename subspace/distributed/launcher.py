@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from subspace.common.paths import REPOSITORY
+from subspace.common.paths import checkout
 from subspace.distributed.signals import STATUS_FILE, local_rank_pids, register_rank
 from subspace.errors import UserError
 
@@ -210,7 +210,9 @@ def _supervise(launch: Launch, status_file: Path) -> int:
     environment = {**os.environ, **launch.environment, STATUS_FILE: str(status_file)}
     # DeepSpeed looks for ninja on the path, which lacks the virtual environment's folder unless that is activated.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    if repository := checkout():  # the processes find an installed package by themselves
+        paths = [str(repository), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
     if not visible_devices():
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # means nothing then, and the launcher would comment on it
 

@@ -129,6 +129,7 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) ->
     for name, content in files.items():
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_text(yaml.safe_dump(content, sort_keys=False))
+    (data / "models").mkdir(exist_ok=True)
     monkeypatch.setenv("SUBSPACE_DATA", str(data))
     monkeypatch.setenv("SUBSPACE_CACHE", str(cache))
     return cache

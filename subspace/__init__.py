@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from subspace.adapters.merging import unmerge as unmerge
     from subspace.adapters.parameter_count import match_budget as match_budget
     from subspace.adapters.registry import list_methods as list_methods
+    from subspace.adapters.registry import load_method_file as load_method_file
     from subspace.adapters.serialization import load_adapter as load_adapter
     from subspace.adapters.serialization import save_adapter as save_adapter
     from subspace.errors import UserError as UserError
@@ -35,6 +36,7 @@ _PUBLIC = {
     "save_adapter": "subspace.adapters.serialization",
     "load_adapter": "subspace.adapters.serialization",
     "list_methods": "subspace.adapters.registry",
+    "load_method_file": "subspace.adapters.registry",
     "match_budget": "subspace.adapters.parameter_count",
     "UserError": "subspace.errors",
 }

@@ -30,8 +30,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_decompositions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the singular value decompositions of tests out of the user's cache."""
+    """Keep tests' singular value decompositions, and the list of method files that they run, out of the user's."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         patch.setenv("SUBSPACE_SVD", str(tmp_path_factory.mktemp("svd")))
         yield
 

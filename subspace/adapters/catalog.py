@@ -16,7 +16,7 @@ from torch import nn
 from subspace.adapters import low_rank
 from subspace.adapters.base import Adapter
 from subspace.adapters.parameter_count import count_trained, match_budget
-from subspace.adapters.registry import CONSTRAINTS, list_methods
+from subspace.adapters.registry import CONSTRAINTS, is_builtin, list_methods
 from subspace.common.tables import Grid
 
 #: The marks around the tables: the full one's in ``subspace/methods/README.md``, the short one's in ``README.md``.
@@ -48,8 +48,8 @@ class MethodInfo:
     settings: dict[str, Any]
     size_setting: str | None  # the setting that makes it larger or smaller
     composes: tuple[str, ...]  # a method with constraints, a constraint with methods
-    arxiv: str
-    file: str  # from the repository's root
+    arxiv: str  # of a method outside the package it may be missing, as the equation
+    file: str  # from the repository's root; outside the package, its path
     trained: int | None = None  # numbers in a given model
     share: float | None = None  # of all numbers of that model and the adapters
 
@@ -59,13 +59,12 @@ def method_info(method: type[Adapter], settings: Mapping[str, Any] | None = None
     manual = method_docstring(method)
     equation = re.search(r"^\.\. math:: (.+?)(?:,\\qquad|$)", manual, re.MULTILINE)
     paper = re.search(r"arXiv:(\d+\.\d+)", manual)
-    assert equation, f"{method.name}: its module's docstring has no '.. math::' line"
-    assert paper, f"{method.name}: its module's docstring cites no arXiv paper"
     config = method.Config(**(settings or {}))
+    file = Path(getattr(inspect.getmodule(method), "__file__", None) or "")
     return MethodInfo(
         name=method.name,
         family=method.family,
-        equation=equation[1],
+        equation=equation[1] if equation else "",
         num_params=method.num_params,
         site=method.target_kind(config),
         mergeable=bool(method.mergeable),
@@ -73,8 +72,8 @@ def method_info(method: type[Adapter], settings: Mapping[str, Any] | None = None
         settings=dataclasses.asdict(config),
         size_setting=method.size_setting,
         composes=tuple(f"+{name}" for name in CONSTRAINTS) if _constrained(method) else (),
-        arxiv=paper[1],
-        file=f"subspace/methods/{Path(inspect.getfile(method)).name}",
+        arxiv=paper[1] if paper else "",
+        file=f"{METHODS_FOLDER}/{file.name}" if is_builtin(method) else str(file),
     )
 
 
@@ -82,6 +81,11 @@ def method_infos(settings: Mapping[str, Mapping[str, Any]] | None = None) -> lis
     """Return every method's entry, and the constraints'; ``settings`` by method."""
     found = [method_info(method, (settings or {}).get(name)) for name, method in list_methods().items()]
     return found + [_constraint(name) for name in CONSTRAINTS]
+
+
+def _own_infos() -> list[MethodInfo]:
+    """Return the entries of the package's own methods, and the constraints'."""
+    return [info for info in method_infos() if info.family == CONSTRAINT or is_builtin(list_methods()[info.name])]
 
 
 def _constrained(method: type[Adapter]) -> bool:
@@ -105,7 +109,7 @@ def _constraint(name: str) -> MethodInfo:
         weight_access="nothing",
         settings={f.name: f.default for f in fields if f.name.startswith("mpc_")},
         size_setting=None,
-        composes=tuple(method.name for method in list_methods().values() if _constrained(method)),
+        composes=tuple(m.name for m in list_methods().values() if _constrained(m) and is_builtin(m)),
         arxiv=paper[1],
         file="subspace/adapters/low_rank.py",
     )
@@ -133,15 +137,15 @@ def with_param_count(
 
 
 def method_docstring(method: type[Adapter]) -> str:
-    """Return the manual of one method: its file's docstring."""
-    return inspect.getdoc(inspect.getmodule(method)) or ""
+    """Return the manual of one method: its file's docstring, else its class's."""
+    return inspect.getdoc(inspect.getmodule(method)) or inspect.getdoc(method) or ""
 
 
 def methods_table() -> str:
-    """Return the table of all methods in Markdown, for ``subspace/methods/README.md``."""
+    """Return the table of the package's methods in Markdown, for ``subspace/methods/README.md``."""
     head = ("method", "family", "equation", "trained numbers a site", "settings", "merges", "paper")
     rows = []
-    for info in method_infos():
+    for info in _own_infos():
         settings = [f"`{name}={_plain(value)}`" for name, value in _own(info).items()] or ["none"]
         settings += [f"with {' '.join(f'`{name}`' for name in info.composes)}"] if info.composes else []
         rows.append(
@@ -160,7 +164,7 @@ def methods_table() -> str:
 
 def short_methods_table() -> str:
     """Return the methods by family in Markdown, one line a family, for the top-level README."""
-    infos = method_infos()
+    infos = _own_infos()
     rows = [
         (family, meaning, ", ".join(f"[`{info.name}`]({info.file})" for info in infos if info.family == family))
         for family, meaning in FAMILY_MEANINGS.items()

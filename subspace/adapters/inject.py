@@ -64,7 +64,7 @@ def _weight(adapter: Adapter, owner: int) -> Tensor | None:
 
 def inject(
     model: nn.Module,
-    method: str,
+    method: str | type[Adapter],
     settings: Mapping[str, Any] | MethodConfig | None = None,
     *,
     targets: Sequence[str] | None = None,
@@ -80,7 +80,7 @@ def inject(
 
     Args:
         model: the model, with or without other adapters.
-        method: its name, in any letter case, or an alias; a constraint may follow, as ``lora+mpc-o``.
+        method: its name, in any letter case, or an alias; a constraint may follow, as ``lora+mpc-o``. Or its class.
         settings: the method's own settings by name, where they differ from its defaults.
         targets: which sites; see :func:`subspace.sites.find`.
         patterns: settings for some sites, by a regular expression for their names, as ``{r"layers\.0\..*": {"r": 8}}``;

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subspace.adapters.base import MethodConfig
+from subspace.adapters.base import Adapter, MethodConfig
 from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.registry import list_methods, resolve_method
 from subspace.distributed.zero import full_shape
@@ -20,7 +20,7 @@ from subspace.errors import UserError
 
 def count_trained(
     model: nn.Module,
-    method: str | None = None,
+    method: str | type[Adapter] | None = None,
     settings: Mapping[str, Any] | MethodConfig | None = None,
     *,
     targets: Sequence[str] | None = None,
@@ -43,7 +43,12 @@ def count_numbers(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def match_budget(
-    method: str, model: nn.Module, parameters: int, *, targets: Sequence[str] | None = None, **settings: Any
+    method: str | type[Adapter],
+    model: nn.Module,
+    parameters: int,
+    *,
+    targets: Sequence[str] | None = None,
+    **settings: Any,
 ) -> int:
     """Return the rank, bottleneck or length with which a method's trained count comes nearest to ``parameters``.
 
@@ -51,7 +56,7 @@ def match_budget(
     settings are taken as given, else by default: LoRA's ``alpha`` does not grow with the rank that is found.
 
     Args:
-        method: its name or an alias; a constraint may follow.
+        method: its name or an alias, which a constraint may follow, or its class.
         model: the model, on any device; it is left as it is.
         parameters: the number of trained values to come near to.
         targets: which sites; see :func:`subspace.sites.find`.
@@ -60,10 +65,11 @@ def match_budget(
     Raises:
         UserError: a method whose size cannot be chosen, or settings that fix it.
     """
-    size_setting = resolve_method(method)[0].size_setting
+    cls = resolve_method(method)[0]
+    size_setting = cls.size_setting
     if size_setting is None:
         able = [f"{name} ({cls.size_setting})" for name, cls in list_methods().items() if cls.size_setting]
-        raise UserError(f"the size of method {method} cannot be chosen. That of these can: {', '.join(able)}")
+        raise UserError(f"the size of method {cls.name} cannot be chosen. That of these can: {', '.join(able)}")
     if size_setting in settings:
         raise UserError(
             f"{size_setting}={settings[size_setting]} was given, but {size_setting} is what is looked for: leave it out"

@@ -1,9 +1,10 @@
 """Adapter files: what training leaves behind, in safetensors, with everything needed to put it into a fresh model.
 
 A folder holds ``adapter.safetensors`` (every adapter's trained tensors and persistent buffers, by their names in the
-model, float32) and ``adapter.json`` (method, settings and sites of each group, and the base model). Nothing is
-pickled. Writing is collective, because under ZeRO-3 each rank holds a part; rank 0 writes, and what it wrote is read
-back and compared before the call returns.
+model, float32) and ``adapter.json`` (method, settings and sites of each group, and the base model; of a method from
+outside the package, also where it came from). Nothing is pickled, and nothing that stands there is run. Writing is
+collective, because under ZeRO-3 each rank holds a part; rank 0 writes, and what it wrote is read back and compared
+before the call returns.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from subspace.adapters.inject import adapter_groups, adapters, assign_groups, inject
+from subspace.adapters.registry import method_origin, resolve_recorded_method
 from subspace.common.files import write_folder, write_json
 from subspace.distributed.collectives import barrier, broadcast_object, is_main
 from subspace.distributed.zero import full_shape, gather_copies
@@ -61,7 +63,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trained: b
     for group in description["adapters"]:
         targets = [re.escape(site) for site in group["sites"]]
         try:
-            inject(model, group["method"], group["settings"], targets=targets, start=False)
+            method = resolve_recorded_method(group["method"], group.get("origin", {}))
+            inject(model, method, group["settings"], targets=targets, start=False)
         except UserError as error:
             trained_on = description["about"].get("model", "another model")
             raise UserError(
@@ -120,6 +123,7 @@ def _describe(model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
                 "method": group[0].name,
                 "group": group[0].group,  # which share a schedule, though their settings differ by site
                 "settings": asdict(config),
+                **({"origin": origin} if (origin := method_origin(type(group[0]))) else {}),
                 "sites": [names[id(adapter)] for adapter in group if adapter.config == config],
             }
             for group in adapter_groups(model)

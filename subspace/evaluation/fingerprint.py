@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subspace.adapters.inject import adapters
+from subspace.adapters.registry import method_origin
 from subspace.distributed.collectives import all_reduce_sum
 from subspace.distributed.zero import full_shape, is_sharded
 from subspace.evaluation.results import digest
@@ -27,7 +28,10 @@ def weights_checksum(model: Any) -> str:
     for name, tensor in tensors.items():
         total = all_reduce_sum(_sum(tensor.ds_tensor)) if is_sharded(tensor) else _sum(tensor)
         parts.append([name, list(full_shape(tensor)), str(tensor.dtype), int(total)])
-    settings = [[site, adapter.name, asdict(adapter.config)] for site, adapter in adapters(model).items()]
+    settings = [
+        [site, adapter.name, asdict(adapter.config), *method_origin(type(adapter)).items()]
+        for site, adapter in adapters(model).items()
+    ]
     return digest([parts, settings, str(model.config.to_dict())])
 
 

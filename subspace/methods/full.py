@@ -16,7 +16,7 @@ and head, stays shared and is trained once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ class Full(Adapter):
     """See the module's docstring."""
 
     site = "module"
+    roles: ClassVar = {}  # of an instance: what its module holds
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MethodConfig):
@@ -44,7 +45,7 @@ class Full(Adapter):
         super().__init__(base, config)
         frozen = dict(base.named_parameters(recurse=False))
         self.out_features: int = getattr(base, "out_features", 0)  # the head's, for what runs it in parts
-        self.roles = {}  # type: ignore[misc]
+        self.roles: dict[str, str] = {}  # type: ignore[misc]
         for name, parameter in frozen.items():
             self.roles[name] = "weight" if is_matrix(parameter) else "bias" if name.endswith("bias") else "scale"
             self._take(name, trainable_copy(parameter))

@@ -29,7 +29,7 @@ from subspace.common.progress import Progress, no_progress, show_progress
 from subspace.config import MethodEntry, RunConfig, read_config, write_config
 from subspace.data.dataset import open_data
 from subspace.data.leakage import overlap_notices
-from subspace.data.sampler import StepPlan
+from subspace.data.sampler import StepPlan, draw_steps
 from subspace.distributed.collectives import barrier, gather_objects, is_main, rank, world_size
 from subspace.distributed.deepspeed_config import (
     OFFLOAD,
@@ -81,9 +81,15 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
 
     # Before the processes join: the first one to come prepares what is not in the cache, for as long as it takes.
     tokenizer = open_tokenizer(config.model)
-    data = open_data(
-        config.data, tokenizer, config.train.seed, show_progress if os.environ.get("RANK", "0") == "0" else no_progress
+    fed = partial(
+        draw_steps,
+        batch=layout.batch,
+        epochs=config.train.epochs,
+        steps=config.train.steps,
+        seed=config.train.seed,
     )
+    shown = show_progress if os.environ.get("RANK", "0") == "0" else no_progress
+    data = open_data(config.data, tokenizer, config.train.seed, shown, fed)
     plan = StepPlan(
         data.train.lengths,
         batch=layout.batch,
@@ -122,7 +128,7 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
             "model": asdict(summarize_model(model, config.model)),
             "data": data.report,
         }
-        seen = about["data"]["seen"] = overlap_notices(config.data.mixture, config.evaluate)
+        seen = about["data"]["seen"] = overlap_notices(config.data.mixture, config.evaluate.selection)
         about["adapters"] = {
             "methods": parts,
             "sites": list(adapters(model)),

@@ -71,7 +71,3 @@ def _find(name: str, declared: Mapping[str, _Declared], kind: str) -> _Declared:
         if plain(name) in map(plain, (known, *aliases)):
             return value
     raise UserError(f"no {kind} is called {name!r}. {nearest(name, declared)}")
-
-
-def _words(value: str | Sequence[str]) -> list[str]:
-    return [word.strip() for word in (value.split(",") if isinstance(value, str) else value)]

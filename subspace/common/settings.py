@@ -48,3 +48,8 @@ class Settings:
                 raise UserError(
                     f"{name} is {value}, but must lie in [{bounds['min']}, {bounds['max']}]: {bounds['doc']}"
                 )
+
+
+def split_names(value: str | Sequence[str]) -> list[str]:
+    """Return the names that a setting lists: as a list, or in one text with commas."""
+    return [name.strip() for name in (value.split(",") if isinstance(value, str) else value)]

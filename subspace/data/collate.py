@@ -1,4 +1,4 @@
-"""Part of collate."""
+"""Rows of token ids to the tensors of a batch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+IGNORE_INDEX = -100
+"""The label of a token that carries no loss."""
 
 
 class TokenRow(NamedTuple):
@@ -67,7 +64,3 @@ def pack_rows(rows: Sequence[TokenRow], room: int) -> list[list[TokenRow]]:
         sequences[at].append(row)
         left[at] -= size
     return sequences
-
-
-IGNORE_INDEX = -100
-"""The label of a token that carries no loss."""

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from subspace.common.hashing import hash_texts
-from subspace.data.tasks import Item, Task
+from subspace.data.items import Item, make_item
+from subspace.data.tasks import Task
 
 NGRAM = 13
 KINDS = ("exact", "normalised", "question", "n-gram")
 
-_FIELDS = ("topic", "context", "question")
+_FIELDS: tuple[Literal["topic", "context", "question"], ...] = ("topic", "context", "question")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash is lost by multiplying
 _WORDS_KEPT = 1_000_000
 
@@ -46,8 +47,10 @@ class Text(NamedTuple):
 
 def question_text(task: Task) -> Callable[[Item], Text]:
     """Return what finds the text that a task's training prompt shows of an item."""
-    marked = {name: f"<{name}>" for name in _FIELDS}
-    prompt = task.instruction({"id": "", **marked, "choices": ["<choice>"] * 26, "label": 0})
+    # An item whose texts are marks shows which of them the prompt has.
+    texts = {"topic": "<topic>", "context": "<context>", "question": "<question>"}
+    marked = make_item({**texts, "choices": ["<choice>"] * 26, "label": 0})
+    prompt = task.instruction(marked)
     fields, choices = [name for name in _FIELDS if marked[name] in prompt], "<choice>" in prompt
 
     def text(item: Item) -> Text:
@@ -122,7 +125,7 @@ class Matcher:
 
 
 def count_duplicates(hashes: Iterable[int]) -> int:
-    """Return how many are there again."""
+    """Return the number of duplicates."""
     seen: set[int] = set()
     count = 0
     for value in hashes:

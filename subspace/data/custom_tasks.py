@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from subspace.common.declarations import read_yaml
+from subspace.data.items import Item
 from subspace.data.records import records
-from subspace.data.tasks import Item, Task, build_task, list_tasks
+from subspace.data.tasks import Task, build_task, list_tasks
 from subspace.errors import UserError, nearest
 
 ARC_INSTRUCTION = (

@@ -1,52 +1,43 @@
-"""The one place where data becomes batches: texts to token ids, a mixture to rows, rows to the steps of a run.
+"""The one place where data becomes batches: a mixture to rows, rows to token ids, token ids to tensors.
 
-Token ids are kept in an Arrow cache, once for each split, prompt and tokenizer; a mixture is only an order of rows in
-it, so that its repeats and weights cost nothing. What a step trains on follows from the data and the seed alone, not
-from how many processes share the step.
+What a step trains on follows from the data and the seed alone, not from how many processes share the step. Which rows
+those are is known before any is encoded, so only the rows that a run's steps are fed and those that it holds out are.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from subspace.common import files as files_module
-from subspace.common import paths
-from subspace.common.hashing import hash_texts
 from subspace.common.progress import Progress, no_progress
-from subspace.data import records as rows
-from subspace.data import tasks as tasks_module
-from subspace.data import tokenization as tokenization_module
-from subspace.data.collate import IGNORE_INDEX
-from subspace.data.tasks import Mixture, MixturePart
+from subspace.data import tokenization
+from subspace.data.collate import IGNORE_INDEX, TokenRow, collate
+from subspace.data.config import DataConfig
+from subspace.data.records import FILES, TextRows, file_rows, task_rows
+from subspace.data.tasks import Mixture, MixturePart, find_mixture, prompt_template
+from subspace.data.token_cache import Integers, PartCache, TokenTable, open_table, split_by_part
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
-    import datasets
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-from subspace.data.collate import TokenRow, collate
-from subspace.data.config import DataConfig
-
-FORMAT = 1  # of the cache of token ids
-ENCODED_AT_ONCE = 4096  # rows
-
-Integers = npt.NDArray[np.int64]
+Fed = Callable[[int], Integers]
+"""Of how many rows there are to train on, the numbers of those that a run's steps are fed; see ``draw_steps``."""
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows of token ids, each at most ``max_length`` long: ``order`` says which row of the cache is the i-th."""
+    """Rows of token ids, each at most ``max_length`` long: ``order`` says which row of the table is the i-th.
 
-    table: datasets.Dataset
+    Reading a row that no step is fed raises LookupError, and its length is 0.
+    """
+
+    table: TokenTable
     order: Integers
     max_length: int
     prefix: int
@@ -55,8 +46,7 @@ class Tokenized:
         return len(self.order)
 
     def __getitem__(self, i: int) -> TokenRow:
-        row = self.table[int(self.order[i])]
-        ids, start = row["input_ids"], row["answer_start"]
+        ids, start = self.table.read(int(self.order[i]))
         # A long row loses the beginning of its prompt. Its answer, and what the tokenizer begins a text with, stay.
         excess = max(0, len(ids) - self.max_length)
         return TokenRow(ids[: self.prefix] + ids[self.prefix + excess :], start - excess)
@@ -64,24 +54,29 @@ class Tokenized:
     @property
     def lengths(self) -> Integers:
         """The number of tokens of each row."""
-        return np.minimum(_column(self.table, "length")[self.order], self.max_length)
+        return np.minimum(self.uncut_lengths, self.max_length)
+
+    @property
+    def uncut_lengths(self) -> Integers:
+        """The number of tokens of each row, before a long one is cut."""
+        return self.table.lengths(self.order)
 
     @property
     def answers(self) -> Integers:
-        """How many of each row's tokens are its answer's, with its end."""
-        return (_column(self.table, "length") - _column(self.table, "answer_start"))[self.order]
+        """How many of each row's tokens are its answer's, with its end. Known of rows that are not encoded, too."""
+        return self.table.answer_lengths[self.order]
 
     @property
     def keys(self) -> Integers:
-        """A number for each row's text: equal where the texts are."""
-        return _column(self.table, "key")[self.order]
+        """A number for each row's text: equal where the texts are. Known of rows that are not encoded, too."""
+        return self.table.keys[self.order]
 
 
 @dataclass(frozen=True)
 class Data:
     """What a run trains on and what it holds out; ``report`` counts, and ``notices`` say what a user should know.
 
-    ``parts`` names each (task, split), or file, that the cache of token ids is made of, and its first row there.
+    ``parts`` names each (task, split), or file, that the table of token ids is made of, and its first row there.
     """
 
     train: Tokenized
@@ -113,36 +108,123 @@ class Data:
 
 
 def open_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, progress: Progress = no_progress
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    fed: Fed | None = None,
 ) -> Data:
-    """Open the mixture as token ids, encoding what is not in the cache. Any number of processes may do so at once.
+    """Open the mixture as token ids, encoding what is needed and not in the cache. Safe to call concurrently.
 
-    The seed decides which rows are held out, and which are drawn where a mixture or ``limit`` takes a part of them.
+    Args:
+        config: what to train on.
+        tokenizer: the model's.
+        seed: decides which rows are held out, and which are drawn where a mixture or ``limit`` takes a part of them.
+        progress: where the encoding is shown.
+        fed: which of the rows will be read, as ``partial(draw_steps, batch=16, steps=12)``; None for all.
+
+    Raises:
+        UserError: a mixture, task or file that is not there, or of which no row fits into ``max_length``.
     """
-    draw = np.random.default_rng(seed)
-    mixture, found = _parts(config, tokenizer)
+    mixture, parts, absent = _concatenate_parts(config, tokenizer, progress)
+    rows = _select_rows(mixture, parts, config, tokenizer, seed)
+    table = open_table(list(parts.values()), rows.encoded(fed))
+    prefix = len(tokenization.bos_prefix(tokenizer))
+    train, validation, read = (
+        Tokenized(table, numbers, config.max_length, prefix) for numbers in (rows.train, rows.validation, rows.fed(fed))
+    )
+    report = _report(mixture, absent, rows, train, read)
+    assert tokenizer.pad_token_id is not None
+    return Data(
+        train=train,
+        validation=validation,
+        pad_id=int(tokenizer.pad_token_id),
+        loss_on=config.loss_on,
+        report=report,
+        notices=tuple(_notices(report, config.max_length, read)),
+        parts=dict(zip(parts, _begins(parts), strict=True)),
+        packing=config.packing,
+    )
+
+
+def is_encoded(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, fed: Fed | None = None) -> bool:
+    """Return True if ``open_data`` would find everything in the cache of token ids."""
+    mixture, parts, _ = _concatenate_parts(config, tokenizer, no_progress)
+    if not all(part.is_indexed for part in parts.values()):
+        return False
+    rows = _select_rows(mixture, parts, config, tokenizer, seed).encoded(fed)
+    return not any(len(part.missing(numbers)) for part, _, numbers in split_by_part(list(parts.values()), rows))
+
+
+Parts = dict[tuple[str, str], PartCache]
+"""What of a mixture is prepared, by task and split, or a file: each once, its rows numbered on from the one before."""
+
+
+def _concatenate_parts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> tuple[Mixture, Parts, list[str]]:
+    """Return the mixture, what of it is prepared, and the names of what is not."""
+    template = prompt_template(config.prompt)
+    found: dict[tuple[str, str], TextRows] = {}
+    if config.mixture.endswith(FILES):
+        own = file_rows(Path(config.mixture), template, tokenizer)
+        mixture, found[own.name, "train"] = Mixture(config.mixture, (MixturePart(own.name),)), own
+    else:
+        mixture = find_mixture(config.mixture)
+        for name in dict.fromkeys((part.task, part.split) for part in mixture.parts):
+            if rows := task_rows(*name, template):
+                found[name] = rows
     absent = [f"{part.task}/{part.split}" for part in mixture.parts if (part.task, part.split) not in found]
     if not found:
         raise UserError(f"nothing of {mixture.name} is in the source it was prepared from: {', '.join(absent)}")
+    return mixture, {name: PartCache(rows, tokenizer, progress) for name, rows in found.items()}, absent
 
-    import datasets
 
-    tables = {name: _tokenized(part, tokenizer, progress) for name, part in found.items()}
-    begins = dict(zip(tables, np.cumsum([0, *map(len, tables.values())]), strict=False))
-    table = datasets.concatenate_datasets(list(tables.values()))
+def _begins(parts: Parts) -> list[int]:
+    """Return the number of each part's first row."""
+    return [0, *np.cumsum([len(part) for part in parts.values()])[:-1].tolist()]
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Rows by their numbers in all parts: of each part of the mixture, and of them those to train on and to hold out.
+
+    ``total`` is how many the mixture has, ``dropped`` those of them whose answers do not fit.
+    """
+
+    by_part: dict[str, int]
+    total: int
+    dropped: int
+    train: Integers
+    validation: Integers
+
+    def fed(self, fed: Fed | None) -> Integers:
+        """Return the rows that the steps are fed, each as often as it is in the mixture."""
+        return self.train if fed is None else self.train[np.unique(fed(len(self.train)))]
+
+    def encoded(self, fed: Fed | None) -> Integers:
+        """Return the rows that have to be encoded, each once."""
+        return np.union1d(self.fed(fed), self.validation)
+
+
+def _select_rows(
+    mixture: Mixture, parts: Parts, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> _Selection:
+    """Return which rows to train on and to hold out. It takes their texts and the lengths of their answers alone."""
+    draw = np.random.default_rng(seed)
+    begins = dict(zip(parts, _begins(parts), strict=True))
     taken = {
-        part: begins[name] + _take(len(tables[name]), part, draw)
+        part: begins[name] + _take(len(parts[name]), part, draw)
         for part in mixture.parts
-        if (name := (part.task, part.split)) in tables
+        if (name := (part.task, part.split)) in parts
     }
     order = np.concatenate(list(taken.values()))
-    keys, lengths, starts = (_column(table, name) for name in ("key", "length", "answer_start"))
+    keys, answer_lengths = (np.concatenate(columns) for columns in zip(*(p.index for p in parts.values()), strict=True))
     if mixture.deduplicate:
         order = order[np.sort(np.unique(keys[order], return_index=True)[1])]
 
     # The answer needs a token before it, and is never cut.
-    prefix = len(tokenization_module.bos_prefix(tokenizer))
-    needed = lengths[order] - starts[order] + max(prefix, 1)
+    needed = answer_lengths[order] + max(len(tokenization.bos_prefix(tokenizer)), 1)
     kept = order[needed <= config.max_length]
     if not len(kept):
         least = f"its shortest answer takes {needed.min()} with the token before it" if len(needed) else "it has none"
@@ -150,131 +232,42 @@ def open_data(
     train, validation = _hold_out(kept, keys, config.validation, mixture.name, draw)
     if config.limit is not None and config.limit < len(train):
         train = train[np.sort(draw.permutation(len(train))[: config.limit])]
+    by_part = {_name(part): len(rows) for part, rows in taken.items()}
+    return _Selection(by_part, len(order), len(order) - len(kept), train, validation)
 
-    cut = int((lengths[train] > config.max_length).sum())
-    report = {
+
+def _report(mixture: Mixture, absent: list[str], rows: _Selection, train: Tokenized, fed: Tokenized) -> dict[str, Any]:
+    """Count the rows; of those that the steps are ``fed`` the tokens, too."""
+    return {
         "mixture": mixture.name,
-        "rows": len(order),
+        "rows": rows.total,
         "expected": mixture.rows,
         "absent": absent,
-        "parts": {_name(part): len(part_rows) for part, part_rows in taken.items()},
+        "parts": rows.by_part,
         "train": len(train),
-        "repeats": len(train) - len(np.unique(keys[train])),
-        "validation": len(validation),
-        "tokens": int(np.minimum(lengths[train], config.max_length).sum()),
-        "answer_tokens": int((lengths[train] - starts[train]).sum()),
-        "cut": cut,
-        "dropped": len(order) - len(kept),
+        "repeats": len(train) - len(np.unique(train.keys)),
+        "validation": len(rows.validation),
+        "fed": len(fed),
+        "tokens": int(fed.lengths.sum()),
+        "answer_tokens": int(fed.answers.sum()),
+        "cut": int((fed.uncut_lengths > fed.max_length).sum()),
+        "dropped": rows.dropped,
     }
-    notices = []
-    if absent:
-        whole = f" of {mixture.rows:,}" if mixture.rows else ""
-        notices.append(
-            f"{mixture.name} has {len(order):,}{whole} rows: {', '.join(absent)} is not in the data's source"
-        )
-    if cut:
-        notices.append(
-            f"{cut:,} of {len(train):,} rows are longer than data.max_length={config.max_length} tokens and lose the "
-            f"beginning of their prompt; {int(lengths[train].max())} would keep all"
+
+
+def _notices(report: dict[str, Any], max_length: int, fed: Tokenized) -> Iterator[str]:
+    """Yield what a user should know of the data."""
+    if report["absent"]:
+        whole = f" of {report['expected']:,}" if report["expected"] else ""
+        absent = ", ".join(report["absent"])
+        yield f"{report['mixture']} has {report['rows']:,}{whole} rows: {absent} is not in the data's source"
+    if report["cut"]:
+        yield (
+            f"{report['cut']:,} of {report['fed']:,} rows are longer than data.max_length={max_length} tokens and lose "
+            f"the beginning of their prompt; {int(fed.uncut_lengths.max())} would keep all"
         )
     if report["dropped"]:
-        notices.append(f"{report['dropped']:,} rows were dropped: their answers alone are longer than data.max_length")
-
-    def opened(order: Integers) -> Tokenized:
-        return Tokenized(table, order, config.max_length, prefix)
-
-    assert tokenizer.pad_token_id is not None
-    parts = {name: int(begin) for name, begin in begins.items()}
-    return Data(
-        train=opened(train),
-        validation=opened(validation),
-        pad_id=int(tokenizer.pad_token_id),
-        loss_on=config.loss_on,
-        report=report,
-        notices=tuple(notices),
-        parts=parts,
-        packing=config.packing,
-    )
-
-
-def is_encoded(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether all that a run trains on is in the cache of token ids."""
-    return all(files_module.read_manifest(_folder(part, tokenizer)) for part in _parts(config, tokenizer)[1].values())
-
-
-def _parts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Mixture, dict[tuple[str, str], rows.TextRows]]:
-    """Return the mixture, and what of it is prepared."""
-    template = tasks_module.prompt_template(config.prompt)
-    if config.mixture.endswith(rows.FILES):
-        own = rows.file_rows(Path(config.mixture), template, tokenizer)
-        mixture, found = Mixture(config.mixture, (MixturePart(own.name),)), {(own.name, "train"): own}
-    else:
-        mixture = tasks_module.find_mixture(config.mixture)
-        splits = dict.fromkeys((part.task, part.split) for part in mixture.parts)
-        found = {name: part for name in splits if (part := rows.task_rows(*name, template))}
-    return mixture, found
-
-
-def _tokenized(part: rows.TextRows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> datasets.Dataset:
-    """Return the cache of a part's token ids, written unless it is there."""
-    import datasets
-
-    folder = _folder(part, tokenizer)
-
-    def is_good(folder: Path) -> bool:
-        return files_module.read_manifest(folder) is not None
-
-    def build(work: Path) -> dict[str, Any]:
-        datasets.disable_progress_bars()
-        table = datasets.Dataset.from_dict(_encode(part, tokenizer, progress), features=_features())
-        table.save_to_disk(str(work / "rows"))
-        return {"rows": part.name, "key": folder.name.rpartition("-")[2]}
-
-    files_module.build_dir_atomically(folder, is_good, build)
-    return datasets.Dataset.load_from_disk(str(folder / "rows"))
-
-
-def _folder(part: rows.TextRows, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Return where a part's token ids are kept."""
-    decided_by = (
-        str(FORMAT),
-        tokenization_module.tokenizer_fingerprint(tokenizer),
-        str(tokenizer.eos_token_id),
-        *part.decided_by,
-    )
-    key = hashlib.sha256("\0".join(decided_by).encode()).hexdigest()
-    return paths.cache_folder() / "tokens" / (re.sub(r"[^\w.-]", "-", part.name) + f"-{key[:16]}")
-
-
-def _features() -> datasets.Features:
-    import datasets
-
-    number = datasets.Value("int64")
-    return datasets.Features(
-        {"input_ids": datasets.List(datasets.Value("int32")), "answer_start": number, "length": number, "key": number}
-    )
-
-
-def _encode(part: rows.TextRows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, list[Any]]:
-    """Encode texts, and end every answer. ``key`` is equal where the texts are."""
-    texts = part.read()
-    columns: dict[str, list[Any]] = {"input_ids": [], "answer_start": [], "length": [], "key": []}
-    own_ends = set(tokenizer.all_special_ids) if part.chat else set()
-    with progress(f"encoding {part.name}", len(texts), "rows") as at:
-        for begin in range(0, len(texts), ENCODED_AT_ONCE):
-            some = texts[begin : begin + ENCODED_AT_ONCE]
-            for ids, start in tokenization_module.encode_rows(tokenizer, some, special=not part.chat):
-                # By id: as text, an end would have to be recognised again, which not every tokenizer does.
-                ended = ids if ids[-1] in own_ends else [*ids, tokenizer.eos_token_id]
-                columns["input_ids"].append(np.asarray(ended, dtype=np.int32))
-                columns["answer_start"].append(start)
-                columns["length"].append(len(ended))
-            at(begin + len(some))
-    keys = np.array([hash_texts(prompt, answer) for prompt, answer in texts], dtype=np.uint64)
-    columns["key"] = keys.view(np.int64).tolist()  # Arrow and the order of rows take them as signed
-    return columns
+        yield f"{report['dropped']:,} rows were dropped: their answers alone are longer than data.max_length"
 
 
 def _take(available: int, part: MixturePart, draw: np.random.Generator) -> Integers:
@@ -298,10 +291,6 @@ def _hold_out(
         )
     held = np.sort(draw.permutation(once)[:count])
     return np.delete(order, held), order[held]
-
-
-def _column(table: datasets.Dataset, name: str) -> Integers:
-    return np.asarray(table.data.column(name).to_numpy(), dtype=np.int64)
 
 
 def _name(part: MixturePart) -> str:

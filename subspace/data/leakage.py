@@ -1,4 +1,4 @@
-"""Whether a run is trained on items that it is scored on: told when training starts, refused when it is scored.
+"""Whether a run is trained on items that it is scored on: a notice when training starts, an error when it is scored.
 
 The commonsense suites and their own mixtures are left out: what those share is known, and little. An item is seen if
 its question, letters and digits compared, is a training row's.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from subspace.data import tasks as tasks_module
+from subspace.data.config import TaskSelection
 from subspace.data.contamination import Text, text_keys
 from subspace.data.prepare import task_items
 from subspace.data.records import FILES, records
-from subspace.data.samples import Sample, find_tasks, take_sample
-from subspace.data.tasks import Task
+from subspace.data.samples import Sample, find_tasks, select_sample
+from subspace.data.tasks import Task, find_mixture
 from subspace.errors import UserError
 
 MAX_OVERLAP = 0.01
@@ -35,16 +34,16 @@ def find_overlap(mixture: str, samples: Iterable[Sample]) -> dict[str, tuple[int
     return found
 
 
-def overlap_notices(mixture: str, config: Any) -> list[str]:
-    """Say what of the suites that a run names for its scoring is in the rows that it is about to be trained on.
+def overlap_notices(mixture: str, selection: TaskSelection) -> list[str]:
+    """Return a notice for each task of a run's scoring that has items in the rows that it is about to be trained on.
 
     A suite whose items are not on this machine is passed over: it is looked at again when it is scored.
     """
     samples = []
-    for task in find_tasks(config.tasks):
+    for task in find_tasks(selection.tasks):
         if _is_compared(task, mixture):
             with contextlib.suppress(UserError):
-                samples.append(take_sample(task, config.split, config.limit, config.data))
+                samples.append(select_sample(task, selection))
     return [
         f"{mixture} holds {seen} of {of} items of {name}"
         + (", too many for its score to mean anything: it will be refused" if seen > MAX_OVERLAP * of else "")
@@ -62,7 +61,7 @@ def _questions(mixture: str) -> Iterator[str]:
             turns = record.get("messages") or [{"content": record.get("instruction", "")}]
             yield from (str(turn["content"]) for turn in turns)
         return
-    for task, split in {(part.task, part.split) for part in tasks_module.find_mixture(mixture).parts}:
+    for task, split in {(part.task, part.split) for part in find_mixture(mixture).parts}:
         yield from task_items(task, split)["question"]
 
 

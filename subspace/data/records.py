@@ -27,10 +27,10 @@ Texts = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows that are read when they are needed. ``decided_by`` is all that decides what their texts are."""
+    """Rows that are read when they are needed. ``fingerprint_inputs`` is all that decides what their texts are."""
 
     name: str
-    decided_by: tuple[str, ...]
+    fingerprint_inputs: tuple[str, ...]
     read: Callable[[], Texts]
     chat: bool = False
 
@@ -44,7 +44,7 @@ def task_rows(name: str, split: str, prompt: str) -> TextRows | None:
     def read() -> Texts:
         return [
             (render(prompt, {"instruction": declared.instruction(item), "input": ""}), declared.output(item))
-            for item in task_items(name, split)
+            for item in task_items(name, split).to_list()
         ]
 
     texts = (declared.instruction_template, declared.answer_template, declared.output_template)

@@ -1,29 +1,49 @@
-"""Part of sampler."""
+"""Which rows each optimizer step trains on, and which of them a process computes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from subspace.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
 GROUPED_STEPS = 64  # steps whose rows are sorted by length together: more pads less, fewer shuffles better
+
+Integers = npt.NDArray[np.int64]
+
+
+def draw_steps(num_rows: int, *, batch: int, epochs: float = 1.0, steps: int | None = None, seed: int = 0) -> Integers:
+    """Return the rows that a run's steps take from the shuffled data, in the order of the shuffle: ``(steps, batch)``.
+
+    Every epoch is a fresh shuffle of all rows, and the epochs follow one another without a seam: a step that begins in
+    one may end in the next. So every step has exactly ``batch`` rows, every epoch has every row once, and only what
+    does not fill a step at the very end is left over. This is known before any row is encoded.
+
+    Args:
+        num_rows: rows to train on.
+        batch: rows of a step, over all processes.
+        epochs: how often every row is fed, where ``steps`` is None.
+        steps: how many steps, whatever the epochs.
+        seed: of the shuffles.
+
+    Raises:
+        UserError: there are no rows.
+    """
+    if not num_rows:
+        raise UserError("there are no rows to train on")
+    count = max(1, int(epochs * num_rows / batch)) if steps is None else steps
+    passes = -(-count * batch // num_rows)
+    shuffled = [np.random.default_rng((seed, epoch)).permutation(num_rows) for epoch in range(passes)]
+    return np.concatenate(shuffled)[: count * batch].reshape(count, batch)
 
 
 class StepPlan:
     """Which rows each optimizer step trains on: ``plan[k]`` are those of step k, longest first, over all processes.
 
-    Every epoch is a fresh shuffle of all rows, and the epochs follow one another without a seam: a step that begins in
-    one may end in the next. So every step has exactly ``batch`` rows, every epoch has every row once, and only what
-    does not fill a step at the very end is left over. With ``group_by_length``, the rows of 64 successive steps are
-    dealt out to them by length.
+    The rows are those of ``draw_steps``. With ``group_by_length``, the rows of 64 successive steps are dealt out to
+    these steps by length. Only the lengths of rows that a step takes matter.
     """
 
     def __init__(
@@ -36,26 +56,28 @@ class StepPlan:
         group_by_length: bool = True,
     ) -> None:
         lengths = np.asarray(lengths)
-        if not len(lengths):
-            raise UserError("there are no rows to train on")
-        count = max(1, int(epochs * len(lengths) / batch)) if steps is None else steps
-        passes = -(-count * batch // len(lengths))
-        shuffled = [np.random.default_rng((seed, epoch)).permutation(len(lengths)) for epoch in range(passes)]
-        order = np.concatenate(shuffled)[: count * batch].reshape(count, batch)
-
+        drawn = draw_steps(len(lengths), batch=batch, epochs=epochs, steps=steps, seed=seed)
         if group_by_length:
-            for start in range(0, count, GROUPED_STEPS):
-                together = order[start : start + GROUPED_STEPS]
-                by_length = together.ravel()[np.argsort(lengths[together.ravel()], kind="stable")]
-                # Three numbers, so that this is never the draw of an epoch.
-                together[:] = np.random.default_rng((seed, start, 0)).permutation(by_length.reshape(-1, batch))
-        self._order = np.take_along_axis(order, np.argsort(-lengths[order], axis=1, kind="stable"), axis=1)
+            groups = range(0, len(drawn), GROUPED_STEPS)
+            drawn = np.concatenate([_deal(drawn[at : at + GROUPED_STEPS], lengths, (seed, at, 0)) for at in groups])
+        longest_first = np.argsort(-lengths[drawn], axis=1, kind="stable")
+        self._rows = np.take_along_axis(drawn, longest_first, axis=1)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._rows)
 
     def __getitem__(self, step: int) -> list[int]:
-        return [int(row) for row in self._order[step]]
+        return [int(row) for row in self._rows[step]]
+
+
+def _deal(steps: Integers, lengths: npt.NDArray[np.int64], seed: tuple[int, int, int]) -> Integers:
+    """Return the same rows in steps of rows of like length, the steps in a random order.
+
+    ``seed`` is three numbers, so that this is never the draw of an epoch, which has two.
+    """
+    rows = steps.ravel()
+    by_length = rows[np.argsort(lengths[rows], kind="stable")].reshape(steps.shape)
+    return np.random.default_rng(seed).permutation(by_length)
 
 
 def shard_batch(numbers: Sequence[int], rank: int, ranks: int, accumulate: int) -> list[list[int]]:

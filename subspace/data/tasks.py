@@ -4,8 +4,7 @@ A task differs from another in facts only (where its rows come from, what its te
 against), so there is no code for a task anywhere: texts are Jinja templates over the neutral item, and an item is made
 from a source's record by Jinja expressions.
 
-The neutral item of every task is ``{id, topic, context, question, choices, label}``; ``label`` counts from 0, and a
-text that a task does not have is empty.
+The neutral item of every task is ``Item`` of ``items.py``.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ from jinja2.sandbox import SandboxedEnvironment
 from subspace.common import paths
 from subspace.common.declarations import _find, _folder, build, declaration_files, read_yaml
 from subspace.common.download import Hub
+from subspace.data.items import Item, make_item
 from subspace.errors import UserError, nearest
-
-Item = Mapping[str, Any]
-ITEM_FIELDS = ("id", "topic", "context", "question", "choices", "label")
 
 
 def _regex_group(text: str, pattern: str, group: int) -> str:
@@ -208,12 +205,12 @@ class Task:
 
     def make_item(
         self, record: Mapping[str, Any], number: int, split: str, *, wheel: bool = False, file: bool = False
-    ) -> dict[str, Any]:
+    ) -> Item:
         """Make the neutral item of a source's record, the ``number``-th of its split."""
         declared = self.splits[split]
         source = declared.file if file else declared.pypi if wheel else None
         own = source.item if source else {}
-        item: dict[str, Any] = dict.fromkeys(ITEM_FIELDS, "")
+        values: dict[str, Any] = {}
         for field, expression in {**self.item, **own}.items():
             try:
                 value = _expression(expression)(record, number=number, official=declared.official)
@@ -224,8 +221,8 @@ class Task:
                     f"{self.name}/{split}, record {number}: '{field}' was to be {expression}, but {value!r}; "
                     f"the record has {', '.join(map(str, record))}"
                 )
-            item[field] = value
-        return item
+            values[field] = value
+        return make_item(values)
 
 
 @dataclass(frozen=True)

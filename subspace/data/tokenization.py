@@ -37,32 +37,48 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, 
 
 
 def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, str]], *, special: bool = True
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]], *, special: bool = True
 ) -> list[tuple[list[int], int]]:
-    r"""Return the ids of every (prompt, answer) to train on, and how many of them are the prompt's.
+    """Return the ids of every (prompt, answer) to train on, and how many of them are the prompt's.
 
-    The prompt's ids are exactly those that ``encode_prompt`` gives, and the answer's are those that it has after the
-    prompt's last line. Mostly that is ``encode_pair``. But some tokenizers have tokens that cross the cut (LLaMA-3's
-    ``:\n``), and a prompt trained with such a token is another one than a model is asked to go on from.
+    The prompt's ids are exactly those that ``encode_prompt`` gives, and the answer's are ``encode_answers``.
 
     Args:
         tokenizer: the model's.
         rows: (prompt, answer) texts.
         special: begin as the tokenizer itself begins a text; a chat template has done so already.
     """
-    cut = [_cut(prompt, answer) for prompt, answer in rows]
-    ids = _encode(tokenizer, (prompt for prompt, _ in cut))
-    lines = [(prompt[prompt.rfind("\n") + 1 :], answer) for prompt, answer in cut]
-    joined = _encode(tokenizer, (text for line, answer in lines for text in (line, line + answer)))
-    apart = _encode(tokenizer, {answer for line, answer in lines if not _begins(joined[line + answer], joined[line])})
-
+    prompts = [_cut(prompt, answer)[0] for prompt, answer in rows]
+    ids = _encode(tokenizer, prompts)
     start = bos_prefix(tokenizer) if special else []
     encoded = []
-    for (prompt, _), (line, answer) in zip(cut, lines, strict=True):
+    for prompt, answer in zip(prompts, encode_answers(tokenizer, rows), strict=True):
         context = start + ids[prompt] or _beginning(tokenizer)
-        whole, count = joined[line + answer], len(joined[line])
-        encoded.append((context + (whole[count:] if _begins(whole, joined[line]) else apart[answer]), len(context)))
+        encoded.append((context + answer, len(context)))
     return encoded
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, str]]) -> list[list[int]]:
+    r"""Return the ids of every row's answer: those that it has after the last line of its prompt.
+
+    Mostly that is what ``encode_pair`` gives. But some tokenizers have tokens that cross the cut (LLaMA-3's ``:\n``),
+    and a prompt trained with such a token is another one than a model is asked to go on from. No more of a prompt than
+    its last line is encoded, so this takes no time where many rows end in the same line and have one of a few answers.
+    """
+    cut = (_cut(prompt, answer) for prompt, answer in rows)
+    lines = [(prompt[prompt.rfind("\n") + 1 :], answer) for prompt, answer in cut]
+    distinct = dict.fromkeys(lines)
+    joined = _encode(tokenizer, (text for line, answer in distinct for text in (line, line + answer)))
+    apart = _encode(
+        tokenizer, (answer for line, answer in distinct if not _begins(joined[line + answer], joined[line]))
+    )
+
+    def ids(line: str, answer: str) -> list[int]:
+        whole, before = joined[line + answer], joined[line]
+        return whole[len(before) :] if _begins(whole, before) else apart[answer]
+
+    encoded = {pair: ids(*pair) for pair in distinct}
+    return [encoded[pair] for pair in lines]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -71,7 +87,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Return with how many tokens all of these begin alike."""
+    """Return the length of the longest common prefix."""
     alike = (len(set(column)) == 1 for column in zip(*sequences, strict=False))
     return next((i for i, same in enumerate(alike) if not same), min(map(len, sequences)))
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from subspace.data.tasks import Item, PublishedFile, Task
+from subspace.data.items import Item
+from subspace.data.tasks import PublishedFile, Task
 from subspace.errors import UserError
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Item]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from subspace.data.tasks import Item, Task
+from subspace.data.items import Item
+from subspace.data.tasks import Task
 
 if TYPE_CHECKING:
     pass

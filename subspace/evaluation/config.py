@@ -1,25 +1,20 @@
-"""Part of config."""
+"""Settings of a scoring: which items, by which protocols, in which batches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from subspace.common.settings import Settings, setting
+from subspace.common.settings import Settings, setting, split_names
+from subspace.data.config import TaskSelection
 from subspace.errors import UserError, nearest
 from subspace.models.config import ModelConfig
 
-if TYPE_CHECKING:
-    pass
-
-from typing import TYPE_CHECKING
-
-from subspace.common.declarations import _words
-
-if TYPE_CHECKING:
-    pass
-
+LIKELIHOOD = "likelihood"
+LLM_ADAPTERS = "llm-adapters"
+ANSWER_WORD = "answer-word"
+LLM_ADAPTERS_PUBLISHED = "llm-adapters-published"
+PROTOCOLS = (LIKELIHOOD, LLM_ADAPTERS, ANSWER_WORD, LLM_ADAPTERS_PUBLISHED)
 
 PUBLISHED_DEFECTS = {
     "unequal_prompts": "the prompt has other white space than in training, and ends in 16 spaces that are a token",
@@ -28,10 +23,10 @@ PUBLISHED_DEFECTS = {
     "dropout_active": "the model is scored in training mode, adapters' dropout included",
     "last_response": "the text after the last marker counts, as in DoRA's copy, not that after the first",
 }
-"""What can be switched on."""
+"""The defects of the published evaluator, each of which can be switched on."""
 
 DEFAULT_DEFECTS = ("unequal_prompts",)
-"""What is on in the published evaluator at its batch size, one."""
+"""The defects that the published evaluator has at its batch size, one."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +39,6 @@ class EvaluationSubject:
     adapter: Path | None = None
     method: str = ""
     mixture: str = ""  # that the adapters were trained on
-
-
-PROTOCOLS = ("likelihood", "llm-adapters", "answer-word", "llm-adapters-published")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +84,16 @@ class EvaluateConfig(Settings):
                 raise UserError(f"EvaluateConfig.{kind} is {word!r}. {nearest(word, known)}")
 
     @property
+    def selection(self) -> TaskSelection:
+        """Which items are scored."""
+        return TaskSelection(self.tasks, self.split, self.limit, self.data)
+
+    @property
     def protocols(self) -> list[str]:
         """The protocols, one or several."""
-        return list(dict.fromkeys(_words(self.protocol)))
+        return list(dict.fromkeys(split_names(self.protocol)))
 
     @property
     def defect_names(self) -> list[str]:
         """The defects that are on."""
-        return [name for name in _words(self.defects) if name not in ("", "none")]
+        return [name for name in split_names(self.defects) if name not in ("", "none")]

@@ -19,9 +19,8 @@ from torch import nn
 
 from subspace.common.host_memory import keep_freed_memory
 from subspace.common.progress import Progress, no_progress
-from subspace.data import tasks as tasks_module
 from subspace.data import tokenization as tokenization_module
-from subspace.data.tasks import Item
+from subspace.data.items import ITEM_FIELDS, Item
 from subspace.distributed.collectives import broadcast_object, is_main, rank
 from subspace.evaluation.batching import OOMSplitter, assign_to_ranks, plan_batches, token_budget
 from subspace.evaluation.fingerprint import weights_checksum
@@ -43,7 +42,7 @@ from subspace.evaluation.resume import ResumableResults
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace.data.samples import Sample, find_tasks, split_items, take_sample
+from subspace.data.samples import Sample, select_samples, split_items
 from subspace.evaluation.config import EvaluateConfig
 
 
@@ -77,7 +76,7 @@ def build_jobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, progress: Progress = no_progress
 ) -> list[Job]:
     """Lay every task out by every protocol. What is missing is told here, before anything is scored."""
-    samples = [take_sample(task, config.split, config.limit, config.data) for task in find_tasks(config.tasks)]
+    samples = select_samples(config.selection)
     wanted = [(protocol, sample) for protocol in config.protocols for sample in samples]
     encoded_by = tokenization_module.tokenizer_fingerprint(tokenizer)[:12]
     jobs = []
@@ -226,7 +225,7 @@ def _ingredients(scorer: Scorer, sample: Sample, tokenizer: str) -> dict[str, st
         **scorer.ingredients,
         "task": sample.task.name,
         "task version": sample.task.version,
-        "items": digest([{field: item[field] for field in tasks_module.ITEM_FIELDS} for item in sample.items]),
+        "items": digest([{field: item[field] for field in ITEM_FIELDS} for item in sample.items]),
         "metrics": ", ".join(scorer.metrics),
         "tokenizer": tokenizer,
     }

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from subspace.common.host_memory import resident_memory
 from subspace.config import RunConfig
 from subspace.data import tasks as tasks_module
 from subspace.data.collate import IGNORE_INDEX
-from subspace.data.dataset import Data, is_encoded, open_data
-from subspace.data.sampler import StepPlan, shard_batch
+from subspace.data.dataset import Data, Fed, is_encoded, open_data
+from subspace.data.sampler import StepPlan, draw_steps, shard_batch
 from subspace.distributed.deepspeed_config import (
     OFFLOAD,
     BatchLayout,
@@ -76,11 +77,18 @@ class TrainingWork:
         """Look at the data where it is encoded already; else take the longest rows that the run allows."""
         try:
             tokenizer = open_tokenizer(config.model)
-            known = is_encoded(config.data, tokenizer)
+            fed = partial(
+                draw_steps,
+                batch=layout.batch,
+                epochs=config.train.epochs,
+                steps=config.train.steps,
+                seed=config.train.seed,
+            )
+            known = is_encoded(config.data, tokenizer, config.train.seed, fed)
         except UserError:
             known = False
         if known:
-            return cls._seen(config, layout, tokenizer)
+            return cls._seen(config, layout, tokenizer, fed)
         longest = -(-config.data.max_length // 8) * 8
         columns = longest - 1 if config.data.loss_on == "all" else min(ANSWER, longest - 1)
         rows = None
@@ -92,8 +100,8 @@ class TrainingWork:
         return cls(batch, "data.max_length", steps, None)
 
     @classmethod
-    def _seen(cls, config: RunConfig, layout: BatchLayout, tokenizer: Any) -> TrainingWork:
-        data = open_data(config.data, tokenizer, config.train.seed)
+    def _seen(cls, config: RunConfig, layout: BatchLayout, tokenizer: Any, fed: Fed) -> TrainingWork:
+        data = open_data(config.data, tokenizer, config.train.seed, fed=fed)
         lengths = data.train.lengths
         steps = StepPlan(
             lengths,
@@ -104,9 +112,9 @@ class TrainingWork:
             group_by_length=config.data.group_by_length,
         )
         rows = [steps[number] for number in range(len(steps))]
-        fed = [part for step in rows for part in shard_batch(step, 0, layout.ranks, layout.accumulate)]
-        micro_batches = np.array(fed)
-        longest = _shape(data, fed[int(_fed(data, micro_batches).argmax())])
+        parts = [part for step in rows for part in shard_batch(step, 0, layout.ranks, layout.accumulate)]
+        micro_batches = np.array(parts)
+        longest = _shape(data, parts[int(_fed(data, micro_batches).argmax())])
         tokens = int(lengths[np.array(rows)].sum())
         return cls(longest, "the heaviest of the data", len(steps), tokens, data, micro_batches)
 

@@ -32,10 +32,11 @@ from subspace.data.contamination import (
     text_keys,
 )
 from subspace.data.dataset import Data, open_data
+from subspace.data.items import Item
 from subspace.data.prepare import task_items
 from subspace.data.records import FILES, file_rows
-from subspace.data.samples import find_tasks, take_sample
-from subspace.data.tasks import Item, Task, render
+from subspace.data.samples import find_tasks, select_sample
+from subspace.data.tasks import Task, render
 from subspace.evaluation.config import EvaluateConfig
 from subspace.models.prepare import model_folder
 
@@ -182,11 +183,11 @@ def build_report(
     template = tasks_module.prompt_template(data.prompt)
     from_file = data.mixture.endswith(FILES)
     window = _window(model)
-    tasks = find_tasks(evaluate.tasks)
+    tasks = find_tasks(evaluate.selection.tasks)
     samples, texts = [], []
     with progress("read the test items", len(tasks), "tasks") as at:
         for task in tasks:
-            samples.append(take_sample(task, evaluate.split, evaluate.limit, evaluate.data))
+            samples.append(select_sample(task, evaluate.selection))
             texts.append(list(map(question_text(task), samples[-1].items)))
             at(len(samples), task.title)
     prompts = [Text(prompt) for s in samples for prompt, _ in _rows(s.task, s.items, template)] if from_file else None
@@ -234,8 +235,8 @@ def _read_past(
 ) -> Iterator[Part]:
     """Let the matcher read the training text, part by part, each row once; count the parts."""
     order, row_keys = opened.train.order, opened.train.keys
-    lengths = np.asarray(opened.train.table.data.column("length").to_numpy())[order]
-    ends = [*list(opened.parts.values())[1:], len(opened.train.table)]
+    lengths = opened.train.uncut_lengths
+    ends = [*list(opened.parts.values())[1:], len(opened.train.table.keys)]
     done = 0
     with progress("read the training text", len(np.unique(order)), "rows") as at:
         for (name, begin), end in zip(opened.parts.items(), ends, strict=True):
@@ -274,8 +275,7 @@ def _task_texts(name: str, split: str) -> Read:
     text = question_text(task)
 
     def read(numbers: npt.NDArray[np.int64]) -> tuple[list[Text], list[str]]:
-        columns = rows[numbers.tolist()]
-        items = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        items: list[Item] = rows.select(numbers).to_list()
         return [text(item) for item in items], [_answer(task, item) for item in items]
 
     return read

@@ -235,9 +235,11 @@ def test_a_named_mixture_is_looked_into(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_run_is_told_before_it_is_trained(tmp_path: Path) -> None:
     folder = published(tmp_path, "gsm8k", [("How many?", "1"), ("How much?", "2"), ("How far?", "3")])
     subject = trained_on(tmp_path, ["how many", "other"], data=str(folder))
-    (told,) = unseen.overlap_notices(subject.mixture, subject.evaluate)
+    (told,) = unseen.overlap_notices(subject.mixture, subject.evaluate.selection)
     assert re.search(r"own.json holds 440 of 1319 items of gsm8k, too many.*refused", told)
-    assert not unseen.overlap_notices(trained_on(tmp_path, ["other"], data=str(folder)).mixture, subject.evaluate)
+    assert not unseen.overlap_notices(
+        trained_on(tmp_path, ["other"], data=str(folder)).mixture, subject.evaluate.selection
+    )
 
 
 def test_a_suite_that_is_not_there_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,4 +247,6 @@ def test_a_suite_that_is_not_there_is_passed_over(tmp_path: Path, monkeypatch: p
         raise UserError(f"{name} is not on this machine")
 
     monkeypatch.setattr(samples_module, "task_items", lacking)
-    assert not unseen.overlap_notices(trained_on(tmp_path, ["x"]).mixture, EvaluateConfig(tasks="gsm8k,boolq"))
+    assert not unseen.overlap_notices(
+        trained_on(tmp_path, ["x"]).mixture, EvaluateConfig(tasks="gsm8k,boolq").selection
+    )

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from subspace.cli.commands.prepare import prepare
+from subspace.common.files import build_dir_atomically
 from subspace.data import tokenization as tokenization_module
 from subspace.data.collate import IGNORE_INDEX, TokenRow, collate
 from subspace.data.config import DataConfig
-from subspace.data.dataset import Data, open_data
+from subspace.data.dataset import Data, is_encoded, open_data
 from subspace.data.prepare import task_items
-from subspace.data.sampler import StepPlan, shard_batch
+from subspace.data.sampler import StepPlan, draw_steps, shard_batch
 from subspace.data.tokenization import encode_prompt
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
@@ -357,7 +361,7 @@ def other_end(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatc
 
 
 def other_prompt(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
-    monkeypatch.setattr("subspace.data.tasks.prompt_template", lambda name: PLAIN.replace("Say", "Tell"))
+    monkeypatch.setattr("subspace.data.dataset.prompt_template", lambda name: PLAIN.replace("Say", "Tell"))
     return tokenizer
 
 
@@ -389,6 +393,94 @@ def test_who_comes_at_the_same_time_encodes_once(
         thread.join()
     assert counted == [TRAIN]
     assert [opened[0].train[3]] * 3 == [data.train[3] for data in opened]
+
+
+# Only what is fed is encoded.
+
+FED = partial(draw_steps, batch=4, steps=3, seed=0)
+NUMBER = datasets.Value("int64")
+OLD_COLUMNS = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "answer_start": NUMBER, "length": NUMBER, "key": NUMBER}
+)
+
+
+def test_only_rows_that_are_fed_or_held_out_are_encoded(
+    prepared: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = count_encodings(monkeypatch)
+    data = open_data(settings("toy", validation=5), tokenizer, fed=FED)
+    assert counted == [3 * 4 + 5]
+    assert (data.report["fed"], data.report["train"]) == (12, TRAIN - 5)
+    unfed = next(i for i in range(len(data.train)) if i not in FED(len(data.train)))
+    with pytest.raises(LookupError, match="was not asked for"):
+        data.train[unfed]
+
+
+@pytest.mark.parametrize("group", [True, False])
+@pytest.mark.parametrize("mixture", ["toy", "nested", "apart", "toy*0.75"])
+def test_a_run_is_fed_the_same_whether_or_not_all_is_encoded(
+    mixture: str, group: bool, prepared: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    few, whole = (open_data(settings(mixture, validation=5), tokenizer, 3, fed=fed) for fed in (FED, None))
+    plans = [StepPlan(data.train.lengths, batch=4, steps=3, group_by_length=group) for data in (few, whole)]
+    assert rows_of(plans[0]) == rows_of(plans[1])
+    fed = rows_of(plans[0])
+    assert [few.train[row] for row in fed] == [whole.train[row] for row in fed]
+    assert list(map(few.validation.__getitem__, range(5))) == list(map(whole.validation.__getitem__, range(5)))
+    assert (few.train.keys == whole.train.keys).all()
+    assert (few.train.answers == whole.train.answers).all()
+
+
+def test_a_longer_run_encodes_what_the_shorter_one_did_not(
+    prepared: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_data(settings("toy"), tokenizer, fed=FED)
+    counted = count_encodings(monkeypatch)
+    longer = partial(draw_steps, batch=4, steps=5, seed=0)
+    assert not is_encoded(settings("toy"), tokenizer, fed=longer)
+    for _ in range(2):
+        open_data(settings("toy"), tokenizer, fed=longer)
+    assert counted == [2 * 4]
+    assert is_encoded(settings("toy"), tokenizer, fed=longer)
+    assert not is_encoded(settings("toy"), tokenizer)
+
+
+def test_the_index_knows_the_answers_of_rows_that_are_not_encoded(
+    prepared: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    data = open_data(settings("toy"), tokenizer)
+    rows = [data.train[i] for i in range(len(data.train))]
+    assert data.train.answers.tolist() == [len(row.input_ids) - row.answer_start for row in rows]
+
+
+def test_a_cache_of_whole_parts_is_read_as_it_is(
+    prepared: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to version 0.1 a part's folder had one table, with the token ids, lengths and keys of all rows."""
+    before = open_data(settings("toy"), tokenizer)
+    (index,) = (prepared / "tokens").glob("toy-train-*.index")
+    part = index.with_suffix("")
+    numbers = range(TRAIN)
+
+    def build(work: Path) -> dict[str, Any]:
+        columns = {
+            "input_ids": [before.train[i].input_ids for i in numbers],
+            "answer_start": [before.train[i].answer_start for i in numbers],
+            "length": before.train.uncut_lengths,
+            "key": before.train.keys,
+        }
+        datasets.Dataset.from_dict(columns, OLD_COLUMNS).save_to_disk(str(work / "rows"))
+        return {"rows": "toy/train"}
+
+    build_dir_atomically(part, lambda _: False, build)
+    for folder in part.parent.glob(f"{part.name}.*"):
+        shutil.rmtree(folder)
+    counted = count_encodings(monkeypatch)
+    after = open_data(settings("toy"), tokenizer)
+    assert not counted
+    assert [after.train[i] for i in numbers] == [before.train[i] for i in numbers]
+    assert (after.train.keys == before.train.keys).all()
+    assert (after.train.answers == before.train.answers).all()
 
 
 # Steps.

@@ -9,7 +9,8 @@ import pytest
 
 from subspace.common import download as download_module
 from subspace.common.declarations import build
-from subspace.data.tasks import ITEM_FIELDS, MixturePart, find_mixture, find_task, list_tasks, prompt_template, render
+from subspace.data.items import Item, make_item
+from subspace.data.tasks import MixturePart, find_mixture, find_task, list_tasks, prompt_template, render
 from subspace.errors import UserError
 
 NAMES = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
@@ -95,8 +96,8 @@ REQUESTS: dict[str, tuple[tuple[str, str], tuple[str, str], list[int]]] = {
 }
 
 
-def item(name: str) -> dict[str, Any]:
-    return {**dict.fromkeys(ITEM_FIELDS, ""), **ITEMS[name]}
+def item(name: str) -> Item:
+    return make_item(ITEMS[name])
 
 
 def test_the_eight_tasks_are_declared_in_the_tables_order() -> None:

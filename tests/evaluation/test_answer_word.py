@@ -11,6 +11,7 @@ import torch
 
 from subspace.data import samples as samples_module
 from subspace.data import tasks as tasks_module
+from subspace.data.items import Item, relabel
 from subspace.data.tokenization import encode_prompt
 from subspace.evaluation import evaluate as evaluate_module
 from subspace.evaluation.answer_extraction import AnswerWords
@@ -30,7 +31,7 @@ def without_gradients() -> Any:
         yield
 
 
-def plain_scores(name: str, item: dict[str, Any]) -> list[float]:
+def plain_scores(name: str, item: Item) -> list[float]:
     """Score each answer alone after the prompt that ``llm-adapters`` asks, from the definition."""
     model, tokenizer, task = tiny_llama(), bpe_tokenizer(), tasks_module.find_task(name)
     template = tasks_module.prompt_template("alpaca-indented")
@@ -39,7 +40,7 @@ def plain_scores(name: str, item: dict[str, Any]) -> list[float]:
     line = " " * 16  # the prompt's last line, whose spaces go to the answer
     scores = []
     for label in range(len(item["choices"])):
-        answer = tokenizer(f"\n{line}{task.output({**item, 'label': label})}", add_special_tokens=False)["input_ids"]
+        answer = tokenizer(f"\n{line}{task.output(relabel(item, label))}", add_special_tokens=False)["input_ids"]
         log_probabilities = model(torch.tensor([context + answer])).logits[0].double().log_softmax(-1)
         scores.append(sum(float(log_probabilities[len(context) + i - 1, token]) for i, token in enumerate(answer)))
     return scores
@@ -54,7 +55,7 @@ def test_scores_are_those_of_the_answers_after_the_prompt(name: str) -> None:
     for item, record in zip(made, records, strict=True):
         plain = plain_scores(name, item)
         assert record["scores"] == pytest.approx(plain, abs=1e-4)
-        words = [tasks_module.find_task(name).answer({**item, "label": label}) for label in range(len(plain))]
+        words = [tasks_module.find_task(name).answer(relabel(item, label)) for label in range(len(plain))]
         assert record["prediction"] == words[plain.index(max(plain))]
         assert record["label"] == tasks_module.find_task(name).answer(item)
         assert record["correct"] == {"acc": record["prediction"] == record["label"]}

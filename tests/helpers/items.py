@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from subspace.data.items import Item, make_item
 from tests.helpers.tiny_models import TEXT
 
 WORDS = TEXT.split()
@@ -12,16 +13,21 @@ WORDS = TEXT.split()
 QUIRKS = ("", "", "", " ", "  ", ' "quoted"', " café n°5", " [title] How to", " [substeps] first")
 
 
-def items(task: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+def items(task: str, count: int, seed: int = 0) -> list[Item]:
     """Return ``count`` items of a task, always the same."""
     draw = random.Random(f"{task}{seed}")
 
     def text(fewest: int, most: int) -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(fewest, most)))
 
-    def item(number: int) -> dict[str, Any]:
+    def item(number: int) -> Item:
         choices = [text(1, 8) + draw.choice(QUIRKS) for _ in range(_num_choices(task, draw))]
-        made = {"topic": "", "context": "", "question": text(3, 20) + draw.choice(QUIRKS), "choices": choices}
+        made: dict[str, Any] = {
+            "topic": "",
+            "context": "",
+            "question": text(3, 20) + draw.choice(QUIRKS),
+            "choices": choices,
+        }
         if task == "boolq":
             made |= {"topic": text(1, 2), "context": text(10, 60), "choices": ["false", "true"]}
         elif task == "siqa":
@@ -31,7 +37,7 @@ def items(task: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
             made |= {"topic": text(1, 3), "context": f"{text(5, 20)} {last}".rstrip(), "question": last}
         elif task == "winogrande":
             made |= {"question": f"{text(3, 8)} _ {text(1, 8)}.", "choices": [text(1, 1), text(1, 2)]}
-        return {"id": f"{task}-{number}", **made, "label": draw.randrange(len(made["choices"]))}
+        return make_item({"id": f"{task}-{number}", **made, "label": draw.randrange(len(made["choices"]))})
 
     return [item(number) for number in range(count)]
 

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subspace.data import tasks as tasks_module
-from subspace.data.tasks import Item
+from subspace.data.items import Item
 
 FOLDERS = ("super_glue/boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc", "openbookqa")
 

@@ -15,8 +15,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from subspace.data import tasks as tasks_module
+from subspace.data.items import Item
 from subspace.data.samples import take_sample
-from subspace.data.tasks import Item
 from subspace.evaluation.config import EvaluateConfig
 from subspace.evaluation.evaluate import evaluate
 from subspace.evaluation.protocols.likelihood import Likelihood, draw_examples

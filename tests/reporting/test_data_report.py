@@ -11,6 +11,7 @@ import pytest
 from subspace.cli.main import main
 from subspace.data import tasks as tasks_module
 from subspace.data.contamination import KINDS, Matcher, Text, count_duplicates, question_text, text_keys
+from subspace.data.items import make_item
 
 LONG = "the quick brown fox jumps over the lazy dog and then runs back home again tonight"  # 16 words
 
@@ -89,8 +90,8 @@ def test_duplicates_are_those_that_are_there_again() -> None:
     ],
 )
 def test_what_is_compared_is_what_training_shows(task: str, expected: Text) -> None:
-    item: dict[str, Any] = {"id": "1", "topic": "t", "context": "c", "question": "q", "choices": ["a", "b", "c"]}
-    assert question_text(tasks_module.find_task(task))({**item, "label": 0}) == expected
+    item = make_item({"id": "1", "topic": "t", "context": "c", "question": "q", "choices": ["a", "b", "c"], "label": 0})
+    assert question_text(tasks_module.find_task(task))(item) == expected
 
 
 # On the real data: slow only where its token ids are not in the cache.

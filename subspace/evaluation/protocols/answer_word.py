@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from subspace.data.tasks import Item, Task, prompt_template
+from subspace.data.items import Item, relabel
+from subspace.data.tasks import Task, prompt_template
 from subspace.data.tokenization import encode_rows
 from subspace.errors import UserError
 from subspace.evaluation.choice_scoring import Choices
@@ -46,7 +47,7 @@ class AnswerWord:
         texts = render_prompts(self.template, task, items)
         self.hashes = [digest(text) for text in texts]
         # The right answer in the place of every label in turn.
-        possible = [[{**item, "label": label} for label in range(len(item["choices"]))] for item in items]
+        possible = [[relabel(item, label) for label in range(len(item["choices"]))] for item in items]
         self.words = [[task.answer(item) for item in several] for several in possible]
         outputs = [[task.output(item) for item in several] for several in possible]
         pairs = [(text, output) for text, several in zip(texts, outputs, strict=True) for output in several]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from subspace.data.tasks import ITEM_FIELDS, Item, Task
+from subspace.data.items import ITEM_FIELDS, Item
+from subspace.data.tasks import Task
 from subspace.data.tokenization import encode_pairs
 from subspace.errors import UserError
 from subspace.evaluation.results import digest

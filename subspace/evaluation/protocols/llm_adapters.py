@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from subspace.data.tasks import Item, Task, prompt_template, render
+from subspace.data.items import Item, relabel
+from subspace.data.tasks import Task, prompt_template, render
 from subspace.data.tokenization import common_prefix_length, encode_prompt, encode_rows
 from subspace.evaluation.greedy_decoding import SharedPrefix, decode_greedily, prefill_shared_prefix
 from subspace.evaluation.results import digest
@@ -112,7 +113,7 @@ def answer_prefix_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, templat
     if task.extraction != "first-word":
         return []
     text = render_prompts(template, task, [item])[0]
-    answers = [task.output({**item, "label": label}) for label in range(len(item["choices"]))]
+    answers = [task.output(relabel(item, label)) for label in range(len(item["choices"]))]
     rows = encode_rows(tokenizer, [(text, answer) for answer in answers])
     begun = [ids[num_prompt:] for ids, num_prompt in rows]
     return begun[0][: common_prefix_length(begun)]

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from subspace.data.tasks import Item, Task, prompt_template
+from subspace.data.items import Item
+from subspace.data.tasks import Task, prompt_template
 from subspace.data.tokenization import encode_prompt
 from subspace.distributed.zero import requires_synchronized_forward
 from subspace.evaluation.answer_extraction import answer_record, extractor

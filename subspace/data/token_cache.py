@@ -1,0 +1,236 @@
+"""The cache of token ids: for each split (or file), prompt and tokenizer, the rows that some run was fed so far.
+
+On the disk a part has a folder ``tokens/NAME-KEY.index`` with two numbers for every row: a key of the text and how many
+tokens the answer has. That is all that decides which rows a run trains on, and it takes no encoding of the prompts.
+Token ids lie beside it in folders ``NAME-KEY.rows-HASH``, each with the rows that a run needed and none had before. A
+folder ``NAME-KEY``, in which an earlier version kept index and token ids of all rows, is read as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from subspace.common import paths
+from subspace.common.files import build_dir_atomically, read_manifest
+from subspace.common.hashing import hash_texts
+from subspace.common.progress import Progress
+from subspace.data import tokenization
+from subspace.data.records import TextRows, Texts
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1  # of the cache; another one is encoded again
+ENCODED_AT_ONCE = 4096  # rows
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Rows of token ids by their numbers in all parts, one part after another. Not every row need be encoded.
+
+    Attributes:
+        keys: of every row a number that is equal where the texts are.
+        answer_lengths: of every row how many tokens its answer has, with its end.
+        ids: the encoded rows.
+        position: of every row its place in ``ids``, or -1.
+    """
+
+    keys: Integers
+    answer_lengths: Integers
+    ids: datasets.Dataset
+    position: Integers
+
+    def lengths(self, rows: Integers) -> Integers:
+        """Return how many tokens these rows have; 0 where a row is not encoded."""
+        lengths = column(self.ids, "length")
+        at = self.position[rows]
+        return np.where(at >= 0, lengths[at], 0) if len(lengths) else np.zeros(len(rows), dtype=np.int64)
+
+    def read(self, row: int) -> tuple[list[int], int]:
+        """Return a row's token ids, and how many of them are the prompt's."""
+        at = int(self.position[row])
+        if at < 0:
+            raise LookupError(f"row {row} was not asked for when the data was opened")
+        found = self.ids[at]
+        return found["input_ids"], found["answer_start"]
+
+
+class PartCache:
+    """The cache of one part's token ids."""
+
+    def __init__(self, part: TextRows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
+        self.part, self.tokenizer, self.progress = part, tokenizer, progress
+        inputs = (
+            str(FORMAT),
+            tokenization.tokenizer_fingerprint(tokenizer),
+            str(tokenizer.eos_token_id),
+            *part.fingerprint_inputs,
+        )
+        key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()
+        self.folder = paths.cache_folder() / "tokens" / (re.sub(r"[^\w.-]", "-", part.name) + f"-{key[:16]}")
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The part's texts, read once."""
+        return self.part.read()
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the index is there, so that opening it takes no time."""
+        return _is_good(self.folder) or _is_good(self._beside("index"))
+
+    @cached_property
+    def index(self) -> tuple[Integers, Integers]:
+        """For every row the key of its text, and the number of its answer's tokens."""
+        if _is_good(self.folder):
+            table = _load(self.folder)
+            return column(table, "key"), column(table, "length") - column(table, "answer_start")
+        folder = self._beside("index")
+        build_dir_atomically(folder, _is_good, self._build_index)
+        table = _load(folder)
+        return column(table, "key"), column(table, "answer_length")
+
+    def __len__(self) -> int:
+        return len(self.index[0])
+
+    def _beside(self, suffix: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.{suffix}")
+
+    def missing(self, rows: Integers) -> Integers:
+        """Return which of these rows are not encoded yet, in ascending order."""
+        return np.setdiff1d(rows, self._encoded()[0])
+
+    def encode(self, rows: Integers) -> tuple[Integers, datasets.Dataset]:
+        """Encode those of the rows that are not yet; return all that is encoded: row numbers, and their token ids."""
+        missing = self.missing(rows)
+        if len(missing):
+            # Processes of one run miss the same rows: the first one encodes them, the others wait for it.
+            folder = self._beside(f"rows-{hashlib.sha256(missing.tobytes()).hexdigest()[:16]}")
+            build_dir_atomically(folder, _is_good, lambda work: self._build_rows(work, missing))
+        return self._encoded()
+
+    def _encoded(self) -> tuple[Integers, datasets.Dataset]:
+        import datasets
+
+        # An empty table gives the columns their types where nothing is encoded.
+        numbers, tables = [np.empty(0, dtype=np.int64)], [datasets.Dataset.from_dict(_NO_ROWS, _token_features())]
+        if _is_good(self.folder):
+            tables.append(_load(self.folder))
+            numbers.append(np.arange(len(tables[-1])))
+        for folder in filter(_is_good, sorted(self.folder.parent.glob(f"{self.folder.name}.rows-*"))):
+            tables.append(_load(folder))
+            numbers.append(column(tables[-1], "row"))
+        tables = [table.select_columns(list(_NO_ROWS)) for table in tables]
+        return np.concatenate(numbers), datasets.concatenate_datasets(tables)
+
+    def _build_index(self, work: Path) -> dict[str, Any]:
+        answers = tokenization.encode_answers(self.tokenizer, self.texts)
+        keys = np.array([hash_texts(prompt, answer) for prompt, answer in self.texts], dtype=np.uint64)
+        columns = {
+            "key": keys.view(np.int64),  # Arrow and the order of rows take them as signed
+            "answer_length": [len(self._ended(ids)) for ids in answers],
+        }
+        return self._save(columns, {}, work)
+
+    def _build_rows(self, work: Path, rows: Integers) -> dict[str, Any]:
+        columns: dict[str, Any] = {"row": rows, **self._encode([self.texts[row] for row in rows])}
+        return self._save(columns, _token_features(), work)
+
+    def _encode(self, texts: Texts) -> dict[str, list[Any]]:
+        """Encode texts, and end every answer."""
+        columns: dict[str, list[Any]] = {"input_ids": [], "answer_start": [], "length": []}
+        with self.progress(f"encoding {self.part.name}", len(texts), "rows") as at:
+            for begin in range(0, len(texts), ENCODED_AT_ONCE):
+                some = texts[begin : begin + ENCODED_AT_ONCE]
+                for ids, start in tokenization.encode_rows(self.tokenizer, some, special=not self.part.chat):
+                    ended = self._ended(ids)
+                    columns["input_ids"].append(np.asarray(ended, dtype=np.int32))
+                    columns["answer_start"].append(start)
+                    columns["length"].append(len(ended))
+                at(begin + len(some))
+        return columns
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Return the ids with an end; a chat template has mostly written one itself."""
+        # By id: as text, an end would have to be recognised again, which not every tokenizer does.
+        return ids if ids and ids[-1] in self._own_ends else [*ids, self.tokenizer.eos_token_id]
+
+    @cached_property
+    def _own_ends(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids) if self.part.chat else set()
+
+    def _save(self, columns: dict[str, Any], types: dict[str, Any], work: Path) -> dict[str, Any]:
+        import datasets
+
+        datasets.disable_progress_bars()
+        number = datasets.Value("int64")
+        features = datasets.Features({name: types.get(name, number) for name in columns})
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(work / "rows"))
+        return {"rows": self.part.name, "key": self.folder.name.rpartition("-")[2]}
+
+
+_NO_ROWS: dict[str, list[Any]] = {"input_ids": [], "answer_start": [], "length": []}
+
+
+def _token_features() -> datasets.Features:
+    import datasets
+
+    number = datasets.Value("int64")
+    return datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("int32")), "answer_start": number, "length": number}
+    )
+
+
+def open_table(parts: Sequence[PartCache], rows: Integers) -> TokenTable:
+    """Encode rows, numbered through all parts, that are not yet, and return the table of them."""
+    import datasets
+
+    keys, answer_lengths, tables = [], [], []
+    position = np.full(sum(map(len, parts)), -1)
+    encoded = 0
+    for part, begin, numbers in split_by_part(parts, rows):
+        found, table = part.encode(numbers)
+        position[begin + found] = encoded + np.arange(len(table))
+        encoded += len(table)
+        tables.append(table)
+        keys.append(part.index[0])
+        answer_lengths.append(part.index[1])
+    return TokenTable(
+        np.concatenate(keys), np.concatenate(answer_lengths), datasets.concatenate_datasets(tables), position
+    )
+
+
+def split_by_part(parts: Sequence[PartCache], rows: Integers) -> Iterator[tuple[PartCache, int, Integers]]:
+    """Yield each part, the number of its first row in all parts, and those of the rows that are its, by its numbers."""
+    begin = 0
+    for part in parts:
+        end = begin + len(part)
+        yield part, begin, rows[(rows >= begin) & (rows < end)] - begin
+        begin = end
+
+
+def column(table: datasets.Dataset, name: str) -> Integers:
+    """Return a column of numbers."""
+    return np.asarray(table.data.column(name).to_numpy(), dtype=np.int64)
+
+
+def _is_good(folder: Path) -> bool:
+    return read_manifest(folder) is not None
+
+
+def _load(folder: Path) -> datasets.Dataset:
+    import datasets
+
+    return datasets.Dataset.load_from_disk(str(folder / "rows"))

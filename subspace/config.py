@@ -1,8 +1,8 @@
-"""A run's configuration: one YAML file and ``key=value`` overrides, typed by the settings that each part declares.
+"""A run's configuration: a YAML file, what it builds on, and ``key=value`` overrides, composed.
 
-This file only composes them: the keys, types, defaults, bounds and explanations are those of :class:`ModelConfig`, of
-the method's own ``Config``, and so on. jsonargparse converts and checks types. Unknown keys are refused with the
-nearest known one.
+The settings themselves are declared and checked elsewhere: by :class:`ModelConfig`, by the method's own ``Config``, and
+so on. Here layers are put over one another: each gives settings by name (``train.steps``, ``method.0.r``), and who gave
+a setting is kept for the messages.
 """
 
 from __future__ import annotations
@@ -10,24 +10,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from typing import Any, NamedTuple
 
 from subspace.adapters.base import Adapter, MethodConfig
 from subspace.adapters.registry import list_methods, resolve_method
-from subspace.common.files import write_file
+from subspace.common.declarations import parse_value, read_yaml, write_yaml
 from subspace.common.paths import find_resource, recipes_folder, resource_name
-from subspace.common.settings import Settings, setting
+from subspace.common.settings import SettingInfo, Settings, check_settings, declared_settings, setting
 from subspace.data.config import DataConfig
 from subspace.errors import UserError, nearest
-from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
+from subspace.evaluation.config import EvaluateConfig, EvaluationSubject, PublishedScores
 from subspace.models.config import ModelConfig
 from subspace.training.config import TrainConfig
 
@@ -38,7 +33,9 @@ SECTIONS: dict[str, type[Settings]] = {
     "evaluate": EvaluateConfig,
 }
 DEFAULT_METHOD = "lora"
-SINGLE_METHOD = "method"  # where a run's only method stands; one of several stands at method.0, method.1, ...
+METHOD = "method"  # where a run's only method stands; one of several stands at method.0, method.1, ...
+BASE = "base"  # names the file that a file builds on
+COMMAND_LINE = "the command line"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +65,14 @@ class RunConfig(Settings):
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: str = setting("ds_configs/zero1.json", "DeepSpeed's own configuration, a JSON file")
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    published: PublishedScores | None = setting(
+        None, "scores of this setting in the literature, in percent: {boolq: 68.9, ..., average: 74.7, source: WHERE}"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[\w.+-]+", self.name) or self.name in (".", ".."):
+            raise UserError(f"name is '{self.name}', but names a folder: letters, digits and . _ + - only")
 
     @property
     def folder(self) -> Path:
@@ -77,116 +82,39 @@ class RunConfig(Settings):
     @property
     def methods(self) -> str:
         """The names of the run's methods."""
-        return ", ".join(part.name for part in self.method)
+        return ", ".join(entry.name for entry in self.method)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values in the form of the YAML file."""
-        plain: dict[str, Any] = {}
-        for name, value in dataclasses.asdict(self).items():
-            parts = [part.as_dict() for part in self.method]
-            if name != "method":
-                plain[name] = value
-            elif len(parts) > 1:
-                plain["method"] = parts
-            else:
-                plain |= {"method": parts[0], "targets": parts[0].pop("targets")}
+        plain = dataclasses.asdict(self)
+        plain[METHOD] = [entry.as_dict() for entry in self.method]
+        if len(self.method) == 1:
+            (only,) = plain[METHOD]
+            plain |= {METHOD: only, "targets": only.pop("targets")}
+        if self.published is None:
+            del plain["published"]
         return plain
 
 
-@dataclass(frozen=True)
-class SettingInfo:
-    """One setting by its name in the file, as ``train.learning_rate``."""
-
-    name: str
-    type: Any
-    default: Any
-    doc: str
-    choices: tuple[str, ...] = ()
-
-    @property
-    def takes(self) -> str:
-        """What it takes, in words."""
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
-        union = isinstance(self.type, types.UnionType) or typing.get_origin(self.type) is typing.Union
-        members = typing.get_args(self.type) if union else (self.type,)
-        kinds = {list: "a list", dict: "a mapping"}
-        return " or ".join(words.get(m) or kinds[typing.get_origin(m) or m] for m in members)
-
-
-def all_settings(parts: Mapping[str, type[Adapter]]) -> dict[str, SettingInfo]:
-    """Return every setting of a run by name; ``parts`` are its methods by where they stand, as ``method.0``."""
-    found = [_declared(RunConfig, "")[name] for name in ("name", "runs", "engine")]
-    for section, declaration in SECTIONS.items():
-        found += _declared(declaration, f"{section}.").values()
-    for part, method in parts.items():
-        found += [SettingInfo(f"{part}.name", str, DEFAULT_METHOD, "the method; `subspace methods` lists them")]
-        found += _declared(method.Config, f"{part}.").values()
-        # One method alone has its targets beside it.
-        found += [
-            _declared(MethodEntry, f"{part}.")["patterns"],
-            _declared(MethodEntry, "" if part == SINGLE_METHOD else f"{part}.")["targets"],
-        ]
-    order = [f.name for f in dataclasses.fields(RunConfig)]
-    return {key.name: key for key in sorted(found, key=lambda key: order.index(_section(key.name)))}
-
-
-def _section(name: str) -> str:
-    return SINGLE_METHOD if name == "targets" else name.partition(".")[0]
-
-
-def _declared(declaration: type[Settings], prefix: str) -> dict[str, SettingInfo]:
-    types_of, found = typing.get_type_hints(declaration), {}
-    for f in dataclasses.fields(declaration):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        doc, choices = f.metadata.get("doc", ""), f.metadata.get("choices", ())
-        found[f.name] = SettingInfo(prefix + f.name, types_of[f.name], default, doc, choices)
+def all_settings(methods: Mapping[str, type[Adapter]]) -> dict[str, SettingInfo]:
+    """Return every setting of a run by name, as ``train.steps``; ``methods`` are its methods by where they stand."""
+    found: dict[str, SettingInfo] = {}
+    for name, info in declared_settings(RunConfig).items():
+        if name in SECTIONS:
+            found |= {f"{name}.{key}": own for key, own in declared_settings(SECTIONS[name]).items()}
+        elif name == METHOD:
+            for place, method in methods.items():
+                own = {"name": SettingInfo("name", str, DEFAULT_METHOD, "the method; `subspace methods` lists them")}
+                own |= declared_settings(method.Config)
+                entry = declared_settings(MethodEntry)
+                found |= {f"{place}.{key}": setting for key, setting in {**own, "patterns": entry["patterns"]}.items()}
+                found["targets" if place == METHOD else f"{place}.targets"] = entry["targets"]
+        else:
+            found[name] = info
     return found
 
 
-def settings_manual() -> str:
-    """Return every setting with its default and what it means, and every method's own settings with theirs."""
-    lines = ["settings, in the configuration or as key=value:"]
-    own_keys = {f"method.{f.name}" for f in dataclasses.fields(resolve_method(DEFAULT_METHOD)[0].Config)}
-    for key in all_settings({SINGLE_METHOD: resolve_method(DEFAULT_METHOD)[0]}).values():
-        if key.name not in own_keys:
-            values = " | ".join(key.choices) or key.takes
-            lines += [f"  {key.name}={_as_yaml(key.default)}", f"      {key.doc} ({values})"]
-    lines += [
-        "",
-        "`method:` may be a list of such sections, each with its own targets; their keys are then method.0.r and so on",
-        "",
-        "each method's own, below `method.`; `subspace methods NAME` says what they mean:",
-    ]
-    for method in list_methods().values():
-        own = [f"{name}={_as_yaml(key.default)}" for name, key in _declared(method.Config, "").items()]
-        lines.append(f"  {method.name:<12} {' '.join(own) or '(none)'}")
-    return "\n".join(lines)
-
-
-def method_settings(name: str | None, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return a method's settings by its name, or those of all methods, from ``key=value`` each and what an alias says.
-
-    What only some of all methods have is set in those.
-    """
-    wanted = [resolve_method(name)] if name else [(method, {}) for method in list_methods().values()]
-    declared = {method.name: _declared(method.Config, "") for method, _ in wanted}
-    found = {method.name: dict(presets) for method, presets in wanted}
-    for override in overrides:
-        key, _, text = override.partition("=")
-        able = [method for method in declared if key in declared[method]]
-        if not able:
-            owner = f"method {wanted[0][0].name}" if name else "no method"
-            raise UserError(
-                f"{owner} has {'no' if name else 'a'} setting '{key}'. {nearest(key, set().union(*declared.values()))}"
-            )
-        for method in able:
-            found[method][key] = _convert(declared[method][key], text, "the command line", is_text=True)
-    return found
-
-
-def _as_yaml(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True)
-    return text.removesuffix("...\n").strip()
+# Reading.
 
 
 def read_config(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -199,14 +127,16 @@ def read_config(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     file = Path(file)
     if not file.is_file():
         file = find_resource(file) or file
-    return _resolve({"name": file.stem, **_from_file(file)}, overrides, str(file), file.parent)
+    values = _override(_read_file(file), overrides)
+    return _compose({"name": Given(file.stem, str(file)), **values}, file.parent)
 
 
 def read_data_config(what: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read what a run would train on: its configuration, or a mixture, task or data file with all else by default."""
-    if Path(what).suffix in (".yaml", ".yml") and "parts" not in _from_file(Path(what)):
+    is_yaml = Path(what).suffix in (".yaml", ".yml")
+    if is_yaml and not (Path(what).exists() and "parts" in read_yaml(Path(what))):
         return read_config(what, overrides)
-    return _resolve({"data.mixture": what, "name": "data"}, overrides, "the command line", Path())
+    return _read_defaults("data", "data.mixture", what, overrides)
 
 
 def read_run_subject(folder: Path, overrides: Sequence[str] = ()) -> EvaluationSubject:
@@ -229,51 +159,15 @@ def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
     if Path(what).suffix in (".yaml", ".yml"):
         config = read_config(what, overrides)
     else:
-        config = _resolve({"model.path": what, "name": "base"}, overrides, "the command line", Path())
+        config = _read_defaults("base", "model.path", what, overrides)
     name = re.sub(r"[^\w.+-]+", "-", config.model.path).strip("-")
     return EvaluationSubject(config.model, config.evaluate, Path(config.runs) / name)
 
 
-def _resolve(values: dict[str, Any], overrides: Sequence[str], where: str, beside: Path) -> RunConfig:
-    """Compose values and overrides into a configuration.
-
-    Args:
-        values: Settings by name, as YAML gives them.
-        overrides: ``key=value`` each.
-        where: What the values come from, for messages.
-        beside: A folder from which the engine's file may be named.
-    """
-    numbers = {int(found[1]) for name in values if (found := re.match(r"method\.(\d+)\.", name))}
-    texts: dict[str, str] = {}
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"'{override}' stands where settings do, as key=value")
-        if re.fullmatch(r"method(\.\d+)?", name):
-            values = {k: v for k, v in values.items() if not k.startswith(f"{name}.") or k == f"{name}.targets"}
-            numbers = set() if name == SINGLE_METHOD else numbers
-            name = f"{name}.name"
-        texts[name] = text
-
-    parts: dict[str, type[Adapter]] = {}
-    presets: dict[str, Any] = {}
-    for part in [f"method.{number}" for number in sorted(numbers)] or [SINGLE_METHOD]:
-        name = f"{part}.name"
-        if numbers and name not in {**values, **texts}:
-            raise UserError(f"{where}: each of several methods needs its name, and {part} has none")
-        parts[part], aliased = resolve_method(str({name: DEFAULT_METHOD, **values, **texts}[name]))
-        presets |= {f"{part}.{key}": value for key, value in aliased.items()}
-    known = all_settings(parts)
-    given: dict[str, Any] = {}
-    for source, origin in ((values, where), (texts, "the command line")):
-        # An alias's settings come with its name, so before those that stand beside the name.
-        given |= {name: value for name, value in presets.items() if f"{name.rpartition('.')[0]}.name" in source}
-        for name, value in source.items():
-            if name not in known:
-                raise UserError(f"{origin} sets '{name}', but {_suggest(name, known, parts)}")
-            given[name] = _convert(known[name], value, origin, is_text=source is texts)
-    given["engine"] = _find_engine(given.get("engine", known["engine"].default), beside)
-    return _build(given, parts, known)
+def _read_defaults(name: str, key: str, value: str, overrides: Sequence[str]) -> RunConfig:
+    """Read a configuration in which one setting is given, and else overrides alone."""
+    values = {"name": Given(name, COMMAND_LINE), key: Given(value, COMMAND_LINE)}
+    return _compose(_override(values, overrides), Path())
 
 
 def write_config(config: RunConfig, file: Path) -> None:
@@ -281,135 +175,197 @@ def write_config(config: RunConfig, file: Path) -> None:
     plain = config.as_dict()
     engine = Path(config.engine)
     plain["engine"] = resource_name(engine) or str(engine)
-    write_file(file, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
+    write_yaml(file, plain)
 
 
-class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML in which a key that stands twice is an error; plain YAML lets the last one win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands here twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
+# Layers.
 
 
-def _from_file(file: Path) -> dict[str, Any]:
-    """Read a YAML file into ``{'train.steps': 100}``."""
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except FileNotFoundError:
+class Given(NamedTuple):
+    """A value that a layer gives to a setting."""
+
+    value: Any
+    origin: str  # the file, or the command line
+    text: str | None = None  # what stood on the command line, which YAML read as the value
+
+    def value_for(self, info: SettingInfo | None) -> Any:
+        """Return the value; for a setting that takes text, 5 on the command line is text, and so is true."""
+        is_null = self.value is None and info is not None and types.NoneType in info.types
+        if self.text is None or info is None or str not in info.types or is_null:
+            return self.value
+        return self.value if isinstance(self.value, str | list | dict) else self.text
+
+
+Layer = dict[str, Given]
+
+
+def parse_override(override: str) -> tuple[str, Given]:
+    """Return the setting's name and the value that ``key=value`` gives it."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"'{override}' stands where settings do, as key=value")
+    return name, Given(parse_value(text), COMMAND_LINE, text)
+
+
+def _override(values: Layer, overrides: Sequence[str]) -> Layer:
+    """Put the command line's settings over the others."""
+    own: Layer = {}
+    for name, given in map(parse_override, overrides):
+        if re.fullmatch(r"method(\.\d+)?", name):  # another method: what was set for the old one goes, its targets stay
+            values = {k: v for k, v in values.items() if not k.startswith(f"{name}.") or k == f"{name}.targets"}
+            name = f"{name}.name"
+        own[name] = given
+    return _merge(values, _names_first(own))
+
+
+def _merge(below: Layer, above: Layer) -> Layer:
+    """Put a layer over another. What stands later in the order of the keys counts more."""
+    return {**{name: given for name, given in below.items() if name not in above}, **above}
+
+
+def _names_first(layer: Layer) -> Layer:
+    """Put the methods' names first: an alias stands for settings, and those beside it count more."""
+    return dict(sorted(layer.items(), key=lambda item: not re.fullmatch(r"method(\.\d+)?\.name", item[0])))
+
+
+def _read_file(file: Path, above: Sequence[Path] = ()) -> Layer:
+    """Read a YAML file and the files that it builds on; ``above`` are those that build on it."""
+    if not file.exists():
         recipes = [f"launch/recipes/{path.name}" for path in recipes_folder().glob("*.yaml")]
         near = nearest(str(file), recipes).partition("There are: ")[0]  # there are too many to list
-        raise UserError(f"there is no configuration file '{file}'. {near}Recipes lie in launch/recipes") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the configuration file '{file}' cannot be read: {error}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{file}{line} is not YAML that can be understood: {error.problem}") from None
+        raise UserError(
+            f"there is no configuration file '{file}'. {near}`subspace recipes` lists those that come with it"
+        )
+    if file.resolve() in above:
+        raise UserError(f"{file} builds on itself: its '{BASE}:' leads back to it")
+    content = read_yaml(file)
+    base = content.pop(BASE, None)
+    own = _names_first(_flatten(content, str(file)))
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise UserError(
+            f"{file} sets {BASE} to {base!r}, but it takes the path of a YAML file, relative to {file.parent}"
+        )
+    below = _read_file(file.parent / base, [*above, file.resolve()])
+    below.pop("name", None)
+    # A file that names its method has nothing from the other's; one that gives a list has not its targets either.
+    if any(re.fullmatch(r"method(\.\d+)?\.name", name) for name in own):
+        several = any(name.startswith(f"{METHOD}.0.") for name in own)
+        below = {k: v for k, v in below.items() if not k.startswith(f"{METHOD}.") and not (several and k == "targets")}
+    return _merge(below, own)
 
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no settings. It should have sections as 'train:', each with lines 'key: value'")
-    values: dict[str, Any] = {}
-    if content.get(SINGLE_METHOD) == []:
+
+def _flatten(content: Mapping[str, Any], file: str) -> Layer:
+    """Return ``{'train.steps': ...}`` for a file's content."""
+    content = dict(content)
+    methods = content.get(METHOD)
+    if methods == []:
         raise UserError(f"{file}: method is an empty list, so nothing would be trained. {nearest('', list_methods())}")
-    several = isinstance(content.get(SINGLE_METHOD), list)
-    if several:
-        content |= {f"{SINGLE_METHOD}.{number}": part for number, part in enumerate(content.pop(SINGLE_METHOD))}
+    if isinstance(methods, list):
+        del content[METHOD]
+        content |= {f"{METHOD}.{number}": entry for number, entry in enumerate(methods)}
+    values: Layer = {}
     for name, value in content.items():
-        is_method = name == SINGLE_METHOD or (several and str(name).startswith(f"{SINGLE_METHOD}."))
+        is_method = re.fullmatch(r"method(\.\d+)?", str(name))
         if is_method and isinstance(value, str):
             value = {"name": value}
         if name not in SECTIONS and not is_method:
-            values[str(name)] = value
+            values[str(name)] = Given(value, file)
         elif isinstance(value, dict):
-            values.update({f"{name}.{key}": inner for key, inner in value.items()})
-        elif value is not None or several:
+            values |= {f"{name}.{key}": Given(inner, file) for key, inner in value.items()}
+        elif value is not None or (is_method and name != METHOD):
             raise UserError(f"{file}: {name} is {value!r}, but is a section: lines 'key: value' below '{name}:'")
     return values
 
 
-def _convert(key: SettingInfo, value: Any, where: str, *, is_text: bool) -> Any:
-    """Convert what the file or the command line gives to the setting's type."""
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_argument("--value", type=key.type)
-    value = _as_list(key, value)
-    try:
-        # Text is read as YAML would read it; what comes out of a YAML file has been.
-        parsed = parser.parse_args([f"--value={value}"]) if is_text else parser.parse_object({"value": value})
-    except ArgumentError:
-        raise UserError(f"{where} sets {key.name} to {value!r}, but it takes {key.takes}: {key.doc}") from None
-    return parsed["value"]
+# Composing.
 
 
-def _as_list(key: SettingInfo, value: Any) -> Any:
-    """Let ``q_proj,v_proj`` stand for a list where text alone is not allowed."""
-    plain_text = isinstance(value, str) and not value.startswith("[") and value not in ("", "null")
-    return f"[{value}]" if plain_text and "a list" in key.takes and "text" not in key.takes else value
+def _compose(values: Layer, beside: Path) -> RunConfig:
+    """Compose settings by name into a configuration; ``beside`` is a folder from which the engine may be named."""
+    numbers = sorted({int(found[1]) for name in values if (found := re.match(r"method\.(\d+)\.", name))})
+    places = [f"{METHOD}.{number}" for number in numbers] or [METHOD]
+    below: dict[str, Layer] = {place: {} for place in (*SECTIONS, *places)}
+    top: Layer = {}
+    unknown: list[str] = []
+    for name, given in values.items():
+        section, _, key = name.rpartition(".")
+        if section in below:
+            below[section][key] = given
+        elif name == "targets" and places == [METHOD]:
+            below[METHOD][name] = given
+        elif not section and name in declared_settings(RunConfig) and name not in below:
+            top[name] = given
+        else:
+            unknown.append(name)
+    methods = {place: _resolve(place, below[place]) for place in places}
+    if unknown:
+        known = all_settings({place: method for place, (method, _) in methods.items()})
+        raise UserError(f"{values[unknown[0]].origin} sets '{unknown[0]}', but {_suggest(unknown[0], known)}")
 
-
-def _build(given: Mapping[str, Any], parts: Mapping[str, type[Adapter]], known: Mapping[str, SettingInfo]) -> RunConfig:
-    top = {key: value for key, value in given.items() if "." not in key and key != "targets"}
-    config = RunConfig(
-        **top,
-        method=tuple(_part(given, part, method, known) for part, method in parts.items()),
-        **{name: _declare(declaration, _below(name, given), name) for name, declaration in SECTIONS.items()},
+    engine = top.get("engine", Given(declared_settings(RunConfig)["engine"].default, ""))
+    if isinstance(engine.value, str):
+        top["engine"] = engine._replace(value=_find_engine(engine.value, (beside, Path(engine.origin).parent)))
+    sections: dict[str, Any] = {name: cls(**_checked(cls, below[name], name)) for name, cls in SECTIONS.items()}
+    return RunConfig(
+        **_checked(RunConfig, top),
+        **sections,
+        method=tuple(_method_entry(place, below[place], *methods[place]) for place in places),
     )
-    if not re.fullmatch(r"[\w.+-]+", config.name) or config.name in (".", ".."):
-        raise UserError(f"name is '{config.name}', but names a folder: letters, digits and . _ + - only")
-    return config
 
 
-def _part(given: Mapping[str, Any], part: str, method: type[Adapter], known: Mapping[str, SettingInfo]) -> MethodEntry:
-    below = _below(part, given)
-    own = {f.name: below[f.name] for f in dataclasses.fields(method.Config) if f.name in below}
-    settings, typed = _declare(method.Config, own, part), {}
-    for pattern, changes in below.get("patterns", {}).items():
-        where = f"{part}.patterns, for {pattern!r},"
-        for key in changes:
-            if key not in dataclasses.asdict(settings):
-                raise UserError(f"{where} sets '{key}', but {_suggest(f'{part}.{key}', known, {part: method})}")
-        typed[pattern] = {k: _convert(known[f"{part}.{k}"], v, where, is_text=False) for k, v in changes.items()}
-        _declare(partial(dataclasses.replace, settings), typed[pattern], part)
-    targets = (given if part == SINGLE_METHOD else below).get("targets")
-    return MethodEntry(name=method.name, settings=settings, targets=targets, patterns=typed)
+def _checked(cls: type[Settings], layer: Layer, section: str = "", owner: str = "") -> dict[str, Any]:
+    declared = declared_settings(cls)
+    return check_settings(
+        cls,
+        {key: given.value_for(declared.get(key)) for key, given in layer.items()},
+        section=section,
+        owner=owner,
+        origin={key: given.origin for key, given in layer.items()},
+    )
 
 
-def _below(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    prefix = f"{section}."
-    return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+def _resolve(place: str, layer: Layer) -> tuple[type[Adapter], Mapping[str, Any]]:
+    """Return the method whose section this is, and the settings that its name stands for."""
+    if place != METHOD and "name" not in layer:
+        origin = next(iter(layer.values())).origin
+        raise UserError(f"{origin}: each of several methods needs its name, and {place} has none")
+    return resolve_method(str(layer["name"].value) if "name" in layer else DEFAULT_METHOD)
 
 
-def _declare(declaration: Callable[..., Any], values: Mapping[str, Any], section: str) -> Any:
-    try:
-        return declaration(**values)
-    except UserError as error:  # names the class's field; the user knows it by its key
-        raise UserError(re.sub(r"^[\w.]+\.(?=\w+ is )", f"{section}.", str(error))) from None
+def _method_entry(place: str, layer: Layer, method: type[Adapter], presets: Mapping[str, Any]) -> MethodEntry:
+    own: Layer = {}
+    for key, given in layer.items():  # an alias's settings come with its name, and what stands after it counts more
+        aliased = {preset: Given(value, given.origin) for preset, value in presets.items()}
+        own = _merge(own, aliased if key == "name" else {key: given})
+    where: dict[str, Any] = {}
+    for key, section in (("targets", "" if place == METHOD else place), ("patterns", place)):
+        if key in own:
+            where |= _checked(MethodEntry, {key: own.pop(key)}, section)
+    owner = f"method {method.name}"
+    settings = method.Config(**_checked(method.Config, own, place, owner))
+    for pattern, changes in where.get("patterns", {}).items():
+        origin = f"{place}.patterns, for {pattern!r},"
+        changes = check_settings(method.Config, changes, section=place, owner=owner, origin=origin)
+        where["patterns"][pattern] = changes
+    return MethodEntry(name=method.name, settings=settings, **where)
 
 
-def _suggest(name: str, known: Mapping[str, SettingInfo], parts: Mapping[str, type[Adapter]]) -> str:
-    """Say what there is instead of an unknown setting: in its section, or elsewhere, or which sections."""
-    section, _, word = name.rpartition(".")
-    inside = {key.removeprefix(f"{section}."): key for key in known if key.startswith(f"{section}.")}
-    if inside and (section != SINGLE_METHOD or SINGLE_METHOD in parts):
-        owner = f"method {parts[section].name}" if section in parts else section
-        beside = f"'{word}' stands beside the section. " if word in known else ""
-        return f"{owner} has no setting '{word}'. {beside}{nearest(word, inside)}"
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """Say what there is instead of a setting that is in no section: elsewhere, or which sections."""
     if any(key.startswith(f"{name}.") for key in known):
         return f"{name} is a section. Its settings are given one by one, as {name}.KEY=VALUE"
-    same = [key for key in known if key.rpartition(".")[2] == word]
-    sections = {key.partition(".")[0] for key in known}
-    hint = f"Did you mean '{same[0]}'?" if same else nearest(name, sections)
+    same = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = f"Did you mean '{same[0]}'?" if same else nearest(name, {key.partition(".")[0] for key in known})
     return f"there is no such setting. {hint}"
 
 
-def _find_engine(path: str, beside: Path) -> str:
-    """Find the engine's file from the current folder, from the configuration's, or among the project's own.
+def _find_engine(path: str, folders: Sequence[Path]) -> str:
+    """Find the engine's file from the current folder, from a configuration's, or among the project's own.
 
     Where there is none, the path stays: only training opens it, and a run is scored without.
     """
-    found = next((place / path for place in (Path(), beside) if (place / path).is_file()), None) or find_resource(path)
+    found = next((folder / path for folder in (Path(), *folders) if (folder / path).is_file()), None)
+    found = found or find_resource(path)
     return str(found.resolve()) if found else path

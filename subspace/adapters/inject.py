@@ -15,9 +15,10 @@ from subspace.adapters.base import Adapter, MethodConfig
 from subspace.adapters.registry import configure, resolve_method
 from subspace.adapters.targets import find_target_modules, matches_target
 from subspace.common.progress import Progress, no_progress
+from subspace.common.settings import check_settings
 from subspace.distributed.collectives import broadcast_, rank, world_size
 from subspace.distributed.zero import is_sharded
-from subspace.errors import UserError, nearest
+from subspace.errors import UserError
 from subspace.models.frozen_weights import (
     find_weight_file,
     gather_weight_on_rank,
@@ -133,11 +134,8 @@ def _apply_patterns(config: MethodConfig, name: str, patterns: Mapping[str, Mapp
     """Return the settings for one site."""
     for pattern, changes in patterns.items():
         if matches_target(pattern, name):
-            known = [field.name for field in dataclasses.fields(config)]
-            unknown = [key for key in changes if key not in known]
-            if unknown:
-                raise UserError(f"the pattern {pattern!r} sets '{unknown[0]}'. {nearest(unknown[0], known)}")
-            config = dataclasses.replace(config, **changes)
+            origin = f"the pattern {pattern!r}"
+            config = dataclasses.replace(config, **check_settings(type(config), changes, owner="method", origin=origin))
     return config
 
 

@@ -239,11 +239,7 @@ def _unknown(method: str, word: str, known: Mapping[str, Any], file: MethodFile 
 
 def configure(cls: type[Adapter], settings: Mapping[str, Any]) -> MethodConfig:
     """Build a method's Config from a mapping; unknown keys are refused with the nearest known one."""
-    known = [field.name for field in dataclasses.fields(cls.Config)]
-    for key in settings:
-        if key not in known:
-            raise UserError(f"method {cls.name} has no setting '{key}'. {nearest(key, known)}")
-    return cls.Config(**settings)
+    return cls.Config.build(settings, owner=f"method {cls.name}")
 
 
 # Files of the user's own.

@@ -79,10 +79,28 @@ def scored_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_manual() -> str:
-    """Return what can be set in a run's configuration, for the end of a verb's help."""
-    from subspace.config import settings_manual
+    """Return every setting with its default and what it means, and every method's own settings with theirs."""
+    from subspace.adapters.registry import list_methods, resolve_method
+    from subspace.common.declarations import format_value
+    from subspace.common.settings import declared_settings
+    from subspace.config import DEFAULT_METHOD, METHOD, all_settings
 
-    return settings_manual()
+    lines = ["settings, in the configuration or as key=value:"]
+    method = resolve_method(DEFAULT_METHOD)[0]
+    for name, info in all_settings({METHOD: method}).items():
+        if name.removeprefix(f"{METHOD}.") not in declared_settings(method.Config):
+            values = " | ".join(info.choices) or info.type_hint
+            lines += [f"  {name}={format_value(info.default)}", f"      {info.doc} ({values})"]
+    lines += [
+        "",
+        "`method:` may be a list of such sections, each with its own targets; their keys are then method.0.r and so on",
+        "",
+        "each method's own, below `method.`; `subspace methods NAME` says what they mean:",
+    ]
+    for method in list_methods().values():
+        own = [f"{name}={format_value(info.default)}" for name, info in declared_settings(method.Config).items()]
+        lines.append(f"  {method.name:<12} {' '.join(own) or '(none)'}")
+    return "\n".join(lines)
 
 
 def show_tables(found: Sequence[Table], options: argparse.Namespace) -> None:

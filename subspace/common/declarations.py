@@ -1,53 +1,114 @@
-"""Part of declarations."""
+"""YAML files, and the declarations of tasks, mixtures, models and wheels that lie in them.
+
+A declaration is a frozen dataclass; pydantic builds it, and what is inside it, by its annotations.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+import pydantic
 import yaml
 
 from subspace.common import paths
+from subspace.common.files import write_file
+from subspace.common.settings import no_such_setting
 from subspace.errors import UserError, nearest
 
-if TYPE_CHECKING:
-    pass
-
-
 _Declared = TypeVar("_Declared")
+
+
+class Declaration:
+    """Base of what is declared in YAML: a key that it does not have is an error."""
+
+    __pydantic_config__: ClassVar = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML in which a key that stands twice is an error, and 1e-3 a number.
+
+    Plain YAML lets the last key win without a word, and takes a number without a point for text.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands here twice", problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_value(text: str) -> Any:
+    """Return the value that a text is in YAML, such as 100 for ``100``; the text itself where it is none."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def format_value(value: Any) -> str:
+    """Return a value in YAML, on one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return text.removesuffix("...\n").strip()
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping, in its order, so that :func:`read_yaml` gives it back."""
+    write_file(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML file whose top level is a mapping."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line} is not YAML that can be understood: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} should be a mapping of names to values")
+        raise UserError(f"{path} should be a mapping: lines 'key: value'")
     return content
 
 
 def build(kind: type[_Declared], values: Mapping[str, Any], where: str) -> _Declared:
-    """Build a declaration's dataclass from what a YAML file says; ``where`` names that file in an error."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{where}: {kind.__name__.lower()} has no {key!r}. {nearest(key, fields)}")
-    needed = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
-    if missing := [name for name in needed if name not in values]:
-        raise UserError(f"{where}: {kind.__name__.lower()} lacks {', '.join(missing)}")
-
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    for key, nested in getattr(kind, "NESTED", {}).items():
-        if key in values:
-            values[key] = tuple(build(nested, part, where) for part in values[key])
-    return kind(**values)
+    """Build a declaration from what a YAML file says; ``where`` names that file in an error."""
+    try:
+        built: _Declared = _adapter(kind).validate_python(dict(values))  # type: ignore[arg-type]
+        return built
+    except pydantic.ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        *above, key = fault["loc"]
+        holder = _kind_at(kind, above)
+        owner = getattr(holder, "__name__", str(holder)).lower()
+        if fault["type"] == "unexpected_keyword_argument":
+            names = [field.name for field in dataclasses.fields(holder)]
+            raise UserError(f"{where}: {no_such_setting(owner, str(key), names)}") from None
+        if fault["type"] == "missing":
+            lacking = [
+                str(f["loc"][-1]) for f in error.errors() if f["type"] == "missing" and [*f["loc"][:-1]] == above
+            ]
+            raise UserError(f"{where}: {owner} lacks {', '.join(lacking)}") from None
+        name = ".".join(map(str, fault["loc"]))
+        raise UserError(f"{where}: {name} is {fault['input']!r}. {fault['msg']}") from None
 
 
 def declaration_files(folder: Path) -> list[Path]:
@@ -57,12 +118,32 @@ def declaration_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.yaml"))
 
 
-def _folder(name: str, kind: type[_Declared]) -> dict[str, _Declared]:
+@cache
+def _adapter(kind: type[Any]) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
+
+
+def _kind_at(kind: Any, location: Sequence[str | int]) -> Any:
+    """Return the type that stands at a place inside a declaration, as pydantic names places."""
+    for step in location:
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind)[str(step)]
+            if isinstance(kind, types.UnionType):
+                kind = next(member for member in typing.get_args(kind) if member is not types.NoneType)
+        else:
+            kind = typing.get_args(kind)[-1 if issubclass(typing.get_origin(kind), Mapping) else 0]
+    return kind
+
+
+def read_folder(name: str, kind: type[_Declared]) -> dict[str, _Declared]:
+    """Return the declarations of a folder of YAML files by their names, those of the files."""
     files = declaration_files(paths.declarations_folder() / name)
     return {file.stem: build(kind, {"name": file.stem, **read_yaml(file)}, file.name) for file in files}
 
 
-def _find(name: str, declared: Mapping[str, _Declared], kind: str) -> _Declared:
+def find_declared(name: str, declared: Mapping[str, _Declared], kind: str) -> _Declared:
+    """Return a declaration by its name or an alias; letter case, spaces, ``_`` and ``-`` are free."""
+
     def plain(text: str) -> str:
         return re.sub(r"[\s_-]", "", text).casefold()
 

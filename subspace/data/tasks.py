@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError, Undefined
 from jinja2.sandbox import SandboxedEnvironment
 
 from subspace.common import paths
-from subspace.common.declarations import _find, _folder, build, declaration_files, read_yaml
+from subspace.common.declarations import Declaration, build, declaration_files, find_declared, read_folder, read_yaml
 from subspace.common.download import Hub
 from subspace.data.items import Item, make_item
 from subspace.errors import UserError, nearest
@@ -59,7 +59,7 @@ def render(template: str, fields: Mapping[str, Any], /, **more: Any) -> str:
 
 
 @dataclass(frozen=True)
-class InWheel:
+class InWheel(Declaration):
     """Where a split lies in a wheel on PyPI, and in what its records or its content differ from the original."""
 
     wheel: str
@@ -69,7 +69,7 @@ class InWheel:
 
 
 @dataclass(frozen=True)
-class InFile:
+class InFile(Declaration):
     """A file of records beside a custom task, or in the folder that ``evaluate.data`` names, and how they differ."""
 
     path: str
@@ -77,7 +77,7 @@ class InFile:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Declaration):
     """One split of a task: ``official`` is its name in the original, ``labels`` how often each label occurs.
 
     ``file`` is read as it is, without ``subspace prepare``.
@@ -92,7 +92,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class MixturePart:
+class MixturePart(Declaration):
     """Rows of a mixture: ``first`` of them only, then ``rows`` of these or ``weight`` times as many as there are.
 
     What is not a whole multiple of the split is drawn at random under a fixed seed.
@@ -106,16 +106,15 @@ class MixturePart:
 
 
 @dataclass(frozen=True)
-class PublishedFile:
+class PublishedFile(Declaration):
     """A published file that a task's splits give back byte for byte, and the git blob id by which that is known."""
 
-    NESTED: ClassVar = {"parts": MixturePart}
     blob: str
     parts: tuple[MixturePart, ...]
 
 
 @dataclass(frozen=True)
-class LikelihoodFormat:
+class LikelihoodFormat(Declaration):
     """How lm-evaluation-harness scores a task: the log-probability of each choice's text after the context's.
 
     The first of ``metrics`` is the one that is usually reported, and goes into a mean over tasks. A task that has none
@@ -144,7 +143,7 @@ class LikelihoodFormat:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Declaration):
     """One benchmark: its sources, what it is proved against, and its texts."""
 
     name: str
@@ -226,10 +225,9 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Declaration):
     """What a run trains on: parts of tasks, one after the other. ``rows`` is how many there are if none is missing."""
 
-    NESTED: ClassVar = {"parts": MixturePart}
     name: str
     parts: tuple[MixturePart, ...]
     title: str = ""
@@ -245,12 +243,12 @@ def list_tasks(suite: str | None = "commonsense") -> dict[str, Task]:
 
 def find_task(name: str) -> Task:
     """Return one task by its name or an alias, in any case."""
-    return _find(name, list_tasks(None), "task")
+    return find_declared(name, list_tasks(None), "task")
 
 
 def list_mixtures() -> dict[str, Mixture]:
     """Return the declared mixtures. A task's name is a mixture too: see ``mixture``."""
-    return _folder("mixtures", Mixture)
+    return read_folder("mixtures", Mixture)
 
 
 def find_mixture(wanted: str) -> Mixture:
@@ -306,19 +304,10 @@ def _tasks(folder: Path) -> dict[str, Task]:
 
 def build_task(file: Path, values: dict[str, Any]) -> Task:
     """Build a task from what its file says."""
-    where = file.name
-
-    def split(declared: dict[str, Any]) -> Split:
-        parts: dict[str, type[Any]] = {"hub": Hub, "pypi": InWheel, "file": InFile}
-        built = {name: build(kind, declared[name], where) for name, kind in parts.items() if name in declared}
-        return build(Split, {**declared, **built}, where)
-
-    values["splits"] = {name: split(declared) for name, declared in values["splits"].items()}
-    values["published"] = {
-        name: build(PublishedFile, {**p, "parts": [{"task": file.stem, **part} for part in p["parts"]]}, where)
-        for name, p in values.get("published", {}).items()
+    published = {
+        name: {**declared, "parts": [{"task": file.stem, **part} for part in declared["parts"]]}
+        for name, declared in values.pop("published", {}).items()
     }
-    values["likelihood"] = build(LikelihoodFormat, values.get("likelihood", {}), where)
-    for text in ("instruction", "answer", "output"):
-        values[f"{text}_template"] = values.pop(text)
-    return build(Task, {"name": file.stem, **values}, where)
+    templates = {f"{text}_template": values.pop(text) for text in ("instruction", "answer", "output") if text in values}
+    own = {"name": file.stem, "published": published, "likelihood": {}, **templates, **values}
+    return build(Task, own, file.name)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Required
+
+import pydantic
+from typing_extensions import TypedDict
 
 from subspace.common.settings import Settings, setting, split_names
 from subspace.data.config import TaskSelection
-from subspace.errors import UserError, nearest
 from subspace.models.config import ModelConfig
 
 LIKELIHOOD = "likelihood"
@@ -27,6 +30,15 @@ PUBLISHED_DEFECTS = {
 
 DEFAULT_DEFECTS = ("unequal_prompts",)
 """The defects that the published evaluator has at its batch size, one."""
+NO_DEFECTS = "none"
+
+
+@pydantic.with_config(strict=True)
+class PublishedScores(TypedDict, total=False, extra_items=float):  # type: ignore[call-arg]
+    """Scores of the literature in percent, by the tasks' names, and where they stand."""
+
+    source: Required[str]
+    average: float
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,11 @@ class EvaluateConfig(Settings):
     """What to score, and how."""
 
     protocol: str | list[str] = setting(
-        "likelihood", f"how an answer is got out of the model, one or several of {', '.join(PROTOCOLS)}"
+        ["likelihood"], "how an answer is got out of the model, one protocol or several", choices=PROTOCOLS
     )
-    tasks: str | list[str] = setting("all", "which tasks: all, a suite's name, their names, or YAML files of your own")
+    tasks: str | list[str] = setting(
+        ["all"], "which tasks: all, a suite's name, their names, or YAML files of your own"
+    )
     limit: int | None = setting(None, "items of each task, always the same ones; none is all", min=1)
     split: str = setting("test", "which split; test is the one that the literature reports")
     examples: int = setting(0, "likelihood: answered items of the train split before each question (few-shot)", min=0)
@@ -56,8 +70,9 @@ class EvaluateConfig(Settings):
     data: str | None = setting(None, "folder of the published test files (gsm8k/test.json), for tasks read from there")
     prompt: str = setting("alpaca-indented", "protocols that ask: the text round the instruction, as data.prompt")
     defects: str | list[str] = setting(
-        ",".join(DEFAULT_DEFECTS),
-        f"llm-adapters-published: which of its defects are on, of {', '.join(PUBLISHED_DEFECTS)}; or none",
+        list(DEFAULT_DEFECTS),
+        "llm-adapters-published: which of its defects are on; or none",
+        choices=(*PUBLISHED_DEFECTS, NO_DEFECTS),
     )
     published_batch: int = setting(1, "llm-adapters-published: its batch size, felt with no_attention_mask", min=1)
     batch_tokens: int | None = setting(
@@ -74,15 +89,6 @@ class EvaluateConfig(Settings):
     )
     again: bool = setting(False, "score anew what is scored already")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for word, kind, known in [
-            *((name, "protocol", PROTOCOLS) for name in self.protocols),
-            *((name, "defects", PUBLISHED_DEFECTS) for name in self.defect_names),
-        ]:
-            if word not in known:
-                raise UserError(f"EvaluateConfig.{kind} is {word!r}. {nearest(word, known)}")
-
     @property
     def selection(self) -> TaskSelection:
         """Which items are scored."""
@@ -90,10 +96,10 @@ class EvaluateConfig(Settings):
 
     @property
     def protocols(self) -> list[str]:
-        """The protocols, one or several."""
+        """The protocols, each once."""
         return list(dict.fromkeys(split_names(self.protocol)))
 
     @property
     def defect_names(self) -> list[str]:
         """The defects that are on."""
-        return [name for name in split_names(self.defects) if name not in ("", "none")]
+        return [name for name in split_names(self.defects) if name != NO_DEFECTS]

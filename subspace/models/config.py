@@ -1,14 +1,10 @@
-"""Part of config."""
+"""The settings of the frozen base model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from subspace.common.settings import Settings, setting
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Part of declared."""
+"""Models and architectures that are declared in YAML: the embedded ones, and shapes to count in."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from subspace.common import paths
-from subspace.common.declarations import _find, _folder, build, read_yaml
+from subspace.common.declarations import Declaration, build, find_declared, read_folder, read_yaml
 
 
 @dataclass(frozen=True)
-class EmbeddedModel:
+class EmbeddedModel(Declaration):
     """A model that a wheel on PyPI carries as a GGUF file."""
 
     name: str
@@ -25,7 +25,7 @@ class EmbeddedModel:
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(Declaration):
     """What decides the shapes of a model's tensors: the values of its config.json, and which checkpoints have them."""
 
     checkpoints: tuple[str, ...]
@@ -35,12 +35,12 @@ class ModelShape:
 
 def embedded_models() -> dict[str, EmbeddedModel]:
     """Return the models that come with no hub."""
-    return _folder("models", EmbeddedModel)
+    return read_folder("models", EmbeddedModel)
 
 
 def embedded_model(name: str) -> EmbeddedModel:
     """Return one of these models by its name or an alias."""
-    return _find(name, embedded_models(), "embedded model")
+    return find_declared(name, embedded_models(), "embedded model")
 
 
 def model_shapes() -> dict[str, ModelShape]:

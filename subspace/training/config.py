@@ -1,4 +1,4 @@
-"""Part of config."""
+"""The settings of a training."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
         (["methods", "lora", "dora"], "was given lora, dora"),
         (["methods", "lora", "rank=4"], "method lora has no setting 'rank'"),
         (["methods", "rnak=4"], "no method has a setting 'rnak'"),
-        (["methods", "lora", "r=0"], "r is 0, but must lie in"),
+        (["methods", "lora", "r=0"], "sets r to 0, but it must lie in"),
         (["methods", "lora", "--targets", "q_proj"], "they need a model to count in: --shape llama-7b"),
         (["methods", "lora", "--shape", "lama-7b"], "Did you mean 'llama-7b'?"),
         (["methods", "ssl", "--shape", "llama-7b", "--budget", "9"], "the size of method ssl cannot be chosen"),
@@ -234,10 +234,10 @@ def test_sigint_ends_a_verb(tmp_path: Path) -> None:
     script = tmp_path / "waits.py"
     script.write_text(
         "import sys, time\n"
-        "from subspace import cli\n"
-        "from subspace.verb import Verb\n"
+        "from subspace.cli import main as cli\n"
+        "from subspace.cli.command import Command\n"
         "def wait(_):\n    print('here', flush=True)\n    time.sleep(60)\n"
-        "cli.VERBS = [Verb('wait', '', '', lambda parser: None, wait)]\n"
+        "cli.COMMANDS = [Command('wait', '', '', lambda parser: None, wait)]\n"
         "sys.exit(cli.main(['wait']))\n"
     )
     waiting = subprocess.Popen(

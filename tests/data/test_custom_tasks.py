@@ -85,7 +85,7 @@ def test_it_stands_beside_the_declared_ones(planets: Path) -> None:
         ("file: planets.jsonl\n", "planets/test, record 0: 'choices' was to be choices, but .*has question, options"),
         ("file: planets.jsonl\nitem: {choices: options, label: answer}\n", "label 'B' of the choices.*counts the"),
         ("file: planets.jsonl\nitem: {choices: options, label: '7'}\n", "label 7 of the choices"),
-        ("file: planets.jsonl\ninstuction: x\n", "has no 'instuction'. Did you mean 'instruction"),
+        ("file: planets.jsonl\ninstuction: x\n", "has no setting 'instuction'. Did you mean 'instruction"),
     ],
 )
 def test_what_a_file_lacks_is_told(planets: Path, yaml: str, complaint: str) -> None:

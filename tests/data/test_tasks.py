@@ -199,7 +199,7 @@ def test_an_unknown_mixture_is_refused(wanted: str) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("parts: [{task: boolq, weigth: 2}]", "part has no 'weigth'. Did you mean 'weight'"),
+        ("parts: [{task: boolq, weigth: 2}]", "part has no setting 'weigth'. Did you mean 'weight'"),
         ("title: nothing", "mixture lacks parts"),
         ("parts: [{task: boolq, split: trein}]", "Did you mean 'train'"),
         ("parts: [{task: boolq, rows: -1}]", "negative"),

@@ -291,7 +291,7 @@ def test_unknown_setting_names_the_nearest() -> None:
 
 
 def test_value_out_of_bounds_is_refused() -> None:
-    with pytest.raises(UserError, match="r is 0, but must lie in"):
+    with pytest.raises(UserError, match="r is 0, but it must lie in"):
         inject(tiny_llama(), "lora", {"r": 0})
 
 

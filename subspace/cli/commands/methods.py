@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from subspace.cli.command import Command, count, json_argument
-from subspace.errors import UserError
+from subspace.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from subspace.adapters.catalog import MethodInfo
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,37 +28,83 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace.adapters import catalog
-    from subspace.common.tables import print_grid
-    from subspace.config import method_settings
-    from subspace.models.config import ModelConfig
-    from subspace.models.loading import open_shape
-
-    if not options.shape and (options.targets or options.budget):
-        raise UserError("--targets and --budget count, so they need a model to count in: --shape llama-7b, say")
     names = [word for word in options.words if "=" not in word]
     if len(names) > 1:
         raise UserError(f"subspace methods tells about one method or lists all, but was given {', '.join(names)}")
-    given = [word for word in options.words if "=" in word] + ([f"r={options.r}"] if options.r else [])
-    settings = method_settings(names[0] if names else None, given)
+    if not options.shape and (options.targets or options.budget):
+        raise UserError("--targets and --budget count, so they need a model to count in: --shape llama-7b, say")
     if options.markdown:
-        print(catalog.short_methods_table() if options.short else catalog.methods_table())
+        from subspace.adapters.catalog import methods_table, short_methods_table
+
+        print(short_methods_table() if options.short else methods_table())
         return 0
-    found = [entry for entry in catalog.method_infos(settings) if not names or entry.name in settings]
-    if options.shape:
-        targets = [word for words in options.targets or [] for word in words.split(",")] or None
-        shape = open_shape(ModelConfig(path=options.shape))
-        if options.budget and not names:
-            found = [entry for entry in found if entry.size_setting]
-        found = [catalog.with_param_count(entry, shape, targets, options.budget) for entry in found]
+    overrides = [word for word in options.words if "=" in word] + ([f"r={options.r}"] if options.r else [])
+    return _show(names[0], overrides, options) if names else _list(overrides, options)
+
+
+def _list(overrides: Sequence[str], options: argparse.Namespace) -> int:
+    """List all methods and constraints."""
+    from subspace.adapters.catalog import method_infos, methods_grid
+    from subspace.common.tables import print_grid
+
+    found = method_infos(method_settings(None, overrides))
+    if options.budget:
+        found = [info for info in found if info.size_setting]
+    found = _counted(found, options)
     if options.json:
-        plain = [dataclasses.asdict(entry) for entry in found]
-        print(json.dumps(plain[0] if names else plain, indent=2))
-    elif names:
-        print(catalog.method_page(found[0], options.shape))
+        print(json.dumps([dataclasses.asdict(info) for info in found], indent=2))
     else:
-        print_grid(catalog.methods_grid(found, options.shape))
+        print_grid(methods_grid(found, options.shape))
     return 0
+
+
+def _show(name: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
+    """Tell all about one method."""
+    from subspace.adapters.catalog import method_info, method_page
+    from subspace.adapters.registry import resolve_method
+
+    method = resolve_method(name)[0]
+    (info,) = _counted([method_info(method, method_settings(name, overrides)[method.name])], options)
+    print(json.dumps(dataclasses.asdict(info), indent=2) if options.json else method_page(info, options.shape))
+    return 0
+
+
+def _counted(found: list[MethodInfo], options: argparse.Namespace) -> list[MethodInfo]:
+    """Add how much each method trains in the model that ``--shape`` names."""
+    if not options.shape:
+        return found
+    from subspace.adapters.catalog import with_param_count
+    from subspace.models.config import ModelConfig
+    from subspace.models.loading import open_shape
+
+    targets = [word for words in options.targets or [] for word in words.split(",")] or None
+    shape = open_shape(ModelConfig(path=options.shape))
+    return [with_param_count(info, shape, targets, options.budget) for info in found]
+
+
+def method_settings(name: str | None, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return a method's settings by its name, or those of all methods, from ``key=value`` each and what an alias says.
+
+    What only some of all methods have is set in those.
+    """
+    from subspace.adapters.registry import list_methods, resolve_method
+    from subspace.common.settings import check_settings, declared_settings
+    from subspace.config import parse_override
+
+    wanted = [resolve_method(name)] if name else [(method, {}) for method in list_methods().values()]
+    found = {method.name: dict(presets) for method, presets in wanted}
+    given = dict(map(parse_override, overrides))
+    for method, _ in wanted:
+        declared = declared_settings(method.Config)
+        own = {key: value.value_for(declared.get(key)) for key, value in given.items() if name or key in declared}
+        found[method.name] |= check_settings(
+            method.Config, own, owner=f"method {method.name}", origin="the command line"
+        )
+    known = {key for method, _ in wanted for key in declared_settings(method.Config)}
+    for key in given:
+        if key not in known:
+            raise UserError(f"no method has a setting '{key}'. {nearest(key, known)}")
+    return found
 
 
 VERB = Command(

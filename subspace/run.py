@@ -23,7 +23,7 @@ from subspace.adapters.inject import adapters, inject, trained_parameters
 from subspace.adapters.parameter_count import count_numbers, count_trained
 from subspace.adapters.registry import resolve_method
 from subspace.common.files import is_disk_full, write_json
-from subspace.common.host_memory import keep_freed_memory
+from subspace.common.host_memory import set_malloc_trim
 from subspace.common.paths import checkout
 from subspace.common.progress import Progress, no_progress, show_progress
 from subspace.config import MethodEntry, RunConfig, read_config, write_config
@@ -159,7 +159,7 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
         if config.train.compile:
             compile_layers(model)
         if config.train.keep_memory:
-            keep_freed_memory()
+            set_malloc_trim(False)
         held = gather_objects(weight_memory_bytes(model))
         torch.manual_seed(config.train.seed + rank())  # what processes draw for dropout should differ
         kept = {"config": config.as_dict(), "engine": engine_config}

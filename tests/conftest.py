@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from subspace.common import paths
+from subspace.common.progress import show_notices
 from subspace.distributed.signals import STATUS_FILE
 
 
@@ -35,6 +36,12 @@ def own_decompositions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         patch.setenv("SUBSPACE_SVD", str(tmp_path_factory.mktemp("svd")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def notices() -> None:
+    """Show what the package logs on standard error, as the command line does."""
+    show_notices()
 
 
 @pytest.fixture(autouse=True)

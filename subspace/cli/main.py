@@ -15,6 +15,7 @@ from subspace import __version__
 from subspace.cli.command import Command
 from subspace.cli.commands import compare, data, evaluate, merge, methods, plan, prepare, table, train
 from subspace.common.files import is_disk_full
+from subspace.common.progress import show_notices
 from subspace.distributed import launcher
 from subspace.errors import RunStopped, UserError, nearest
 
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # DeepSpeed's launcher adds --local_rank unless told not to; the environment says the same.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank=")]
+    show_notices()
     try:
         return _dispatch(given)
     except UserError as error:

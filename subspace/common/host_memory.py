@@ -1,7 +1,11 @@
-"""The host's memory as this process uses it: how much it holds, and how glibc gives back what is freed.
+"""The host's memory as this process uses it: how much it holds, and whether glibc gives back what is freed.
 
 glibc keeps what was freed for later, and cannot use all of it again when shapes change from step to step: the process
-grows by a quarter and more. Large tensors are better returned to the system at once.
+grows by a quarter and more. Large tensors are better returned to the system at once, except where the next step wants
+the same again, because the system clears every page before it gives it back.
+
+This is a matter of the whole process, so only the command line manages it (:func:`manage_malloc`). In a program that
+calls the package as a library, glibc does as that program has it.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ LARGE = 1 << 17  # bytes; glibc's own threshold grows to 256 times that,
 LARGEST = 1 << 25  # which is the most that it takes
 NEVER = -1
 
+_managed = False
+
 
 def resident_memory(line: str = "VmRSS") -> int:
     """Return the bytes that this process holds, or with ``VmHWM`` the most it has held; 0 where Linux does not say.
 
-    The most that ``getrusage`` knows may be that of the process which started this one.
+    The most that ``getrusage`` knows may be that of the process which started this one, and psutil knows none.
     """
     with contextlib.suppress(OSError):
         for text in Path("/proc/self/status").read_text().splitlines():
@@ -29,21 +35,19 @@ def resident_memory(line: str = "VmRSS") -> int:
     return 0
 
 
-def return_freed_memory() -> None:
-    """Let large blocks go back to the system when they are freed, from now on. Without glibc, nothing happens."""
-    _set_thresholds(LARGE, LARGE)
+def manage_malloc() -> None:
+    """Let :func:`set_malloc_trim` act in this process from now on: for a program to call, never for a library."""
+    global _managed
+    _managed = True
 
 
-def keep_freed_memory() -> None:
-    """Let freed blocks stay and be used again, from now on, as glibc does where nobody asks otherwise.
+def set_malloc_trim(trim: bool) -> None:
+    """Return large blocks to the system when they are freed, from now on, or keep them to be used again.
 
-    What a step frees, the next one wants again, and the system clears every page before it gives it back.
+    Nothing happens where malloc is not glibc's, or no program asked for it with :func:`manage_malloc`.
     """
-    _set_thresholds(LARGEST, NEVER)
-
-
-def _set_thresholds(mapped: int, trimmed: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(MMAP_THRESHOLD, mapped)
-        libc.mallopt(TRIM_THRESHOLD, trimmed)
+    if _managed:
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(MMAP_THRESHOLD, LARGE if trim else LARGEST)
+            libc.mallopt(TRIM_THRESHOLD, LARGE if trim else NEVER)

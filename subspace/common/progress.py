@@ -1,12 +1,17 @@
-"""Say what is being done and how far it is: a bar in a terminal, a plain line now and then in a log."""
+"""Show what is being done and how far it is: a bar in a terminal, a plain line now and then in a log.
+
+What the package has to say otherwise goes to the loggers below ``subspace``, where a program that uses it as a library
+may route it; the command line shows it on standard error.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Protocol, TextIO
 
 
 class ProgressCallback(Protocol):
@@ -18,7 +23,29 @@ class ProgressCallback(Protocol):
 Progress = Callable[[str, float, str], AbstractContextManager[ProgressCallback]]
 """Opens a stage: what is being done, how much there is to do (0: not known), and its unit (``bytes``, ``rows``)."""
 
+logger = logging.getLogger(__name__)
+
 SECONDS_BETWEEN_LINES = 10.0
+
+
+class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error as it is now: a bar redirects it, to write lines above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
+def show_notices() -> None:
+    """Show on standard error what the package logs: what a program does, never a library."""
+    package = logging.getLogger("subspace")
+    if not package.handlers:
+        package.addHandler(_StandardError())
+        package.setLevel(logging.INFO)
+        package.propagate = False
 
 
 def no_progress(title: str, total: float = 0, unit: str = "") -> AbstractContextManager[ProgressCallback]:
@@ -64,11 +91,11 @@ def _lines(title: str, total: float, unit: str) -> Iterator[ProgressCallback]:
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             left = f", {_clock((now - begun) / done * (total - done))} left" if total and done else ""
-            _say(f"{title}: {_amount(done, total, unit)}{left}{f'  {detail}' if detail else ''}")
+            logger.info(f"{title}: {_amount(done, total, unit)}{left}{f'  {detail}' if detail else ''}")
 
-    _say(f"{title} ...")
+    logger.info(f"{title} ...")
     yield at
-    _say(f"{title}: done in {_clock(time.monotonic() - begun)}")
+    logger.info(f"{title}: done in {_clock(time.monotonic() - begun)}")
 
 
 def _clock(seconds: float) -> str:
@@ -81,7 +108,3 @@ def _amount(done: float, total: float, unit: str) -> str:
         done, total, unit = done / 1e6, total / 1e6, "MB"
     of = f" of {total:,.0f}" if total else ""
     return f"{done:,.0f}{of} {unit}".rstrip() if unit else "still at it"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

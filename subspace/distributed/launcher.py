@@ -17,6 +17,7 @@ A run of one process needs no launcher: it becomes rank 0 of 1 (:func:`init_rank
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -36,6 +37,8 @@ from types import FrameType
 from subspace.common.paths import checkout
 from subspace.distributed.signals import STATUS_FILE, local_rank_pids, register_rank
 from subspace.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 #: Seconds that a rank other than the first waits before it reports a failure. The launcher looks every second.
@@ -252,7 +255,7 @@ def _supervise(launch: Launch, status_file: Path) -> int:
         return _explain(returned)
     if launch.marked and said is None:
         ended = f" Its {leftovers} processes that still ran were ended." if leftovers else ""
-        print(f"error: the launcher ended, but the run did not reach its end.{ended}", file=sys.stderr)
+        logger.error("error: the launcher ended, but the run did not reach its end.%s", ended)
         return 1
     return 0
 
@@ -291,9 +294,7 @@ def _explain(status: int) -> int:
     number = -status if status < 0 else 256 - status
     if 0 < number < 65:
         hint = ". Often that is the machine, out of memory" if number == signal.SIGKILL else ""
-        print(
-            f"error: a process of the run was ended by signal {number} ({signal.strsignal(number)}){hint}",
-            file=sys.stderr,
-        )
+        name = signal.strsignal(number)
+        logger.error("error: a process of the run was ended by signal %d (%s)%s", number, name, hint)
         return 128 + number
     return status

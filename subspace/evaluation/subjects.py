@@ -8,7 +8,7 @@ and is opened anew for each subject: DeepSpeed takes hold of base and adapters t
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +30,8 @@ from subspace.evaluation.protocols.llm_adapters_published import LLMAdaptersPubl
 from subspace.evaluation.results import TaskResult
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model, open_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_subjects(
@@ -135,4 +137,4 @@ def check_contamination(subject: EvaluationSubject, samples: Iterable[Sample]) -
                 "evaluate.seen=score"
             )
         if is_main():
-            print(f"note: {told}", file=sys.stderr)
+            logger.warning("note: %s", told)

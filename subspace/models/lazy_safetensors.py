@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from subspace.common.host_memory import return_freed_memory
+from subspace.common.host_memory import set_malloc_trim
 
 DTYPES = {
     "F64": torch.float64,
@@ -46,7 +46,7 @@ def streaming_safetensors(*, keep: torch.dtype | None, later: bool) -> Iterator[
 
     mapped = modeling_utils.safe_open  # type: ignore[attr-defined]
     modeling_utils.safe_open = partial(_Shard if later else _open, keep=keep)  # type: ignore[assignment, attr-defined]
-    return_freed_memory()
+    set_malloc_trim(True)
     try:
         yield
     finally:

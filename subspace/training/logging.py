@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,8 @@ from subspace.common.files import fsync_path, write_file
 from subspace.common.host_memory import resident_memory
 from subspace.distributed.collectives import is_main
 from subspace.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 TRACKERS = ("tensorboard", "wandb")
 LOG_FILE = "log.jsonl"
@@ -118,7 +120,7 @@ class TrainLogger:
     def note(self, text: str) -> None:
         """Tell the user something that is worth a line."""
         if self.active:
-            print(text, file=sys.stderr, flush=True)
+            logger.info(text)
 
     def _write(self, line: dict[str, Any]) -> None:
         with (self.folder / LOG_FILE).open("a") as file:

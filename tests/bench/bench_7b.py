@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.common.host_memory import resident_memory, return_freed_memory
+from subspace.common.host_memory import manage_malloc, resident_memory, set_malloc_trim
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.kernels.cross_entropy import summed_loss
@@ -121,7 +121,7 @@ def measure(side: str, folder: str, steps: int) -> dict[str, Any]:
     """Open the model and train; return the bytes and the losses."""
     if side == "subspace":
         init_distributed()
-        return_freed_memory()
+        set_malloc_trim(True)
     before = held()
     forget_most()
     began = time.perf_counter()
@@ -147,6 +147,7 @@ def measure(side: str, folder: str, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure one side and print it."""
+    manage_malloc()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--with", dest="side", choices=("subspace", "peft"), default="subspace")

@@ -41,7 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subspace.adapters.inject import adapters, inject, remove_adapters, trained_parameters
 from subspace.adapters.serialization import load_adapter, save_adapter
-from subspace.common.host_memory import keep_freed_memory
+from subspace.common.host_memory import manage_malloc, set_malloc_trim
 from subspace.data.samples import Sample, find_tasks, take_sample
 from subspace.evaluation.answer_extraction import AnswerWords
 from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
@@ -61,6 +61,7 @@ ASIDE: list[float] = []
 
 def main() -> None:
     """Run the rounds and print the figures."""
+    manage_malloc()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("likelihood", "generation", "together", "mixed")
     parser.add_argument("--only", nargs="+", default=parts, choices=parts, help="some of the comparisons")
@@ -127,7 +128,7 @@ def alternate(title: str, num_items: int, sides: Mapping[str, Side], rounds: int
     answers: dict[str, Any] = {}
     for _ in range(rounds):
         for name, side in sides.items():
-            keep_freed_memory()  # for the other side too: loading a model through this project has it returned
+            set_malloc_trim(False)  # for the other side too: loading a model through this project has it returned
             began = [clock() for clock in clocks]
             with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
                 answers[name] = side()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from subspace.common.host_memory import keep_freed_memory
+from subspace.common.host_memory import manage_malloc, set_malloc_trim
 from subspace.kernels import attention
 from subspace.kernels.low_rank import lora_down, lora_up_add
 from subspace.kernels.rms_norm import patch_rms_norm
@@ -33,7 +33,8 @@ Side = Callable[..., Tensor]
 
 def main() -> None:
     """Print all of them."""
-    keep_freed_memory()
+    manage_malloc()
+    set_malloc_trim(False)
     attention.LONGEST = 4096  # to see where it stops to gain
     for shape in ATTENTIONS:
         rows, tokens, heads, key_heads, width = shape

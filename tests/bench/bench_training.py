@@ -44,7 +44,7 @@ import numpy as np
 import torch
 
 from subspace.adapters.inject import adapters, inject, trained_parameters
-from subspace.common.host_memory import keep_freed_memory, resident_memory
+from subspace.common.host_memory import manage_malloc, resident_memory, set_malloc_trim
 from subspace.common.paths import REPOSITORY
 from subspace.data.config import DataConfig
 from subspace.data.dataset import open_data
@@ -81,6 +81,7 @@ Run = Callable[[range], tuple[int, list[float]]]  # the steps of the plan to the
 
 def main() -> None:
     """Run what was asked for and print the figures."""
+    manage_malloc()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4, help="steps of a block")
     parser.add_argument("--rounds", type=int, default=4)
@@ -244,7 +245,7 @@ def subspace_side(
     if compiled:
         compile_layers(model)
     if roomy:
-        keep_freed_memory()
+        set_malloc_trim(False)
 
     def run(steps: range) -> tuple[int, list[float]]:
         tokens, losses = 0, []
@@ -335,7 +336,7 @@ def frozen_side(options: Any) -> Run:
     model.requires_grad_(False)
     assert not adapters(model)
     if not options.lean:
-        keep_freed_memory()
+        set_malloc_trim(False)
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
     def run(steps: range) -> tuple[int, list[float]]:

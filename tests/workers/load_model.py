@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from subspace.common.host_memory import resident_memory
+from subspace.common.host_memory import manage_malloc, resident_memory
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed
 from subspace.distributed.zero import gather_copies
@@ -35,6 +35,7 @@ def count_reading() -> list[int]:
 def main() -> None:
     """Open a small model to have all code imported, then another; write what the latter took to ``RANK.json``."""
     small, folder, out = sys.argv[1:4]
+    manage_malloc()
     init_distributed()
     ranks = int(os.environ["WORLD_SIZE"])
     engine, _ = resolve_deepspeed_config(

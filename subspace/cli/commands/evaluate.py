@@ -17,6 +17,7 @@ from subspace.cli.command import (
     settings_manual,
     show_tables,
 )
+from subspace.common.host_memory import manage_malloc
 from subspace.distributed import launcher
 from subspace.errors import UserError
 
@@ -48,6 +49,7 @@ def _run(options: argparse.Namespace) -> int:
     if status is not None:
         return status
     launcher.init_rank_env()
+    manage_malloc()
 
     from subspace.common.progress import show_progress
     from subspace.distributed.collectives import is_main, shutdown

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from subspace.cli.command import Command, json_argument
+from subspace.common.host_memory import manage_malloc
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def _run(options: argparse.Namespace) -> int:
 
     run, out = config_module.read_run_subject(Path(options.run)), Path(options.out)
     assert run.adapter
+    manage_malloc()
     report = export_merged(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)
     print(
         json.dumps({"folder": str(out), **dataclasses.asdict(report)}) if options.json else f"{report}\nmerged: {out}"

@@ -7,6 +7,7 @@ import json
 import sys
 
 from subspace.cli.command import Command, json_argument, launch_arguments, launch_or_none, settings_manual
+from subspace.common.host_memory import manage_malloc
 from subspace.distributed import launcher
 
 
@@ -41,6 +42,7 @@ def _run(options: argparse.Namespace) -> int:
     if status is not None:
         return status
     launcher.init_rank_env()
+    manage_malloc()
     folder = config.folder if finished else train_run(config, resume=options.resume)
     if is_main():
         outcome = json.loads((folder / "environment.json").read_text())["outcome"]

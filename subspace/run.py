@@ -40,8 +40,9 @@ from subspace.distributed.deepspeed_config import (
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.errors import UserError
 from subspace.models.frozen_weights import weight_memory_bytes
+from subspace.models.liger_compat import apply_liger
 from subspace.models.loading import device, open_model, open_tokenizer, summarize_model
-from subspace.training.acceleration import apply_liger, check_accelerations, compile_layers
+from subspace.training.acceleration import check_accelerations, compile_layers
 from subspace.training.compatibility import check_compatibility, check_packing
 from subspace.training.logging import LOG_FILE, TrainLogger, peak_memory
 from subspace.training.loop import TrainState, last_checkpoint_hint, train

@@ -24,6 +24,7 @@ from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.models.files import suppress_library_logs
 from subspace.models.loading import open_model, open_tokenizer
+from subspace.models.transformers_compat import is_quantized
 
 TOLERANCE = 1e-3  # of the largest logit; float32 gives about 1e-5, a wrong merge gives about 1
 
@@ -86,7 +87,7 @@ def export_merged(
 
     tokenizer = open_tokenizer(exact)
     model = open_model(replace(exact, quantize=config.quantize if as_trained else "none"))
-    if getattr(model, "is_quantized", False):  # also where the base's own files are
+    if is_quantized(model):  # also where the base's own files are
         with suppress_library_logs():
             model = model.dequantize(dtype=torch.float32).requires_grad_(False)  # type: ignore[no-untyped-call]
     load_adapter(model, adapter)

@@ -19,11 +19,11 @@ from subspace.common.settings import check_settings
 from subspace.distributed.collectives import broadcast_, rank, world_size
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
+from subspace.models.bitsandbytes_compat import storage_format
 from subspace.models.frozen_weights import (
     find_weight_file,
     gather_weight_on_rank,
     read_checkpoint_weight,
-    storage_format,
 )
 
 

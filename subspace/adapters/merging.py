@@ -14,7 +14,7 @@ from subspace.adapters.base import Adapter
 from subspace.adapters.inject import adapters
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
-from subspace.models.frozen_weights import storage_format
+from subspace.models.bitsandbytes_compat import storage_format
 
 
 @dataclass(frozen=True)

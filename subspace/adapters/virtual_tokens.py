@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from subspace.adapters.base import Adapter
 from subspace.errors import UserError
+from subspace.models.transformers_compat import attention_kernel, embedding_gain, layer_number
 
 
 class AttentionAdapter(Adapter):
@@ -31,7 +32,7 @@ class AttentionAdapter(Adapter):
 
     def __init__(self, base: nn.Module, config: Any) -> None:
         super().__init__(base, config)
-        kind = self.base.config._attn_implementation
+        kind = attention_kernel(self.base.config)
         if kind.startswith(("flash", "flex")):
             raise UserError(
                 f"method {self.name} was asked for with `attention: {kind}`, which cannot show a prefix to every "
@@ -54,7 +55,7 @@ class AttentionAdapter(Adapter):
         cache = _PrefixedKeys(context.get("past_key_values"), *self.prefix())
         mask = context.get("attention_mask")
         if mask is None:
-            mask = _causal_mask(hidden_states, context.get("past_key_values"), self.base.layer_idx)
+            mask = _causal_mask(hidden_states, context.get("past_key_values"), layer_number(self.base))
         # A boolean mask marks what is seen; a float mask is added to the logits.
         offset = self.offset()
         if offset is None:
@@ -112,7 +113,7 @@ class PromptAdapter(Adapter):
         self.in_features: int = self.base.num_embeddings
         self.out_features: int = self.base.embedding_dim
         #: What the embedding multiplies its rows by (Gemma does).
-        self.gain = float(getattr(self.base, "scalar_embed_scale", 1.0))
+        self.gain = embedding_gain(self.base)
         self.at_the_front = False  # whether the decoder is reading a text's beginning
         self.hooks: list[Any] = []
 

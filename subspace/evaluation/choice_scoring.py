@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from subspace.data.tokenization import common_prefix_length
 from subspace.errors import UserError
-from subspace.kernels.cross_entropy import lm_head_on_positions
+from subspace.models.lm_head import lm_head_on_positions
+from subspace.models.transformers_compat import attention_kernel
 
 if TYPE_CHECKING:
     pass
@@ -32,7 +33,7 @@ def can_score_as_tree(config: Any, longest: int) -> bool:
     That rests on a 4-d mask, which only these kernels take, and which takes the place of a sliding window.
     """
     sliding = getattr(config, "sliding_window", None)
-    return config._attn_implementation in ("sdpa", "eager") and (sliding is None or longest <= sliding)
+    return attention_kernel(config) in ("sdpa", "eager") and (sliding is None or longest <= sliding)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _tree_mask(branches: Tensor, config: Any) -> Tensor:
     earlier = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool, device=branches.device).tril()
     seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
     mask = (seen & earlier)[:, None]
-    if config._attn_implementation == "sdpa":
+    if attention_kernel(config) == "sdpa":
         return mask
     # Eager attention adds its mask to the logits, so a boolean one would be silently taken for zeros and ones.
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)

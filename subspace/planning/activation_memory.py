@@ -12,14 +12,15 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from subspace.kernels.cross_entropy import loss_at
+from subspace.common.patching import patched
+from subspace.models.bitsandbytes_compat import int8_products_on_meta
+from subspace.models.lm_head import SummedLoss
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def trace_activation_memory(model: Any, batch: BatchShape, *, accumulated: bool 
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(ledger.live))
     model.train()
     with _kernels(), ledger:
-        loss = loss_at(model, ids, mask, columns, targets, labelled, sure=True)
+        loss = SummedLoss(model).at(ids, mask, columns, targets, labelled)
         with_head = ledger.peak
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
@@ -146,10 +147,8 @@ def _kernels() -> Iterator[None]:
     """Take the kernels that training takes."""
     # No mode of torch, which the thread that computes activations again would not have.
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))
+        stack.enter_context(patched(nn.functional, "scaled_dot_product_attention", _attention))
         if not torch.cuda.is_available():
             with contextlib.suppress(ImportError):
-                from bitsandbytes.autograd import _functions as int8
-
-                stack.enter_context(mock.patch.object(int8, "MatMul8bitLt", int8.MatMul8bitFp))
+                stack.enter_context(int8_products_on_meta())
         yield

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from subspace.adapters.inject import adapters, trained_parameters
 from subspace.distributed.deepspeed_config import OFFLOAD
-from subspace.models.frozen_weights import storage_format
+from subspace.models.bitsandbytes_compat import scale_tensors, storage_format
 
 #: Bytes that bitsandbytes takes on a CPU for each number of a matrix that it quantises: the matrix, a float32 copy,
 #: and places in the code book as int64. On a GPU it is one kernel.
@@ -43,7 +43,7 @@ class StaticMemory:
         seen: set[int] = set()
         for module in model.modules():
             if type(module).__name__.startswith("Linear") and storage_format(module) != "plain":
-                self.scales += sum(tensor.nbytes for tensor in _scales(module))
+                self.scales += sum(tensor.nbytes for tensor in scale_tensors(module.weight))
                 self.largest = max(self.largest, module.in_features * module.out_features)  # type: ignore[assignment, operator]
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if id(tensor) in seen:
@@ -103,12 +103,3 @@ class StaticMemory:
         if not self.gpu:
             bucket = min(bucket, self.trained)  # the system gives memory where it is written to
         return 4 * int(bucket) * (2 if self.zero.get("overlap_comm") else 1)
-
-
-def _scales(layer: Any) -> Iterator[Tensor]:
-    state = getattr(layer.weight, "quant_state", None)
-    while state is not None:
-        yield from (state.absmax, state.code)
-        state = state.state2
-    if getattr(layer.weight, "SCB", None) is not None:
-        yield layer.weight.SCB

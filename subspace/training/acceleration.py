@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace.errors import UserError
+from subspace.models.transformers_compat import decoder_layers
 
 SMALL = 1024  # numbers; moving fewer is not worth it
 
@@ -34,24 +35,13 @@ def check_accelerations(*, compiled: bool, liger: bool, gpu: bool) -> None:
         )
 
 
-def apply_liger(model: Any) -> None:
-    """Put Liger's kernels into a model that has no adapters yet. The loss stays ours."""
-    from liger_kernel.transformers import monkey_patch
-
-    known, kind = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, model.config.model_type
-    if kind not in known:
-        raise UserError(f"train.liger has no kernels for models of type {kind}. Set train.liger=false")
-    monkey_patch._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
 def compile_layers(model: Any) -> None:
     """Compile each decoder layer, at its first pass.
 
     Not the whole model, as DeepSpeed's ``engine.compile`` does: it would compile again for every length of a batch,
     and layers that are alike share what was compiled for one of them.
     """
-    kinds = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    layers = decoder_layers(model)
     if not layers:
         raise UserError(f"train.compile knows no layers of {type(model).__name__}. Set train.compile=false")
     for layer in layers:

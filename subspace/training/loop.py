@@ -35,7 +35,7 @@ from subspace.distributed.engine import gradient_norm, loss_scale_exhausted, max
 from subspace.distributed.signals import SignalHandler
 from subspace.distributed.watchdog import Watchdog
 from subspace.errors import RunFailed, RunStopped, UserError
-from subspace.kernels.cross_entropy import summed_loss
+from subspace.models.lm_head import SummedLoss
 from subspace.training.acceleration import offload_activations
 from subspace.training.checkpoint import checkpoint_path, checkpoints, find_corruption, prune_checkpoints
 from subspace.training.config import TrainConfig
@@ -127,6 +127,7 @@ def train(
             prune_checkpoints(folder, config.keep_checkpoints, also=[outcome.best_step])
         saved = outcome.steps
 
+    summed_loss = SummedLoss(engine)
     skipped = 0
     with (
         SignalHandler() as interruption,
@@ -152,7 +153,7 @@ def train(
             loss = torch.zeros((), device=device)
             for number, batch in enumerate(micro_batches, start=1):
                 with offload_activations() if config.offload_activations else nullcontext():
-                    summed = summed_loss(engine, batch)
+                    summed = summed_loss(batch)
                 engine.backward(with_penalties(weight * summed))
                 loss += summed.detach() / labelled
                 if number == len(micro_batches):
@@ -205,11 +206,12 @@ def validate(
     """Add the mean loss over the held-out rows' labelled tokens to the outcome. Ranks run equally many forwards."""
     engine.eval()
     total = torch.zeros(2, device=engine.device, dtype=torch.float64)
+    summed_loss = SummedLoss(engine)
     with torch.no_grad():
         for batch in data.validation_batches(layout.micro_batch, rank(), layout.ranks):
             watchdog.beat(outcome.steps)
             on_device = to_device(batch, engine.device)
-            total[0] += summed_loss(engine, on_device)
+            total[0] += summed_loss(on_device)
             total[1] += count_tokens([on_device])[0]
     summed, labelled = all_reduce_sum(total).tolist()
     loss = summed / labelled

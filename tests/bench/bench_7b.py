@@ -25,8 +25,8 @@ from subspace.adapters.inject import inject, trained_parameters
 from subspace.common.host_memory import manage_malloc, resident_memory, set_malloc_trim
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
-from subspace.kernels.cross_entropy import summed_loss
 from subspace.models.config import ModelConfig
+from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

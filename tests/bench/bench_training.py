@@ -53,8 +53,8 @@ from subspace.distributed.collectives import all_reduce_sum, rank, shutdown, wor
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.distributed.launcher import free_port
-from subspace.kernels.cross_entropy import summed_loss
 from subspace.models.config import ModelConfig
+from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model, open_tokenizer
 from subspace.models.prepare import model_folder
 from subspace.training.acceleration import compile_layers

@@ -15,7 +15,7 @@ from subspace import config as config_module
 from subspace.adapters.inject import inject, trained_parameters
 from subspace.data.collate import IGNORE_INDEX, TokenRow, collate, pack_rows
 from subspace.errors import UserError
-from subspace.kernels.cross_entropy import summed_loss
+from subspace.models.lm_head import summed_loss
 from subspace.run import train_run
 from tests.helpers.material import logged, make_material, saved_adapter
 from tests.helpers.tiny_models import VOCABULARY, tiny

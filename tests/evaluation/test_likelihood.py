@@ -18,7 +18,7 @@ from subspace.errors import UserError
 from subspace.evaluation.batching import plan_batches
 from subspace.evaluation.choice_scoring import ScoringRow, build_scoring_rows, score_choices
 from subspace.evaluation.protocols.likelihood import Likelihood
-from subspace.kernels.cross_entropy import lm_head_on_positions
+from subspace.models.lm_head import lm_head_on_positions
 from tests.helpers.items import items
 from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
 

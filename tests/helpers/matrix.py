@@ -38,8 +38,8 @@ from subspace.data.dataset import Data, open_data
 from subspace.distributed import launcher
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.errors import UserError
-from subspace.kernels.cross_entropy import summed_loss
 from subspace.models.config import ModelConfig
+from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model, open_tokenizer
 from subspace.training.compatibility import find_incompatibility, find_missing_requirement
 from subspace.training.loop import count_tokens

@@ -15,8 +15,8 @@ from subspace.adapters.inject import inject
 from subspace.errors import UserError
 from subspace.kernels import attention
 from subspace.kernels.attention import row_blocked_attention
-from subspace.kernels.cross_entropy import summed_loss
 from subspace.models.config import ModelConfig
+from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model
 from tests.helpers.tiny_models import tiny_llama
 

@@ -97,7 +97,7 @@ def test_a_tensor_is_read_where_it_is_used(tmp_path: Path, monkeypatch: pytest.M
     reads: list[str] = []
     read = LazyTensor.read
     monkeypatch.setattr(LazyTensor, "read", lambda tensor: reads.append(tensor.key) or read(tensor))  # type: ignore[func-returns-value]
-    with streaming_safetensors(keep=None, later=True):
+    with streaming_safetensors(tmp_path, mmap_dtype=None, lazy=True):
         unread: dict[str, Any] = modeling_utils.load_state_dict(str(file))
     assert (unread["a"].shape, unread["b"].dtype, reads) == ((2, 3), torch.bfloat16, [])
     here = torch.zeros(2, 3)

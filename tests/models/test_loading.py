@@ -27,8 +27,9 @@ from subspace.adapters.penalties import with_penalties
 from subspace.adapters.registry import list_methods, resolve_method
 from subspace.errors import UserError
 from subspace.kernels.attention import ATTENTION_NAME
+from subspace.models.bitsandbytes_compat import storage_format
 from subspace.models.config import ModelConfig
-from subspace.models.frozen_weights import gather_weight_fp32, storage_format
+from subspace.models.frozen_weights import gather_weight_fp32
 from subspace.models.loading import open_model, open_tokenizer, summarize_model
 from tests.helpers.tiny_models import (
     ARCHITECTURES,
@@ -236,10 +237,9 @@ def test_evaluation_leaves_quantised_weights_alone(llama: Path, quantize: str, d
 
 SHARDED = """
 import os, sys, torch, deepspeed
-from subspace.models.frozen_weights import held_bytes
+from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.config import ModelConfig
-from subspace.models.loading import describe
-from subspace.models.loading import open_model
+from subspace.models.loading import open_model, summarize_model
 from subspace.distributed.zero import is_sharded
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 os.environ["LOCAL_RANK"] = "0"
@@ -252,7 +252,7 @@ ids = torch.arange(8)[None]
 model = open_model(config, zero3=zero3)
 parameters = list(model.parameters())
 assert all(is_sharded(p) and p.numel() == 0 and not p.requires_grad for p in parameters)
-opened = describe(model, config)
+opened = summarize_model(model, config)
 assert opened.sharded and opened.parameters == sum(p.ds_numel for p in parameters), opened
 engine = deepspeed.initialize(model=model, config=zero3)[0]
 sharded = engine(ids).logits
@@ -267,13 +267,13 @@ assert not any(is_sharded(p) for p in quantized.parameters())
 config = ModelConfig(path=sys.argv[1], dtype="float32", quantize="int8")
 whole = open_model(config)(ids).logits
 packed = open_model(config, zero3=zero3)
-held = held_bytes(packed)
+held = weight_memory_bytes(packed)
 layer = packed.model.layers[0].mlp.down_proj
 zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 engine = deepspeed.initialize(model=packed, config=zero3)[0]
 assert torch.allclose(engine(ids).logits, whole, atol=1e-5)
 assert layer.weight.numel() == 0 and layer.state.CB is None and layer.weight.CB is None
-assert held_bytes(packed) <= held  # of one process, so all of it, but once
+assert weight_memory_bytes(packed) <= held  # of one process, so all of it, but once
 """
 
 

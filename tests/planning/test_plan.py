@@ -177,7 +177,7 @@ def test_the_ledger_counts_what_is_held() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_rehearsal_keeps_what_a_step_keeps(quantize: str, checkpointing: bool, tmp_path: Path) -> None:
     """A step with numbers, under the same ledger, takes the same bytes."""
-    from subspace.kernels.cross_entropy import summed_loss
+    from subspace.models.lm_head import summed_loss
     from subspace.models.loading import open_model
 
     tiny_llama(tmp_path / "m")

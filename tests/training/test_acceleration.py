@@ -15,7 +15,6 @@ from subspace import config as config_module
 from subspace.adapters.inject import inject
 from subspace.errors import UserError
 from subspace.run import train_run
-from subspace.training import acceleration as speedups
 from subspace.training.acceleration import check_accelerations, compile_layers, is_weight, offload_activations
 from tests.helpers.material import logged, make_material
 from tests.helpers.tiny_models import tiny_llama
@@ -111,10 +110,3 @@ def test_liger_has_the_same_losses(material: Path, tmp_path: Path) -> None:
     pytest.importorskip("liger_kernel")
     plain, liger = (losses(material, tmp_path, f"{on}", f"train.liger={on}") for on in ("false", "true"))
     assert liger == pytest.approx(plain, abs=1e-3)
-
-
-def test_liger_is_put_into_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("liger_kernel")
-    model = tiny_llama()
-    speedups.apply_liger(model)
-    assert "Liger" in model.model.layers[0].mlp.forward.__qualname__

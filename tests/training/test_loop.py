@@ -21,8 +21,8 @@ from subspace.adapters.serialization import TENSORS, load_adapter, save_adapter
 from subspace.data import samples as samples_module
 from subspace.data.collate import IGNORE_INDEX
 from subspace.errors import RunFailed, UserError
-from subspace.kernels.cross_entropy import summed_loss
 from subspace.methods.lora import LoRA
+from subspace.models.lm_head import summed_loss
 from subspace.run import train_run
 from subspace.training.checkpoint import checkpoints
 from subspace.training.config import TrainConfig

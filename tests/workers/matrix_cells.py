@@ -18,7 +18,7 @@ from subspace.data.dataset import open_data
 from subspace.data.sampler import StepPlan, shard_batch
 from subspace.distributed.collectives import shutdown
 from subspace.distributed.engine import init_distributed
-from subspace.kernels.cross_entropy import summed_loss
+from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model, open_tokenizer
 from subspace.run import inject_method, train_run
 from subspace.training.loop import count_tokens

@@ -19,7 +19,7 @@ import argparse
 
 from subspace.cli.command import Command, json_argument
 from subspace.data.prepare import SOURCES, PreparedMixture, PreparedSplit, _coverage, _Suites, _tasks_of
-from subspace.models.prepare import PreparedModel, _prepare_model
+from subspace.models.prepare import PreparedModel, prepare_model
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def prepare(
         raise UserError(f"no source is called {source!r}. {nearest(source, SOURCES)}")
     suites = _Suites(source, progress)
     tasks = _tasks_of(data)
-    prepared = tuple(_prepare_model(name, progress, every_file=every_file) for name in models)
+    prepared = tuple(prepare_model(name, progress, every_file=every_file) for name in models)
     splits = tuple(split for task in tasks for split in suites.prepare(task))
     mixtures = [
         m

@@ -15,7 +15,7 @@ from subspace.data.collate import IGNORE_INDEX
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.kernels import cross_entropy as loss
-from subspace.kernels.cross_entropy import summed_loss
+from subspace.models.lm_head import summed_loss
 from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, tiny, tiny_llama
 
 

@@ -1,0 +1,157 @@
+"""The one file that knows how bitsandbytes stores a quantised linear layer and computes with it.
+
+Everything else asks :mod:`subspace.models.frozen_weights`. Each line of the table has a canary in
+`tests/models/test_bitsandbytes_compat.py`, which fails with the reason below when an upstream release changes the name.
+
+| internal name | checked with | what breaks without it | why it is used |
+| --- | --- | --- | --- |
+| `nn.Params4bit`, `quant_state` with `absmax code state2 shape` | 0.50.2 | reading 4-bit weights | no reader |
+| `nn.Int8Params`, `SCB CB`, `layer.state` with `SCB CB is_training` | 0.50.2 | reading int8 weights; ZeRO-3 | same |
+| `autograd._functions.matmul` | 0.50.2 | int8 under ZeRO-3 | a product with a given state |
+| `autograd._functions.MatMul8bitLt`, `MatMul8bitFp` | 0.50.2 | planning for int8 | what the meta device can run |
+| `layer.support_avx512bf16_for_cpu` | 0.50.2 | 4-bit weights are destroyed on some CPUs | no switch |
+
+The scales of an int8 weight, ``SCB``, are one float for each row; a weight's number is ``row scale / 127 * int8``. They
+lie at the parameter until the layer's first forward pass, which moves them to the layer's state.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace.common.patching import patched
+
+
+def storage_format(layer: Any) -> str:
+    """Return how the layer's weight is stored: ``plain``, ``int8`` or ``4bit``."""
+    return weight_format(layer.weight)
+
+
+def weight_format(weight: Any) -> str:
+    """Return how a weight is stored. By class name, so that bitsandbytes is not imported where nothing is quantised."""
+    return {"Params4bit": "4bit", "Int8Params": "int8"}.get(type(weight).__name__, "plain")
+
+
+def dequantize_4bit(weight: Any) -> Tensor:
+    """Return the values of a 4-bit weight, ``(out, in)``, in the dtype that it was quantised from."""
+    from bitsandbytes import functional
+
+    values: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+    return values
+
+
+def dequantize_int8(layer: Any) -> Tensor:
+    """Return the values of a layer's int8 weight, ``(out, in)``, float32."""
+    weight = layer.weight
+    row_scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+    values: Tensor = weight.data.float() * (row_scales.float() / 127).unsqueeze(1)
+    return values
+
+
+def num_weights(parameter: Any) -> int | None:
+    """Return how many numbers a 4-bit weight stands for (two are packed in a byte), or None for any other."""
+    state = getattr(parameter, "quant_state", None)
+    return None if state is None else int(state.shape.numel())
+
+
+def scale_tensors(parameter: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a quantised weight needs beside its data: scales, scales of the scales, code books."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:  # with double quantisation the scales are quantised too
+        yield from (state.absmax, state.code)
+        state = state.state2
+    if getattr(parameter, "SCB", None) is not None:
+        yield parameter.SCB
+
+
+def int8_tensors(holder: Any) -> Iterator[Tensor]:
+    """Yield what an int8 weight, or the state of its layer, holds beside the parameter: a view of the data, scales."""
+    for name in ("CB", "SCB"):
+        if (tensor := getattr(holder, name, None)) is not None:
+            yield tensor
+
+
+def keep_4bit_weights_intact(model: nn.Module) -> None:
+    """Switch off a CPU fast path that destroys weights.
+
+    On CPUs with AVX512-BF16, a 4-bit layer of bitsandbytes that runs in eval mode without gradients repacks its weight
+    in place, for good; afterwards backward passes and dequantisation give garbage, under ZeRO-3 without an error.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def make_int8_zero3_compatible(model: nn.Module) -> None:
+    """Make int8 layers ZeRO-3-compatible; bitsandbytes' own retain an unsharded copy of the weight.
+
+    That copy is ``CB``, at the parameter and at the layer's state, an alias of the data until ZeRO-3 replaces the data
+    by a shard. Here nobody keeps it: each pass reads the parameter, which DeepSpeed gathers round the layer.
+    """
+    for layer in model.modules():
+        weight: Any = getattr(layer, "weight", None)
+        if weight_format(weight) == "int8":
+            state: Any = layer.state
+            state.SCB, state.CB = weight.SCB if weight.SCB is not None else state.SCB, None
+            weight.CB = weight.SCB = None
+            layer.forward = partial(_Int8Product.apply, layer)
+
+
+class _Int8Product(torch.autograd.Function):
+    """An int8 layer whose weight is read anew in forward and backward and saved by neither."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, x: Tensor) -> Tensor:
+        from bitsandbytes.autograd._functions import matmul
+
+        ctx.layer = layer
+        state = copy.copy(layer.state)  # the shared one must not hold the gathered weight after this call
+        state.CB, state.is_training = layer.weight.data, layer.training
+        out: Tensor = matmul(x, layer.weight, bias=layer.bias, state=state)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0] @ dequantize_int8(ctx.layer).to(gradients[0].dtype)
+
+
+def quantize_meta_weights(model: nn.Module, kind: str, *, double_quant: bool) -> None:
+    """Give bitsandbytes' layers on the meta device the weights that loading would give them, without values.
+
+    Args:
+        model: with bitsandbytes' linears, whose weights are not quantised yet.
+        kind: ``int8``, ``nf4`` or ``fp4``.
+        double_quant: whether the scales of 4-bit weights are quantised too.
+    """
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Int8Params, Params4bit  # type: ignore[attr-defined]
+
+    layer: Any
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear8bitLt":
+            scales, values = torch.empty(layer.out_features), torch.empty(layer.weight.shape, dtype=torch.int8)
+            layer.weight = Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
+        elif type(layer).__name__ == "Linear4bit":
+            packed, state = quantize_4bit(
+                layer.weight.data, blocksize=64, quant_type=kind, compress_statistics=double_quant
+            )
+            layer.weight = Params4bit(
+                packed, False, state, 64, compress_statistics=double_quant, quant_type=kind, bnb_quantized=True
+            )
+
+
+@contextmanager
+def int8_products_on_meta() -> Iterator[None]:
+    """Compute int8 products by operations that the meta device knows, inside the block; a CPU runs the same ones."""
+    from bitsandbytes.autograd import _functions
+
+    with patched(_functions, "MatMul8bitLt", _functions.MatMul8bitFp):
+        yield

@@ -1,0 +1,180 @@
+"""The output head run on no more tokens than needed: the loss of a batch, and logits at chosen positions.
+
+A language model runs its output head on every token, and the loss or a score needs few of them. Both functions act
+*inside* the model's own forward pass, because only there does ZeRO-3 hold the head's weight whole, and because what a
+model does before and after its head (norms, soft caps, scales) so stays done.
+
+How the loss leaves the model: during the call the head is asked for the loss instead of logits, so the model's
+``.logits`` is that loss. It has to leave that way, and not beside it, since DeepSpeed arms its backward pass on what
+modules return: the engine on the model's output (it prepares its buckets there), ZeRO-3 on the head's (it gathers the
+weight again). Models that change their logits after the head (Gemma 2 caps them, Granite and Cohere scale them) would
+change the loss; that is seen by comparing the tensor that comes out with the one that the head returned, and such
+models run again with all logits of the labelled columns.
+
+Shapes: (B) rows, (T) tokens, (C) columns in which any row has a label, (N) labelled tokens, (H) hidden size,
+(V) vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from subspace.common.patching import patched
+from subspace.data.collate import IGNORE_INDEX
+from subspace.distributed.collectives import gather_objects
+from subspace.distributed.zero import is_sharded
+from subspace.kernels.cross_entropy import chunked_cross_entropy, num_chunks, summed_cross_entropy
+from subspace.models.transformers_compat import attention_kernel
+
+
+class SummedLoss:
+    """The summed cross entropy of one model, or of an engine that holds one.
+
+    Keep one for as long as a model is trained or validated: it remembers that a model changes its logits, which costs a
+    second forward pass to find out.
+
+    Attributes:
+        model: the model or engine.
+        postprocesses_logits: whether the model was seen to change what its head returns.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.postprocesses_logits = False
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the cross entropy summed over a batch's labelled tokens, in nats, float32.
+
+        Args:
+            batch: ``input_ids``, ``labels`` and ``attention_mask``, each ``(B, T)``, and for packed rows
+                ``position_ids``.
+        """
+        ids, labels, positions = batch["input_ids"], batch["labels"], batch.get("position_ids")
+        mask: Tensor | None = batch["attention_mask"]
+        if positions is not None:
+            # Packed rows. That they do not see each other, transformers takes from positions that begin again, if no
+            # mask says otherwise; for flash attention only where all stand in one sequence.
+            mask = None
+            if attention_kernel(_unwrapped(self.model).config).startswith("flash"):
+                ids, labels, positions = (tensor.reshape(1, -1) for tensor in (ids, labels, positions))
+        targets = labels[:, 1:]  # a token's target is the one that follows it
+        columns = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
+        column_targets = targets[:, columns].flatten()
+        labelled = (column_targets != IGNORE_INDEX).nonzero().squeeze(1)
+        return self.at(ids, mask, columns, column_targets, labelled, positions=positions)
+
+    def at(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        columns: Tensor,
+        targets: Tensor,
+        labelled: Tensor,
+        *,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the summed cross entropy of targets whose places are known. Needs no values, so it runs on ``meta``.
+
+        Args:
+            ids: ``(B, T)``.
+            mask: what attention sees, in a form that the model takes, or None.
+            columns: ``(C,)``, the columns of ``ids`` that are followed by a target in some row.
+            targets: ``(B * C,)``, what follows the tokens of these columns, row by row, or IGNORE_INDEX.
+            labelled: ``(N,)``, where ``targets`` is not IGNORE_INDEX.
+            positions: ``(B, T)``, for packed rows.
+        """
+        inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": False, "logits_to_keep": columns}
+        head = _unwrapped(self.model).get_output_embeddings()
+        vocabulary = getattr(head, "out_features", 0)
+        if vocabulary and not self.postprocesses_logits:
+            chunks = num_chunks(len(labelled), vocabulary)
+            if any(is_sharded(tensor) for inside in head.children() for tensor in inside.parameters()):
+                # The frozen head inside an adapter is gathered for each chunk, which all processes must do equally
+                # often. A head that is sharded itself is gathered once, round its forward pass.
+                chunks = max(gather_objects(chunks))
+            ending = _LossInPlaceOfLogits(head.forward, targets, labelled, chunks)
+            with patched(head, "forward", ending), _last_hook(head, ending.remember):
+                out: Tensor = self.model(input_ids=ids, **inputs).logits
+            if ending.is_unchanged(out):
+                return out.view(())
+            self.postprocesses_logits = True
+            del out, ending  # with all that they hold for a backward pass that will not come
+        logits: Tensor = self.model(input_ids=ids, **inputs).logits
+        return summed_cross_entropy(logits.flatten(0, 1), targets)
+
+
+def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return :class:`SummedLoss` of one batch, where no second batch follows."""
+    return SummedLoss(model)(batch)
+
+
+class _LossInPlaceOfLogits:
+    """What the head's forward is replaced by for one call of the model. Holds the loss that it returned."""
+
+    def __init__(self, run_head: Any, targets: Tensor, labelled: Tensor, chunks: int) -> None:
+        self.run_head, self.targets, self.labelled, self.chunks = run_head, targets, labelled, chunks
+        self.loss: Tensor | None = None
+        self.version: int | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the loss, ``(1, 1, 1)``, of hidden values, ``(B, C, H)``: logits have three dimensions."""
+        at_labels = hidden.flatten(0, 1)[self.labelled]
+        loss = chunked_cross_entropy(self.run_head, at_labels, self.targets[self.labelled], self.chunks)
+        return loss.view(1, 1, 1)
+
+    def remember(self, head: nn.Module, inputs: Any, loss: Tensor) -> None:
+        """Remember what the head returned in the end, DeepSpeed's hooks included; a forward hook."""
+        self.loss, self.version = loss, _version(loss)
+
+    def is_unchanged(self, out: Tensor) -> bool:
+        """Return True if ``out`` is the remembered loss: its memory, its form, and nothing was written there since.
+
+        Not compared by value, which would wait for the GPU, nor by identity alone, since ZeRO-3's hooks on the modules
+        round the head make aliases. On ``meta`` all addresses are zero, but there is no ZeRO-3 either.
+        """
+        loss = self.loss
+        if loss is None or out.shape != loss.shape or out.dtype != loss.dtype or _version(loss) != self.version:
+            return False
+        return out is loss or (not out.is_meta and out.data_ptr() == loss.data_ptr())
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written into, or None in inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _last_hook(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def lm_head_on_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Run the output head on these positions of the flattened batch only: logits become ``(1, len(positions), V)``.
+
+    Args:
+        model: the model.
+        positions: ``(N,)``, indices into ``B * T`` tokens.
+    """
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].flatten(0, 1)[positions][None],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _unwrapped(model: Any) -> Any:
+    """Return the model inside an engine, or the model."""
+    return getattr(model, "module", model)

@@ -1,0 +1,156 @@
+"""The one file that uses what transformers does not promise to keep: private names, internals, one replaced function.
+
+Everything else of the package uses transformers' public interface, and calls these functions for the rest. Each line of
+the table has a canary in `tests/models/test_transformers_compat.py`, which fails with the reason below when an upstream
+release changes the name.
+
+| internal name | checked with | what breaks without it | why it is used |
+| --- | --- | --- | --- |
+| `config._attn_implementation` | 5.23.0 | packing for flash attention, trees, prefixes | no public reader |
+| `modeling_utils.safe_open` | 5.23.0 | memory while a model loads | files are read there, and nowhere else |
+| `LazyTensor` in `modeling_utils.load_state_dict` | 5.23.0 | ZeRO-3 takes a whole checkpoint at once | same |
+| `integrations.deepspeed.unset_hf_deepspeed_config` | 5.23.0 | what follows a ZeRO-3 model loads sharded | a global |
+| `integrations.deepspeed.HfDeepSpeedConfig` | 5.23.0 | ZeRO-3 loading | its weak reference is the switch |
+| `model.hf_quantizer`, `model.is_quantized` | 5.23.0 | models from GGUF cannot be saved; merging | no public way |
+| `modeling_auto.MODEL_FOR_*_MAPPING_NAMES` | 5.23.0 | encoders are opened as if they were decoders | no public list |
+| `quantizers.auto.AutoHfQuantizer` | 5.23.0 | planning for quantised models | quantises without any file |
+| `integrations.sdpa_attention`, `masking_utils.sdpa_mask` | 5.23.0 | attention on a CPU | our fallback |
+| `model._no_split_modules` | 5.23.0 | `train.compile` | the only list of a model's layer classes |
+| `attention.layer_idx`, `embedding.scalar_embed_scale` | 5.23.0 | prefixes, prompts | no public reader |
+| `norm.variance_epsilon` | 5.23.0 | the fast norm on a CPU | read by `kernels/rms_norm.py` |
+
+Functions that are public but documented as experimental (`AttentionInterface.register`) are used here too.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from subspace.common.patching import patched
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+#: Held while transformers' reader of files is replaced: two threads would restore each other's replacement.
+_READER = threading.RLock()
+#: What has to live as long as a model; beside it, so that nothing is planted on a user's model.
+_KEPT_ALIVE: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def attention_kernel(config: PreTrainedConfig | Any) -> str:
+    """Return the attention that a model runs with: ``sdpa``, ``eager``, ``flash_attention_2``, or a registered one."""
+    kernel: str = config._attn_implementation
+    return kernel
+
+
+def register_attention(name: str, attention: Callable[..., Any]) -> None:
+    """Offer an attention to every model under a name of our own; ``model.set_attn_implementation(name)`` takes it.
+
+    Args:
+        name: none that transformers uses: nothing may be replaced for other code in this process.
+        attention: what transformers calls, after transformers' own for sdpa, which it is handed as a fallback. Masks
+            are made as for sdpa.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, partial(attention, sdpa_attention_forward))
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+@contextmanager
+def reading_files_with(open_file: Callable[..., Any], folder: Path) -> Iterator[None]:
+    """Read the safetensors files of one folder by ``open_file`` where transformers loads a model inside the block.
+
+    The name is replaced in transformers' module, so for all threads of the process, for as long as the block runs.
+    Files of other folders are opened as ever, and a second thread that enters waits.
+    """
+    from transformers import modeling_utils
+
+    with _READER:
+        original = modeling_utils.safe_open  # type: ignore[attr-defined]
+
+        def opened(file: str | Path, *args: Any, **kwargs: Any) -> Any:
+            ours = Path(file).parent.resolve() == folder.resolve()
+            return (open_file if ours else original)(file, *args, **kwargs)
+
+        with patched(modeling_utils, "safe_open", opened):
+            yield
+
+
+def zero3_loading(engine: Mapping[str, Any] | None) -> Any:
+    """Make the next ``from_pretrained`` shard weights as they load (ZeRO-3), or, with None, make it not do so.
+
+    transformers reads that from a global, a weak reference which an earlier model may have left set.
+
+    Returns:
+        What keeps the global alive. ``generate`` reads it again: hand it to :func:`keep_alive_with` with the model.
+    """
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    return None if engine is None else HfDeepSpeedConfig(dict(engine))  # type: ignore[no-untyped-call]
+
+
+def keep_alive_with(model: nn.Module, thing: Any) -> None:
+    """Keep something alive as long as the model."""
+    if thing is not None:
+        _KEPT_ALIVE[model] = thing
+
+
+def is_causal_lm(model_type: str) -> bool:
+    """Return True if transformers has a decoder with a language-model head of this type."""
+    from transformers.models.auto import modeling_auto
+
+    return model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def is_masked_lm(model_type: str) -> bool:
+    """Return True if models of this type are trained to fill gaps, looking both ways, as BERT is."""
+    from transformers.models.auto import modeling_auto
+
+    return model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def is_quantized(model: Any) -> bool:
+    """Return True if the model was quantised as it was loaded."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def mark_unquantized(model: Any) -> None:
+    """Make a model that came dequantised out of a GGUF file savable: its weights are plain, and it says otherwise."""
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+
+
+def replace_linears(model: nn.Module, quantization: Any) -> None:
+    """Put bitsandbytes' linear layers where loading with this quantisation would put them, on the meta device."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map={"": "meta"})
+
+
+def layer_number(attention: Any) -> int:
+    """Return the place of an attention's layer in the key-value cache."""
+    number: int = attention.layer_idx
+    return number
+
+
+def embedding_gain(embedding: nn.Module) -> float:
+    """Return what the embedding multiplies its rows by: 1 but for Gemma, whose class has a factor of its own."""
+    return float(getattr(embedding, "scalar_embed_scale", 1.0))
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the model's decoder layers, or none where it does not say what they are."""
+    classes = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in classes]

@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +52,30 @@ def under_launcher() -> bool:
 
 
 def init_rank_env() -> None:
-    """Prepare this process to be a rank, the only one unless a launcher said otherwise. Before torch is imported."""
+    """Prepare a process of the command line to be a rank. Call it before torch is imported.
+
+    Besides :func:`set_rank_env` it decides what concerns the whole process: its threads and DeepSpeed's messages.
+    """
+    ranks_here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
+    set_rank_env()
+    register_rank()
+    # Imports torch, which reads OMP_NUM_THREADS.
+    from subspace.distributed.deepspeed_compat import silence_deepspeed
+
+    silence_deepspeed()
+
+
+def set_rank_env() -> None:
+    """Write what DeepSpeed reads from the environment: rank 0 of 1, unless a launcher said otherwise, and the device.
+
+    All of this package's writing to ``os.environ`` for a training process is here and in :func:`init_rank_env`.
+    """
     if not under_launcher():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    ranks_here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
-    os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
     if not visible_devices():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    register_rank()
-    # DeepSpeed's calls of what torch renamed; every rank would print it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def write_success_marker() -> None:

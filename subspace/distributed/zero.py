@@ -1,8 +1,8 @@
-"""Parameters that DeepSpeed's ZeRO has taken apart: how to see one whole, and how to change one for good.
+"""Helpers for ZeRO-sharded parameters.
 
-Under ZeRO-3 a parameter is an empty tensor that carries ``ds_id`` and its true shape in ``ds_shape``; every rank
-holds a part. Under ZeRO-1 and -2 the parameter is whole, but the number that the optimizer works on is a float32 copy
-in ``_hp_mapping``. Outside DeepSpeed all of this is an ordinary tensor, and the same functions work.
+Under ZeRO-3 a parameter is an empty tensor, and every rank holds a shard of its values. Under ZeRO-1 and -2 it is
+whole, but the optimizer works on a float32 copy of it that is cut over the ranks. Outside DeepSpeed all of this is an
+ordinary tensor, and the same functions work.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from subspace.distributed.collectives import world_size
+from subspace.distributed.deepspeed_compat import full_shape, has_zero_optimizer, is_sharded, local_shard, shard_as
 
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Tell whether ZeRO-3 owns the parameter."""
-    return hasattr(parameter, "ds_id")
-
-
-def full_shape(parameter: Tensor) -> torch.Size:
-    """Return the shape of the whole parameter, sharded or not."""
-    return torch.Size(getattr(parameter, "ds_shape", ())) if is_sharded(parameter) else parameter.shape
+__all__ = [
+    "clear_moment",
+    "full_gradient",
+    "full_shape",
+    "gather_copies",
+    "gathered",
+    "has_zero_optimizer",
+    "is_sharded",
+    "local_shard",
+    "requires_synchronized_forward",
+    "shard_as",
+    "write_parameter",
+]
 
 
 def requires_synchronized_forward(model: nn.Module) -> bool:
-    """Tell whether every process must make as many forward passes: ZeRO-3 gathers the weights of each from all."""
+    """Return True if all processes must make equally many forward passes: ZeRO-3 gathers weights from all of them."""
     return world_size() > 1 and any(is_sharded(parameter) for parameter in model.parameters())
 
 
@@ -57,3 +62,32 @@ def gather_copies(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
         with gathered([parameter]):
             copies[name] = parameter.detach().cpu().clone().contiguous()
     return copies
+
+
+def full_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """Return the whole gradient, averaged over ranks, between the last backward pass and the step. Collective."""
+    if not has_zero_optimizer(parameter):
+        return parameter.grad
+    from deepspeed.utils import safe_get_full_grad
+
+    gradient: Tensor | None = safe_get_full_grad(parameter)
+    return gradient
+
+
+def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set the whole parameter, in the model and in the optimizer's float32 copy. Collective."""
+    with gathered([parameter], modified_by_main=True):
+        parameter.data.copy_(value)
+    if has_zero_optimizer(parameter):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.to(torch.float32))
+
+
+def clear_moment(parameter: nn.Parameter, key: str, where: Tensor) -> None:
+    """Set one of a ZeRO optimizer's moments of a parameter to zero where ``where`` is true. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+
+    moment = safe_get_full_optimizer_state(parameter, key)
+    if moment is not None:
+        safe_set_full_optimizer_state(parameter, moment.masked_fill(where.to(moment.device), 0), key)

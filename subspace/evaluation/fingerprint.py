@@ -11,7 +11,7 @@ from torch import Tensor
 from subspace.adapters.inject import adapters
 from subspace.adapters.registry import method_origin
 from subspace.distributed.collectives import all_reduce_sum
-from subspace.distributed.zero import full_shape, is_sharded
+from subspace.distributed.zero import full_shape, local_shard
 from subspace.evaluation.results import digest
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,7 +26,8 @@ def weights_checksum(model: Any) -> str:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     parts = []
     for name, tensor in tensors.items():
-        total = all_reduce_sum(_sum(tensor.ds_tensor)) if is_sharded(tensor) else _sum(tensor)
+        shard = local_shard(tensor)
+        total = _sum(tensor) if shard is None else all_reduce_sum(_sum(shard))
         parts.append([name, list(full_shape(tensor)), str(tensor.dtype), int(total)])
     settings = [
         [site, adapter.name, asdict(adapter.config), *method_origin(type(adapter)).items()]

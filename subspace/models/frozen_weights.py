@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from subspace.distributed.collectives import rank
-from subspace.distributed.zero import full_shape, gathered, is_sharded
+from subspace.distributed.zero import full_shape, gathered, is_sharded, local_shard, shard_as
 from subspace.models.bitsandbytes_compat import (
     dequantize_4bit,
     dequantize_int8,
@@ -91,7 +91,7 @@ def weight_memory_bytes(model: nn.Module) -> int:
     """Return how many bytes of the model's weights, with what their quantisation needs, this process holds."""
     tensors: list[Any] = []
     for parameter in model.parameters():
-        tensors += [parameter.data, getattr(parameter, "ds_tensor", None)]
+        tensors += [parameter.data, local_shard(parameter)]
         tensors += [*scale_tensors(parameter), *int8_tensors(parameter)]
     for module in model.modules():
         tensors += [*module.buffers(recurse=False), *int8_tensors(getattr(module, "state", None))]
@@ -111,7 +111,7 @@ def trainable_copy(parameter: nn.Parameter) -> nn.Parameter:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         copy = nn.Parameter(parameter.detach().to(dtype, copy=True))
     if is_sharded(parameter):
-        parameter.convert_to_zero_parameters(param_list=[copy])  # type: ignore[attr-defined]
+        shard_as(parameter, [copy])
     return copy
 
 

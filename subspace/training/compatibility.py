@@ -7,17 +7,15 @@ Some combinations never work (:func:`find_incompatibility`), some only not on th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from subspace.adapters.base import Adapter, MethodConfig
+from subspace.distributed.deepspeed_compat import NVME_LIBRARIES, async_io_supported, build_lock, fp16_supported
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 
 Json = Mapping[str, Any]
 STORAGE = {"nf4": "4bit", "fp4": "4bit", "int8": "int8"}
-#: DeepSpeed's libraries for NVMe, compiled at their first use.
-LIBRARIES = ("async_io", "pin_memory")
 
 
 def check_compatibility(
@@ -82,24 +80,18 @@ def find_incompatibility(
 
 def find_missing_requirement(model: ModelConfig, engine: Json) -> str | None:
     """Say what this machine lacks for a combination, and what it has; None where it lacks nothing."""
-    from deepspeed.accelerator import get_accelerator
-
-    if model.dtype == "float16" and not get_accelerator().is_fp16_supported():
+    if model.dtype == "float16" and not fp16_supported():
         return "model.dtype is float16, which this device cannot compute in. Use model.dtype=bfloat16 or float32"
     if "nvme" not in (_offloaded(engine, "offload_param"), _offloaded(engine, "offload_optimizer")):
         return None
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-    from torch.utils.cpp_extension import _get_build_directory
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    if not async_io_supported():
         return (
             "the engine offloads to NVMe, for which DeepSpeed compiles a library that needs libaio. "
             "Install it (apt-get install libaio-dev), or offload to cpu"
         )
-    for name in LIBRARIES:
+    for library in NVME_LIBRARIES:
         # A build that was killed leaves its lock behind, and the next one waits for it for ever.
-        lock = Path(_get_build_directory(name, verbose=False)) / "lock"
-        if lock.exists():
+        if (lock := build_lock(library)).exists():
             return (
                 f"the engine offloads to NVMe, for which DeepSpeed compiles a library, and {lock} says that another "
                 "process is doing so. If none is (a build that was killed leaves it behind), remove that file"

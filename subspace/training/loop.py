@@ -30,8 +30,9 @@ from subspace.data.collate import IGNORE_INDEX
 from subspace.data.dataset import Data
 from subspace.data.sampler import StepPlan, shard_batch
 from subspace.distributed.collectives import all_reduce_sum, barrier, broadcast_object, is_main, rank
+from subspace.distributed.deepspeed_compat import loss_scale_exhausted
 from subspace.distributed.deepspeed_config import BatchLayout
-from subspace.distributed.engine import gradient_norm, loss_scale_exhausted, max_abs_gradient
+from subspace.distributed.engine import gradient_norm, max_abs_gradient
 from subspace.distributed.signals import SignalHandler
 from subspace.distributed.watchdog import Watchdog
 from subspace.errors import RunFailed, RunStopped, UserError

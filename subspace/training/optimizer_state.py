@@ -1,8 +1,19 @@
-"""What the optimizer remembers, whole and by the names of the trained tensors, whatever ZeRO stage holds it.
+"""Gather and restore optimizer state by parameter name, independent of ZeRO stage and number of processes.
 
-DeepSpeed's own checkpoints are pickles, are bound to a number of processes and a stage, and are matched by position:
-one of other layers with the same shapes loads without a word. What is read here fits any layout and can only go where
-its name says. Each process contributes the pieces it holds; adding their bits as integers puts them together exactly.
+DeepSpeed's own checkpoints are pickles, are bound to a number of processes and a stage, and are matched by position: a
+checkpoint of other layers with the same shapes loads without an error. Here every value is stored under the name of the
+trained tensor that it belongs to, in that tensor's own order, so that it fits any layout and can only go where its name
+says.
+
+How ZeRO lays values out, and the words for it here:
+
+- A *slice* (:class:`OptimizerSlice`) is the part of one trained tensor that this process's optimizer updates. Without
+  ZeRO it is the whole tensor. At stages 1 and 2 all tensors of a parameter group are concatenated and the result is cut
+  into one part per rank, so a rank may have all, a stretch or nothing of a tensor. At stage 3 every tensor by itself is
+  cut into one part per rank, the last ones padded.
+- The *key* of a slice is the tensor that the optimizer was given, under which it keeps its state (``state[key]``): the
+  parameter itself, or the flat float32 part, which holds the slices of many tensors one after the other.
+- State in *blocks* is that of bitsandbytes' 8-bit optimizers: one scale for 256 values, across the borders of tensors.
 """
 
 from __future__ import annotations
@@ -16,180 +27,193 @@ from torch import Tensor, nn
 
 from subspace.adapters.inject import trained_parameters
 from subspace.distributed.collectives import all_reduce_sum, gather_objects, rank, world_size
-from subspace.distributed.zero import full_shape, is_sharded
+from subspace.distributed.deepspeed_compat import (
+    OptimizerSlice,
+    basic_optimizer,
+    link_optimizer_state,
+    local_shard,
+    optimizer_slice,
+    optimizer_state_on_nvme,
+)
+from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
 
-MASTER = "master"  # float32 copies, where the model's own are not float32
+MASTER = "master"  # float32 copies, where the model's own parameters are not float32
 STEP, BLOCK = "step", "block"
 
 
 @dataclass(frozen=True)
-class _FlatSlice:
-    """A stretch of a flattened trained tensor that this process's optimizer works on."""
+class _NamedSlice:
+    """A slice and the name of the trained tensor that it is of."""
 
     name: str
-    start: int  # in the flattened tensor
-    key: Tensor  # under which the optimizer keeps its state
-    offset: int  # in the key
-    length: int
+    at: OptimizerSlice
 
-    def of(self, state: Tensor) -> Tensor:
-        return state.detach().view(-1)[self.offset : self.offset + self.length]
+    def read(self, state: Tensor) -> Tensor:
+        """Return this slice's values, as a view, of a tensor laid out as the key: a moment, or the key itself."""
+        return state.detach().view(-1)[self.at.offset : self.at.offset + self.at.length]
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """Return this slice's values, as a view, of a flattened whole tensor."""
+        return whole[self.at.start : self.at.start + self.at.length]
 
 
 def can_gather_optimizer_state(engine: Any) -> bool:
-    """Tell whether the optimizer's state is in memory; offloaded to NVMe, it is in DeepSpeed's own swap files."""
-    return not getattr(engine.optimizer, "swap_optimizer", False)
+    """Return True if the optimizer's state is in memory; offloaded to NVMe, it is in DeepSpeed's own swap files."""
+    return not optimizer_state_on_nvme(engine)
 
 
 def gather_optimizer_state(engine: Any) -> dict[str, Tensor]:
     """Return the optimizer's state on the CPU as ``{"exp_avg/NAME": ...}``, flat. Collective over ranks.
 
-    Before the first step there is none. Adam's count of steps has no axis. A state in blocks of 8 bits cannot be cut at
-    a tensor's ends; it is returned as each process has it, as ``{"block/RANK/NUMBER/KEY": ...}``.
+    Before the first step there is none. Adam's step count is a scalar. State in blocks cannot be cut at a tensor's
+    ends; it is returned as each process has it, as ``{"block/RANK/NUMBER/KEY": ...}``.
     """
-    parameters, state = trained_parameters(engine.module), engine.basic_optimizer.state
+    parameters, state = trained_parameters(engine.module), basic_optimizer(engine).state
     scalars: dict[str, Tensor] = {}
-    flat: dict[str, list[tuple[_FlatSlice, Tensor]]] = {}
-    blocks = _blocks(engine)
-    for piece in _pieces(engine):
-        for key, value in {} if blocks else state.get(piece.key, {}).items():
-            if key == STEP:
-                scalars[f"{key}/{piece.name}"] = torch.as_tensor(value).cpu().clone()  # a file takes no views
+    slices: dict[str, list[tuple[_NamedSlice, Tensor]]] = {}  # by kind of state, such as exp_avg
+    blocks = _own_blocks(engine)
+    for piece in _slices(engine):
+        for kind, value in {} if blocks else state.get(piece.at.key, {}).items():
+            if kind == STEP:
+                scalars[f"{kind}/{piece.name}"] = torch.as_tensor(value).cpu().clone()  # a file takes no views
             else:
-                flat.setdefault(key, []).append((piece, piece.of(value)))
+                slices.setdefault(kind, []).append((piece, piece.read(value)))
         if parameters[piece.name].dtype != torch.float32:
-            flat.setdefault(MASTER, []).append((piece, piece.of(piece.key)))
+            slices.setdefault(MASTER, []).append((piece, piece.read(piece.at.key)))
 
-    whole = {name: value for found in gather_objects({**scalars, **blocks}) for name, value in found.items()}
-    held = gather_objects({key: [piece.name for piece, _ in values] for key, values in flat.items()})
-    for key in sorted({key for one in held for key in one}):
-        names = {name for one in held for name in one.get(key, ())}
-        sizes = {name: full_shape(p).numel() for name, p in parameters.items() if name in names}
-        parts = _put_together(flat.get(key, []), sizes, engine.device, spread=engine.zero_optimization())
-        whole |= {f"{key}/{name}": part for name, part in parts.items()}
-    return whole
+    gathered = {name: value for own in gather_objects({**scalars, **blocks}) for name, value in own.items()}
+    # Ranks differ in what they have: a rank whose part of a group holds no slice knows neither kind nor name. All
+    # must make the same calls below, so they first agree on which kinds and tensors there are.
+    names_by_rank = gather_objects({kind: [piece.name for piece, _ in values] for kind, values in slices.items()})
+    for kind in sorted({kind for names in names_by_rank for kind in names}):
+        present = {name for names in names_by_rank for name in names.get(kind, ())}
+        sizes = {name: full_shape(p).numel() for name, p in parameters.items() if name in present}
+        whole = _merge_slices(slices.get(kind, []), sizes, engine.device, sharded=engine.zero_optimization())
+        gathered |= {f"{kind}/{name}": tensor for name, tensor in whole.items()}
+    return gathered
 
 
-def restore_optimizer_state(engine: Any, whole: dict[str, Tensor]) -> None:
+def restore_optimizer_state(engine: Any, saved: dict[str, Tensor]) -> None:
     """Restore the state that :func:`gather_optimizer_state` returned. The trained tensors must have been restored.
 
     Raises:
-        UserError: a state in blocks, from another number of processes or another ZeRO stage.
+        UserError: state in blocks from another number of processes or another ZeRO stage.
     """
-    optimizer, parameters = engine.basic_optimizer, trained_parameters(engine.module)
+    optimizer, parameters = basic_optimizer(engine), trained_parameters(engine.module)
     by_name: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for name, value in whole.items():
-        key, _, parameter = name.partition("/")
-        if key != BLOCK:
-            by_name[parameter][key] = value
-    for piece in _pieces(engine):
-        given = by_name[piece.name]
-        stretch = slice(piece.start, piece.start + piece.length)
+    for name, value in saved.items():
+        kind, _, parameter = name.partition("/")
+        if kind != BLOCK:
+            by_name[parameter][kind] = value
+    for piece in _slices(engine):
+        values = by_name[piece.name]
+        key = piece.at.key
         if engine.zero_optimization():
-            master = given.pop(MASTER)[stretch] if MASTER in given else _held_here(parameters[piece.name], piece)
-            piece.of(piece.key).copy_(master)
-        state = optimizer.state[piece.key] if given else {}
-        for key, value in given.items():
-            if key == STEP:
-                state[key] = _step(optimizer, value, piece.key.device)
+            # ZeRO's flat float32 copies were made of the values before the restore. They are taken from the checkpoint
+            # where the model's own parameters are rounded (float16), else from the parameters, which are exact.
+            master = piece.cut(values.pop(MASTER)) if MASTER in values else _model_values(parameters[piece.name], piece)
+            piece.read(key).copy_(master)
+        state = optimizer.state[key] if values else {}
+        for kind, value in values.items():
+            if kind == STEP:
+                state[kind] = _step_count(optimizer, value, key.device)
             else:
-                if key not in state:
-                    state[key] = torch.zeros_like(piece.key, requires_grad=False)
-                piece.of(state[key]).copy_(value[stretch])
-    _write_blocks(engine, {name: value for name, value in whole.items() if name.startswith(f"{BLOCK}/")})
+                # Of a key that holds many slices, the first one makes the moment and each fills in its own part.
+                if kind not in state:
+                    state[kind] = torch.zeros_like(key, requires_grad=False)
+                piece.read(state[kind]).copy_(piece.cut(value))
+    _restore_blocks(engine, {name: value for name, value in saved.items() if name.startswith(f"{BLOCK}/")})
     # ZeRO-1 and -2 look their state up through links that they make after their first step.
-    if optimizer.state and hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    if optimizer.state:
+        link_optimizer_state(engine)
 
 
-def _step(optimizer: torch.optim.Optimizer, value: Tensor, device: torch.device) -> Tensor | int:
-    """Return a count of steps as the optimizer keeps it: bitsandbytes' as a number, torch's in a tensor of its own."""
+def _step_count(optimizer: torch.optim.Optimizer, value: Tensor, device: torch.device) -> Tensor | int:
+    """Return a step count as the optimizer stores it: bitsandbytes' as an int, torch's as a tensor."""
     if not value.is_floating_point():
         return int(value)
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     return value.to(device if on_device else "cpu", copy=True)
 
 
-def _keys(engine: Any) -> list[Tensor]:
-    """Return what this process's optimizer works on, in the model's order."""
-    return list({id(piece.key): piece.key for piece in _pieces(engine)}.values())
-
-
-def _blocks(engine: Any) -> dict[str, Tensor]:
-    """Return this process's state as it is if that of any process is in blocks, else nothing."""
-    states = [engine.basic_optimizer.state.get(key, {}) for key in _keys(engine)]
-    in_blocks = any(torch.is_tensor(value) and value.dtype == torch.uint8 for one in states for value in one.values())
-    if not any(gather_objects(in_blocks)):
-        return {}
-    return {
-        f"{BLOCK}/{rank()}/{number}/{key}": torch.as_tensor(value).detach().cpu()
-        for number, one in enumerate(states)
-        for key, value in one.items()
-    }
-
-
-def _write_blocks(engine: Any, blocks: dict[str, Tensor]) -> None:
-    if not blocks:
-        return
-    keys, optimizer = _keys(engine), engine.basic_optimizer
-    own = {name: value for name, value in blocks.items() if name.startswith(f"{BLOCK}/{rank()}/")}
-    states: list[dict[str, Any]] = [{} for _ in keys]
-    for name, value in own.items():
-        _, _, number, key = name.split("/")
-        if int(number) < len(keys):
-            there = keys[int(number)].device
-            states[int(number)][key] = _step(optimizer, value, there) if key == STEP else value.to(there, copy=True)
-    ranks = {name.split("/")[1] for name in blocks}
-    fits = len(ranks) == world_size() and all(
-        "state1" in state and state["state1"].numel() == key.numel() for key, state in zip(keys, states, strict=True)
-    )
-    if not all(gather_objects(fits)):
-        raise UserError(
-            "the checkpoint's optimizer state is in blocks of 8 bits, which fit the number of processes and the ZeRO "
-            f"stage that it was written with alone ({len(ranks)} processes). Resume with these"
-        )
-    for held, state in zip(keys, states, strict=True):
-        optimizer.state[held] = state
-
-
-def _held_here(parameter: nn.Parameter, piece: _FlatSlice) -> Tensor:
-    if is_sharded(parameter):
-        held: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-        return held.detach().view(-1)[: piece.length]
-    return parameter.detach().reshape(-1)[piece.start : piece.start + piece.length]
-
-
-def _pieces(engine: Any) -> Iterator[_FlatSlice]:
-    optimizer = engine.optimizer
+def _slices(engine: Any) -> Iterator[_NamedSlice]:
+    """Yield what this process's optimizer has of the trained tensors, in the model's order."""
     for name, parameter in trained_parameters(engine.module).items():
-        size = full_shape(parameter).numel()
-        if is_sharded(parameter):
-            group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = rank() * length
-            if start < size:  # the last part is padded
-                key = optimizer.fp32_partitioned_groups_flat[group]
-                yield _FlatSlice(name, start, key, offset, min(length, size - start))
-        elif hasattr(parameter, "_hp_mapping"):
-            if (here := parameter._hp_mapping) is not None:
-                key = optimizer.single_partition_of_fp32_groups[here.param_group_index]
-                at, length = here.hp_fragment_address.start, here.hp_fragment_address.numel
-                yield _FlatSlice(name, here.lp_fragment_address.start, key, at, length)
-        else:
-            yield _FlatSlice(name, 0, parameter, 0, size)
+        if (at := optimizer_slice(engine, parameter)) is not None:
+            yield _NamedSlice(name, at)
 
 
-def _put_together(
-    pieces: list[tuple[_FlatSlice, Tensor]], sizes: dict[str, int], device: torch.device, *, spread: bool
+def _model_values(parameter: nn.Parameter, piece: _NamedSlice) -> Tensor:
+    """Return the values of a slice as the model has them on this process."""
+    shard = local_shard(parameter)  # at stage 3, flat: it begins where the slice does, and ends with padding
+    return piece.cut(parameter.detach().reshape(-1)) if shard is None else shard.detach().view(-1)[: piece.at.length]
+
+
+def _merge_slices(
+    slices: list[tuple[_NamedSlice, Tensor]], sizes: dict[str, int], device: torch.device, *, sharded: bool
 ) -> dict[str, Tensor]:
+    """Return the whole tensors, flat and on the CPU, of the slices of all ranks. Collective over ranks.
+
+    Every rank writes its slices into zeros as long as all tensors together, and the ranks add these up. No two write to
+    the same place, but a sum of floats would still turn -0.0 into 0.0: the bits are added as integers, which is exact.
+    """
     begins, end = {}, 0
     for name, size in sizes.items():
         begins[name], end = end, end + size
     everything = torch.zeros(end, device=device)
-    for piece, values in pieces:
-        begin = begins[piece.name] + piece.start
-        everything[begin : begin + piece.length] = values.to(device)
-    if spread and world_size() > 1:
+    for piece, values in slices:
+        begin = begins[piece.name] + piece.at.start
+        everything[begin : begin + piece.at.length] = values.to(device)
+    if sharded and world_size() > 1:
         everything = all_reduce_sum(everything.view(torch.int32)).view(torch.float32)
-    parts = torch.split(everything.cpu(), list(sizes.values()))
-    return dict(zip(sizes, parts, strict=True))
+    return dict(zip(sizes, torch.split(everything.cpu(), list(sizes.values())), strict=True))
+
+
+# --- state in blocks of 8 bits ---
+
+
+def _keys(engine: Any) -> list[Tensor]:
+    """Return the tensors that this process's optimizer updates, each once, in the model's order."""
+    return list({id(piece.at.key): piece.at.key for piece in _slices(engine)}.values())
+
+
+def _own_blocks(engine: Any) -> dict[str, Tensor]:
+    """Return this process's state as it is if that of any process is in blocks, else nothing. Collective."""
+    states = [basic_optimizer(engine).state.get(key, {}) for key in _keys(engine)]
+    in_blocks = any(torch.is_tensor(v) and v.dtype == torch.uint8 for state in states for v in state.values())
+    if not any(gather_objects(in_blocks)):
+        return {}
+    return {
+        f"{BLOCK}/{rank()}/{number}/{kind}": torch.as_tensor(value).detach().cpu()
+        for number, state in enumerate(states)
+        for kind, value in state.items()
+    }
+
+
+def _restore_blocks(engine: Any, blocks: dict[str, Tensor]) -> None:
+    """Restore state in blocks, which must fit this process's keys as they are. Collective."""
+    if not blocks:
+        return
+    keys, optimizer = _keys(engine), basic_optimizer(engine)
+    own = {name: value for name, value in blocks.items() if name.startswith(f"{BLOCK}/{rank()}/")}
+    states: list[dict[str, Any]] = [{} for _ in keys]
+    for name, value in own.items():
+        _, _, number, kind = name.split("/")
+        if int(number) < len(keys):
+            device = keys[int(number)].device
+            states[int(number)][kind] = (
+                _step_count(optimizer, value, device) if kind == STEP else value.to(device, copy=True)
+            )
+    ranks = {name.split("/")[1] for name in blocks}
+    fits = len(ranks) == world_size() and all(
+        "state1" in state and state["state1"].numel() == key.numel() for key, state in zip(keys, states, strict=True)
+    )
+    # One rank's misfit is every rank's: they must refuse together.
+    if not all(gather_objects(fits)):
+        raise UserError(
+            "the checkpoint's optimizer state is in blocks of 8 bits, which fit only the number of processes and the "
+            f"ZeRO stage that it was written with ({len(ranks)} processes). Resume with these"
+        )
+    for key, state in zip(keys, states, strict=True):
+        optimizer.state[key] = state

@@ -24,6 +24,13 @@ from subspace.adapters.inject import adapters
 from subspace.adapters.serialization import read_adapter, save_adapter
 from subspace.common.files import PARTIAL, write_checked
 from subspace.distributed.collectives import broadcast_object, gather_objects, is_main, rank, world_size
+from subspace.distributed.deepspeed_compat import (
+    basic_optimizer,
+    loss_scale_state,
+    restore_loss_scale,
+    restore_step_counters,
+    step_counters,
+)
 from subspace.distributed.deepspeed_config import flatten_dict
 from subspace.distributed.zero import full_shape, gathered
 from subspace.errors import UserError
@@ -160,14 +167,13 @@ def restore_checkpoint(engine: Any, saved: Checkpoint, seed: int) -> None:
         optimizer_state.restore_optimizer_state(engine, state)
 
     counters = saved.facts["engine_state"]
-    engine.global_steps, engine.skipped_steps = counters["steps"], counters["skipped"]
+    restore_step_counters(engine, counters)
     scheduler = engine.lr_scheduler
     scheduler.last_epoch = counters["schedule"]
-    rates = zip(engine.basic_optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    rates = zip(basic_optimizer(engine).param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     for group, base, factor in rates:
         group["lr"] = base * factor(scheduler.last_epoch)
-    if engine.fp16_enabled() and counters["loss_scale"]:
-        vars(engine.optimizer.loss_scaler).update(counters["loss_scale"])
+    restore_loss_scale(engine, counters["loss_scale"])
 
     if saved.facts["ranks"] == world_size():
         _set_random_state(saved.facts["random"][rank()])
@@ -188,12 +194,10 @@ def _on_main(target: Path, action: Callable[[], object]) -> None:
 
 
 def _counters(engine: Any) -> dict[str, Any]:
-    scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else {}
     return {
-        "steps": engine.global_steps,
-        "skipped": engine.skipped_steps,
+        **step_counters(engine),
         "schedule": engine.lr_scheduler.last_epoch,
-        "loss_scale": {k: v for k, v in scaler.items() if k.startswith(("cur_", "last_"))},
+        "loss_scale": loss_scale_state(engine),
     }
 
 

@@ -11,6 +11,7 @@ from torch.utils import cpp_extension
 
 from subspace import config as config_module
 from subspace.adapters.registry import resolve_method
+from subspace.distributed.deepspeed_compat import NVME_LIBRARIES
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
@@ -79,7 +80,7 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("library", combination.LIBRARIES)
+@pytest.mark.parametrize("library", NVME_LIBRARIES)
 def test_the_lock_of_a_build_that_was_killed_does_not_hang(builds: Path, library: str) -> None:
     engine = filled("float32", {"stage": 3, "offload_param": NVME})
     assert combination.find_missing_requirement(ModelConfig(dtype="float32"), engine) is None

@@ -1,0 +1,236 @@
+"""Canaries: one for each internal name of DeepSpeed in ``deepspeed_compat``. One that fails names what has changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from subspace.common.paths import REPOSITORY
+from subspace.distributed import deepspeed_compat as compat
+from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
+from subspace.distributed.engine import init_distributed, init_engine
+from subspace.distributed.zero import clear_moment, full_gradient, gathered, write_parameter
+
+WIDTH, RATE = 6, 0.5
+
+
+class Started:
+    """An engine over one linear layer, whose first gradient is there and whose first step is not taken."""
+
+    def __init__(self, stage: int, dtype: str = "float32") -> None:
+        init_distributed()
+        torch.manual_seed(0)
+        self.model = nn.Linear(WIDTH, 2, bias=False)
+        self.start = self.model.weight.detach().clone()
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
+        raw = {"zero_optimization": zero, "fp16": {"initial_scale_power": 3} if dtype == "float16" else {}}
+        config, _ = resolve_deepspeed_config(raw, compute_batch_layout(2, None, 1), dtype=dtype, clip=0.0)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
+        self.engine: Any = init_engine(self.model, config, optimizer, lambda step: 1.0)
+        self.weight = self.model.weight
+        self.backward()
+
+    def backward(self) -> None:
+        x = torch.ones(2, WIDTH, dtype=torch.float16 if self.engine.fp16_enabled() else torch.float32)
+        self.engine.backward(self.engine(x).float().sum())
+
+
+@pytest.fixture(params=[0, 1, 2, 3])
+def started(request: pytest.FixtureRequest) -> Started:
+    return Started(request.param)
+
+
+@pytest.fixture
+def sharded() -> Started:
+    return Started(3)
+
+
+def blame(name: str) -> str:
+    return f"DeepSpeed {version('deepspeed')} has changed {name}, which subspace/distributed/deepspeed_compat.py uses"
+
+
+def test_the_table_names_the_version_that_is_installed() -> None:
+    (checked,) = re.findall(r"Checked with DeepSpeed (\S+?)\.\s", compat.__doc__ or "")
+    assert version("deepspeed") == checked, "look at the canaries below, then write the new version into the table"
+
+
+def test_zero3_parameters_carry_id_shape_and_shard(sharded: Started) -> None:
+    assert compat.is_sharded(sharded.weight), blame("parameter.ds_id")
+    assert sharded.weight.shape != sharded.start.shape
+    assert compat.full_shape(sharded.weight) == sharded.start.shape, blame("parameter.ds_shape")
+    shard = compat.local_shard(sharded.weight)
+    assert shard is not None, blame("parameter.ds_tensor")
+    assert torch.equal(shard.view(-1)[: sharded.start.numel()].view_as(sharded.start), sharded.start)
+
+
+def test_parameters_of_other_stages_are_whole() -> None:
+    for stage in (0, 1, 2):
+        weight = Started(stage).weight
+        assert not compat.is_sharded(weight), blame("parameter.ds_id")
+        assert compat.local_shard(weight) is None
+        assert compat.has_zero_optimizer(weight) == (stage > 0), blame("parameter._hp_mapping")
+
+
+def test_a_new_parameter_is_sharded_as_another(sharded: Started) -> None:
+    new = nn.Parameter(torch.arange(12.0))
+    compat.shard_as(sharded.weight, [new])
+    assert compat.is_sharded(new), blame("parameter.convert_to_zero_parameters")
+    with gathered([new]):
+        assert torch.equal(new.detach(), torch.arange(12.0))
+
+
+def test_the_optimizers_slice_holds_the_parameters_values(started: Started) -> None:
+    at = compat.optimizer_slice(started.engine, started.weight)
+    names = "parameter._hp_mapping, optimizer.single_partition_of_fp32_groups, .grad_position or .get_param_id"
+    assert at is not None, blame(names)
+    assert (at.start, at.length) == (0, started.start.numel()), blame(names)
+    held = at.key.detach().view(-1)[at.offset : at.offset + at.length]
+    assert torch.equal(held, started.start.view(-1)), blame(names)
+    keys = [id(p) for group in compat.basic_optimizer(started.engine).param_groups for p in group["params"]]
+    if started.engine.zero_optimization_stage() in (0, 1, 2):
+        assert id(at.key) in keys, blame("what the optimizer under ZeRO's wrapper is given")
+
+
+def test_the_optimizer_keeps_its_state_under_the_slices_key(started: Started) -> None:
+    started.engine.step()
+    at = compat.optimizer_slice(started.engine, started.weight)
+    assert at is not None
+    state = compat.basic_optimizer(started.engine).state[at.key]
+    assert state["exp_avg"].numel() >= at.offset + at.length, blame("engine.basic_optimizer")
+    # The gradient of the sum over two rows of ones is 2 everywhere; beta1 is 0.9.
+    moment = state["exp_avg"].view(-1)[at.offset : at.offset + at.length]
+    assert torch.allclose(moment, torch.full_like(moment, 0.2)), blame("engine.basic_optimizer")
+
+
+def test_restored_state_is_linked_to_its_parameter() -> None:
+    started = Started(1)
+    at = compat.optimizer_slice(started.engine, started.weight)
+    assert at is not None
+    optimizer = compat.basic_optimizer(started.engine)
+    optimizer.state[at.key] = {key: torch.ones_like(at.key) for key in ("exp_avg", "exp_avg_sq")}
+    compat.link_optimizer_state(started.engine)
+    clear_moment(started.weight, "exp_avg", torch.ones_like(started.start, dtype=torch.bool))
+    moment = optimizer.state[at.key]["exp_avg"].view(-1)[at.offset : at.offset + at.length]
+    assert not moment.any(), blame("optimizer._lazy_init_hp_params_optimizer_state")
+
+
+def test_gradients_are_seen_between_backward_and_step(started: Started) -> None:
+    gradients = compat.local_gradients(started.engine)
+    assert gradients, blame("optimizer.averaged_gradients")
+    assert {float(value) for gradient in gradients for value in gradient.view(-1)[: WIDTH * 2]} == {2.0}
+    whole = full_gradient(started.weight)
+    assert whole is not None
+    assert torch.equal(whole, torch.full_like(whole, 2.0))
+
+
+def test_a_written_parameter_is_what_the_next_step_starts_from(started: Started) -> None:
+    write_parameter(started.weight, torch.zeros(2, WIDTH))
+    started.engine.step()
+    with gathered([started.weight]):
+        # Adam's first step is the learning rate, whatever the gradient.
+        assert torch.allclose(started.weight.detach(), torch.full((2, WIDTH), -RATE)), blame("safe_set_full_fp32_param")
+
+
+def test_state_in_memory_is_not_taken_for_swapped(started: Started) -> None:
+    assert not compat.optimizer_state_on_nvme(started.engine)
+
+
+def test_an_optimizer_on_nvme_is_known_by_its_attribute() -> None:
+    """ZeRO-3 with NVMe needs libaio, so its source is read instead."""
+    from deepspeed.runtime.zero import stage3
+
+    source = Path(stage3.__file__).read_text()
+    assert "self.swap_optimizer = offload_optimizer_config.device == OffloadDeviceEnum.nvme" in source, blame(
+        "optimizer.swap_optimizer"
+    )
+
+
+def test_step_counters_count_and_are_restored(started: Started) -> None:
+    started.engine.step()
+    assert compat.step_counters(started.engine) == {"steps": 1, "skipped": 0}, blame("engine.global_steps")
+    compat.restore_step_counters(started.engine, {"steps": 7, "skipped": 2})
+    assert compat.skipped_steps(started.engine) == 2, blame("engine.skipped_steps")
+    started.backward()
+    started.engine.step()
+    assert compat.step_counters(started.engine) == {"steps": 8, "skipped": 2}, blame("engine.global_steps")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_loss_scalers_state_is_read_and_restored(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)  # slow on a CPU, but right
+    started = Started(stage, "float16")
+    assert compat.loss_scale(started.engine) == 2**3, blame("optimizer.cur_scale")
+    assert not compat.loss_scale_exhausted(started.engine)
+    state = compat.loss_scale_state(started.engine)
+    assert set(state) == {"cur_iter", "cur_scale", "last_overflow_iter", "cur_hysteresis"}, blame(
+        "optimizer.loss_scaler"
+    )
+    compat.restore_loss_scale(started.engine, {**state, "cur_scale": 1.0, "cur_iter": 5})
+    assert compat.loss_scale(started.engine) == 1.0, blame("optimizer.loss_scaler")
+    assert compat.loss_scale_state(started.engine)["cur_iter"] == 5
+    assert compat.loss_scale_exhausted(started.engine), blame("optimizer.loss_scaler.min_scale")
+
+
+def test_outside_float16_there_is_no_loss_scale(started: Started) -> None:
+    assert compat.loss_scale_state(started.engine) == {}
+    compat.restore_loss_scale(started.engine, {})
+    assert compat.loss_scale(started.engine) == 1.0
+
+
+def test_one_process_without_zero_does_not_reduce_its_gradients() -> None:
+    engine = Started(0).engine
+    assert engine.enable_backward_allreduce is False, blame("engine.enable_backward_allreduce")
+    assert Started(1).engine.enable_backward_allreduce is True, blame("engine.enable_backward_allreduce")
+
+
+def test_the_table_of_ops_decides_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.ops
+    from deepspeed.comm.torch import build_shm_op
+
+    monkeypatch.setitem(vars(deepspeed.ops), "__compatible_ops__", {"deepspeed_shm_comm": True})
+    compat.disable_shm_comm_op()
+    assert build_shm_op() is None, blame("deepspeed.ops.__compatible_ops__")
+
+
+@pytest.mark.processes
+def test_the_lock_of_a_build_that_was_killed_does_not_hang(tmp_path: Path) -> None:
+    """On a CPU DeepSpeed would compile a library for its collectives, and wait for that lock for ever."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    joins = "from subspace.distributed import collectives, engine; engine.init_distributed(); collectives.shutdown()"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE")}
+    subprocess.run([sys.executable, "-c", joins], cwd=REPOSITORY, env=environment, check=True, timeout=300)
+    assert lock.exists()
+
+
+def test_deepspeeds_logger_is_silenced_by_the_command_line_only(caplog: pytest.LogCaptureFixture) -> None:
+    init_distributed()
+    logger = logging.getLogger("DeepSpeed")
+    assert compat._is_error not in logger.filters
+    assert logger.getEffectiveLevel() <= logging.WARNING
+    try:
+        compat.silence_deepspeed()
+        assert not logger.filter(logging.makeLogRecord({"levelno": logging.WARNING}))
+        assert logger.filter(logging.makeLogRecord({"levelno": logging.ERROR}))
+    finally:
+        logger.removeFilter(compat._is_error)
+
+
+def test_builds_leave_their_locks_where_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = compat.build_lock("async_io")
+    assert lock == tmp_path / "async_io" / "lock", "torch has changed torch.utils.cpp_extension._get_build_directory"

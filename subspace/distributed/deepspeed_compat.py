@@ -205,8 +205,8 @@ def disable_shm_comm_op() -> None:
     """Keep ``deepspeed.init_distributed`` from compiling an op for CPUs that training never calls."""
     import deepspeed.ops
 
-    # DeepSpeed asks this table, and nothing else in it, whether the machine can build the op. Where it is not there yet,
-    # reading it would first try every op's compiler.
+    # DeepSpeed asks this table whether the machine can build the op, and uses no other entry. Where it is not there
+    # yet, reading it would try the compiler of every op first.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine: started from its own JSON, in which "auto" is filled from the run and contradictions are refused.
+"""DeepSpeed's configuration: its own JSON, with every "auto" resolved from the run; conflicts raise UserError.
 
 Precision. The frozen base has the model's dtype; adapters are float32 whatever the base is, with no ``bf16`` section,
 so that small steps are not rounded away and the saved adapter is what the optimizer holds. float16 needs a loss
@@ -7,9 +7,10 @@ scale, hence DeepSpeed's ``fp16`` section, which casts the adapters too and keep
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ from subspace.distributed.collectives import world_size
 from subspace.errors import UserError, nearest
 
 Json = dict[str, Any]
+# Keys of the section zero_optimization.
 OFFLOAD, PREFETCH = "offload_optimizer", "stage3_prefetch_bucket_size"
+PERSISTENCE, BUCKET = "stage3_param_persistence_threshold", "reduce_bucket_size"
+BLOCK_SIZE = "block_size"  # of the section aio
+#: Sections and keys whose best value follows from the adapters' size.
+BY_ADAPTERS = (("zero_optimization", PERSISTENCE), ("zero_optimization", BUCKET), ("aio", BLOCK_SIZE))
+MIN_PERSISTENCE = 100_000  # numbers up to which ZeRO-3 leaves a tensor whole: DeepSpeed's default
+MAX_BUCKET = 500_000_000  # numbers that are reduced at a time: DeepSpeed's default
 MIN_SWAP_BYTES = 1 << 20  # bytes from which on DeepSpeed swaps a tensor to NVMe
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the rows of one optimizer step are spread: ``batch = micro_batch * accumulate * ranks``."""
+    """How the rows of one optimizer step are distributed: ``batch = micro_batch * accumulate * ranks``."""
 
     batch: int
     micro_batch: int
@@ -60,101 +68,189 @@ def read_engine_file(path: str | Path) -> Json:
     return content
 
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed's configuration with a number for every "auto"; :meth:`for_adapters` gives it its final form.
+
+    Attributes:
+        settings: what DeepSpeed is given.
+        changes: notices of what was changed.
+        autos: the keys that the file leaves to the run by "auto".
+        free: those of :data:`BY_ADAPTERS` that the file leaves to the run, by "auto" or by silence.
+        source: the file.
+    """
+
+    settings: Json
+    changes: tuple[str, ...]
+    autos: tuple[str, ...]
+    free: frozenset[str]
+    source: str
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that runs."""
+        return int(self.settings["zero_optimization"]["stage"])
+
+    @property
+    def optimizer_offloaded(self) -> bool:
+        """Whether the optimizer is in the host's memory or on NVMe."""
+        return OFFLOAD in self.settings["zero_optimization"]
+
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know: changes, and what each "auto" of the file became."""
+        values = dict(flatten_dict(self.settings))
+        autos = ", ".join(f"{key}={values[key]}" for key in self.autos if key in values)
+        return [*self.changes, *([f'{Path(self.source).name}: "auto" is {autos}'] if autos else [])]
+
+    def for_adapters(self, *, trained: int, largest: int) -> EngineConfig:
+        """Return the configuration for adapters of so many trained numbers, and so many in the largest tensor.
+
+        Raises:
+            UserError: a block size that the largest trained tensor does not fit.
+        """
+        settings = copy.deepcopy(self.settings)
+        zero = settings["zero_optimization"]
+        if zero["stage"] == 3 and PERSISTENCE in self.free:
+            # Adapters are small and used at every layer: gathering them for each use costs more than holding them.
+            zero[PERSISTENCE] = max(MIN_PERSISTENCE, largest)
+        if zero["stage"] and BUCKET in self.free:
+            # DeepSpeed takes room for the whole bucket in every step, by default 2 GB; adapters need a few megabytes.
+            zero[BUCKET] = min(trained, MAX_BUCKET)
+        if _offload_device(zero) == "nvme":
+            _keep_gradients_in_memory(settings, 4 * largest, self.source, free=BLOCK_SIZE in self.free)
+        return replace(self, settings=settings)
+
+
 def resolve_deepspeed_config(
     engine: Mapping[str, Any],
     layout: BatchLayout,
     *,
     dtype: str,
     clip: float,
-    largest_adapter: int = 0,
-    trained: int = 0,
     source: str = "the engine's JSON",
-) -> tuple[Json, list[str]]:
-    """Return the engine's configuration with numbers for every "auto", and notices of what was changed.
+) -> EngineConfig:
+    """Return the engine's configuration with a number for every "auto", and notices of what was changed.
+
+    Args:
+        engine: the content of the engine's file.
+        layout: how a step's rows are spread.
+        dtype: the model's, by its name.
+        clip: the largest norm of the gradient; 0 is no clipping.
+        source: the file's name, for messages.
 
     Raises:
         UserError: a number that contradicts the run's, or a section for what the run's configuration decides.
     """
-    filled: Json = json.loads(json.dumps(engine))
-    notices: list[str] = []
+    settings: Json = json.loads(json.dumps(engine))
+    autos = tuple(key for key, value in flatten_dict(settings) if value == "auto")
+    free = frozenset(key for section, key in BY_ADAPTERS if (settings.get(section) or {}).get(key, "auto") == "auto")
+
+    _refuse_run_sections(settings, source)
+    run = (  # key, value, source
+        ("train_batch_size", layout.batch, "train.batch"),
+        ("train_micro_batch_size_per_gpu", layout.micro_batch, "train.micro_batch"),
+        ("gradient_accumulation_steps", layout.accumulate, "train.batch / (train.micro_batch x processes)"),
+        ("gradient_clipping", clip, "train.clip"),
+    )
+    for key, value, name in run:
+        _set_from_run(settings, key, value, name, source)
+    zero = settings.setdefault("zero_optimization", {})
+    _check_stage(zero.setdefault("stage", 0), source)
+    _resolve_precision(settings, dtype, source)
+    changes = []
+    if zero["stage"] == 0 and (settings["fp16"]["enabled"] or settings["bf16"]["enabled"]):
+        # At stage 0 DeepSpeed's 16-bit optimizers take a step with zero gradients before the first: weight decay and
+        # Adam's step count are wrong from then on. Stage 1 has the same numbers and does not.
+        zero["stage"] = 1
+        changes.append("ZeRO stage 0 with 16-bit adapters runs as stage 1, whose numbers are right")
+    if _offload_device(zero) == "nvme":
+        changes.append("the optimizer is on NVMe: checkpoints hold adapters alone, and no run goes on from one")
+    _set_defaults(settings)
+
+    left = [key for key, value in flatten_dict(settings) if value == "auto"]
+    if left:
+        known = [key for key, _, _ in run]
+        raise UserError(f'{source} leaves {left[0]} "auto", which is not filled here. {nearest(left[0], known)}')
+    return EngineConfig(settings, tuple(changes), autos, free, source)
+
+
+def _refuse_run_sections(settings: Json, source: str) -> None:
     for section in ("optimizer", "scheduler"):
-        if section in filled:
+        if section in settings:
             raise UserError(
                 f"{source} has a section '{section}', which the run's `train` settings decide. Take it out there"
             )
 
-    ours = {
-        "train_batch_size": (layout.batch, "train.batch"),
-        "train_micro_batch_size_per_gpu": (layout.micro_batch, "train.micro_batch"),
-        "gradient_accumulation_steps": (layout.accumulate, "train.batch / (train.micro_batch x processes)"),
-        "gradient_clipping": (clip, "train.clip"),
-    }
-    for key, (value, name) in ours.items():
-        if filled.get(key, "auto") not in ("auto", value):
-            raise UserError(
-                f'{source} sets {key} to {filled[key]}, but {name} is {value}. Write "auto" there, or change {name}'
-            )
-        filled[key] = value
 
-    zero = filled.setdefault("zero_optimization", {})
-    stage = zero.setdefault("stage", 0)
+def _set_from_run(settings: Json, key: str, value: Any, name: str, source: str) -> None:
+    """Set what the run decides; refuse another value."""
+    if settings.get(key, "auto") not in ("auto", value):
+        raise UserError(
+            f'{source} sets {key} to {settings[key]}, but {name} is {value}. Write "auto" there, or change {name}'
+        )
+    settings[key] = value
+
+
+def _check_stage(stage: Any, source: str) -> None:
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{source} sets zero_optimization.stage to {stage!r}. There are 0, 1, 2, 3")
+
+
+def _resolve_precision(settings: Json, dtype: str, source: str) -> None:
+    """Enable fp16 for a float16 model, and nothing else by itself; refuse a section for another dtype."""
     for name, wanted in (("fp16", "float16"), ("bf16", "bfloat16")):
-        section = filled.setdefault(name, {})
+        section = settings.setdefault(name, {})
         if section.get("enabled", "auto") == "auto":
             section["enabled"] = name == "fp16" and dtype == "float16"
         if section["enabled"] and dtype != wanted:
             raise UserError(
                 f'{source} enables {name}, but model.dtype is {dtype}. Set model.dtype={wanted}, or "auto" there'
             )
-    if filled["fp16"]["enabled"] is False and dtype == "float16":
+    if settings["fp16"]["enabled"] is False and dtype == "float16":
         raise UserError(
             f'{source} disables fp16, but model.dtype is float16, which needs its loss scale. Write "auto" there'
         )
-    if stage == 0 and (filled["fp16"]["enabled"] or filled["bf16"]["enabled"]):
-        # At stage 0 DeepSpeed's 16-bit optimizers take a step with zero gradients before the first: weight decay and
-        # Adam's step count are wrong from then on. Stage 1 holds the same numbers and does not.
-        zero["stage"] = 1
-        notices.append("ZeRO stage 0 with 16-bit adapters runs as stage 1, whose numbers are right")
-    if zero["stage"] == 3 and zero.get("stage3_param_persistence_threshold", "auto") == "auto":
-        # Adapters are small and used at every layer: gathering them for each use costs more than holding them.
-        zero["stage3_param_persistence_threshold"] = max(100_000, largest_adapter)
-    if zero["stage"] and trained and zero.get("reduce_bucket_size", "auto") == "auto":
-        # DeepSpeed takes room for the whole bucket in every step, by default 2 GB; adapters need a few megabytes.
-        zero["reduce_bucket_size"] = min(trained, 500_000_000)
+
+
+def _set_defaults(settings: Json) -> None:
+    """Set what DeepSpeed would otherwise decide badly, where the file does not."""
+    zero = settings["zero_optimization"]
+    if zero["stage"] == 3 and zero.get(PERSISTENCE, "auto") == "auto":
+        zero[PERSISTENCE] = MIN_PERSISTENCE
+    if zero.get(BUCKET) == "auto":
+        del zero[BUCKET]  # DeepSpeed's own, until the adapters are counted
     if (zero.get("offload_param") or {}).get("device") == "nvme" and zero.get(PREFETCH, "auto") == "auto":
         zero[PREFETCH] = 0  # DeepSpeed reads ahead a weight that is used twice in a step twice, and stumbles over it
     if OFFLOAD in zero:
-        filled.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's own AdamW works there and needs no compiler
-    if (zero.get(OFFLOAD) or {}).get("device") == "nvme":
-        _keep_gradients_in_memory(filled, 4 * largest_adapter, source)
-        notices.append("the optimizer is on NVMe: checkpoints hold adapters alone, and no run goes on from one")
-    filled.setdefault("zero_allow_untested_optimizer", True)
-    filled.setdefault("steps_per_print", 10**9)  # the run prints for itself
-
-    left = [key for key, value in flatten_dict(filled) if value == "auto"]
-    if left:
-        raise UserError(f'{source} leaves {left[0]} "auto", which is not filled here. {nearest(left[0], ours)}')
-    values = dict(flatten_dict(filled))
-    if autos := [f"{key}={values[key]}" for key, value in flatten_dict(engine) if value == "auto"]:
-        notices.append(f'{Path(source).name}: "auto" is {", ".join(autos)}')
-    return filled, notices
+        settings.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's own AdamW works and needs no compiler
+    if _offload_device(zero) == "nvme":
+        aio = settings.setdefault("aio", {})
+        if aio.get(BLOCK_SIZE, "auto") == "auto":
+            aio[BLOCK_SIZE] = MIN_SWAP_BYTES
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    settings.setdefault("steps_per_print", 10**9)  # subspace does its own logging
 
 
-def _keep_gradients_in_memory(filled: Json, largest: int, source: str) -> None:
-    """Let no trained tensor, of ``largest`` bytes at most, have its gradient swapped to NVMe with the optimizer.
+def _offload_device(zero: Json) -> str | None:
+    """Return where the optimizer is offloaded to, ``cpu`` or ``nvme``; None where it stays."""
+    device: str | None = (zero.get(OFFLOAD) or {}).get("device")
+    return device
+
+
+def _keep_gradients_in_memory(settings: Json, largest: int, source: str, *, free: bool) -> None:
+    """Prevent that a trained tensor, of at most ``largest`` bytes, has its gradient swapped to NVMe.
 
     DeepSpeed holds gradients in memory anyway, and reads those that it has swapped straight into their places in one
     flat tensor. Where such a place is not at a multiple of 512 bytes, as after a tensor of odd size, the system reads
     nothing, without an error, and the tensor does not train. What is smaller than a block is not swapped.
     """
-    aio = filled.setdefault("aio", {})
-    if aio.get("block_size", "auto") == "auto":
-        aio["block_size"] = max(MIN_SWAP_BYTES, (largest // 4096 + 1) * 4096)
-    elif max(aio["block_size"], MIN_SWAP_BYTES) <= largest:
+    aio = settings["aio"]
+    if free:
+        aio[BLOCK_SIZE] = max(MIN_SWAP_BYTES, (largest // 4096 + 1) * 4096)
+    elif max(aio[BLOCK_SIZE], MIN_SWAP_BYTES) <= largest:
         raise UserError(
-            f"{source} sets aio.block_size to {aio['block_size']}, but with the optimizer on NVMe it must exceed the "
+            f"{source} sets aio.block_size to {aio[BLOCK_SIZE]}, but with the optimizer on NVMe it must exceed the "
             f'{largest} bytes of the largest trained tensor, or DeepSpeed loses gradients. Write "auto" there'
         )
 
@@ -162,24 +258,23 @@ def _keep_gradients_in_memory(filled: Json, largest: int, source: str) -> None:
 def resolve_deepspeed_config_for_inference(path: str | Path, dtype: str) -> Json:
     """Return the engine's configuration for a model that is spread over the processes to be scored, not trained."""
     ranks = world_size()
-    filled, _ = resolve_deepspeed_config(
+    config = resolve_deepspeed_config(
         read_engine_file(path), compute_batch_layout(ranks, 1, ranks), dtype=dtype, clip=0.0, source=str(path)
     )
-    stage = filled["zero_optimization"]["stage"]
-    if stage != 3:
+    if config.stage != 3:
         raise UserError(
-            f"evaluate.engine is {path}, of ZeRO stage {stage}, but only stage 3 spreads a model. Take "
+            f"evaluate.engine is {path}, of ZeRO stage {config.stage}, but only stage 3 spreads a model. Take "
             "ds_configs/zero3.json, or none: then each process has the whole model"
         )
-    filled["zero_optimization"].pop(OFFLOAD, None)
-    return filled
+    config.settings["zero_optimization"].pop(OFFLOAD, None)
+    return config.settings
 
 
 def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Return the leaves of nested settings by their names, as ``("zero_optimization.stage", 2)``."""
     pairs: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
-            value = {str(number): one for number, one in enumerate(value)}
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         pairs += flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return pairs

@@ -51,6 +51,16 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def launched_rank() -> int:
+    """Return this process's number as the launcher gave it, which holds before the processes have joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """Return the number of processes as the launcher gave it, which holds before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def init_rank_env() -> None:
     """Prepare a process of the command line to be a rank. Call it before torch is imported.
 

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: they are noted, and the training loop heeds them at the end of a step.
+"""Signals set a flag that the training loop checks before each step.
 
 SIGTERM and SIGINT come from users and systems, SIGUSR1 from SLURM shortly before a job's time is up and from our
 launcher. SIGTERM has a second meaning: DeepSpeed's launcher sends it to the ranks that are left when one has died.
-They would wait for the dead one for ever, so a rank that misses another ends at once.
+They would wait for the dead one for ever, so a rank that finds another one gone exits at once.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from types import FrameType, TracebackType
 from typing import Self
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-#: In the ranks' environment: a file for the run's status. The ranks leave their process numbers beside it.
+#: In the ranks' environment: a file for the run's status. The ranks write their PIDs beside it.
 STATUS_FILE = "SUBSPACE_STATUS_FILE"
 
 
 class SignalHandler:
-    """While entered, ``asked`` tells whether a signal has asked this process to stop."""
+    """While entered, ``stop_requested`` is True once a signal has asked this process to stop."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.stop_requested = False
 
     def __enter__(self) -> Self:
         # Python hands signals to the main thread only; a run in another one keeps what its host set.
-        heed = threading.current_thread() is threading.main_thread()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS} if heed else {}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS} if in_main_thread else {}
         return self
 
     def __exit__(
@@ -38,21 +38,21 @@ class SignalHandler:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked:
-            raise KeyboardInterrupt  # asked twice: at once
+        if number == signal.SIGINT and self.stop_requested:
+            raise KeyboardInterrupt  # the second Ctrl-C: at once
         if number == signal.SIGTERM and any(not _alive(pid) for pid in local_rank_pids()):
             os._exit(128 + number)
-        self.asked = True
+        self.stop_requested = True
 
 
 def register_rank() -> None:
-    """Leave this process's number where the launcher and the other ranks of this machine find it."""
+    """Write this process's PID where the launcher and the other ranks of this machine find it."""
     if file := os.environ.get(STATUS_FILE):
         Path(file).with_name(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
 
 
 def local_rank_pids(status_file: str | Path | None = None) -> list[int]:
-    """Return the process numbers of the ranks that a launcher of ours started on this machine, as far as they came."""
+    """Return the PIDs of the ranks that our launcher started on this machine and that have registered so far."""
     file = status_file or os.environ.get(STATUS_FILE)
     return [int(text) for path in Path(file).parent.glob("rank-*") if (text := path.read_text())] if file else []
 

@@ -1,8 +1,9 @@
-"""A training step without numbers: the model's own code runs forward and backward on shapes, and its memory is counted.
+"""Activation-memory estimation on the meta device.
 
-Every tensor lies on torch's meta device, which has shapes and no values; a ledger sees each one come and go. So what is
-kept for the backward pass is what the model, its adapters, gradient checkpointing and the loss really keep, of any
-architecture and method, and not what a formula says. What a kernel takes for itself inside is not seen.
+The model's own code runs forward and backward on tensors that have shapes and no values, and a tracker sees each one
+come and go. So what is kept for the backward pass is what the model, its adapters, gradient checkpointing and the loss
+really keep, of any architecture and method, and not what a formula says. What a kernel takes for itself inside is not
+seen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from subspace.common.patching import patched
 from subspace.models.bitsandbytes_compat import int8_products_on_meta
 from subspace.models.lm_head import SummedLoss
+from subspace.planning.static_memory import MemoryItem
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes beyond what the model and its adapters hold.
+    """Bytes beyond those of the model and its adapters.
 
     Attributes:
         activations: kept for the backward pass when the output head begins.
@@ -50,6 +52,14 @@ class ActivationMemory:
     backward: int
     peak: int
     left: int
+
+    def parts(self) -> tuple[MemoryItem, ...]:
+        """Return the parts of which the peak consists, for a report."""
+        return (
+            MemoryItem("activations kept for the backward pass", self.activations),
+            MemoryItem("output head and loss", self.head),
+            MemoryItem("more in the backward pass", self.backward),
+        )
 
 
 def trace_activation_memory(model: Any, batch: BatchShape, *, accumulated: bool = False) -> ActivationMemory:
@@ -131,7 +141,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Run the fused attention that CPU and GPU take, where the meta device would take the plain one."""
+    """Run the fused attention that CPU and GPU run, where the meta device would run the plain one."""
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -144,7 +154,7 @@ def _attention(
 
 @contextlib.contextmanager
 def _kernels() -> Iterator[None]:
-    """Take the kernels that training takes."""
+    """Patch kernels so that the same operations are traced as training runs."""
     # No mode of torch, which the thread that computes activations again would not have.
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(nn.functional, "scaled_dot_product_attention", _attention))

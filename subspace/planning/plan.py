@@ -1,8 +1,9 @@
-"""What a run will take, told before anything is loaded: memory by part, disk, steps, time.
+"""Estimate before anything is loaded what a run will take: memory by part, disk, steps, time.
 
-No figure is fitted to a run. Weights are counted on the meta device (:mod:`subspace.holdings`), activations by a step
-without numbers (:mod:`subspace.rehearsal`), and what is there besides tensors by looking at this process, which by
-then has imported what the run will, opened the rows, built model and adapters, and gone through a step.
+No figure is fitted to a run. Weights are counted on the meta device (:mod:`subspace.planning.static_memory`),
+activations by tracing a step there (:mod:`subspace.planning.activation_memory`), and what is there besides tensors by
+the resident memory of this process, which by then has imported what the run will, opened the rows, built model and
+adapters, and traced a step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +24,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from subspace import config as config_module
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.adapters.registry import resolve_method
 from subspace.common.host_memory import resident_memory
-from subspace.config import RunConfig
-from subspace.data import tasks as tasks_module
+from subspace.config import RunConfig, read_config
 from subspace.data.collate import IGNORE_INDEX
-from subspace.data.dataset import Data, Fed, is_encoded, open_data
-from subspace.data.sampler import StepPlan, draw_steps, shard_batch
-from subspace.distributed.deepspeed_config import (
-    OFFLOAD,
-    BatchLayout,
-    compute_batch_layout,
-    read_engine_file,
-    resolve_deepspeed_config,
-)
+from subspace.data.dataset import Data, is_encoded, open_data
+from subspace.data.sampler import shard_batch
+from subspace.data.tasks import find_mixture
+from subspace.distributed.deepspeed_config import BatchLayout
 from subspace.errors import RunFailed, UserError
 from subspace.models.loading import device, open_shape, open_tokenizer
 from subspace.planning.activation_memory import ActivationMemory, BatchShape, trace_activation_memory
 from subspace.planning.static_memory import MemoryItem, StaticMemory
-from subspace.training.compatibility import check_packing
+from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan
 from subspace.training.config import STATE_BYTES
-from subspace.training.optimizers import check_optimizer
 
 #: Tokens of an answer and its end, where the data is not there to be looked at.
 ANSWER = 16
-#: The slowest step over the time of its matrix products alone: the range that is told reaches that far.
+#: The slowest step over the time of its matrix products alone: how far the estimated range reaches.
 SLOWEST = 5.0
 VERIFIED_STEPS = 3
 
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """What is fed: the longest micro-batch, and how much of it there is.
+    """What the model is fed: the longest micro-batch, and how many steps and tokens there are.
 
     Attributes:
         data: the rows, where they are encoded already. They stay open as the run will have them, because what was
@@ -77,40 +68,25 @@ class TrainingWork:
         """Look at the data where it is encoded already; else take the longest rows that the run allows."""
         try:
             tokenizer = open_tokenizer(config.model)
-            fed = partial(
-                draw_steps,
-                batch=layout.batch,
-                epochs=config.train.epochs,
-                steps=config.train.steps,
-                seed=config.train.seed,
-            )
-            known = is_encoded(config.data, tokenizer, config.train.seed, fed)
+            draw = step_draw(config, layout)
+            known = is_encoded(config.data, tokenizer, config.train.seed, draw)
         except UserError:
             known = False
         if known:
-            return cls._seen(config, layout, tokenizer, fed)
+            return cls._of_rows(config, layout, open_data(config.data, tokenizer, config.train.seed, fed=draw))
         longest = -(-config.data.max_length // 8) * 8
         columns = longest - 1 if config.data.loss_on == "all" else min(ANSWER, longest - 1)
         rows = None
         if not config.data.mixture.endswith((".json", ".jsonl", ".parquet")):
-            rows = tasks_module.find_mixture(config.data.mixture).rows
+            rows = find_mixture(config.data.mixture).rows
         rows = min(rows or config.data.limit or 0, config.data.limit or rows or 0)
         steps = config.train.steps or (int(config.train.epochs * rows / layout.batch) or None)
         batch = BatchShape(layout.micro_batch, longest, columns, layout.micro_batch * columns)
         return cls(batch, "data.max_length", steps, None)
 
     @classmethod
-    def _seen(cls, config: RunConfig, layout: BatchLayout, tokenizer: Any, fed: Fed) -> TrainingWork:
-        data = open_data(config.data, tokenizer, config.train.seed, fed=fed)
-        lengths = data.train.lengths
-        steps = StepPlan(
-            lengths,
-            batch=layout.batch,
-            epochs=config.train.epochs,
-            steps=config.train.steps,
-            seed=config.train.seed,
-            group_by_length=config.data.group_by_length,
-        )
+    def _of_rows(cls, config: RunConfig, layout: BatchLayout, data: Data) -> TrainingWork:
+        lengths, steps = data.train.lengths, step_plan(data, config, layout)
         rows = [steps[number] for number in range(len(steps))]
         parts = [part for step in rows for part in shard_batch(step, 0, layout.ranks, layout.accumulate)]
         micro_batches = np.array(parts)
@@ -145,7 +121,7 @@ def _shape(data: Data, rows: Sequence[int]) -> BatchShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. Bytes are those of one device, or of one process on a CPU."""
+    """What a run takes. Bytes are per device, or per process on a CPU."""
 
     model: str
     method: str
@@ -174,7 +150,7 @@ class Plan:
         return dataclasses.asdict(self)
 
     def lines(self) -> Iterator[str]:
-        """Yield what a user reads."""
+        """Yield the report's lines."""
         many = f"{self.processes} processes, " if self.processes > 1 else ""
         yield f"{self.method} on {self.model}: {self.trained:,} trained numbers; {many}ZeRO {self.stage}, {self.device}"
         yield f"micro-batch of {self.micro_batch} x {self.tokens} tokens ({self.lengths}), {self.accumulate} a step"
@@ -188,8 +164,8 @@ class Plan:
         yield ""
         if self.memory:
             most = self.largest_micro_batch
-            told = f"a micro-batch of {most} fits" if most else "not even a micro-batch of 1 fits"
-            yield f"into {_size(self.memory)}: {told}"
+            answer = f"a micro-batch of {most} fits" if most else "not even a micro-batch of 1 fits"
+            yield f"into {_size(self.memory)}: {answer}"
         yield f"on disk: adapter {_size(self.adapter)}, a checkpoint {_size(self.checkpoint)}"
         if self.steps:
             yield f"{self.steps:,} steps" + (f", {self.all_tokens:,} tokens" if self.all_tokens else "")
@@ -198,78 +174,105 @@ class Plan:
 
 
 def build_plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> Plan:
-    """Tell what a run takes. No weight is read and no process started.
+    """Return what a run takes. No weight is read and no process started.
 
     Args:
         config: the run.
         processes: how many it will have.
         memory: bytes of a device into which the largest micro-batch is to fit.
+
+    Raises:
+        UserError: what training would refuse before it loads anything.
     """
-    layout = compute_batch_layout(config.train.batch, config.train.micro_batch, processes)
-    if config.data.packing:
-        check_packing([resolve_method(part.name)[0] for part in config.method])
-    raw = read_engine_file(config.engine)
-    gpu = device().type == "cuda"
-    work = TrainingWork.of(config, layout)
+    run = resolve_run(config, processes, device())
+    work = TrainingWork.of(config, run.layout)
+    model, run = _shape_with_adapters(run)
+    static = StaticMemory(model, run.engine.settings, processes, STATE_BYTES[config.train.optimizer], gpu=run.on_gpu)
+    estimate = MemoryEstimate.of(run, model, work, static)
+    return Plan(
+        model=config.model.path,
+        method=config.methods,
+        device=str(run.device),
+        processes=processes,
+        stage=static.stage,
+        micro_batch=run.layout.micro_batch,
+        accumulate=run.layout.accumulate,
+        tokens=estimate.batch.tokens,
+        lengths=work.lengths,
+        trained=run.trained,
+        parts=(*estimate.fixed, *estimate.activations.parts()),
+        loading=estimate.program + static.loading(),
+        peak=estimate.peak(estimate.activations),
+        checkpoint=4 * run.trained + static.state,
+        adapter=4 * run.trained,
+        steps=work.steps,
+        all_tokens=work.tokens,
+        seconds=_seconds(model, config, work.tokens, processes) if work.tokens else None,
+        keeps=config.train.keep_memory and not run.on_gpu,
+        largest_micro_batch=None if memory is None else estimate.largest_micro_batch(model, memory),
+        memory=memory,
+    )
+
+
+def _shape_with_adapters(run: ResolvedRun) -> tuple[Any, ResolvedRun]:
+    """Return the model with adapters on the meta device, and the run with the engine's settings for them."""
+    config = run.config
     model: Any = open_shape(config.model)
     for part in config.method:
         inject(model, part.name, part.settings, targets=part.targets, patterns=part.patterns, start=False)
-    trained = trained_parameters(model)
-    count = sum(tensor.numel() for tensor in trained.values())
-    largest = max(tensor.numel() for tensor in trained.values())
-    engine, _ = resolve_deepspeed_config(
-        raw, layout, dtype=config.model.dtype, clip=config.train.clip, largest_adapter=largest, trained=count
-    )
-    if engine["fp16"]["enabled"] or engine["bf16"]["enabled"]:
-        for tensor in trained.values():
+    run = run.with_adapters(model)
+    if run.engine.settings["fp16"]["enabled"] or run.engine.settings["bf16"]["enabled"]:
+        for tensor in trained_parameters(model).values():
             tensor.data = tensor.data.to(getattr(torch, config.model.dtype))
-    check_optimizer(config.train.optimizer, gpu=gpu, offloaded=OFFLOAD in engine["zero_optimization"])
-    holdings = StaticMemory(model, engine, processes, STATE_BYTES[config.train.optimizer], gpu=gpu)
-    accumulated = layout.accumulate > 1
-    batch = work.heaviest(trace_activation_memory(model, work.batch, accumulated=accumulated))
-    footprint = trace_activation_memory(model, batch, accumulated=accumulated)
-    seconds = _seconds(model, config, work.tokens, processes) if work.tokens else None
-    program = 0 if gpu else _program(config)
-    fixed = [*([MemoryItem("Python, libraries and rows", program)] if program else []), *holdings.parts()]
-    held = sum(part.bytes for part in fixed if not (part.host and gpu))
-    gradients = sum(part.bytes for part in fixed if part.name == "gradients")
+    return model, run
 
-    def peak(footprint: ActivationMemory) -> int:
-        # Gradients come as activations go: a rehearsal counts both, unless they were there before.
-        return max(held, held + footprint.peak - (0 if accumulated else gradients))
 
-    found = Plan(
-        model=config.model.path,
-        method=config.methods,
-        device=str(device()),
-        processes=processes,
-        stage=holdings.stage,
-        micro_batch=layout.micro_batch,
-        accumulate=layout.accumulate,
-        tokens=batch.tokens,
-        lengths=work.lengths,
-        trained=count,
-        parts=(
-            *fixed,
-            MemoryItem("activations kept for the backward pass", footprint.activations),
-            MemoryItem("output head and loss", footprint.head),
-            MemoryItem("more in the backward pass", footprint.backward),
-        ),
-        loading=program + holdings.loading(),
-        peak=peak(footprint),
-        checkpoint=4 * count + holdings.state,
-        adapter=4 * count,
-        steps=work.steps,
-        all_tokens=work.tokens,
-        seconds=seconds,
-        keeps=config.train.keep_memory and not gpu,
-    )
-    if memory is None:
-        return found
-    # What a row takes more is the same for every row.
-    one, two = (peak(trace_activation_memory(model, _of_rows(batch, rows), accumulated=accumulated)) for rows in (1, 2))
-    most = 0 if one > memory else 1 + int((memory - one) // max(1, two - one))
-    return dataclasses.replace(found, memory=memory, largest_micro_batch=most)
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a step takes on one device, or of one process on a CPU, in bytes.
+
+    Attributes:
+        batch: the micro-batch that takes the most.
+        activations: what it takes beyond what is held between two steps.
+        accumulated: whether gradients of an earlier micro-batch are there already.
+        program: what Python, the libraries and the rows take on a CPU; 0 on a GPU.
+        fixed: what is held between two steps.
+        gpu: whether that is on a GPU, where parts in the host's memory do not count.
+    """
+
+    batch: BatchShape
+    activations: ActivationMemory
+    accumulated: bool
+    program: int
+    fixed: tuple[MemoryItem, ...]
+    gpu: bool
+
+    @classmethod
+    def of(cls, run: ResolvedRun, model: Any, work: TrainingWork, static: StaticMemory) -> MemoryEstimate:
+        """Trace forward and backward passes of the model on the meta device."""
+        accumulated = run.layout.accumulate > 1
+        # Which micro-batch takes the most depends on what a token and a label take, which the longest one tells.
+        batch = work.heaviest(trace_activation_memory(model, work.batch, accumulated=accumulated))
+        activations = trace_activation_memory(model, batch, accumulated=accumulated)
+        program = 0 if run.on_gpu else _program(run.config)
+        own = [MemoryItem("Python, libraries and rows", program)] if program else []
+        return cls(batch, activations, accumulated, program, (*own, *static.parts()), run.on_gpu)
+
+    def peak(self, activations: ActivationMemory) -> int:
+        """Return the most that is held at any moment of a step."""
+        held = sum(part.bytes for part in self.fixed if not (part.host and self.gpu))
+        gradients = sum(part.bytes for part in self.fixed if part.name == "gradients")
+        # Gradients come as activations go: the trace counts both, unless the gradients were there before.
+        return max(held, held + activations.peak - (0 if self.accumulated else gradients))
+
+    def largest_micro_batch(self, model: Any, memory: int) -> int:
+        """Return how many rows fit into so many bytes, 0 where not even one does."""
+        one, two = (
+            self.peak(trace_activation_memory(model, _of_rows(self.batch, rows), accumulated=self.accumulated))
+            for rows in (1, 2)
+        )
+        # Every further row takes as much as the second one.
+        return 0 if one > memory else 1 + int((memory - one) // max(1, two - one))
 
 
 def _of_rows(batch: BatchShape, rows: int) -> BatchShape:
@@ -277,7 +280,7 @@ def _of_rows(batch: BatchShape, rows: int) -> BatchShape:
 
 
 def _program(config: RunConfig) -> int:
-    """Return what this process holds, which has no numbers, with all imported that the run will."""
+    """Return the resident memory of this process, which has no weights, after importing all that the run will."""
     names = ["subspace.run", "deepspeed", "transformers.modeling_utils", "accelerate"]
     names += ["torch._inductor.lowering"]  # which DeepSpeed imports as its engine starts
     names += ["bitsandbytes"] if config.model.quantize != "none" else []
@@ -305,7 +308,7 @@ def _seconds(model: Any, config: RunConfig, tokens: int, processes: int) -> tupl
 
 @dataclass(frozen=True)
 class VerifiedPlan:
-    """A plan of three steps, and what three steps took."""
+    """The estimate for three steps, and what three steps took."""
 
     plan: Plan
     peak: int
@@ -314,7 +317,7 @@ class VerifiedPlan:
 
     @property
     def predicted(self) -> int:
-        """The most that was told, while loading or in a step."""
+        """The estimated peak, while loading or in a step."""
         return max(self.plan.loading, self.plan.peak)
 
     def as_dict(self) -> dict[str, Any]:
@@ -323,7 +326,7 @@ class VerifiedPlan:
         return {"predicted": self.predicted, "measured": measured, "plan": self.plan.as_dict()}
 
     def lines(self) -> Iterator[str]:
-        """Yield what a user reads."""
+        """Yield the report's lines."""
         kind = "resident" if self.plan.device == "cpu" else "allocated"
         yield f"{VERIFIED_STEPS} steps of {self.plan.micro_batch} x {self.plan.tokens} tokens, run here:"
         yield f"  {'':<30} {'predicted':>10} {'measured':>10}"
@@ -331,15 +334,15 @@ class VerifiedPlan:
         yield f"  {f'most memory, {kind}':<30} {_size(self.predicted):>10} {_size(self.peak):>10}  ({apart:+.1f} %)"
         yield f"  {'a checkpoint':<30} {_size(self.plan.checkpoint):>10} {_size(self.checkpoint):>10}"
         if self.plan.seconds:
-            told = " to ".join(map(_time, self.plan.seconds))
-            yield f"  {'time':<30} {told:>10}, measured {_time(self.seconds)}"
+            estimated = " to ".join(map(_time, self.plan.seconds))
+            yield f"  {'time':<30} {estimated:>10}, measured {_time(self.seconds)}"
 
 
 def verify_plan(file: str, settings: Sequence[str], *, processes: int = 1) -> VerifiedPlan:
     """Run three steps of a run in fresh processes, and return them beside their plan."""
     with tempfile.TemporaryDirectory(prefix="subspace-plan-") as folder:
         few = [*settings, f"train.steps={VERIFIED_STEPS}", f"runs={folder}", "name=verify"]
-        told = build_plan(config_module.read_config(file, few), processes=processes)
+        plan = build_plan(read_config(file, few), processes=processes)
         command = [sys.executable, "-m", "subspace", "train", file, *few, "--processes", str(processes)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
@@ -349,7 +352,7 @@ def verify_plan(file: str, settings: Sequence[str], *, processes: int = 1) -> Ve
         outcome = json.loads((run / "environment.json").read_text())["outcome"]
         saved = next((run / "checkpoints").iterdir())
         size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
-    return VerifiedPlan(told, outcome["peak_memory"], size, outcome["seconds"])
+    return VerifiedPlan(plan, outcome["peak_memory"], size, outcome["seconds"])
 
 
 def parse_size(text: str) -> int:

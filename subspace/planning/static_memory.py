@@ -1,6 +1,6 @@
-"""What each process holds for good while it trains: weights, adapters, the optimizer's state, and ZeRO's copies.
+"""Static memory per process: weights, adapters, optimizer state, ZeRO buffers.
 
-Counted on a model of the meta device; how DeepSpeed's stages divide and copy things is as its 0.19 does.
+Counted on a model of the meta device; stages divide and copy tensors as those of DeepSpeed 0.19 do.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StaticMemory:
         self.tensors = [t.nbytes for t in model.parameters() if id(t) not in mine]
 
     def parts(self) -> Iterator[MemoryItem]:
-        """Yield what is there between two steps."""
+        """Yield what is held between two steps."""
         frozen_away = bool(self.zero.get("offload_param"))
         states_away = bool(self.zero.get(OFFLOAD))
         yield MemoryItem("frozen weights" + (" (this process's share)" if self.spread else ""), self.share, frozen_away)
@@ -89,7 +89,7 @@ class StaticMemory:
         return self.share
 
     def _gathered(self) -> int:
-        """Return what ZeRO-3 keeps whole of others' parts: it does not let go of what it will soon use again."""
+        """Return the bytes of other ranks' shards that ZeRO-3 keeps gathered because they are soon used again."""
         soon = self.zero.get("stage3_max_reuse_distance", 10**9) / 2 + self.zero.get("stage3_prefetch_bucket_size", 5e7)
         numbers = min(float(self.zero.get("stage3_max_live_parameters", 10**9)), soon)
         each = max(2, self.spread // max(1, sum(self.tensors)) * 2)

@@ -86,6 +86,12 @@ def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def last_checkpoint_hint(folder: Path) -> str:
+    """Return a sentence on what a run that must stop leaves behind."""
+    saved = checkpoints(folder)
+    return f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint was saved before (train.save_every)"
+
+
 def prune_checkpoints(folder: Path, keep: int, also: Collection[int] = ()) -> None:
     """Remove all but the last ``keep`` checkpoints and those of the steps ``also``, and what was never finished."""
     found = checkpoints(folder)

@@ -1,10 +1,11 @@
-"""Is it learning? The checks that stop a run whose numbers have gone bad, or whose adapters never move."""
+"""Checks for non-finite values and for trained tensors that never change."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +14,59 @@ from subspace.adapters.base import OptimizerAccess
 from subspace.adapters.inject import adapters, trained_parameters
 from subspace.adapters.serialization import read_adapter
 from subspace.distributed.collectives import broadcast_object, is_main
+from subspace.distributed.deepspeed_compat import loss_scale_exhausted
 from subspace.errors import RunFailed
+from subspace.training.checkpoint import last_checkpoint_hint
+from subspace.training.steps import StepStats
 
-#: Steps after which every trained tensor must have moved. One is not enough: where one factor starts at zero, the
+#: Steps after which every trained tensor must have changed. One is not enough: where one factor starts at zero, the
 #: other's first gradient is zero too.
 MAX_STEPS_UNCHANGED = 2
+#: Steps in a row that float16 may skip before the run is given up.
+MAX_SKIPPED_STEPS = 50
 
 
 class TrainingHealthCheck:
-    """Knows what the trained tensors were at the start, and looks whether they move and stay finite.
+    """Knows the trained tensors' first values, and checks that they change and that numbers stay finite.
 
-    ``start`` has a checksum of each, so that a resumed run can still tell.
+    Args:
+        model: with adapters.
+        access: to their gradients and values.
+        start: a checksum of each trained tensor's first values, of a run that continues; None takes those of now.
+        folder: the run's, whose last checkpoint is named where the run must end.
     """
 
-    def __init__(self, model: nn.Module, access: OptimizerAccess, start: Mapping[str, str] | None = None) -> None:
-        self.access = access
+    def __init__(
+        self, model: nn.Module, access: OptimizerAccess, start: Mapping[str, str] | None = None, folder: Path = Path()
+    ) -> None:
+        self.access, self.folder = access, folder
         self.parameters: Mapping[str, nn.Parameter] = trained_parameters(model)
         self.late = {
             f"{site}.{name}" for site, adapter in adapters(model).items() for name in adapter.delayed_grad_params
         }
         self.start = dict(start or {name: checksum(access.value(p)) for name, p in self.parameters.items()})
+        self.skipped_in_a_row = 0
 
-    def after_step(self, taken: int) -> None:
-        """Look at what has moved, after so many steps that were taken. Collective over ranks."""
+    def check_finite(self, step: int, stats: StepStats, engine: Any) -> None:
+        """Raise RunFailed for a loss or a gradient that is not finite. Between last backward pass and step; collective.
+
+        In float16 a gradient may overflow: the engine then skips the step and takes a smaller loss scale. That is an
+        error only where it happens too often, or where no smaller scale is left.
+        """
+        if not torch.isfinite(stats.loss):
+            raise self._failure(step, f"the loss is {stats.loss.item()}")
+        if torch.isfinite(stats.max_gradient):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        if not engine.fp16_enabled():
+            raise self._failure(step, "a gradient is not finite")
+        if self.skipped_in_a_row > MAX_SKIPPED_STEPS or loss_scale_exhausted(engine):
+            what = f"gradients overflow float16 at every loss scale, {self.skipped_in_a_row} steps in a row"
+            raise self._failure(step, f"{what} (try model.dtype=bfloat16)")
+
+    def check_changed(self, taken: int) -> None:
+        """Raise RunFailed if a tensor has its first values still, after so many steps. Collective over ranks."""
         if taken != MAX_STEPS_UNCHANGED:
             return
         expected = {name: p for name, p in self.parameters.items() if name not in self.late}
@@ -47,16 +78,16 @@ class TrainingHealthCheck:
             )
 
     def check_file(self, folder: Path) -> None:
-        """Refuse an adapter's folder that holds what training began with. Collective over ranks."""
+        """Raise RunFailed for an adapter's folder that holds only first values. Collective over ranks."""
         tensors = read_adapter(folder)[1] if is_main() else {}
-        moved = broadcast_object(
+        changed = broadcast_object(
             any(checksum(tensors[name]) != start for name, start in self.start.items() if is_main())
         )
-        if not moved:
+        if not changed:
             raise RunFailed(f"the adapter in {folder} holds the values that training began with: nothing was learnt")
 
-    def explain(self, step: int, what: str, last_good: str) -> RunFailed:
-        """Say where a number that is not finite shows first, and what is left. Collective over ranks."""
+    def _failure(self, step: int, what: str) -> RunFailed:
+        """Return an error that names the first tensor that is not finite, and the last checkpoint. Collective."""
         values = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.value(p)).all()]
         gradients = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.grad(p)).all()]
         where = (
@@ -66,7 +97,7 @@ class TrainingHealthCheck:
             if gradients
             else "every trained tensor is finite: the frozen model or the data gives it"
         )
-        return RunFailed(f"step {step}: {what}; {where}. The step was not taken. {last_good}")
+        return RunFailed(f"step {step}: {what}; {where}. The step was not taken. {last_checkpoint_hint(self.folder)}")
 
 
 def checksum(tensor: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import resource
@@ -23,6 +24,15 @@ logger = logging.getLogger(__name__)
 
 TRACKERS = ("tensorboard", "wandb")
 LOG_FILE = "log.jsonl"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker that does not exist or is not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"train.trackers names '{name}'. {nearest(name, TRACKERS)}")
+        if name == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise UserError("train.trackers asks for wandb, which is not installed here. Run: pip install wandb")
 
 
 def peak_memory() -> int:
@@ -61,11 +71,8 @@ class TrainLogger:
         )
         self.at: progress.ProgressCallback
         self.trackers: list[Any] = []
-        for name in trackers:
-            if name not in TRACKERS:
-                raise UserError(f"train.trackers names '{name}'. {nearest(name, TRACKERS)}")
-            if self.active:
-                self.trackers.append(_tracker(name, folder, config, done))
+        if self.active:
+            self.trackers += [_tracker(name, folder, config, done) for name in trackers]
 
     def __enter__(self) -> Self:
         self.at = self.bar.__enter__()
@@ -146,12 +153,8 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, folder: Path, config: Any) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "train.trackers asks for wandb, which is not installed here. Run: pip install wandb"
-            ) from None
+        import wandb
+
         self.run = wandb.init(project="subspace", name=folder.name, dir=str(folder), config=config)
 
     def write(self, line: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""All that a run needs to go on as if it had never stopped: gathered into a checkpoint, and given back.
+"""Save and restore the full training state for exact resume.
 
-A checkpoint folder holds ``adapter/`` (an ordinary adapter folder), ``training.safetensors`` (optimizer and what the
-methods' schedules remember) and ``training.json`` (step, outcome, schedule position, loss scale, random states of each
-process, configuration). Frozen weights are not in it. It fits any number of processes and any ZeRO stage.
+A checkpoint folder holds ``adapter/`` (an ordinary adapter folder), ``training.safetensors`` (the optimizer's state
+and that of the methods' schedules) and ``training.json`` (step, outcome, schedule position, loss scale, random states
+of each process, configuration). Frozen weights are not in it. It fits any number of processes and any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from subspace.training import checkpoint, optimizer_state
 
 ADAPTER, TENSORS, FACTS = "adapter", "training.safetensors", "training.json"
 HISTORY = "history"
-#: Settings that decide what the numbers of a checkpoint mean, and those among them that do not after all.
+#: Settings that must be those of the checkpoint, or its numbers would mean something else; and exceptions.
 FIXED_KEYS = ("model.", "method", "targets", "data.", "train.batch", "train.seed", "train.optimizer")
 MUTABLE_KEYS = ("model.attention", "model.gradient_checkpointing", "model.trust_remote_code")
-UNREPORTED_KEYS = ("name", "runs", "engine", "evaluate.")  # of no concern to the training, or told by what they lead to
+UNREPORTED_KEYS = ("name", "runs", "engine", "evaluate.")  # without effect on the training, or compared in detail
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,23 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    engine: Any, target: Path, facts: Mapping[str, Any], about: Mapping[str, Any], check: Callable[[Path], None]
+    engine: Any,
+    target: Path,
+    facts: Mapping[str, Any],
+    about: Mapping[str, Any],
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint. Collective over ranks.
 
     Args:
         engine: DeepSpeed's, between two steps.
         target: the checkpoint's folder, which appears when all is written.
-        facts: what the loop will want back, fit for JSON.
+        facts: what the loop needs to continue, fit for JSON.
         about: goes into ``adapter.json``.
-        check: looks at the adapter's folder before it counts; collective.
+        check: raises for an adapter's folder that must not be kept; collective.
 
     Raises:
-        UserError: a disk that does not take it, or an adapter that must not be kept. Older checkpoints are as they
-        were.
+        UserError: the disk cannot hold it, or ``check`` raises. Older checkpoints are as they were.
     """
     readable = optimizer_state.can_gather_optimizer_state(engine)
     tensors = optimizer_state.gather_optimizer_state(engine) if readable else {}
@@ -87,7 +90,8 @@ def save_checkpoint(
     try:
         _on_main(target, lambda: checkpoint.begin_checkpoint(target))
         save_adapter(engine.module, unfinished / ADAPTER, **about)
-        check(unfinished / ADAPTER)
+        if check:
+            check(unfinished / ADAPTER)
 
         def write() -> None:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -103,7 +107,7 @@ def save_checkpoint(
 
 
 def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return a run's newest whole checkpoint, if it has one, and what a user should know. Collective over ranks.
+    """Return a run's newest intact checkpoint, if it has one, and notices for the user. Collective over ranks.
 
     The first process reads, so the folder need not be there for the others.
     """
@@ -129,7 +133,7 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def compare_with_checkpoint(
     saved: Checkpoint, config: Mapping[str, Any], engine: Mapping[str, Any], ranks: int
 ) -> list[str]:
-    """Return what is set otherwise than when the checkpoint was written, as ``train.clip: 1.0 -> 0.5``.
+    """Return the settings that differ from the checkpoint's, as ``train.clip: 1.0 -> 0.5``.
 
     Raises:
         UserError: a change that would make the checkpoint's numbers mean something else.
@@ -141,18 +145,18 @@ def compare_with_checkpoint(
             f"{saved.path.parent.parent} was trained with other settings, which cannot change on the way: "
             f"{', '.join(refused)}. Resume with the settings of its config.yaml, or give this run another name"
         )
-    told = [c for key, c in changed.items() if not key.startswith(UNREPORTED_KEYS)]
+    reported = [c for key, c in changed.items() if not key.startswith(UNREPORTED_KEYS)]
     of_engine = _changes(saved.facts["engine"], engine)
-    told += [f"engine {c}" for key, c in of_engine.items() if not key.startswith(("train_", "gradient_"))]
+    reported += [f"engine {c}" for key, c in of_engine.items() if not key.startswith(("train_", "gradient_"))]
     if ranks != saved.facts["ranks"]:
-        told.append(f"processes: {saved.facts['ranks']} -> {ranks}")
-    return told
+        reported.append(f"processes: {saved.facts['ranks']} -> {ranks}")
+    return reported
 
 
 def restore_checkpoint(engine: Any, saved: Checkpoint, seed: int) -> None:
-    """Make engine, adapters and random generators what they were when the checkpoint was written. Collective.
+    """Set engine, adapters and random generators to their state in the checkpoint. Collective over ranks.
 
-    On another number of processes the random generators start afresh, from ``seed``, the step and the rank.
+    On another number of processes the random generators are seeded anew, from ``seed``, the step and the rank.
     """
     own = {f"{s}.{n}": t for s, adapter in adapters(engine.module).items() for n, t in adapter.own_tensors().items()}
     expected = {name: tensor.shape for name, tensor in saved.adapter.items()}

@@ -62,11 +62,8 @@ def ours(folder: str) -> tuple[Any, Any]:
 
     def start() -> Any:
         inject(model, "lora", {"r": 32, "alpha": 64}, targets=TARGETS)
-        count = sum(tensor.numel() for tensor in trained_parameters(model).values())
         raw = {"zero_optimization": {"stage": 0}}
-        config, _ = resolve_deepspeed_config(
-            raw, compute_batch_layout(1, None, 1), dtype="bfloat16", clip=1.0, trained=count
-        )
+        config = resolve_deepspeed_config(raw, compute_batch_layout(1, None, 1), dtype="bfloat16", clip=1.0).settings
         optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=1e-4, fused=True)
         engine = init_engine(model, config, optimizer, lambda step: 1.0)
         engine.train()

@@ -59,8 +59,8 @@ from subspace.models.loading import open_model, open_tokenizer
 from subspace.models.prepare import model_folder
 from subspace.training.acceleration import compile_layers
 from subspace.training.config import TrainConfig
-from subspace.training.loop import count_tokens
 from subspace.training.optimizers import parameter_groups
+from subspace.training.steps import count_tokens
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RATE = 3e-4
@@ -239,8 +239,9 @@ def subspace_side(
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     raw, layout = {"zero_optimization": {"stage": stage}}, compute_batch_layout(options.batch, None, ranks)
-    engine_config, _ = resolve_deepspeed_config(raw, layout, dtype=options.dtype, clip=1.0, trained=trained)
-    engine = init_engine(model, engine_config, optimizer, lambda step: 1.0)
+    resolved = resolve_deepspeed_config(raw, layout, dtype=options.dtype, clip=1.0)
+    settings = resolved.for_adapters(trained=trained, largest=0).settings
+    engine = init_engine(model, settings, optimizer, lambda step: 1.0)
     engine.train()
     if compiled:
         compile_layers(model)

@@ -34,10 +34,10 @@ class Started:
         self.start = self.model.weight.detach().clone()
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
         raw = {"zero_optimization": zero, "fp16": {"initial_scale_power": 3} if dtype == "float16" else {}}
-        config, _ = resolve_deepspeed_config(raw, compute_batch_layout(2, None, 1), dtype=dtype, clip=0.0)
+        config = resolve_deepspeed_config(raw, compute_batch_layout(2, None, 1), dtype=dtype, clip=0.0).settings
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
         self.engine: Any = init_engine(self.model, config, optimizer, lambda step: 1.0)
-        self.weight = self.model.weight
+        self.weight: nn.Parameter = self.model.weight  # type: ignore[assignment]
         self.backward()
 
     def backward(self) -> None:

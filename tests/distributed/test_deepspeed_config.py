@@ -13,7 +13,12 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from subspace.common.paths import REPOSITORY
-from subspace.distributed.deepspeed_config import compute_batch_layout, read_engine_file, resolve_deepspeed_config
+from subspace.distributed.deepspeed_config import (
+    EngineConfig,
+    compute_batch_layout,
+    read_engine_file,
+    resolve_deepspeed_config,
+)
 from subspace.errors import UserError
 from tests.helpers.material import make_material, saved_adapter
 
@@ -21,8 +26,12 @@ LAYOUT = compute_batch_layout(16, 4, 2)
 ALL = sorted(file for file in (REPOSITORY / "ds_configs").glob("*.json"))
 
 
-def filled(engine: dict[str, Any], dtype: str = "bfloat16", **more: Any) -> dict[str, Any]:
-    return resolve_deepspeed_config(engine, LAYOUT, dtype=dtype, clip=1.0, **more)[0]
+def resolve(engine: dict[str, Any], dtype: str = "bfloat16") -> EngineConfig:
+    return resolve_deepspeed_config(engine, LAYOUT, dtype=dtype, clip=1.0)
+
+
+def filled(engine: dict[str, Any], dtype: str = "bfloat16", *, largest: int = 0) -> dict[str, Any]:
+    return resolve(engine, dtype).for_adapters(trained=10 * largest, largest=largest).settings
 
 
 def test_layout() -> None:
@@ -55,24 +64,32 @@ def test_ready_files_are_filled(file: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "section"), [("float16", {}), ("bfloat16", {"bf16": {"enabled": True}})])
 def test_stage_0_in_16_bits_runs_as_stage_1(dtype: str, section: dict[str, Any]) -> None:
-    engine, notices = resolve_deepspeed_config(
-        {"zero_optimization": {"stage": 0}, **section}, LAYOUT, dtype=dtype, clip=1.0
-    )
-    assert engine["zero_optimization"]["stage"] == 1
-    assert "runs as stage 1" in notices[0]
+    engine = resolve({"zero_optimization": {"stage": 0}, **section}, dtype)
+    assert engine.stage == 1
+    assert "runs as stage 1" in engine.notices[0]
 
 
 def test_stage_0_in_full_precision_stays() -> None:
-    engine, notices = resolve_deepspeed_config({"zero_optimization": {"stage": 0}}, LAYOUT, dtype="bfloat16", clip=1.0)
-    assert engine["zero_optimization"]["stage"] == 0
-    assert not notices
+    engine = resolve({"zero_optimization": {"stage": 0}})
+    assert engine.stage == 0
+    assert not engine.notices
 
 
 def test_what_auto_stands_for_is_told() -> None:
-    _, notices = resolve_deepspeed_config(
+    engine = resolve_deepspeed_config(
         {"gradient_clipping": "auto", "fp16": {"enabled": "auto"}}, LAYOUT, dtype="float32", clip=0.5
     )
-    assert notices == ['the engine\'s JSON: "auto" is gradient_clipping=0.5, fp16.enabled=False']
+    assert engine.notices == ['the engine\'s JSON: "auto" is gradient_clipping=0.5, fp16.enabled=False']
+
+
+def test_what_follows_from_the_adapters_may_be_auto_and_is_told_when_they_are_counted() -> None:
+    engine = resolve({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}})
+    assert "reduce_bucket_size" not in engine.settings["zero_optimization"]
+    assert not engine.notices
+    counted = engine.for_adapters(trained=1234, largest=100)
+    assert counted.settings["zero_optimization"]["reduce_bucket_size"] == 1234
+    assert counted.notices == ['the engine\'s JSON: "auto" is zero_optimization.reduce_bucket_size=1234']
+    assert "reduce_bucket_size" not in engine.settings["zero_optimization"]
 
 
 def test_weights_on_nvme_are_not_read_ahead() -> None:
@@ -83,12 +100,12 @@ def test_weights_on_nvme_are_not_read_ahead() -> None:
 
 def test_gradients_stay_in_memory_with_the_optimizer_on_nvme() -> None:
     away: dict[str, Any] = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
-    assert filled(away, largest_adapter=100)["aio"]["block_size"] == 2**20
-    assert filled(away, largest_adapter=2**20)["aio"]["block_size"] == 2**22 + 4096
+    assert filled(away, largest=100)["aio"]["block_size"] == 2**20
+    assert filled(away, largest=2**20)["aio"]["block_size"] == 2**22 + 4096
     given = {**away, "aio": {"block_size": 2**20}}
-    assert filled(given, largest_adapter=100)["aio"]["block_size"] == 2**20
+    assert filled(given, largest=100)["aio"]["block_size"] == 2**20
     with pytest.raises(UserError, match=r"block_size to 1048576, but .* exceed the 1048576 bytes .* Write \"auto\""):
-        filled(given, largest_adapter=2**18)
+        filled(given, largest=2**18)
 
 
 @pytest.mark.long
@@ -112,14 +129,12 @@ def test_tensors_after_one_of_odd_size_train_with_the_optimizer_on_nvme(tmp_path
 
 
 def test_adapters_are_held_whole_at_stage_3() -> None:
-    engine = filled({"zero_optimization": {"stage": 3}}, largest_adapter=352_256)
+    engine = filled({"zero_optimization": {"stage": 3}}, largest=352_256)
     assert engine["zero_optimization"]["stage3_param_persistence_threshold"] == 352_256
 
 
 def test_a_given_threshold_stays() -> None:
-    engine = filled(
-        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}, largest_adapter=352_256
-    )
+    engine = filled({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}, largest=352_256)
     assert engine["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 

@@ -178,10 +178,10 @@ def test_a_rank_that_is_left_alone_ends_at_the_launchers_signal(
     """DeepSpeed's launcher sends SIGTERM to those that are left; it must not be taken for a wish to save."""
     script = (
         "import os, signal, sys, time\n"
-        "from subspace.interruption import Interruption\n"
-        "with Interruption() as interruption:\n"
+        "from subspace.distributed.signals import SignalHandler\n"
+        "with SignalHandler() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(interruption.asked)\n"
+        "    print(signals.stop_requested)\n"
     )
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
     gone.wait()
@@ -197,8 +197,8 @@ def test_a_rank_that_is_left_alone_ends_at_the_launchers_signal(
 
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with SignalHandler() as interruption:
-        assert not interruption.asked
+    with SignalHandler() as signals:
+        assert not signals.stop_requested
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert interruption.asked
+        assert signals.stop_requested
     assert signal.getsignal(signal.SIGTERM) is before

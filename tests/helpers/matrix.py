@@ -42,7 +42,7 @@ from subspace.models.config import ModelConfig
 from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model, open_tokenizer
 from subspace.training.compatibility import find_incompatibility, find_missing_requirement
-from subspace.training.loop import count_tokens
+from subspace.training.steps import count_tokens
 from tests.helpers.material import logged, make_material
 
 Json = dict[str, Any]
@@ -113,9 +113,8 @@ def refused(cell: Cell, why: Callable[..., str | None] = find_incompatibility) -
     """Return what the code says against a cell; ``why`` is ``refusal``, or ``lack`` for this machine's reasons."""
     model = ModelConfig(**BASES[cell.base])
     layout = compute_batch_layout(8, 4, cell.ranks)
-    engine, _ = resolve_deepspeed_config(
-        {"zero_optimization": ENGINES[cell.engine]}, layout, dtype=model.dtype, clip=1.0
-    )
+    raw = {"zero_optimization": ENGINES[cell.engine]}
+    engine = resolve_deepspeed_config(raw, layout, dtype=model.dtype, clip=1.0).settings
     if why is find_missing_requirement:
         return find_missing_requirement(model, engine)
     cls, settings = resolve_method(cell.method)

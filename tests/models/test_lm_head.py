@@ -94,7 +94,7 @@ def test_parts_under_zero_3() -> None:
         model = tiny_llama()
         inject(model, "lora", {"r": 4}, targets=["q_proj"])
         raw = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
-        config, _ = resolve_deepspeed_config(raw, compute_batch_layout(3, None, 1), dtype="float32", clip=1.0)
+        config = resolve_deepspeed_config(raw, compute_batch_layout(3, None, 1), dtype="float32", clip=1.0).settings
         optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=0.01)
         engine = init_engine(model, config, optimizer, lambda step: 1.0)
         for _ in range(3):

@@ -149,14 +149,10 @@ def test_what_is_held_is_what_a_model_holds() -> None:
     frozen = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     created = inject(model, "lora", {"r": 4}, targets=["q_proj"])
     own = sum(t.nbytes for adapter in created.values() for t in adapter.own_tensors().values())
-    engine, _ = resolve_deepspeed_config(
-        {"zero_optimization": {"stage": 1}},
-        compute_batch_layout(4, None, 2),
-        dtype="float32",
-        clip=1.0,
-        trained=own // 4,
-    )
-    found = {part.name: part.bytes for part in StaticMemory(model, engine, 2, 8, gpu=False).parts()}
+    engine = resolve_deepspeed_config(
+        {"zero_optimization": {"stage": 1}}, compute_batch_layout(4, None, 2), dtype="float32", clip=1.0
+    ).for_adapters(trained=own // 4, largest=0)
+    found = {part.name: part.bytes for part in StaticMemory(model, engine.settings, 2, 8, gpu=False).parts()}
     assert found["frozen weights"] == frozen
     assert found["adapters"] == found["gradients"] == own
     assert found["state of the optimizer"] == own  # two moments, half of each

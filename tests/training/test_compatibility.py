@@ -16,21 +16,20 @@ from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.run import train_run
-from subspace.training import compatibility as combination
+from subspace.training.compatibility import find_incompatibility, find_missing_requirement
 from tests.helpers.material import make_material
 
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "somewhere"}
 
 
 def filled(dtype: str, zero: dict[str, Any]) -> dict[str, Any]:
-    return resolve_deepspeed_config({"zero_optimization": zero}, compute_batch_layout(8, 4, 1), dtype=dtype, clip=1.0)[
-        0
-    ]
+    layout = compute_batch_layout(8, 4, 1)
+    return resolve_deepspeed_config({"zero_optimization": zero}, layout, dtype=dtype, clip=1.0).settings
 
 
 def said(model: ModelConfig, zero: dict[str, Any], method: str = "lora") -> str | None:
     cls, settings = resolve_method(method)
-    return combination.find_incompatibility(model, [(cls, cls.Config(**settings))], filled(model.dtype, zero))
+    return find_incompatibility(model, [(cls, cls.Config(**settings))], filled(model.dtype, zero))
 
 
 @pytest.mark.parametrize(
@@ -83,10 +82,10 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("library", NVME_LIBRARIES)
 def test_the_lock_of_a_build_that_was_killed_does_not_hang(builds: Path, library: str) -> None:
     engine = filled("float32", {"stage": 3, "offload_param": NVME})
-    assert combination.find_missing_requirement(ModelConfig(dtype="float32"), engine) is None
+    assert find_missing_requirement(ModelConfig(dtype="float32"), engine) is None
     lock = Path(cpp_extension._get_build_directory(library, verbose=False)) / "lock"
     lock.touch()
-    reason = combination.find_missing_requirement(ModelConfig(dtype="float32"), engine)
+    reason = find_missing_requirement(ModelConfig(dtype="float32"), engine)
     assert reason is not None
     assert f"{lock} says" in reason
     assert "remove that file" in reason
@@ -96,7 +95,7 @@ def test_the_lock_of_a_build_that_was_killed_does_not_hang(builds: Path, library
 def test_a_machine_without_libaio_is_told(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=True: False)
     engine = filled("float32", {"stage": 3, what: NVME})
-    assert "libaio-dev" in str(combination.find_missing_requirement(ModelConfig(dtype="float32"), engine))
+    assert "libaio-dev" in str(find_missing_requirement(ModelConfig(dtype="float32"), engine))
 
 
 def test_a_run_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

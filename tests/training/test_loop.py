@@ -205,9 +205,9 @@ def test_a_tensor_may_move_late_where_its_method_says_so(monkeypatch: pytest.Mon
     still = {name: checksum(parameter) for name, parameter in trained_parameters(model).items()}
     start = {name: (moved if name.endswith(".A") else still)[name] for name in moved}
     with pytest.raises(RunFailed, match=r"10 of 20 trained tensors have not moved, first \S+\.B"):
-        TrainingHealthCheck(model, DeepSpeedOptimizerAccess(), start).after_step(2)
+        TrainingHealthCheck(model, DeepSpeedOptimizerAccess(), start).check_changed(2)
     monkeypatch.setattr(LoRA, "delayed_grad_params", frozenset({"B"}))
-    TrainingHealthCheck(model, DeepSpeedOptimizerAccess(), start).after_step(2)
+    TrainingHealthCheck(model, DeepSpeedOptimizerAccess(), start).check_changed(2)
 
 
 def test_a_tensor_that_does_not_learn_stops_the_run(

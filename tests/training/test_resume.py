@@ -17,8 +17,8 @@ from subspace.adapters.serialization import TENSORS
 from subspace.distributed.signals import SignalHandler
 from subspace.errors import RunStopped, UserError
 from subspace.run import is_finished, train_run
-from subspace.training import loop as loop_module
 from subspace.training.checkpoint import MANIFEST, checkpoint_path, checkpoints
+from subspace.training.checkpointer import ConsumedSamples
 from subspace.training.resume import Checkpoint, _random_state, _set_random_state, restore_checkpoint
 from tests.helpers.material import logged, make_material
 from tests.helpers.tiny_models import EARLY_SCHEDULES, tiny_llama
@@ -111,15 +111,17 @@ def test_a_state_of_eight_bits_goes_on(material: Path, tmp_path: Path, stage: in
 
 def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     """Ask a run to stop, as a signal does, once so many steps are done."""
-    real, asked = loop_module.ConsumedSamples.add, []
+    real, asked = ConsumedSamples.add, []
 
-    def add(self: loop_module.ConsumedSamples, number: int) -> None:
+    def add(self: ConsumedSamples, number: int) -> None:
         real(self, number)
         if number == step:
             asked.append(number)
 
-    patch.setattr(loop_module.ConsumedSamples, "add", add)
-    patch.setattr(SignalHandler, "asked", property(lambda self: bool(asked), lambda self, value: None), raising=False)
+    patch.setattr(ConsumedSamples, "add", add)
+    patch.setattr(
+        SignalHandler, "stop_requested", property(lambda self: bool(asked), lambda self, value: None), raising=False
+    )
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(material: Path, whole: Path) -> None:
@@ -127,19 +129,21 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(material: Path, whole: Pa
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 4)
         with pytest.raises(RunStopped, match="after step 4, by a signal. Its checkpoint is saved"):
-            train(material, whole.parent, "asked", *settings)
+            train(material, whole.parent, "stop_requested", *settings)
     folder = whole.parent / "asked"
     # The best so far has one too.
     assert [path.name for path in checkpoints(folder)] == ["step-000003", "step-000004"]
     assert not (folder / "adapter").exists()
-    train(material, whole.parent, "asked", *settings, resume=True)
+    train(material, whole.parent, "stop_requested", *settings, resume=True)
     assert_same(whole, folder)
 
 
 def test_a_run_that_is_stopped_before_it_began_starts_over(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SignalHandler, "asked", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        SignalHandler, "stop_requested", property(lambda self: True, lambda self, value: None), raising=False
+    )
     with pytest.raises(RunStopped, match="before the first step"):
         train(material, tmp_path, "run")
     monkeypatch.undo()

@@ -38,9 +38,9 @@ def main() -> None:
     manage_malloc()
     init_distributed()
     ranks = int(os.environ["WORLD_SIZE"])
-    engine, _ = resolve_deepspeed_config(
+    engine = resolve_deepspeed_config(
         {"zero_optimization": {"stage": 3}}, compute_batch_layout(ranks, None, ranks), dtype="bfloat16", clip=1.0
-    )
+    ).settings
     open_model(ModelConfig(path=small), zero3=engine)
     before = resident_memory()
     bytes_read = count_reading()

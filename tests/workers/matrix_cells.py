@@ -21,8 +21,8 @@ from subspace.distributed.engine import init_distributed
 from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model, open_tokenizer
 from subspace.run import inject_method, train_run
-from subspace.training.loop import count_tokens
 from subspace.training.optimizers import lr_factor, parameter_groups
+from subspace.training.steps import count_tokens
 
 
 def main() -> None:

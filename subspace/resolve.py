@@ -1,0 +1,113 @@
+"""Everything about a training run that can be known before anything is loaded: one place for ``train`` and ``plan``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from subspace.adapters.inject import trained_parameters
+from subspace.adapters.parameter_count import count_numbers
+from subspace.adapters.registry import resolve_method
+from subspace.config import RunConfig
+from subspace.data.dataset import Data, Fed
+from subspace.data.sampler import StepPlan, draw_steps
+from subspace.distributed.deepspeed_config import (
+    BatchLayout,
+    EngineConfig,
+    compute_batch_layout,
+    read_engine_file,
+    resolve_deepspeed_config,
+)
+from subspace.distributed.zero import full_shape
+from subspace.errors import UserError
+from subspace.training.acceleration import check_accelerations
+from subspace.training.compatibility import check_compatibility, check_packing
+from subspace.training.logging import check_trackers
+from subspace.training.optimizers import check_optimizer
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run whose settings fit one another, this machine and the number of processes.
+
+    Attributes:
+        config: what the user asked for.
+        layout: how the rows of a step are distributed.
+        engine: DeepSpeed's configuration.
+        device: where the model computes.
+        trained: numbers in the adapters; 0 until :meth:`with_adapters`.
+    """
+
+    config: RunConfig
+    layout: BatchLayout
+    engine: EngineConfig
+    device: torch.device
+    trained: int = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model computes on a GPU."""
+        return self.device.type == "cuda"
+
+    def with_adapters(self, model: nn.Module) -> ResolvedRun:
+        """Return the run with the engine's settings that follow from the size of the model's adapters.
+
+        Raises:
+            UserError: a setting of the engine's file that the adapters do not fit.
+        """
+        parameters = trained_parameters(model).values()
+        trained, largest = count_numbers(parameters), max(full_shape(parameter).numel() for parameter in parameters)
+        return replace(self, trained=trained, engine=self.engine.for_adapters(trained=trained, largest=largest))
+
+
+def resolve_run(config: RunConfig, world_size: int, device: torch.device) -> ResolvedRun:
+    """Return the run in detail, having checked all that can be checked before anything is loaded.
+
+    Args:
+        config: what the user asked for.
+        world_size: the number of processes.
+        device: where each of them computes.
+
+    Raises:
+        UserError: settings that contradict one another, the engine's file or the machine.
+    """
+    layout = compute_batch_layout(config.train.batch, config.train.micro_batch, world_size)
+    engine = resolve_deepspeed_config(
+        read_engine_file(config.engine),
+        layout,
+        dtype=config.model.dtype,
+        clip=config.train.clip,
+        source=config.engine,
+    )
+    on_gpu = device.type == "cuda"
+    methods = [(resolve_method(entry.name)[0], entry.settings) for entry in config.method]
+    check_optimizer(config.train.optimizer, gpu=on_gpu, offloaded=engine.optimizer_offloaded)
+    check_accelerations(compiled=config.train.compile, liger=config.train.liger, gpu=on_gpu)
+    check_compatibility(config.model, methods, engine.settings)
+    check_trackers(config.train.trackers)
+    if config.train.validate_every and not config.data.validation:
+        raise UserError("train.validate_every needs held-out rows, but data.validation is 0. Set it to 120, say")
+    if config.data.packing:
+        check_packing([method for method, _ in methods])
+    return ResolvedRun(config, layout, engine, device)
+
+
+def step_draw(config: RunConfig, layout: BatchLayout) -> Fed:
+    """Return what decides, from the number of rows, which of them the run is fed: only these are encoded."""
+    train = config.train
+    return partial(draw_steps, batch=layout.batch, epochs=train.epochs, steps=train.steps, seed=train.seed)
+
+
+def step_plan(data: Data, config: RunConfig, layout: BatchLayout) -> StepPlan:
+    """Return which rows each step takes."""
+    return StepPlan(
+        data.train.lengths,
+        batch=layout.batch,
+        epochs=config.train.epochs,
+        steps=config.train.steps,
+        seed=config.train.seed,
+        group_by_length=config.data.group_by_length,
+    )

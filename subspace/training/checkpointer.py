@@ -1,0 +1,166 @@
+"""When a run saves what, and what it continues from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from subspace.adapters.serialization import save_adapter
+from subspace.common.files import write_folder
+from subspace.data.dataset import Data
+from subspace.data.sampler import StepPlan
+from subspace.distributed.collectives import barrier, broadcast_object, is_main
+from subspace.distributed.deepspeed_compat import skipped_steps
+from subspace.errors import RunFailed, RunStopped, UserError
+from subspace.training.checkpoint import checkpoint_path, find_corruption, last_checkpoint_hint, prune_checkpoints
+from subspace.training.config import TrainConfig
+from subspace.training.health_checks import TrainingHealthCheck
+from subspace.training.logging import TrainLogger
+from subspace.training.resume import ADAPTER, Checkpoint, restore_checkpoint, save_checkpoint
+
+
+@dataclass
+class TrainState:
+    """How far a training is, and its results so far."""
+
+    steps: int = 0
+    loss: float = math.nan  # of the last step
+    best_validation: float = math.inf
+    best_step: int = 0
+    validations_since_best: int = 0
+
+    def add_validation(self, loss: float) -> None:
+        """Take in a loss on the held-out rows."""
+        self.validations_since_best += 1
+        if loss < self.best_validation:
+            self.best_validation, self.best_step, self.validations_since_best = loss, self.steps, 0
+
+
+class ConsumedSamples:
+    """A checksum of all rows that were trained on so far, in order: a checkpoint's place in the data."""
+
+    def __init__(self, data: Data, plan: StepPlan) -> None:
+        self.keys, self.plan, self.hash = data.train.keys, plan, hashlib.sha256()
+
+    def add(self, step: int) -> None:
+        """Take in the rows of a step, the first being 1."""
+        self.hash.update(self.keys[self.plan[step - 1]].tobytes())
+
+    def checksum(self) -> str:
+        """Return the checksum of what was taken in."""
+        return self.hash.hexdigest()
+
+    def verify(self, steps: int, checksum: str) -> None:
+        """Take in the first steps; raise UserError where their rows are not those that the checksum stands for."""
+        for step in range(1, min(steps, len(self.plan)) + 1):
+            self.add(step)
+        if self.checksum() != checksum:
+            raise UserError(
+                f"the run cannot be resumed: its first {steps} steps were fed other rows than they would be now. Has "
+                "the data changed, or train.steps or train.epochs? Take that back, or give this run another name"
+            )
+
+
+@dataclass
+class Checkpointer:
+    """Saves a run's checkpoints and its final adapter. Every method is collective over ranks.
+
+    Attributes:
+        engine: DeepSpeed's.
+        folder: the run's.
+        config: how to train.
+        health: refuses an adapter that did not change.
+        consumed: the rows trained on.
+        logger: flushed before a checkpoint that it belongs to.
+        settings: stored in checkpoints, to be compared with those of a run that continues from one.
+        about: for ``adapter.json``.
+        saved_step: the step of the last checkpoint, saved or restored.
+    """
+
+    engine: Any
+    folder: Path
+    config: TrainConfig
+    health: TrainingHealthCheck
+    consumed: ConsumedSamples
+    logger: TrainLogger
+    settings: Mapping[str, Any]
+    about: Mapping[str, Any]
+    saved_step: int = 0
+
+    def restore(self, checkpoint: Checkpoint) -> TrainState:
+        """Set the engine, the adapters and the place in the data to a checkpoint's; return its state."""
+        state = TrainState(**checkpoint.facts["outcome"])
+        self.consumed.verify(state.steps, checkpoint.facts["fed"])
+        restore_checkpoint(self.engine, checkpoint, self.config.seed)
+        self.saved_step = state.steps
+        return state
+
+    def save_if_due(self, state: TrainState, last_step: int) -> None:
+        """Save every so many steps, at the last one, and after the best validation."""
+        every = self.config.save_every
+        due = every and (state.steps % every == 0 or state.steps == last_step)
+        if due or state.best_step == state.steps:
+            self.save(state)
+
+    def save(self, state: TrainState) -> None:
+        """Save a checkpoint, unless this step has one, which is not to be risked; remove those that are too many."""
+        if self.saved_step == state.steps:
+            return
+        best = {"validation": state.best_validation} if state.best_step == state.steps else {}
+        facts = {
+            "step": state.steps,
+            "outcome": asdict(state),
+            "fed": self.consumed.checksum(),
+            "start": self.health.start,
+            "seconds": self.logger.seconds(),
+            **self.settings,
+        }
+        about = {"step": state.steps, **best, **self.about}
+        changed = state.steps > skipped_steps(self.engine)  # float16 may have skipped every step so far
+        self.logger.flush()
+        try:
+            save_checkpoint(
+                self.engine,
+                checkpoint_path(self.folder, state.steps),
+                facts,
+                about,
+                check=self.health.check_file if changed else None,
+            )
+        except UserError as error:
+            raise type(error)(f"{error}. {last_checkpoint_hint(self.folder)}") from None
+        if is_main():
+            prune_checkpoints(self.folder, self.config.keep_checkpoints, also=[state.best_step])
+        self.saved_step = state.steps
+
+    def save_and_stop(self, state: TrainState) -> RunStopped:
+        """Save what there is, and return the error that ends the run."""
+        if not state.steps:
+            return RunStopped("before the first step, by a signal. The same command with --resume starts it")
+        self.save(state)
+        return RunStopped(
+            f"after step {state.steps}, by a signal. Its checkpoint is saved; the same command with --resume goes on"
+        )
+
+    def save_final(self, state: TrainState) -> None:
+        """Leave the last or the best adapter in the run's folder."""
+        if self.config.keep == "best" and state.best_step:
+            self._promote(state.best_step)
+        else:
+            save_adapter(self.engine.module, self.folder / ADAPTER, step=state.steps, **self.about)
+        self.health.check_file(self.folder / ADAPTER)
+
+    def _promote(self, step: int) -> None:
+        """Make a checkpoint's adapter the run's."""
+        best = checkpoint_path(self.folder, step)
+        if problem := broadcast_object(find_corruption(best) if is_main() else None):
+            hint = last_checkpoint_hint(self.folder)
+            raise RunFailed(f"the best checkpoint, {best}, cannot be kept: {problem}. {hint}")
+        if is_main():
+            with write_folder(self.folder / ADAPTER) as work:
+                shutil.copytree(best / ADAPTER, work, dirs_exist_ok=True)
+        barrier()

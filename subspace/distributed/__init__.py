@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""Processes and DeepSpeed: collectives, sharded parameters, the engine and its configuration, launcher, signals."""

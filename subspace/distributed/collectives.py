@@ -1,4 +1,4 @@
-"""The few things that processes tell one another. Every function also works in a single process without a group."""
+"""Collective operations. Every function also works in a single process without a process group."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Tell whether this is the process that writes files and prints."""
+    """Return True on the process that writes files and prints."""
     return rank() == 0
 
 
@@ -35,7 +35,7 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
-    """Leave the other processes, together: one that goes while another still talks to it makes that one fail."""
+    """Leave the process group, all together: one that left earlier would make those fail that still talk to it."""
     if _active():
         dist.barrier()
         dist.destroy_process_group()

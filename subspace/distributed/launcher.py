@@ -1,13 +1,13 @@
-"""Start a verb in several processes by DeepSpeed's own launcher, and end with the run's own status.
+"""Start a command in several processes by DeepSpeed's own launcher, and exit with the run's own status.
 
-That launcher has four habits that a run cannot live with, so it is started inside a wrapper:
+That launcher has four faults, because of which it is started inside a wrapper:
 
 - SIGTERM or SIGINT to its first process leaves the ranks running, and the process below that ends them within 30
   seconds. The wrapper gives the launch a process group of its own, passes signals on to the ranks alone, as SIGUSR1,
-  so that they can end when they are ready (:mod:`subspace.interruption`), and ends what is left afterwards. A second
-  signal ends all at once.
+  so that they can end between two steps (:mod:`subspace.distributed.signals`), and ends what is left afterwards. A
+  second signal ends all at once.
 - A launcher that is killed leaves the ranks running and ends with status 0. So status 0 counts only together with a
-  marker that the run itself leaves at its end (:func:`write_success_marker`).
+  marker that the run itself writes at its end (:func:`write_success_marker`).
 - Two launches take the same port. The wrapper picks a free one.
 - ``--num_gpus`` overrides CUDA_VISIBLE_DEVICES. The wrapper names the visible devices.
 
@@ -47,7 +47,7 @@ SHUTDOWN_GRACE_S = 35.0
 
 
 def under_launcher() -> bool:
-    """Tell whether a launcher started this process: ours, ``deepspeed``, ``torchrun`` or ``launch/slurm.sh``."""
+    """Return True if a launcher started this process: ours, ``deepspeed``, ``torchrun`` or ``launch/slurm.sh``."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -89,17 +89,17 @@ def set_rank_env() -> None:
 
 
 def write_success_marker() -> None:
-    """Leave the marker that the run reached its end: a verb's last act in the ranks."""
+    """Write the marker that the run reached its end: the last act of a command in the ranks."""
     if os.environ["RANK"] == "0":
         _write_status(0)
 
 
 def should_report_error(status: int, *, at_once: bool = True) -> bool:
-    """Decide whether this rank is the one that tells the user about the failure it is about to end with.
+    """Return True if this rank is the one to print the error that it is about to exit with.
 
-    Often every rank fails, from the same cause or because another did. The first rank speaks ``at_once``. Another waits
-    its turn, in which the launcher ends it if the first has spoken; until then it holds its connections, so that the
-    first does not fail of it.
+    Often every rank fails, of the same cause or because another did, and one message is enough. The first rank prints
+    ``at_once``. The others wait for :data:`REPORT_DELAY_S`, during which the launcher ends them if the first has
+    printed; until then they keep their connections open, so that the first does not fail because of them.
     """
     if under_launcher() and (os.environ["RANK"] != "0" or not at_once):
         end = time.monotonic() + REPORT_DELAY_S
@@ -112,7 +112,7 @@ def should_report_error(status: int, *, at_once: bool = True) -> bool:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Tell whether an error only says that another process is gone, in the words of gloo, NCCL and torch's store."""
+    """Return True if an error only says that another process is gone, in the words of gloo, NCCL and torch's store."""
     words = ("by peer", "Broken pipe", "remote process exited", "Connection was likely closed", "Socket closed")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
@@ -137,7 +137,7 @@ def free_port() -> int:
 
 
 def visible_devices() -> list[str]:
-    """Return the GPUs this process may use, under the numbers that the launcher takes; none where there are none."""
+    """Return the GPUs that this process may use, by the numbers that the launcher expects."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return []
     import torch
@@ -149,12 +149,12 @@ def visible_devices() -> list[str]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a verb in several processes."""
+    """How to start a command in several processes."""
 
     command: tuple[str, ...]
     environment: dict[str, str]  # set for the ranks beyond what they inherit
-    #: Whether the ranks inherit the environment, and with it the place of their marker. Over ssh they do not; there the
-    #: shells' own status tells of a launcher that was killed.
+    #: Whether the ranks inherit the environment, and with it the path of their marker. Over ssh they do not; there the
+    #: shells' own status shows that a launcher was killed.
     marked: bool = True
 
     def __str__(self) -> str:
@@ -162,7 +162,7 @@ class Launch:
         return " ".join([*settings, shlex.join(self.command)])
 
     def run(self) -> int:
-        """Start it, pass signals on, wait, and return the run's status with nothing left behind."""
+        """Start the processes, pass signals on, wait, end what is left, and return the run's status."""
         if not self.marked and shutil.which("pdsh") is None:
             raise UserError(
                 "the hosts of a hostfile are reached by pdsh, which is not installed. Install it "
@@ -178,13 +178,16 @@ def build_launch(
     hostfile: str | None = None,
     program: Sequence[str] = ("--module", "subspace"),
 ) -> Launch | None:
-    """Work out how to start ``subspace ARGUMENTS``; None where this process alone is enough.
+    """Return how to start ``subspace ARGUMENTS``; None where this process alone is enough.
 
     Args:
-        arguments: The verb and what follows it.
-        processes: Ranks, on each host where there is a hostfile; None for one a device, or one where there is none.
-        hostfile: File with lines ``HOST slots=N``, hosts reached by ssh; None for this machine.
-        program: What takes the arguments, as the launcher wants it: a module or a script.
+        arguments: the command and its arguments.
+        processes: ranks, on each host where there is a hostfile; None for one per device, or one without devices.
+        hostfile: a file with lines ``HOST slots=N``, hosts reached by ssh; None for this machine.
+        program: the module or script that takes the arguments, as options of the launcher.
+
+    Raises:
+        UserError: more processes than devices, or a hostfile that cannot be read.
     """
     environment = {}
     if hostfile:
@@ -205,13 +208,13 @@ def build_launch(
         if not devices:
             environment["DS_ACCELERATOR"] = "cpu"  # else the launcher says three times that it found no accelerator
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(free_port())]
-    # Only the ranks have something to say: the launcher would repeat the command of one that ends badly.
+    # Only the ranks' messages matter: the launcher would repeat the command of one that fails.
     launcher += ["--log_level", "critical", "--no_local_rank"]
     return Launch((*launcher, *program, *arguments), environment, marked=not hostfile)
 
 
 def _threads(ranks: int) -> str:
-    """Share out this machine's cores: threads a rank."""
+    """Return how many threads each rank gets of this machine's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return str(max(cores // ranks, 1))
 
@@ -231,7 +234,8 @@ def _check_hostfile(path: str) -> None:
         raise UserError(f"hostfile '{path}' names no host. Its lines are 'HOST slots=NUMBER'")
 
 
-def _supervise(launch: Launch, status_file: Path) -> int:
+def _ranks_environment(launch: Launch, status_file: Path) -> dict[str, str]:
+    """Return the environment that the ranks inherit."""
     environment = {**os.environ, **launch.environment, STATUS_FILE: str(status_file)}
     # DeepSpeed looks for ninja on the path, which lacks the virtual environment's folder unless that is activated.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
@@ -240,12 +244,17 @@ def _supervise(launch: Launch, status_file: Path) -> int:
         environment["PYTHONPATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
     if not visible_devices():
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # means nothing then, and the launcher would comment on it
+    return environment
 
+
+def _supervise(launch: Launch, status_file: Path) -> int:
+    """Start the launcher, pass signals on, wait, end what is left, and return the run's status."""
+    environment = _ranks_environment(launch, status_file)
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        # SLURM warns with SIGUSR1 and ends with SIGTERM: the same wish. Twice means at once.
+        # SLURM warns with SIGUSR1 and later ends with SIGTERM: the same request. The same signal twice means at once.
         again = number in received
         received.append(number)
         if process is None:
@@ -268,14 +277,14 @@ def _supervise(launch: Launch, status_file: Path) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    said = _read_status(status_file)
-    if said:
-        return said
+    reported = _read_status(status_file)
+    if reported:
+        return reported
     if received:
         return 128 + received[0]
     if returned:
         return _explain(returned)
-    if launch.marked and said is None:
+    if launch.marked and reported is None:
         ended = f" Its {leftovers} processes that still ran were ended." if leftovers else ""
         logger.error("error: the launcher ended, but the run did not reach its end.%s", ended)
         return 1
@@ -288,7 +297,7 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def _end_group(group: int) -> int:
-    """End what is left of a process group, and return how many processes that were."""
+    """End what is left of a process group, and return how many processes there were."""
     found = _count_group(group)
     for number, patience in ((signal.SIGTERM, SHUTDOWN_GRACE_S), (signal.SIGKILL, 5.0)):
         end = time.monotonic() + patience
@@ -300,7 +309,7 @@ def _end_group(group: int) -> int:
 
 
 def _count_group(group: int) -> int:
-    """Count a group's living processes. A dead one that nobody has waited for is none: its parent may never do it."""
+    """Count a group's living processes, without zombies, which a parent may never wait for."""
     import psutil
 
     count = 0
@@ -311,7 +320,7 @@ def _count_group(group: int) -> int:
 
 
 def _explain(status: int) -> int:
-    """Return the status of a run that failed, as a shell gives it, and say which signal ended a rank."""
+    """Return the status of a failed run as a shell would, and print which signal ended a rank."""
     # A rank that signal 9 ended makes the launcher end with -9, which is seen as 247.
     number = -status if status < 0 else 256 - status
     if 0 < number < 65:

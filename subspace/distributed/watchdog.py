@@ -1,12 +1,13 @@
-"""A watch over the training loop: a run that no longer moves is ended, and every process says where it stood.
+"""End a training run that hangs, with a report of where each process is.
 
-A process that waits for another one waits in silence, for ever or until a collective's own time limit, and then knows
-only that it has waited. Here each process has a thread that looks at how long ago the loop was last seen to move.
+A process that waits for another one waits silently, for ever or until the time limit of a collective, whose error says
+only that it has waited. Here a thread in each process watches the time since the loop's last sign of life.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import sys
 import threading
@@ -16,19 +17,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-#: Seconds in which the processes have all had their say, before the first of them ends the run.
+#: Seconds from a process's report to its end, so that all processes have reported before the first one ends.
 REPORT_GRACE_S = 5.0
-FRAMES = 4  # the innermost of a stack that are shown, after the last of this package; the file has all
+FRAMES = 4  # innermost frames that are printed, after the last one of this package; the file has the whole stacks
 
 
 class Watchdog:
-    """While entered, expects :meth:`beat` at least every so many seconds; else it reports, and ends the process.
+    """While entered, expects :meth:`beat` at least every so many seconds; otherwise reports and ends the process.
 
     Args:
-        folder: for the whole stacks, ``rank-N.txt`` each.
-        seconds: without a beat; 0 is no watch.
+        folder: for ``rank-N.txt``, the stacks of all threads of a process.
+        seconds: without a beat; 0 switches the watchdog off.
         rank: this process's number.
-        ranks: of how many.
+        ranks: the number of processes.
     """
 
     def __init__(self, folder: Path, seconds: float, rank: int, ranks: int) -> None:
@@ -41,7 +42,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self._last = time.monotonic()
-        (self.folder / f"rank-{self.rank}.txt").unlink(missing_ok=True)  # an earlier life's
+        (self.folder / f"rank-{self.rank}.txt").unlink(missing_ok=True)  # from a previous run
         if self.seconds:
             self._thread.start()
         return self
@@ -52,7 +53,7 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, step: int) -> None:
-        """Note that the loop moves, and is in this step."""
+        """Record a sign of life in a step."""
         self.step, self._last = step, time.monotonic()
 
     def _watch(self) -> None:
@@ -64,16 +65,18 @@ class Watchdog:
     def _report(self) -> None:
         stack = traceback.format_stack(sys._current_frames()[self._watched])
         head = f"rank {self.rank} of {self.ranks} has been in step {self.step} for {self.seconds:g} s, here:\n"
-        # One write, so that what several processes say at a time stays apart.
+        # One write, so that reports of several processes are not mixed.
         own = [frame for frame in stack[:-FRAMES] if str(Path(__file__).parent) in frame][-1:]
         os.write(2, "".join([head, *own, *stack[-FRAMES:]]).encode())
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f"rank-{self.rank}.txt").write_text("".join([head, *stack]))
+            with (self.folder / f"rank-{self.rank}.txt").open("w") as file:
+                print(head, file=file, flush=True)  # faulthandler writes to the descriptor, past the buffer
+                faulthandler.dump_traceback(file)
         if self._ended.wait(REPORT_GRACE_S if self.rank == 0 else 2 * REPORT_GRACE_S):
-            return  # it moved after all
+            return  # the loop has ended after all
         if self.rank == 0:
             silent = [str(n) for n in range(self.ranks) if not (self.folder / f"rank-{n}.txt").exists()]
-            nothing = f" Nothing was heard of rank {', '.join(silent)}." if silent else ""
-            os.write(2, f"error: step {self.step} hangs. Each rank is where it says above.{nothing}\n".encode())
+            missing = f" No report from rank {', '.join(silent)}." if silent else ""
+            os.write(2, f"error: step {self.step} hangs. The reports above say where each rank is.{missing}\n".encode())
         os._exit(1)

@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""Estimates of a run's memory, disk and time before anything is loaded."""

@@ -73,7 +73,7 @@ class TrainingWork:
         except UserError:
             known = False
         if known:
-            return cls._of_rows(config, layout, open_data(config.data, tokenizer, config.train.seed, fed=draw))
+            return cls._from_data(config, layout, open_data(config.data, tokenizer, config.train.seed, fed=draw))
         longest = -(-config.data.max_length // 8) * 8
         columns = longest - 1 if config.data.loss_on == "all" else min(ANSWER, longest - 1)
         rows = None
@@ -85,7 +85,7 @@ class TrainingWork:
         return cls(batch, "data.max_length", steps, None)
 
     @classmethod
-    def _of_rows(cls, config: RunConfig, layout: BatchLayout, data: Data) -> TrainingWork:
+    def _from_data(cls, config: RunConfig, layout: BatchLayout, data: Data) -> TrainingWork:
         lengths, steps = data.train.lengths, step_plan(data, config, layout)
         rows = [steps[number] for number in range(len(steps))]
         parts = [part for step in rows for part in shard_batch(step, 0, layout.ranks, layout.accumulate)]

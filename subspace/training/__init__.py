@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""One training loop for every method: steps, optimizers, checkpoints, resume, logging, health checks."""

@@ -1,6 +1,6 @@
-"""What makes a step faster or smaller where the machine has it: compiled layers, Liger's kernels, room on the host.
+"""Optional accelerations: compiled layers, Liger's kernels, activations in the host's memory.
 
-All are options of the run and change no number but by rounding.
+They change numbers by rounding only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from subspace.errors import UserError
 from subspace.models.transformers_compat import decoder_layers
 
-SMALL = 1024  # numbers; moving fewer is not worth it
+SMALL = 1024  # numbers; smaller tensors are not worth moving
 
 
 def check_accelerations(*, compiled: bool, liger: bool, gpu: bool) -> None:
-    """Refuse what this machine has not got."""
+    """Raise UserError for unavailable accelerations."""
     if compiled and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise UserError(
             "train.compile needs a C++ compiler, and neither g++ nor clang++ is here. Install one (apt-get install "
@@ -49,12 +49,12 @@ def compile_layers(model: Any) -> None:
 
 
 def offload_activations() -> torch.autograd.graph.saved_tensors_hooks:
-    """Let what passes inside this save for their gradients lie in the host's memory; weights stay where they are."""
+    """Return a context that keeps in the host's memory what forward passes save for backward, except weights."""
     return torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host)
 
 
 def is_weight(tensor: Tensor) -> bool:
-    """Tell whether a tensor is a parameter, or a parameter seen otherwise, as transposed."""
+    """Return True for a parameter or a view of one."""
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 

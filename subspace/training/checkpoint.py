@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a folder for each, whole or not there, and every byte of it vouched for.
+"""Atomic checkpoint directories verified by a SHA-256 manifest.
 
 A run keeps them as ``checkpoints/step-000120``. One is filled under another name, flushed to the disk, read back, and
 renamed, so that a process killed at any moment leaves the older ones as they were. ``manifest.json`` has the size and
@@ -46,7 +46,7 @@ def begin_checkpoint(target: Path) -> Path:
 
 
 def finish_checkpoint(unfinished: Path, target: Path) -> None:
-    """Vouch for what is in the folder, and make it the checkpoint ``target`` in one move."""
+    """Write the manifest of a folder's files and rename the folder to ``target``."""
     inside = sorted(path for path in unfinished.rglob("*") if path.is_file())
     files = {str(path.relative_to(unfinished)): [path.stat().st_size, file_sha256(path)] for path in inside}
     write_checked(unfinished / MANIFEST, _manifest(files))
@@ -54,7 +54,7 @@ def finish_checkpoint(unfinished: Path, target: Path) -> None:
 
 
 def find_corruption(checkpoint: Path) -> str | None:
-    """Say what is wrong with a checkpoint; None where every file is as it was written."""
+    """Return what is wrong with a checkpoint; None where every file is as it was written."""
     try:
         text = (checkpoint / MANIFEST).read_bytes()
         files = json.loads(text)["files"]
@@ -74,7 +74,7 @@ def find_corruption(checkpoint: Path) -> str | None:
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return a run's newest whole checkpoint, and what was passed over for it; that is put aside under another name."""
+    """Return a run's newest intact checkpoint, and notices of damaged ones, which are renamed."""
     passed_over: list[str] = []
     for path in reversed(checkpoints(folder)):
         problem = find_corruption(path)
@@ -104,6 +104,6 @@ def prune_checkpoints(folder: Path, keep: int, also: Collection[int] = ()) -> No
 
 
 def _manifest(files: dict[str, Any]) -> bytes:
-    """Return the only spelling of a manifest that counts: with its own checksum, so that none of it can be changed."""
+    """Return a manifest's only valid bytes; they include its own checksum, so that no change goes unnoticed."""
     seal = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return (json.dumps({"format": 1, "files": files, "seal": seal}, indent=1) + "\n").encode()

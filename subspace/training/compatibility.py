@@ -21,13 +21,13 @@ STORAGE = {"nf4": "4bit", "fp4": "4bit", "int8": "int8"}
 def check_compatibility(
     model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json
 ) -> None:
-    """Refuse what does not go together, here or anywhere, before anything is loaded."""
+    """Raise UserError for settings that are incompatible, on this machine or on any."""
     if reason := find_incompatibility(model, methods, engine) or find_missing_requirement(model, engine):
         raise UserError(reason)
 
 
 def check_packing(methods: Sequence[type[Adapter]]) -> None:
-    """Refuse rows that share a sequence with methods that would reach only the first of them."""
+    """Raise UserError if rows are to share a sequence and a method would reach only the first of them."""
     for method in methods:
         if method.site == "embedding":
             raise UserError(
@@ -39,12 +39,12 @@ def check_packing(methods: Sequence[type[Adapter]]) -> None:
 def find_incompatibility(
     model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json
 ) -> str | None:
-    """Say what does not go together on any machine, and what does; None where all does.
+    """Return which settings are incompatible on any machine, and what works instead; None where all is compatible.
 
     Args:
         model: the base.
         methods: the classes of adapters and their settings.
-        engine: DeepSpeed's configuration, filled.
+        engine: DeepSpeed's resolved configuration.
     """
     stage = engine["zero_optimization"]["stage"]
     optimizer, weights = _offloaded(engine, "offload_optimizer"), _offloaded(engine, "offload_param")
@@ -57,18 +57,18 @@ def find_incompatibility(
     if weights and stage != 3:
         return f"the engine offloads the weights at ZeRO stage {stage}, which stage 3 alone can. Set stage 3"
     if weights == "nvme":
-        # DeepSpeed reads them back as numbers of one dtype, the engine's own, whatever they are.
-        kept = next(
+        # DeepSpeed reads them back as numbers of the engine's dtype, whatever they were.
+        dtype = next(
             (f for f, name in (("float16", "fp16"), ("bfloat16", "bf16")) if engine[name]["enabled"]), "float32"
         )
         if model.quantize != "none":
             return (
-                f"the engine offloads weights to NVMe as {kept}, but `quantize: {model.quantize}` packs them into "
+                f"the engine offloads weights to NVMe as {dtype}, but `quantize: {model.quantize}` packs them into "
                 "bytes. Offload them to cpu, where they stay as they are, or set quantize to none"
             )
-        if model.dtype != kept:
+        if model.dtype != dtype:
             return (
-                f"the engine offloads weights to NVMe as {kept}, but model.dtype is {model.dtype}. Offload them to "
+                f"the engine offloads weights to NVMe as {dtype}, but model.dtype is {model.dtype}. Offload them to "
                 f"cpu, or enable bf16 in the engine's file, which makes the adapters {model.dtype} too"
             )
     kind = STORAGE.get(model.quantize)
@@ -79,7 +79,7 @@ def find_incompatibility(
 
 
 def find_missing_requirement(model: ModelConfig, engine: Json) -> str | None:
-    """Say what this machine lacks for a combination, and what it has; None where it lacks nothing."""
+    """Return what this machine lacks for the settings, and what works instead; None where it lacks nothing."""
     if model.dtype == "float16" and not fp16_supported():
         return "model.dtype is float16, which this device cannot compute in. Use model.dtype=bfloat16 or float32"
     if "nvme" not in (_offloaded(engine, "offload_param"), _offloaded(engine, "offload_optimizer")):

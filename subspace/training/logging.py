@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: a progress bar or plain lines, ``log.jsonl``, and trackers."""
+"""Logging of a training run: a progress bar or plain lines, ``log.jsonl``, and trackers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizers that a run may name: torch's AdamW, and bitsandbytes' with a state of 8 bits or in pages."""
+"""Optimizers (torch's AdamW; bitsandbytes' with 8-bit or paged state), parameter groups and learning rates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8b
 
 
 def check_optimizer(name: str, *, gpu: bool, offloaded: bool) -> None:
-    """Refuse an optimizer that cannot run there."""
+    """Raise UserError for an optimizer that cannot run on the device or with an offloaded state."""
     if name.startswith("paged") and not gpu:
         raise UserError(
             f"train.optimizer is {name}, whose pages move between a GPU and the host, and there is no GPU here. "
@@ -31,7 +31,7 @@ def check_optimizer(name: str, *, gpu: bool, offloaded: bool) -> None:
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Build it over the groups of :func:`subspace.train.parameter_groups`."""
+    """Return the optimizer over the groups of :func:`parameter_groups`."""
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     import bitsandbytes
@@ -44,18 +44,16 @@ DECAYED_ROLES = ("down", "up", "core", "weight")  # decay towards zero would pul
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Sort the trained tensors by role into AdamW's groups: which decay, and which learn at LoRA+'s rate."""
-    of = parameter_roles(model)
-    sorted_out: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """Return AdamW's groups of the trained tensors by role: which decay, and which have LoRA+'s learning rate."""
+    roles = parameter_roles(model)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_parameters(model).items():
-        decay = config.weight_decay if of[name] in DECAYED_ROLES else 0.0
-        # PEFT tells by names and dimensions; its diagonal cores are not 1-d.
-        as_peft = config.lora_plus_rule == "peft" and of[name] != "core" and len(full_shape(parameter)) == 1
-        rate = config.learning_rate * (config.lora_plus if of[name] == "up" or as_peft else 1.0)
-        sorted_out.setdefault((rate, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in sorted_out.items()
-    ]
+        decay = config.weight_decay if roles[name] in DECAYED_ROLES else 0.0
+        # PEFT goes by names and dimensions; its diagonal cores are not 1-d.
+        as_peft = config.lora_plus_rule == "peft" and roles[name] != "core" and len(full_shape(parameter)) == 1
+        rate = config.learning_rate * (config.lora_plus if roles[name] == "up" or as_peft else 1.0)
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
 
 
 def lr_factor(config: TrainConfig, step: int, steps: int) -> float:

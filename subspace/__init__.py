@@ -8,7 +8,10 @@ From Python::
     subspace.load_adapter(fresh_model, "adapter")
     subspace.merge(model)
 
-Everything else is the command ``subspace``.
+or a whole run, as the command ``subspace`` does it::
+
+    config = subspace.load_config("launch/recipes/quickstart.yaml", ["train.steps=10"])
+    results = subspace.evaluate(subspace.train(config))
 """
 
 from __future__ import annotations
@@ -25,11 +28,19 @@ if TYPE_CHECKING:
     from subspace.adapters.registry import load_method_file as load_method_file
     from subspace.adapters.serialization import load_adapter as load_adapter
     from subspace.adapters.serialization import save_adapter as save_adapter
+    from subspace.api import evaluate as evaluate
+    from subspace.api import load_config as load_config
+    from subspace.api import train as train
+    from subspace.config import RunConfig as RunConfig
     from subspace.errors import UserError as UserError
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "RunConfig": "subspace.config",
+    "load_config": "subspace.api",
+    "train": "subspace.api",
+    "evaluate": "subspace.api",
     "inject": "subspace.adapters.inject",
     "merge": "subspace.adapters.merging",
     "unmerge": "subspace.adapters.merging",

@@ -131,6 +131,16 @@ def read_config(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return _compose({"name": Given(file.stem, str(file)), **values}, file.parent)
 
 
+def read_given(file: Path) -> dict[str, Any]:
+    """Return what a configuration file and those that it builds on say, and no defaults, in the form of one file."""
+    nested: dict[str, Any] = {}
+    for name, given in _read_file(file).items():
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = given.value
+    entries = [nested.pop(section) for section in list(nested) if section.startswith(f"{METHOD}.")]
+    return {**nested, METHOD: entries} if entries else nested
+
+
 def read_data_config(what: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read what a run would train on: its configuration, or a mixture, task or data file with all else by default."""
     is_yaml = Path(what).suffix in (".yaml", ".yml")
@@ -233,9 +243,7 @@ def _read_file(file: Path, above: Sequence[Path] = ()) -> Layer:
     if not file.exists():
         recipes = [f"launch/recipes/{path.name}" for path in recipes_folder().glob("*.yaml")]
         near = nearest(str(file), recipes).partition("There are: ")[0]  # there are too many to list
-        raise UserError(
-            f"there is no configuration file '{file}'. {near}`subspace recipes` lists those that come with it"
-        )
+        raise UserError(f"there is no configuration file '{file}'. {near}`subspace recipes` lists those that there are")
     if file.resolve() in above:
         raise UserError(f"{file} builds on itself: its '{BASE}:' leads back to it")
     content = read_yaml(file)

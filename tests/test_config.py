@@ -312,3 +312,79 @@ def test_what_is_scored_is_a_run_a_configuration_or_a_model(
     assert config_module.read_subject("some/model").folder == Path("runs/some-model")
     with pytest.raises(UserError, match="Did you mean 'runs/example'"):
         config_module.read_subject("runs/exmple")
+
+
+# A configuration that builds on another.
+
+
+@pytest.fixture
+def child(file: Path) -> Path:
+    path = file.with_name("child.yaml")
+    path.write_text("base: example.yaml\ntrain: {learning_rate: 1e-3}\nmethod: {r: 4}\n")
+    return path
+
+
+def test_a_file_builds_on_another(file: Path, child: Path) -> None:
+    below, run = config_module.read_config(file), config_module.read_config(child)
+    assert run.name == "child"
+    assert run.method == (part("dora", r=4, alpha=64.0, targets=["q_proj", "k_proj"]),)
+    assert run.train == dataclasses.replace(below.train, learning_rate=1e-3)
+    assert (run.model, run.data, run.evaluate, run.engine) == (below.model, below.data, below.evaluate, below.engine)
+
+
+def test_a_file_that_names_its_method_takes_nothing_from_the_other_s(child: Path) -> None:
+    child.write_text("base: example.yaml\nmethod: {name: dora, r: 4}\n")
+    assert config_module.read_config(child).method == (part("dora", r=4, targets=["q_proj", "k_proj"]),)
+    child.write_text("base: example.yaml\nmethod: [ssl, {name: lora, targets: [v_proj]}]\n")
+    assert config_module.read_config(child).method == (part("ssl"), part("lora", targets=["v_proj"]))
+
+
+def test_a_message_names_the_file_that_sets_a_value(file: Path, child: Path) -> None:
+    file.write_text(EXAMPLE.replace("epochs: 3", "epochs: many"))
+    with pytest.raises(UserError, match=r"example\.yaml sets train\.epochs to 'many'"):
+        config_module.read_config(child)
+    child.write_text("base: example.yaml\ntrain: {epochs: few}\n")
+    with pytest.raises(UserError, match=r"child\.yaml sets train\.epochs to 'few'"):
+        config_module.read_config(child)
+    assert config_module.read_config(child, ["train.epochs=2"]).train.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("base: child.yaml\n", r"child\.yaml builds on itself"),
+        ("base: other.yaml\n", r"no configuration file .*other\.yaml"),
+        ("base: [example.yaml]\n", r"child\.yaml sets base to \['example\.yaml'\], but it takes the path"),
+    ],
+)
+def test_a_base_that_cannot_be_meant_is_refused(child: Path, text: str, complaint: str) -> None:
+    child.write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        config_module.read_config(child)
+
+
+def test_what_is_given_is_one_file_s_content(file: Path, child: Path) -> None:
+    alone = file.with_name("alone.yaml")
+    alone.write_text(yaml.safe_dump(config_module.read_given(child)))
+    assert config_module.read_config(alone, ["name=child"]) == config_module.read_config(child)
+
+
+def test_published_scores_are_typed(file: Path) -> None:
+    file.write_text("published: {boolq: 69.7, average: 70, source: a paper}\n")
+    run = config_module.read_config(file)
+    assert run.published == {"boolq": 69.7, "average": 70.0, "source": "a paper"}
+    assert run.as_dict()["published"] == run.published
+    for wrong in ("{boolq: high, source: a paper}", "{boolq: 69.7}"):
+        file.write_text(f"published: {wrong}\n")
+        with pytest.raises(UserError, match="sets published to .*, but it takes a section or null: scores"):
+            config_module.read_config(file)
+
+
+def test_targets_may_stand_in_the_method_s_section(file: Path) -> None:
+    file.write_text("method: {name: lora, targets: [q_proj]}\n")
+    assert config_module.read_config(file).method == (part("lora", targets=["q_proj"]),)
+
+
+def test_text_that_looks_like_a_number_is_text_on_the_command_line(file: Path) -> None:
+    run = config_module.read_config(file, ["name=007", "model.path=12", "evaluate.tasks=[a, b]", "data.limit=null"])
+    assert (run.name, run.model.path, run.evaluate.tasks, run.data.limit) == ("007", "12", ["a", "b"], None)

@@ -1,65 +1,45 @@
-"""The command ``subspace``: how it finds the verb that is asked for, and how a failure is told.
+"""The command line: find the command that is asked for, run it, and report a failure.
 
-Everything heavy is imported by the verb that needs it, so that ``subspace --help`` answers at once.
+Everything heavy is imported by the command that needs it, so that ``subspace --help`` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from subspace import __version__
 from subspace.cli.command import Command
-from subspace.cli.commands import compare, data, evaluate, merge, methods, plan, prepare, table, train
+from subspace.cli.commands import compare, data, evaluate, merge, methods, plan, prepare, recipes, table, train
 from subspace.common.files import is_disk_full
 from subspace.common.progress import show_notices
 from subspace.distributed import launcher
 from subspace.errors import RunStopped, UserError, nearest
 
 COMMANDS = [
-    prepare.VERB,
-    data.VERB,
-    train.VERB,
-    plan.VERB,
-    evaluate.VERB,
-    table.VERB,
-    compare.VERB,
-    merge.VERB,
-    methods.VERB,
+    prepare.COMMAND,
+    recipes.COMMAND,
+    data.COMMAND,
+    train.COMMAND,
+    plan.COMMAND,
+    evaluate.COMMAND,
+    table.COMMAND,
+    compare.COMMAND,
+    merge.COMMAND,
+    methods.COMMAND,
 ]
 USER_ERROR, INTERRUPTED = 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are UserErrors, and that refuses an unknown option with the nearest one."""
-
-    def __init__(self, verb: Command) -> None:
-        super().__init__(
-            prog=f"subspace {verb.name}",
-            description=verb.summary,
-            epilog=verb.examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.verb = verb
-        verb.arguments(self)
-
-    def format_help(self) -> str:
-        return super().format_help() + (f"\n{self.verb.more_help()}\n" if self.verb.more_help else "")
+    """A parser whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}. `{self.prog} --help` shows examples")
-
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        known = self._option_string_actions
-        for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("-")):
-            if option not in known:
-                names = [name for name in known if name.startswith("--")]
-                raise UserError(f"{self.prog} has no option '{option}'. {nearest(option, names)}")
-        return self.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,21 +84,34 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    verb, options = parse(arguments)
-    return verb.run(options)
+    command, options = parse(arguments)
+    return command.run(options)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
-    """Find the verb and its options in the command's arguments; UserError with the nearest where there is none."""
-    verbs = {verb.name: verb for verb in COMMANDS}
-    if arguments[0] not in verbs:
-        raise UserError(f"subspace cannot '{arguments[0]}'. {nearest(arguments[0], verbs)}")
-    verb = verbs[arguments[0]]
-    return verb, _Parser(verb).parse(arguments[1:])
+    """Find the command and its options in the arguments; UserError with the nearest where there is none."""
+    commands = {command.name: command for command in COMMANDS}
+    name, *rest = arguments
+    if name not in commands:
+        raise UserError(f"unknown command '{name}'. {nearest(name, commands)}")
+    command = commands[name]
+    with_manual = command.more_help if {"-h", "--help"} & set(rest) else None
+    parser = _Parser(
+        prog=f"subspace {name}",
+        description=command.summary,
+        epilog=f"{command.examples}\n\n{with_manual()}" if with_manual else command.examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.arguments(parser)
+    known = re.findall(r"(?<=\[|\s)-[\w-]+", parser.format_usage())
+    for option in (argument.partition("=")[0] for argument in rest if argument.startswith("-")):
+        if option not in (*known, "--help"):
+            raise UserError(f"{parser.prog} has no option '{option}'. {nearest(option, [*known, '--help'])}")
+    return command, parser.parse_intermixed_args(rest)
 
 
 def _overview() -> str:
-    lines = [f"  {verb.name:<9} {verb.summary}" for verb in COMMANDS]
-    return "\n".join(
-        ["usage: subspace VERB ...", "", *lines, "", "`subspace VERB --help` shows what a verb takes, with examples."]
-    )
+    lines = [f"  {command.name:<9} {command.summary}" for command in COMMANDS]
+    end = "`subspace COMMAND --help` shows what a command takes, with examples."
+    return "\n".join(["usage: subspace COMMAND ...", "", *lines, "", end])

@@ -68,6 +68,12 @@ def format_value(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
+def format_yaml(content: Mapping[str, Any]) -> str:
+    """Return a mapping in YAML, each section on a line of its own as far as it fits."""
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    return text
+
+
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping, in its order, so that :func:`read_yaml` gives it back."""
     write_file(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+import subspace
 from subspace.adapters import catalog as catalogue
 from subspace.adapters.registry import list_methods
 from subspace.cli import main as cli
 from subspace.cli.command import Command
+from subspace.common.paths import recipes_folder
+from subspace.config import read_config
 from subspace.distributed import launcher
 from subspace.distributed.signals import STATUS_FILE
 from tests.helpers.tiny_models import tiny
@@ -89,6 +92,8 @@ def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
         (["methods", "ssl", "--shape", "llama-7b", "--budget", "9"], "the size of method ssl cannot be chosen"),
         (["methods", "lora", "--shape", "llama-7b", "--targets", "q_prj"], "Did you mean 'q_proj'?"),
         (["prepare", "--source", "hbu"], "Did you mean 'hub'?"),
+        (["recipes", "quickstrat"], "Did you mean 'quickstart'?"),
+        (["recipes", "--copy"], "without a recipe's name"),
     ],
 )
 def test_a_mistake_is_one_message_and_status_2(
@@ -254,3 +259,32 @@ def test_sigint_ends_a_verb(tmp_path: Path) -> None:
     waiting.send_signal(signal.SIGINT)
     _, said = waiting.communicate(timeout=10)
     assert (waiting.returncode, said) == (130, b"error: interrupted\n")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{subspace.__version__}\n"
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes", "--json"]) == 0
+    listed = {recipe["name"]: recipe for recipe in json.loads(capsys.readouterr().out)}
+    recipe = listed["llama-7b-dora-r32"]
+    assert (recipe["model"], recipe["method"]) == ("huggyllama/llama-7b", "dora")
+    assert recipe["about"].startswith("LLaMA-7B, DoRA r 32")
+    assert not [name for name in listed if name.startswith("base-")]
+
+
+def test_a_recipe_is_copied_and_stands_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["recipes", "llama-7b-dora-r32", "--copy", "mine.yaml"]) == 0
+    assert "next: subspace train mine.yaml" in capsys.readouterr().out
+    recipe = read_config(recipes_folder() / "llama-7b-dora-r32.yaml", ["name=mine"])
+    assert read_config("mine.yaml") == recipe
+    before = Path("mine.yaml").read_text()
+    assert before.startswith("# LLaMA-7B, DoRA r 32")
+    assert cli.main(["recipes", "llama-7b-dora-r8", "--copy", "mine.yaml"]) == 2
+    assert "mine.yaml is there already" in capsys.readouterr().err
+    assert Path("mine.yaml").read_text() == before

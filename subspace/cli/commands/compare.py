@@ -31,7 +31,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-VERB = Command(
+COMMAND = Command(
     "compare",
     "tell whether runs differ: paired tests, intervals, and the items that flipped",
     """examples:

@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-VERB = Command(
+COMMAND = Command(
     "data",
     "count what a run would train on and be scored on: repeats, cuts, contamination",
     """examples:

@@ -91,7 +91,7 @@ def _show_scores(subjects: Sequence[EvaluationSubject], options: argparse.Namesp
             print(f"{folder}: answer-word gives llm-adapters' answer on {by_task}")
 
 
-VERB = Command(
+COMMAND = Command(
     "evaluate",
     "score a base model or adapters on the suites",
     """examples:

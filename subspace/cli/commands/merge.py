@@ -35,7 +35,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-VERB = Command(
+COMMAND = Command(
     "merge",
     "write base model and adapter as one plain Hugging Face folder, proved equal",
     """examples:

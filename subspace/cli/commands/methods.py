@@ -107,7 +107,7 @@ def method_settings(name: str | None, overrides: Sequence[str]) -> dict[str, dic
     return found
 
 
-VERB = Command(
+COMMAND = Command(
     "methods",
     "list the methods, or tell all about one",
     """examples:

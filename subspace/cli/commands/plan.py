@@ -34,7 +34,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-VERB = Command(
+COMMAND = Command(
     "plan",
     "tell before anything is loaded what a run takes: memory by part, disk, steps, time",
     """examples:

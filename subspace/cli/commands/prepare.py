@@ -99,7 +99,7 @@ def _state(fresh: bool) -> str:
     return "prepared" if fresh else "was there"
 
 
-VERB = Command(
+COMMAND = Command(
     "prepare",
     "bring a model and the benchmark data to this machine, and check them",
     """examples:

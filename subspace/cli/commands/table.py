@@ -32,7 +32,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-VERB = Command(
+COMMAND = Command(
     "table",
     "put the results of runs side by side",
     """examples:

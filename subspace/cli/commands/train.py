@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-VERB = Command(
+COMMAND = Command(
     "train",
     "train adapters as a configuration says",
     """examples:

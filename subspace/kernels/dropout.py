@@ -55,7 +55,11 @@ def _without(x: Tensor, dropped: Tensor, p: float) -> Tensor:
 
 def sample_dropped_indices(count: int, p: float) -> Tensor:
     """Draw which of ``count`` values are dropped, each with probability p, in rising order."""
-    enough = count * p + 8 * math.sqrt(count * p) + 32  # that they end too early is less likely than 1e-12
-    kept_between = torch.rand(int(enough)).neg_().log1p_().mul_(1 / math.log1p(-p)).long()
+    kept_between = torch.rand(indices_drawn(count, p)).neg_().log1p_().mul_(1 / math.log1p(-p)).long()
     places = kept_between.add_(1).cumsum_(0).sub_(1)
     return places[: int(torch.searchsorted(places, count))]
+
+
+def indices_drawn(count: int, p: float) -> int:
+    """Return how many distances are drawn for ``count`` values: too few with a probability below 1e-12."""
+    return int(count * p + 8 * math.sqrt(count * p) + 32)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from subspace.common.patching import patched
+from subspace.kernels import dropout, low_rank
 from subspace.models.bitsandbytes_compat import int8_products_on_meta
 from subspace.models.lm_head import SummedLoss
 from subspace.planning.static_memory import MemoryItem
@@ -78,12 +79,12 @@ def trace_activation_memory(model: Any, batch: BatchShape, *, accumulated: bool 
         targets = torch.zeros(batch.rows * batch.columns, dtype=torch.int64)
         labelled = torch.zeros(batch.labelled, dtype=torch.int64)
 
-    ledger, at_head = MemoryTracker(), []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(ledger.live))
+    tracker, at_head = MemoryTracker(), []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(tracker.live))
     model.train()
-    with _kernels(), ledger:
+    with _kernels(), tracker:
         loss = SummedLoss(model).at(ids, mask, columns, targets, labelled)
-        with_head = ledger.peak
+        with_head = tracker.peak
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
     hook.remove()
@@ -92,8 +93,8 @@ def trace_activation_memory(model: Any, batch: BatchShape, *, accumulated: bool 
     return ActivationMemory(
         activations=at_head[0],
         head=max(0, with_head - at_head[0]),
-        backward=max(0, ledger.peak - max(with_head, at_head[0])),
-        peak=ledger.peak,
+        backward=max(0, tracker.peak - max(with_head, at_head[0])),
+        peak=tracker.peak,
         left=left,
     )
 
@@ -152,6 +153,11 @@ def _attention(
     return out
 
 
+def _dropped_indices(count: int, p: float) -> Tensor:
+    """Return as many indices as sparse dropout, which a CPU trains with, draws and keeps for the backward pass."""
+    return torch.empty(dropout.indices_drawn(count, p), dtype=torch.int64, device="meta")
+
+
 @contextlib.contextmanager
 def _kernels() -> Iterator[None]:
     """Patch kernels so that the same operations are traced as training runs."""
@@ -161,4 +167,7 @@ def _kernels() -> Iterator[None]:
         if not torch.cuda.is_available():
             with contextlib.suppress(ImportError):
                 stack.enter_context(int8_products_on_meta())
+            for module in (dropout, low_rank):
+                stack.enter_context(patched(module, "use_sparse_dropout", lambda x, p: p <= dropout.SPARSE))
+                stack.enter_context(patched(module, "sample_dropped_indices", _dropped_indices))
         yield

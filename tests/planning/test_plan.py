@@ -18,7 +18,8 @@ from subspace.cli import main as cli
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
-from subspace.models.loading import open_shape
+from subspace.models.lm_head import summed_loss
+from subspace.models.loading import open_model, open_shape
 from subspace.planning.activation_memory import ActivationMemory, BatchShape, MemoryTracker, trace_activation_memory
 from subspace.planning.plan import Plan, TrainingWork, _shape, build_plan, parse_size
 from subspace.planning.static_memory import StaticMemory
@@ -158,41 +159,58 @@ def test_what_is_held_is_what_a_model_holds() -> None:
     assert found["state of the optimizer"] == own  # two moments, half of each
 
 
-def test_the_ledger_counts_what_is_held() -> None:
-    with MemoryTracker() as ledger:
+def test_the_tracker_counts_what_is_held() -> None:
+    with MemoryTracker() as tracker:
         a = torch.zeros(1000)
         b = a.view(10, 100).t()
-        assert ledger.live == 4000
+        assert tracker.live == 4000
         c = b + 1
-        assert (ledger.live, ledger.peak) == (8000, 8000)
+        assert (tracker.live, tracker.peak) == (8000, 8000)
         del c
-        assert (ledger.live, ledger.peak) == (4000, 8000)
+        assert (tracker.live, tracker.peak) == (4000, 8000)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_rehearsal_keeps_what_a_step_keeps(quantize: str, checkpointing: bool, tmp_path: Path) -> None:
-    """A step with numbers, under the same ledger, takes the same bytes."""
-    from subspace.models.lm_head import summed_loss
-    from subspace.models.loading import open_model
-
+def test_a_trace_keeps_what_a_step_keeps(quantize: str, checkpointing: bool, tmp_path: Path) -> None:
+    """A step with numbers, under the same tracker, takes the same bytes."""
     tiny_llama(tmp_path / "m")
     config = ModelConfig(
         path=str(tmp_path / "m"), dtype="float32", quantize=quantize, gradient_checkpointing=checkpointing
     )
-    told = open_shape(config)
+    traced = open_shape(config)
     real = open_model(config)
-    for model in (told, real):
+    for model in (traced, real):
         inject(model, "lora", {"r": 4}, targets=["q_proj", "up_proj"], start=model is real)
         model.train()
     ids = torch.randint(2, 300, (4, 32))
     mask = torch.ones_like(ids)
     mask[0, 20:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    with MemoryTracker() as ledger:
+    with MemoryTracker() as tracker:
         summed_loss(real, batch).backward()  # type: ignore[no-untyped-call]
-    found = trace_activation_memory(told, BatchShape(4, 32, 31, int((batch["labels"][:, 1:] != -100).sum())))
-    assert found.peak == pytest.approx(ledger.peak, rel=0.05)
+    found = trace_activation_memory(traced, BatchShape(4, 32, 31, int((batch["labels"][:, 1:] != -100).sum())))
+    assert found.peak == pytest.approx(tracker.peak, rel=0.05)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains with torch's own dropout")
+def test_a_trace_keeps_the_places_that_a_cpu_drops(tmp_path: Path) -> None:
+    """Their indices take less room than torch's mask of every value, which the meta device would take."""
+    tiny_llama(tmp_path / "m")
+    config = ModelConfig(path=str(tmp_path / "m"), dtype="float32")
+    ids = torch.randint(2, 300, (8, 64))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    peaks = []
+    for dropout in (0.0, 0.02):
+        traced, real = open_shape(config), open_model(config)
+        for model in (traced, real):
+            inject(model, "lora", {"r": 4, "dropout": dropout}, start=model is real)
+            model.train()
+        with MemoryTracker() as tracker:
+            summed_loss(real, batch).backward()  # type: ignore[no-untyped-call]
+        peaks.append((trace_activation_memory(traced, BatchShape(8, 64, 63, 8 * 63)).peak, tracker.peak))
+    # What dropout adds is the same to the byte; the rest is not, because this batch needs no mask.
+    assert peaks[1][0] - peaks[0][0] == peaks[1][1] - peaks[0][1] > 0
 
 
 def test_plan_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

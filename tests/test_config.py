@@ -268,7 +268,6 @@ def test_a_missing_file_is_answered_with_the_nearest() -> None:
 
 def test_the_engine_is_found_beside_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (file.parent / "own.json").write_text("{}")
-    monkeypatch.chdir(REPOSITORY)
     assert config_module.read_config(file, ["engine=own.json"]).engine == str(file.parent / "own.json")
 
 

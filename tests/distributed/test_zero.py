@@ -1,4 +1,7 @@
-"""The loop under DeepSpeed's engine: every method, ZeRO 0 to 3, one and two processes, one loss curve."""
+"""The loop under DeepSpeed's engine: every method, ZeRO 0 to 3, one and two processes, one loss curve.
+
+Every method trains at stage 3 with every change, a method of each kind at every stage; ``-m long`` adds the others.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,26 @@ RATES = {"prompt": 0.05, "lora-dash": 0.001, "parallel": 0.002, "series": 0.002}
 SLACK = {"lora-dash": 2}
 #: From there on, one value in a thousand may have a gradient so near zero that its steps are rounding.
 STRAY = {"lora-dash": 1e-3}
-#: All of them, unless a comma-separated list says which.
-METHODS = [name for name in list_methods() if name in (os.environ.get("ZERO_METHODS") or name).split(",")]
+#: One of each kind: plain factors, a norm, a schedule, a decomposition, another optimizer state, hooks, no adapter.
+KINDS = {"lora", "dora", "adalora", "pissa", "flexlora", "prefix", "houlsby", "full"}
+CASES = [
+    pytest.param(stage, method, marks=[] if stage == 3 or method in KINDS else pytest.mark.long)
+    for stage in STAGES
+    for method in list_methods()
+]
+every_case = pytest.mark.parametrize(("stage", "method"), CASES)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train all of them: one process at stage 0 as the reference, two processes at each stage."""
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train what the selected tests ask for: one process at stage 0 as the reference, two processes at each stage."""
     root = tmp_path_factory.mktemp("zero")
+    selected = [item for item in request.session.items if item.path == request.path]
+    asked = [
+        item.callspec.params for item in selected if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    ]
+    cases = sorted({(params["stage"], params["method"]) for params in asked if "stage" in params})
+    methods = sorted({method for _, method in cases} | {"lora"})
     file = make_material(root)
 
     def arguments(name: str, stage: int, method: str, *more: str) -> tuple[str, list[str]]:
@@ -44,10 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run += [f"train.steps={STEPS}", f"train.learning_rate={RATES.get(method, 0.005)}", "train.validate_every=10"]
         return str(file), [*run, *more]
 
-    launch([arguments("one", 0, method) for method in METHODS], root, ranks=1)
-    two = [
-        arguments(f"two-zero{stage}", stage, method, "train.micro_batch=2") for stage in STAGES for method in METHODS
-    ]
+    launch([arguments("one", 0, method) for method in methods], root, ranks=1)
+    two = [arguments(f"two-zero{stage}", stage, method, "train.micro_batch=2") for stage, method in cases]
     two.append(arguments("packed", 3, "lora", "train.micro_batch=2", "data.packing=true"))
     launch(two, root, ranks=2)
     return root
@@ -73,8 +86,7 @@ def losses(folder: Path, key: str = "loss") -> Tensor:
     return torch.tensor(logged(folder, key), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stage", STAGES)
+@every_case
 def test_loss_curve_is_that_of_one_process(runs: Path, method: str, stage: int) -> None:
     one, two = losses(runs / f"one-{method}"), losses(runs / f"two-zero{stage}-{method}")
     assert len(one) == STEPS
@@ -82,8 +94,7 @@ def test_loss_curve_is_that_of_one_process(runs: Path, method: str, stage: int) 
     assert (one - two).abs().max() < 1e-5 * SLACK.get(method, 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stage", STAGES)
+@every_case
 def test_gradient_is_as_large_as_that_of_one_process(runs: Path, method: str, stage: int) -> None:
     """Adam and clipping would hide a gradient that is too large or too small by a factor; weight decay would not."""
     one, two = (losses(runs / f"{ranks}-{method}", "gradient_norm") for ranks in ("one", f"two-zero{stage}"))
@@ -91,8 +102,7 @@ def test_gradient_is_as_large_as_that_of_one_process(runs: Path, method: str, st
     assert torch.allclose(one, two, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stage", STAGES)
+@every_case
 def test_validation_and_adapter_agree_too(runs: Path, method: str, stage: int) -> None:
     one, two = runs / f"one-{method}", runs / f"two-zero{stage}-{method}"
     assert torch.allclose(losses(one, "validation_loss"), losses(two, "validation_loss"), atol=1e-5)

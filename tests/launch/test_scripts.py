@@ -19,7 +19,7 @@ RECIPE = "launch/recipes/quickstart.yaml"
 pytestmark = pytest.mark.processes
 
 
-def bash(*arguments: str | Path, cwd: Path = ROOT, **environment: Any) -> subprocess.CompletedProcess[str]:
+def bash(*arguments: str | Path, cwd: Path | None = None, **environment: Any) -> subprocess.CompletedProcess[str]:
     # This interpreter stands for python3 where a script finds no .venv.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -46,7 +46,7 @@ def test_a_script_helps(name: str) -> None:
 
 
 def test_the_tests_script_helps() -> None:
-    assert "usage: bash tests/run.sh" in bash("tests/run.sh", "--help").stdout
+    assert "usage: bash tests/run.sh" in bash(ROOT / "tests/run.sh", "--help").stdout
 
 
 def test_the_quickstart_refuses_what_it_does_not_know() -> None:
@@ -140,7 +140,6 @@ def test_a_signal_to_a_script_ends_all(number: signal.Signals) -> None:
 
     script = subprocess.Popen(
         ["bash", "-c", SUPERVISES],
-        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -27,7 +27,6 @@ LAYERS, HIDDEN = 10, 2048  # 0.94 G numbers, 1.9 GB
 def run(*command: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, *command],
-        cwd=ROOT,
         env={**os.environ, "DS_ACCELERATOR": "cpu", **environment},
         capture_output=True,
         text=True,

@@ -44,7 +44,7 @@ SHORT = ["train.trackers=[]", "data.max_length=128", "engine=ds_configs/zero1.js
 def verified(*arguments: str) -> dict[str, Any]:
     """Return what `plan --verify` tells, in a process of its own: what this one holds would count as the run's."""
     command = [sys.executable, "-m", "subspace", "plan", *arguments, "--verify", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     told: dict[str, Any] = json.loads(done.stdout)
     return told

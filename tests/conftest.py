@@ -37,16 +37,19 @@ from subspace.distributed.signals import STATUS_FILE
 
 #: Files of tests that take longest, first: with several workers, none of them is left for the end.
 LONGEST_FIRST = [
-    "long/test_matrix.py",
     "distributed/test_zero.py",
-    "methods/test_properties.py",
-    "training/test_resume_ranks.py",
-    "evaluation/test_evaluate.py",
-    "adapters/test_merging.py",
-    "training/test_checkpoint.py",
     "distributed/test_signals.py",
-    "evaluation/test_llm_adapters.py",
-    "launch/test_engine_files.py",
+    "training/test_resume_ranks.py",
+    "long/test_matrix.py",
+    "evaluation/test_evaluate.py",
+    "planning/test_plan.py",
+    "training/test_resume.py",
+    "reporting/test_statistics.py",
+    "evaluation/test_llm_adapters_published.py",
+    "distributed/test_launcher.py",
+    "launch/test_entry_points.py",
+    "models/test_loading.py",
+    "adapters/test_multi_adapter.py",
 ]
 
 

@@ -120,6 +120,18 @@ class Report:
             print(*[f"    {a!r:.150}\n    {b!r:.150}" for a, b in pairs if a != b][:2], sep="\n", flush=True)
 
 
+def stopped(folder: Path, copy: Path) -> None:
+    """Copy a run as if it had been killed after its first checkpoint."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder / "checkpoints/step-000003", copy / "checkpoints/step-000003")
+    shutil.copy(folder / "config.yaml", copy)
+    about = json.loads((folder / "environment.json").read_text())
+    about.pop("outcome", None)
+    (copy / "environment.json").write_text(json.dumps(about))
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (copy / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 3))
+
+
 def unscored(folder: Path, copy: Path) -> Path:
     """Return a copy of a run without its scores."""
     shutil.rmtree(copy, ignore_errors=True)
@@ -142,13 +154,11 @@ def compare(ours: Checkout, theirs: Checkout, methods: Sequence[str], report: Re
 
             resumed = ours.runs / f"{name}-resumed"
             if not (resumed / "adapter" / "adapter.safetensors").is_file():
-                shutil.copytree(old, resumed, ignore=shutil.ignore_patterns("adapter", "step-000006", "evaluation"))
-                shutil.copytree(
-                    old / "checkpoints/step-000003", resumed / "checkpoints/step-000003", dirs_exist_ok=True
-                )
+                stopped(old, resumed)
                 where = [f"runs={resumed.parent}", f"name={resumed.name}"]
                 ours.call("train", old / "config.yaml", *where, "--resume", "--processes", str(ranks))
-            report(f"{name}: their checkpoint resumed", tensors(resumed), tensors(old))
+            report(f"{name}: their checkpoint resumed, losses", logged(resumed), logged(old))
+            report(f"{name}: their checkpoint resumed, adapter", tensors(resumed), tensors(old))
         old, new = theirs.runs / f"{method}-1", ours.runs / f"{method}-1"
         theirs.score(old)
         ours.score(new)

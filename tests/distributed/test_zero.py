@@ -20,7 +20,7 @@ from subspace.adapters.registry import list_methods
 from subspace.common.paths import REPOSITORY
 from subspace.distributed import launcher
 from tests.helpers.material import STAGES, logged, make_material, saved_adapter
-from tests.helpers.tiny_models import EARLY_SCHEDULES
+from tests.helpers.tiny_models import EARLY_SCHEDULES, KINDS
 
 pytestmark = pytest.mark.processes
 
@@ -31,8 +31,6 @@ RATES = {"prompt": 0.05, "lora-dash": 0.001, "parallel": 0.002, "series": 0.002}
 SLACK = {"lora-dash": 2}
 #: From there on, one value in a thousand may have a gradient so near zero that its steps are rounding.
 STRAY = {"lora-dash": 1e-3}
-#: One of each kind: plain factors, a norm, a schedule, a decomposition, another optimizer state, hooks, no adapter.
-KINDS = {"lora", "dora", "adalora", "pissa", "flexlora", "prefix", "houlsby", "full"}
 CASES = [
     pytest.param(stage, method, marks=[] if stage == 3 or method in KINDS else pytest.mark.long)
     for stage in STAGES

@@ -25,6 +25,9 @@ EARLY_SCHEDULES: dict[str, dict[str, Any]] = {
     "adalora": {"every": 3},
 }
 
+#: One method of each kind: plain factors, a norm, a schedule, a decomposition, growing ranks, hooks, no adapter.
+KINDS = {"lora", "dora", "adalora", "pissa", "flexlora", "prefix", "houlsby", "full"}
+
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

@@ -174,7 +174,12 @@ def test_the_interval_of_a_run_covers_the_truth(sizes: list[int], shares: list[f
 
 @pytest.mark.parametrize(
     ("sizes", "lost", "gained"),
-    [([500], 0.04, 0.08), ([1838], 0.02, 0.02), ([100] * 4, 0.05, 0.1), ([300] * 2, 0.1, 0.02)],
+    [
+        ([500], 0.04, 0.08),
+        pytest.param([1838], 0.02, 0.02, marks=pytest.mark.long),
+        pytest.param([100] * 4, 0.05, 0.1, marks=pytest.mark.long),
+        ([300] * 2, 0.1, 0.02),
+    ],
 )
 def test_the_interval_of_a_paired_difference_covers_the_truth(sizes: list[int], lost: float, gained: float) -> None:
     def simulate(random: Generator) -> tuple[float, float, float]:

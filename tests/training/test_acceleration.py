@@ -29,6 +29,7 @@ def losses(material: Path, runs: Path, name: str, *overrides: str) -> list[float
     return logged(train_run(config_module.read_config(material, [f"runs={runs}", f"name={name}", *overrides])))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # torch's compiler looks where it is warned not to
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_a_compiled_run_has_the_same_losses(material: Path, tmp_path: Path, checkpointing: str) -> None:

@@ -21,7 +21,7 @@ from subspace.training.checkpoint import MANIFEST, checkpoint_path, checkpoints
 from subspace.training.checkpointer import ConsumedSamples
 from subspace.training.resume import Checkpoint, _random_state, _set_random_state, restore_checkpoint
 from tests.helpers.material import logged, make_material
-from tests.helpers.tiny_models import EARLY_SCHEDULES, tiny_llama
+from tests.helpers.tiny_models import EARLY_SCHEDULES, KINDS, tiny_llama
 
 STEPS = 9
 #: With what has a state of its own: epochs, accumulation, a schedule, decay. Every step has a checkpoint.
@@ -75,7 +75,11 @@ def test_a_run_goes_on_from_any_step(material: Path, whole: Path, step: int) -> 
     assert json.loads((folder / "environment.json").read_text())["resumed_after"] == step
 
 
-@pytest.mark.parametrize("method", list_methods())
+#: With every change one of each kind; the others take minutes together.
+METHODS = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.long) for name in list_methods()]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_on(material: Path, tmp_path: Path, method: str) -> None:
     settings = [
         f"method={method}",

@@ -20,19 +20,17 @@ NOISY = ["method=lora", "method.r=4", "method.dropout=0.2"]
 SCHEDULED = ["method=adalora", "method.r=6", "method.target_r=2", "method.every=1"]
 CALM = ["method=lora", "method.r=4"]
 LAYOUTS = {**{f"zero{stage}": stage for stage in STAGES}, "offload": 2}
-KINDS = {"noisy": NOISY, "scheduled": SCHEDULED}
+#: What is resumed in the same layout: a schedule where its state is whole and where it is in parts.
+SAME = {**{("noisy", engine): NOISY for engine in LAYOUTS}, **{("scheduled", e): SCHEDULED for e in ("zero1", "zero3")}}
 #: Where a run went until it was killed, and where it goes on: ranks and engine.
 MOVES = [
     ((1, "zero0"), (2, "zero1")),
     ((1, "zero3"), (2, "zero2")),
-    ((1, "zero1"), (2, "zero3")),
     ((2, "zero0"), (1, "zero3")),
     ((2, "zero1"), (1, "zero0")),
-    ((2, "zero2"), (1, "zero1")),
     ((2, "zero3"), (1, "zero2")),
     ((2, "zero3"), (2, "zero0")),
     ((2, "zero2"), (2, "zero3")),
-    ((2, "zero1"), (2, "zero2")),
 ]
 
 
@@ -55,8 +53,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return str(file), [*run, *settings], resume
 
     calm = {origin for origin, _ in MOVES} | {(1, "zero0")}
-    begin = {1: [], 2: [job(f"{kind}-{e}", e, s) for kind, s in KINDS.items() for e in LAYOUTS]}
-    go_on = {1: [], 2: [job(f"{kind}-{e}-killed", e, s, resume=True) for kind, s in KINDS.items() for e in LAYOUTS]}
+    begin = {1: [], 2: [job(f"{kind}-{e}", e, s) for (kind, e), s in SAME.items()]}
+    go_on = {1: [], 2: [job(f"{kind}-{e}-killed", e, s, resume=True) for (kind, e), s in SAME.items()]}
     for ranks, engine in sorted(calm):
         begin[ranks].append(job(f"{ranks}-{engine}", engine, CALM))
     for move in MOVES:
@@ -65,9 +63,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     for ranks, jobs in begin.items():
         launch(jobs, root, ranks)
-    for kind in KINDS:
-        for engine in LAYOUTS:
-            killed(root / f"{kind}-{engine}", f"{kind}-{engine}-killed", KILLED_AFTER)
+    for kind, engine in SAME:
+        killed(root / f"{kind}-{engine}", f"{kind}-{engine}-killed", KILLED_AFTER)
     for move in MOVES:
         ranks, engine = move[0]
         killed(root / f"{ranks}-{engine}", name_of(move), KILLED_AFTER)
@@ -76,8 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("engine", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "engine"), SAME)
 def test_the_same_layout_goes_on_to_the_bit(runs: Path, engine: str, kind: str) -> None:
     whole, parts = runs / f"{kind}-{engine}", runs / f"{kind}-{engine}-killed"
     assert logged(whole) == logged(parts)

@@ -43,11 +43,9 @@ every_case = pytest.mark.parametrize(("stage", "method"), CASES)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train what the selected tests ask for: one process at stage 0 as the reference, two processes at each stage."""
     root = tmp_path_factory.mktemp("zero")
-    selected = [item for item in request.session.items if item.path == request.path]
-    asked = [
-        item.callspec.params for item in selected if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-    ]
-    cases = sorted({(params["stage"], params["method"]) for params in asked if "stage" in params})
+    selected: list[Any] = [item for item in request.session.items if item.path == request.path]
+    asked = [item.callspec.params for item in selected if hasattr(item, "callspec")]
+    cases: list[tuple[int, str]] = sorted({(params["stage"], params["method"]) for params in asked})
     methods = sorted({method for _, method in cases} | {"lora"})
     file = make_material(root)
 

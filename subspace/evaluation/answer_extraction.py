@@ -1,29 +1,21 @@
-"""Part of answer extraction."""
+"""Find the answer in a text that a model wrote, as the published evaluators do."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from subspace.data.items import Item
 from subspace.data.tasks import Task
-
-if TYPE_CHECKING:
-    pass
+from subspace.evaluation.records import ItemRecord, make_record
 
 
-def answer_record(extractor: Extractor, task: Task, item: Item, prompt_hash: str, text: str) -> dict[str, Any]:
+def answer_record(extractor: Extractor, task: Task, item: Item, prompt_hash: str, text: str) -> ItemRecord:
     """Return the record of an item that a model answered with this text."""
     prediction, label = extractor.find(text), task.answer(item)
-    return {
-        "id": item["id"],
-        "prompt": prompt_hash,
-        "text": text,
-        "prediction": prediction,
-        "label": label,
-        "correct": {"acc": extractor.same(prediction, label)},
-    }
+    correct = {"acc": extractor.same(prediction, label)}
+    return make_record(item, prompt_hash, {"text": text}, prediction, label, correct)
 
 
 class Extractor(Protocol):
@@ -32,11 +24,11 @@ class Extractor(Protocol):
     def find(self, text: str) -> str:
         """Return the answer, or nothing."""
 
-    def settled(self, text: str) -> bool:
-        """Tell whether the answer is there and stays what it is whatever is written behind it."""
+    def is_final(self, text: str) -> bool:
+        """Return True if the answer is there and stays what it is whatever is written behind it."""
 
     def same(self, prediction: str, label: str) -> bool:
-        """Tell whether what was found is the right answer."""
+        """Return True if what was found is the right answer."""
 
 
 def extractor(task: Task) -> Extractor:
@@ -61,12 +53,12 @@ class AnswerWords:
         found = self.pattern.search(text)
         return found[0] if found else ""
 
-    def settled(self, text: str) -> bool:
-        """Tell whether the first answer word is there and stays what it is whatever is written behind it."""
+    def is_final(self, text: str) -> bool:
+        """Return True if the first answer word is there and stays what it is whatever is written behind it."""
         return self.find(text) in self.final
 
     def same(self, prediction: str, label: str) -> bool:
-        """Tell whether the words are equal."""
+        """Return True if the words are equal."""
         return prediction == label
 
 
@@ -86,10 +78,10 @@ class LastNumber:
         found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
         return str(found[-1]) if found else ""
 
-    def settled(self, text: str) -> bool:
-        """Tell that a further number may follow."""
+    def is_final(self, text: str) -> bool:
+        """Return False: a further number may follow."""
         return False
 
     def same(self, prediction: str, label: str) -> bool:
-        """Tell whether the numbers are equal within the tolerance."""
+        """Return True if the numbers are equal within the tolerance."""
         return bool(prediction) and abs(float(prediction) - float(label)) <= self.TOLERANCE

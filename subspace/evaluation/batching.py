@@ -16,7 +16,7 @@ Batch = list[int]
 Sizes = Sequence[tuple[int, int]]
 """For each item how many rows it is in a batch, and how many tokens its longest row has."""
 
-Records = list[dict[str, Any]]
+Records = list[Any]
 
 MEMORY_SHARE = 0.6
 """How much of a device's free memory one batch may fill by the estimate below."""

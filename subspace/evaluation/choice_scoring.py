@@ -1,8 +1,7 @@
-"""Protocol ``likelihood``: each choice of an item is scored by the log-probability of its text after the context.
+"""Score the choices of an item, each by the log-probability of its text after the context.
 
-The definition is lm-evaluation-harness's (0.4.13): ``acc`` takes the choice with the largest sum over its tokens,
-``acc_norm`` the largest sum divided by the choice's number of characters, ``acc_bytes`` by its bytes. What differs is
-how it is computed. The choices of an item mostly begin alike, so an item is read as one row, a tree of depth one: the
+The definition is lm-evaluation-harness's (0.4.13): the sum over the choice's tokens. What differs is how it is
+computed. The choices of an item mostly begin alike, so an item is read as one row, a tree of depth one: the
 common beginning once, then what each choice adds. A 4-d attention mask lets a choice see the beginning and itself,
 and its positions go on from the beginning's, so every token sees exactly what it would see if its choice stood alone.
 The output head runs only where a token is scored.
@@ -12,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,9 @@ from subspace.errors import UserError
 from subspace.models.lm_head import lm_head_on_positions
 from subspace.models.transformers_compat import attention_kernel
 
-if TYPE_CHECKING:
-    pass
-
 
 def can_score_as_tree(config: Any, longest: int) -> bool:
-    """Tell whether a model reads texts of up to ``longest`` tokens as trees.
+    """Return True if a model reads texts of up to ``longest`` tokens as trees.
 
     That rests on a 4-d mask, which only these kernels take, and which takes the place of a sliding window.
     """
@@ -111,8 +107,9 @@ class Choices:
 
     def scores(self, model: nn.Module, batch: Sequence[int]) -> list[list[float]]:
         """Return the log-probability of every choice of the items of these numbers, in one forward pass."""
-        flat = iter(score_choices(model, [row for number in batch for row in self.rows[number]]))
-        return [[score for _ in self.rows[number] for score in next(flat)] for number in batch]
+        rows = iter(score_choices(model, [row for number in batch for row in self.rows[number]]))
+        # An item's choices are in one row, or in a row each.
+        return [list(chain.from_iterable(islice(rows, len(self.rows[number])))) for number in batch]
 
 
 def score_choices(model: nn.Module, rows: Sequence[ScoringRow]) -> list[list[float]]:
@@ -132,14 +129,18 @@ def score_choices(model: nn.Module, rows: Sequence[ScoringRow]) -> list[list[flo
     # mask the attention kernels leave out what is not seen, half of it.
 
     # For each scored token: the choice it belongs to, where in the flattened batch it is predicted, and what it is.
-    scored = [
-        (choice, number * length + read, target)
-        for choice, (number, reads, targets) in enumerate(
-            (number, *pair) for number, row in enumerate(rows) for pair in zip(row.reads, row.targets, strict=True)
-        )
-        for read, target in zip(reads, targets, strict=True)
-    ]
-    choice, read, target = torch.tensor(scored, device=device).unbind(1)
+    owners: list[int] = []
+    reads: list[int] = []
+    targets: list[int] = []
+    num_choices = 0
+    for number, row in enumerate(rows):
+        for of_choice, tokens in zip(row.reads, row.targets, strict=True):
+            owners += [num_choices] * len(tokens)
+            reads += [number * length + read for read in of_choice]
+            targets += tokens
+            num_choices += 1
+    owner, read, target = torch.tensor([owners, reads, targets], device=device)
+    # Tokens of several choices may be predicted at one place, the last of what they share: its logits are taken once.
     places, place = torch.unique(read, return_inverse=True)
 
     with lm_head_on_positions(model, places):
@@ -149,8 +150,8 @@ def score_choices(model: nn.Module, rows: Sequence[ScoringRow]) -> list[list[flo
     normalizers = torch.cat([some.float().logsumexp(-1) for some in several])
     log_probabilities = logits[place, target].float() - normalizers[place]
 
-    sums = torch.zeros(sum(len(row.targets) for row in rows), dtype=torch.float64, device=device)
-    flat = iter(sums.index_add_(0, choice, log_probabilities.double()).tolist())
+    sums = torch.zeros(num_choices, dtype=torch.float64, device=device)
+    flat = iter(sums.index_add_(0, owner, log_probabilities.double()).tolist())
     return [list(islice(flat, len(row.targets))) for row in rows]
 
 

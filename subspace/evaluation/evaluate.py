@@ -12,22 +12,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from subspace.common.host_memory import set_malloc_trim
 from subspace.common.progress import Progress, no_progress
-from subspace.data import tokenization as tokenization_module
-from subspace.data.items import ITEM_FIELDS, Item
+from subspace.data.items import ITEM_FIELDS
+from subspace.data.samples import Sample, select_samples
+from subspace.data.tokenization import tokenizer_fingerprint
 from subspace.distributed.collectives import broadcast_object, is_main, rank
 from subspace.evaluation.batching import OOMSplitter, assign_to_ranks, plan_batches, token_budget
+from subspace.evaluation.config import EvaluateConfig
 from subspace.evaluation.fingerprint import weights_checksum
-from subspace.evaluation.protocols.answer_word import AnswerWord
-from subspace.evaluation.protocols.likelihood import Likelihood, draw_examples
-from subspace.evaluation.protocols.llm_adapters import LLMAdapters
-from subspace.evaluation.protocols.llm_adapters_published import LLMAdaptersPublished
+from subspace.evaluation.protocols import SCORERS
+from subspace.evaluation.protocols.base import Scorer
+from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import (
     TaskResult,
     accuracy,
@@ -42,26 +43,6 @@ from subspace.evaluation.resume import ResumableResults
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace.data.samples import Sample, select_samples, split_items
-from subspace.evaluation.config import EvaluateConfig
-
-
-class Scorer(Protocol):
-    """A protocol with the items of a task, ready to be scored. ``truncated`` is how many lost their beginning."""
-
-    name: str
-    metrics: tuple[str, ...]
-    writes: bool  # tokens, one by one
-    sizes: list[tuple[int, int]]
-    truncated: int
-
-    @property
-    def ingredients(self) -> dict[str, str]:
-        """What the protocol's numbers depend on besides task, items and tokenizer."""
-
-    def score(self, model: Any, batch: Sequence[int]) -> list[dict[str, Any]]:
-        """Score the items of these numbers together; return the record of each."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -69,21 +50,21 @@ class Job:
 
     sample: Sample
     scorer: Scorer
-    ingredients: Mapping[str, str]
+    fingerprint_fields: Mapping[str, str]
 
 
 def build_jobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, progress: Progress = no_progress
 ) -> list[Job]:
-    """Lay every task out by every protocol. What is missing is told here, before anything is scored."""
+    """Lay every task out by every protocol. What is missing is an error here, before anything is scored."""
     samples = select_samples(config.selection)
     wanted = [(protocol, sample) for protocol in config.protocols for sample in samples]
-    encoded_by = tokenization_module.tokenizer_fingerprint(tokenizer)[:12]
+    encoded_by = tokenizer_fingerprint(tokenizer)[:12]
     jobs = []
     with (progress if is_main() else no_progress)("encode the items", len(wanted), "tasks") as at:
         for protocol, sample in wanted:
-            scorer = _scorer(protocol, model, tokenizer, sample, config)
-            jobs.append(Job(sample, scorer, _ingredients(scorer, sample, encoded_by)))
+            scorer = SCORERS[protocol].build(model, tokenizer, sample, config)
+            jobs.append(Job(sample, scorer, _fingerprint_fields(scorer, sample, encoded_by)))
             at(len(jobs))
     return jobs
 
@@ -111,7 +92,7 @@ def evaluate(
         model_name: what the results call the base model.
         adapter: what the results call the adapters; nothing for the base model.
         progress: what is told how far it is, on the first process.
-        jobs: what ``lay_out`` made of this configuration for a model of the same base.
+        jobs: what ``build_jobs`` made of this configuration for a model of the same base.
         checksum: of base and adapters, where the model holds those of several subjects.
     """
     jobs = build_jobs(model, tokenizer, config, progress) if jobs is None else jobs
@@ -136,7 +117,7 @@ def evaluate(
             began = time.perf_counter()
             default = token_budget(model, writes=job.scorer.writes)
             with ResumableResults(
-                file, digest([subject, dict(job.ingredients)]), config.batch_tokens, default
+                file, digest([subject, dict(job.fingerprint_fields)]), config.batch_tokens, default
             ) as partial:
                 records = _score(model, job, partial, tell)
                 result = TaskResult(
@@ -150,7 +131,7 @@ def evaluate(
                     majority=job.sample.majority,
                     truncated=job.scorer.truncated,
                     seconds=time.perf_counter() - began,
-                    ingredients=job.ingredients,
+                    fingerprint_fields=job.fingerprint_fields,
                     items=file,
                     subject=subject,
                 )
@@ -167,14 +148,12 @@ def _scored_before(folder: Path | None, job: Job, subject: str) -> TaskResult | 
     found = None
     if folder and is_main():
         found = find_result(folder, job.scorer.name, job.sample.task.name)
-        if found and (found.subject, found.fingerprint) != (subject, digest(dict(job.ingredients))):
+        if found and (found.subject, found.fingerprint) != (subject, digest(dict(job.fingerprint_fields))):
             found = None
     return broadcast_object(found) if folder else None
 
 
-def _score(
-    model: nn.Module, job: Job, partial: ResumableResults, tell: Callable[[int, str], None]
-) -> list[dict[str, Any]]:
+def _score(model: nn.Module, job: Job, partial: ResumableResults, tell: Callable[[int, str], None]) -> list[ItemRecord]:
     """Return the record of every item, on every rank; each scores its share of the batches that are left."""
     scorer, began, scored = job.scorer, time.perf_counter(), 0
     halving = OOMSplitter(model, lambda batch: scorer.score(model, batch), scorer.sizes)
@@ -182,7 +161,7 @@ def _score(
     left = [batch for batch in plan if not partial.records.keys() >= set(batch)]
     before = set(range(len(scorer.sizes))).difference(*left)
     tell(_work(scorer, before), f"{job.sample.task.title}, {len(before)} items scored before")
-    with scorer.beginning_read(model) if isinstance(scorer, LLMAdapters) and left else nullcontext():
+    with scorer.shared_prefix(model) if left else nullcontext():
         for turn in assign_to_ranks(left):
             mine = turn[rank()]
             partial.add(mine, halving.score(mine))
@@ -198,31 +177,9 @@ def _work(scorer: Scorer, numbers: Iterable[int]) -> int:
     return sum(rows * length for rows, length in (scorer.sizes[number] for number in numbers))
 
 
-def _scorer(
-    protocol: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sample: Sample,
-    config: EvaluateConfig,
-) -> Scorer:
-    given = model, tokenizer, sample.task, sample.items
-    if protocol == LLMAdapters.name:
-        return LLMAdapters(*given, config.prompt)
-    if protocol == AnswerWord.name:
-        return AnswerWord(*given, config.prompt)
-    if protocol == LLMAdaptersPublished.name:
-        return LLMAdaptersPublished(*given, config.defect_names, batch=config.published_batch)
-    examples: list[list[Item]] = []
-    if config.examples:
-        pool = split_items(sample.task, "train", config.data)
-        own = sample.task.splits[config.split].official == "test"
-        examples = draw_examples(pool, sample.items, sample.positions, config.examples, own_test_split=own)
-    return Likelihood(*given, examples=examples, by_bytes=config.by_bytes)
-
-
-def _ingredients(scorer: Scorer, sample: Sample, tokenizer: str) -> dict[str, str]:
+def _fingerprint_fields(scorer: Scorer, sample: Sample, tokenizer: str) -> dict[str, str]:
     return {
-        **scorer.ingredients,
+        **scorer.fingerprint_fields,
         "task": sample.task.name,
         "task version": sample.task.version,
         "items": digest([{field: item[field] for field in ITEM_FIELDS} for item in sample.items]),

@@ -48,7 +48,7 @@ def decode_greedily(
     finished: Callable[[list[int]], bool],
     max_new_tokens: int,
     *,
-    beginning: SharedPrefix | None = None,
+    prefix: SharedPrefix | None = None,
     draft: Sequence[int] = (),
     fixed: bool = False,
 ) -> list[list[int]]:
@@ -63,14 +63,14 @@ def decode_greedily(
         prompts: token ids.
         finished: tells by what a row has written, the last token included, whether it is at its end.
         max_new_tokens: where a row ends at the latest.
-        beginning: what this model, as it is now, has read of all prompts.
+        prefix: what this model, as it is now, has read of all prompts.
         draft: token ids that an answer may well begin with.
         fixed: whether a row's place in the batch means something, as where rows are several subjects'. Then none leaves
             before the end.
     """
     device = next(model.parameters()).device
     together = requires_synchronized_forward(model)
-    cache, shared = (beginning.rows(len(prompts)), len(beginning.ids)) if beginning else (None, 0)
+    cache, shared = (prefix.rows(len(prompts)), len(prefix.ids)) if prefix else (None, 0)
     texts = [[*prompt[shared:], *draft] for prompt in prompts]
     padding = [max(map(len, texts)) - len(text) for text in texts]
     ids = torch.tensor([[0] * pad + text for pad, text in zip(padding, texts, strict=True)], device=device)

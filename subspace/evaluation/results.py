@@ -1,7 +1,8 @@
 """What a scoring leaves behind: a line an item in ``evaluation/PROTOCOL/TASK.jsonl``, a row a task in ``results.json``.
 
-A row says what its numbers mean: the *ingredients* (protocol and its version, task version, templates, items, decoding,
-metrics, tokenizer) and a fingerprint of them. Two numbers can be compared exactly when their fingerprints are equal.
+A row says what its numbers mean: the fingerprint fields, called *ingredients* in the file (protocol and its version,
+task version, templates, items, decoding, metrics, tokenizer), and a fingerprint of them. Two numbers can be compared
+exactly when their fingerprints are equal.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from subspace.common.files import write_file
 from subspace.common.hashing import hash_json
 from subspace.errors import UserError
+from subspace.evaluation.records import ItemRecord
 
 RESULTS = "results.json"
 
@@ -43,24 +45,19 @@ class TaskResult:
     majority: float
     truncated: int
     seconds: float
-    ingredients: Mapping[str, str]
+    fingerprint_fields: Mapping[str, str]
     items: Path | None = field(default=None, compare=False)
     subject: str = ""  # a checksum of the weights that were scored; nothing where it was not taken
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that are equal where the ingredients are."""
-        return digest(dict(self.ingredients))
+        """Twelve hexadecimal digits that are equal where the fingerprint fields are."""
+        return digest(dict(self.fingerprint_fields))
 
     @property
     def version(self) -> str:
         """The task's version."""
-        return self.ingredients["task version"]
-
-    @property
-    def items_hash(self) -> str:
-        """A fingerprint of the items that were scored."""
-        return self.ingredients["items"]
+        return self.fingerprint_fields["task version"]
 
 
 def digest(value: Any) -> str:
@@ -85,12 +82,12 @@ def items_file(folder: Path, protocol: str, task: str) -> Path:
     return folder / "evaluation" / protocol / f"{task}.jsonl"
 
 
-def write_items(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+def write_items(file: Path, records: Iterable[ItemRecord]) -> None:
     """Write one line an item; the file is there whole or not at all."""
     write_file(file, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
 
 
-def read_items(file: Path) -> list[dict[str, Any]]:
+def read_items(file: Path) -> list[ItemRecord]:
     """Read the items back."""
     try:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -148,16 +145,21 @@ def read_results(folder: Path) -> list[TaskResult]:
         ) from None
 
 
+_IN_FILE = {"fingerprint_fields": "ingredients"}
+"""Fields that ``results.json`` calls otherwise."""
+
+
 def _row(result: TaskResult, folder: Path) -> dict[str, Any]:
-    row = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    row = {_IN_FILE.get(f.name, f.name): getattr(result, f.name) for f in dataclasses.fields(result)}
     row["metrics"] = {name: {"value": score.value, "error": score.error} for name, score in result.metrics.items()}
-    row["ingredients"] = dict(result.ingredients)
+    row["ingredients"] = dict(result.fingerprint_fields)
     row["items"] = None if result.items is None else os.path.relpath(result.items, folder)
     return {**row, "fingerprint": result.fingerprint}
 
 
 def _result(row: Mapping[str, Any], folder: Path) -> TaskResult:
-    values = {name: value for name, value in row.items() if name != "fingerprint"}
+    names = {name: field for field, name in _IN_FILE.items()}
+    values = {names.get(name, name): value for name, value in row.items() if name != "fingerprint"}
     values["metrics"] = {name: Score(score["value"], score["error"]) for name, score in row["metrics"].items()}
     values["items"] = None if row["items"] is None else folder / row["items"]
     result = TaskResult(**values)

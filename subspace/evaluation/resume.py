@@ -16,8 +16,7 @@ from typing import IO, Any, Self
 
 from subspace.common.files import write_file
 from subspace.distributed.collectives import barrier, broadcast_object, gather_objects, is_main, rank, world_size
-
-Record = dict[str, Any]
+from subspace.evaluation.records import ItemRecord
 
 
 class ResumableResults:
@@ -33,7 +32,7 @@ class ResumableResults:
     def __init__(self, file: Path | None, key: str, budget: int | None, default: int) -> None:
         self.file = file
         self.handle: IO[str] | None = None
-        self.records: dict[int, Record] = {}
+        self.records: dict[int, ItemRecord] = {}
         kept = list(self._read(key, budget)) if file else []
         found = [one for ranks in gather_objects(kept) for one in ranks]
         wanted = budget or (found[0][0] if found else default)
@@ -51,7 +50,7 @@ class ResumableResults:
         if self.handle:
             self.handle.close()
 
-    def add(self, numbers: Sequence[int], records: Iterable[Record]) -> None:
+    def add(self, numbers: Sequence[int], records: Iterable[ItemRecord]) -> None:
         """Keep a batch that this process has scored."""
         new = dict(zip(numbers, records, strict=True))
         self.records.update(new)
@@ -69,10 +68,13 @@ class ResumableResults:
         if self.handle:
             self.handle.close()
             barrier()
-        for file in self._files() if is_main() else [_own(self.file, rank())] if self.file else []:
+        if not self.file:
+            return
+        # The first process takes away what others left, too: an earlier scoring may have had more processes.
+        for file in self._files() if is_main() else [_own(self.file, rank())]:
             file.unlink(missing_ok=True)
 
-    def _read(self, key: str, budget: int | None) -> Iterator[tuple[int, dict[int, Record]]]:
+    def _read(self, key: str, budget: int | None) -> Iterator[tuple[int, dict[int, ItemRecord]]]:
         for file in self._files():
             head, *lines = [line for line in _lines(file) if line is not None] or [None]
             if isinstance(head, dict) and head.get("key") == key and budget in (None, head["budget"]):

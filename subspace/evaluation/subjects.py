@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,10 +24,11 @@ from subspace.distributed.collectives import is_main
 from subspace.distributed.deepspeed_config import resolve_deepspeed_config_for_inference
 from subspace.distributed.engine import init_inference_engine
 from subspace.errors import UserError
-from subspace.evaluation.config import EvaluationSubject
-from subspace.evaluation.evaluate import Job, Scorer, build_jobs, evaluate
+from subspace.evaluation.config import LLM_ADAPTERS_PUBLISHED, EvaluationSubject
+from subspace.evaluation.evaluate import Job, build_jobs, evaluate
 from subspace.evaluation.fingerprint import weights_checksum
-from subspace.evaluation.protocols.llm_adapters_published import LLMAdaptersPublished
+from subspace.evaluation.protocols.base import Scorer
+from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import TaskResult
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model, open_tokenizer
@@ -71,7 +73,7 @@ def _score_alike(
 ) -> list[list[TaskResult]]:
     """Score subjects of one base and one configuration."""
     results: dict[int, list[TaskResult]] = {}
-    put_off: dict[int, tuple[AdaptersBySite, str]] = {}
+    deferred: dict[int, tuple[AdaptersBySite, str]] = {}
 
     def score(number: int, jobs: Sequence[Job], checksum: str = "") -> None:
         one = subjects[number]
@@ -88,17 +90,17 @@ def _score_alike(
             engine.destroy()
             break
         # The published evaluator runs adapters in training mode on demand, which is no form of W + B A.
-        if one.evaluate.mixed and LLMAdaptersPublished.name not in one.evaluate.protocols and can_batch_adapters(model):
-            put_off[number] = adapters(model), weights_checksum(model)
+        if one.evaluate.mixed and LLM_ADAPTERS_PUBLISHED not in one.evaluate.protocols and can_batch_adapters(model):
+            deferred[number] = adapters(model), weights_checksum(model)
         else:
             score(number, jobs)
         remove_adapters(model)
 
-    shared = [MultiAdapterScorer(job.scorer, len(put_off)) for job in jobs]
-    with batch_adapters(model, [found for found, _ in put_off.values()]):
-        for place, (number, (_, checksum)) in enumerate(put_off.items()):
+    shared = [MultiAdapterScorer(job.scorer, len(deferred)) for job in jobs]
+    with batch_adapters(model, [found for found, _ in deferred.values()]):
+        for index, (number, (_, checksum)) in enumerate(deferred.items()):
             for scorer in shared:
-                scorer.place = place
+                scorer.index = index
             score(number, [replace(job, scorer=one) for job, one in zip(jobs, shared, strict=True)], checksum)
     return [results[number] for number in range(len(subjects))]
 
@@ -111,24 +113,29 @@ class MultiAdapterScorer:
 
     def __init__(self, scorer: Scorer, count: int) -> None:
         self.scorer, self.count = scorer, count
-        self.place = 0
+        self.index = 0  # whose turn it is
         self.name, self.metrics = scorer.name, scorer.metrics
-        self.writes, self.truncated, self.ingredients = scorer.writes, scorer.truncated, scorer.ingredients
+        self.writes, self.truncated = scorer.writes, scorer.truncated
+        self.fingerprint_fields = scorer.fingerprint_fields
         self.sizes = [(count * rows, length) for rows, length in scorer.sizes]
-        self.found: list[dict[int, dict[str, Any]]] = [{} for _ in range(count)]
+        self.found: list[dict[int, ItemRecord]] = [{} for _ in range(count)]
 
-    def score(self, model: Any, batch: Sequence[int]) -> list[dict[str, Any]]:
+    def shared_prefix(self, model: Any) -> AbstractContextManager[None]:
+        """Read nothing ahead: each subject would read it differently."""
+        return nullcontext()
+
+    def score(self, model: Any, batch: Sequence[int]) -> list[ItemRecord]:
         """Return what the subject whose turn it is has for the items of these numbers."""
-        mine = self.found[self.place]
+        mine = self.found[self.index]
         if not mine.keys() >= set(batch):
             records = self.scorer.score(model, [*batch] * self.count)
-            for place, found in enumerate(self.found):
-                found.update(zip(batch, records[place * len(batch) :], strict=False))
+            for index, found in enumerate(self.found):
+                found.update(zip(batch, records[index * len(batch) :], strict=False))
         return [mine[number] for number in batch]
 
 
 def check_contamination(subject: EvaluationSubject, samples: Iterable[Sample]) -> None:
-    """Refuse to score a run on items that it was trained on; say so where they are few."""
+    """Raise UserError where a run was trained on many of the items; print a note where they are few."""
     for name, (seen, of) in find_overlap(subject.mixture, samples).items():
         told = f"{subject.folder} was trained on {subject.mixture}, which holds {seen} of {of} items of {name}"
         if seen > MAX_OVERLAP * of and subject.evaluate.seen == "refuse":

@@ -161,8 +161,8 @@ def ensure_comparable(runs: Sequence[ScoredRun]) -> None:
                         f"and {other.items} are not the same ones. Score both again: subspace evaluate"
                     )
                 continue
-            parts = dict.fromkeys([*one.ingredients, *other.ingredients])
-            unlike = [part for part in parts if one.ingredients.get(part) != other.ingredients.get(part)]
+            parts = dict.fromkeys([*one.fingerprint_fields, *other.fingerprint_fields])
+            unlike = [part for part in parts if one.fingerprint_fields.get(part) != other.fingerprint_fields.get(part)]
             remedy = REMEDIES.get(unlike[0], "score both with the same version of subspace and its declarations")
             raise UserError(
                 f"{name} and {run.name} cannot be put side by side: in {title(task)} they differ in "

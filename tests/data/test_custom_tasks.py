@@ -173,7 +173,7 @@ def test_the_last_number_counts(text: str, number: str, label: str, right: bool)
     extractor = LastNumber()
     assert extractor.find(text) == number
     assert extractor.same(extractor.find(text), label) is right
-    assert not extractor.settled(text)
+    assert not extractor.is_final(text)
 
 
 def test_an_explanation_is_written_first(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_the_fingerprint_follows_what_was_asked(change: dict[str, Any], part: st
 
     plain, changed = result(), result(**change)
     assert plain.fingerprint != changed.fingerprint
-    assert plain.ingredients[part] != changed.ingredients[part]
+    assert plain.fingerprint_fields[part] != changed.fingerprint_fields[part]
     assert plain.fingerprint == result(batch_tokens=1).fingerprint
 
 
@@ -186,9 +186,9 @@ def test_examples_stand_before_each_question() -> None:
         assert [choice for _, choice in plain] == [choice for _, choice in asked]
         assert all(context.endswith(f"\n\n{bare}") for (context, _), (bare, _) in zip(asked, plain, strict=True))
         assert {context.count("\n\n") for context, _ in asked} == {2}
-    assert two.ingredients["examples"] == "2 of train, seed 1234"
-    assert two.ingredients != job(3).ingredients
-    assert "examples" not in none.ingredients
+    assert two.fingerprint_fields["examples"] == "2 of train, seed 1234"
+    assert two.fingerprint_fields != job(3).fingerprint_fields
+    assert "examples" not in none.fingerprint_fields
 
 
 def test_bytes_are_counted_where_that_is_asked_for() -> None:

@@ -15,7 +15,8 @@ from subspace.data import tasks as tasks_module
 from subspace.data.tokenization import common_prefix_length, encode_rows
 from subspace.evaluation.answer_extraction import AnswerWords
 from subspace.evaluation.greedy_decoding import decode_greedily, prefill_shared_prefix
-from subspace.evaluation.protocols.llm_adapters import LLMAdapters, render_prompts
+from subspace.evaluation.protocols.base import render_prompts
+from subspace.evaluation.protocols.llm_adapters import LLMAdapters
 from tests.helpers.items import items
 from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
 
@@ -100,7 +101,7 @@ def test_what_prompts_share_is_read_once(architecture: str, method: str, monkeyp
     beginning = prefill_shared_prefix(model, beginning_alike())
     for several in (range(6), range(2)):
         asked = [beginning_alike()[number] for number in several]
-        written = decode_greedily(model, asked, never, max_new_tokens=4, beginning=beginning)
+        written = decode_greedily(model, asked, never, max_new_tokens=4, prefix=beginning)
         assert written == [expected[number] for number in several]
     longest = max(map(len, prompts())), max(map(len, prompts()[:2]))
     assert read == [(1, 6), (6, longest[0]), *[(6, 1)] * 3, (2, longest[1]), *[(2, 1)] * 3]
@@ -115,7 +116,7 @@ def test_a_draft_is_kept_as_far_as_the_model_agrees(architecture: str, kept: int
     beginning = None if fixed else prefill_shared_prefix(model, beginning_alike())
     for text in expected:
         draft = [*text[:kept], *((token + 1) % VOCABULARY for token in text[kept:5])]
-        how: Any = {"beginning": beginning, "draft": draft, "fixed": fixed}
+        how: Any = {"prefix": beginning, "draft": draft, "fixed": fixed}
         assert decode_greedily(model, beginning_alike(), never, 8, **how) == expected
 
 
@@ -183,12 +184,12 @@ def test_the_beginning_is_read_once_for_all_batches(monkeypatch: pytest.MonkeyPa
     scorer = LLMAdapters(model, bpe_tokenizer(), tasks_module.find_task("piqa"), made, "alpaca-indented")
     expected = scorer.score(model, range(6))
     read = shapes_read(model, monkeypatch)
-    with scorer.beginning_read(model):
+    with scorer.shared_prefix(model):
         assert [record for number in range(6) for record in scorer.score(model, [number])] == expected
     (first, *others) = [width for _, width in read]
     assert first == common_prefix_length(scorer.prompts) > 20
     assert max(others) == max(map(len, scorer.prompts)) - first + len(scorer.draft)
-    assert scorer.beginning is None
+    assert scorer.prefix is None
 
 
 # What models write, good and bad, and what LLM-Adapters' evaluator takes for the answer.
@@ -225,7 +226,7 @@ def test_the_first_answer_word_counts(name: str, text: str, word: str) -> None:
     ],
 )
 def test_an_answer_word_is_settled_when_nothing_can_change_it(words: list[str], text: str, settled: bool) -> None:
-    assert AnswerWords(words).settled(text) is settled
+    assert AnswerWords(words).is_final(text) is settled
 
 
 def test_a_record_says_what_was_asked_and_answered() -> None:

@@ -148,12 +148,13 @@ def test_a_marker_that_is_written_ends_the_answer_or_begins_it(monkeypatch: pyte
 def test_the_published_batch_matters_only_without_a_mask() -> None:
     model = tiny_llama()
     one, six = (scorer(model, batch=batch) for batch in (1, 6))
-    assert (one.prompts, one.ingredients) == (six.prompts, six.ingredients)
+    assert (one.prompts, one.fingerprint_fields) == (six.prompts, six.fingerprint_fields)
     one, six = (scorer(model, defects=["no_attention_mask"], batch=batch) for batch in (1, 6))
-    assert one.ingredients != six.ingredients
+    assert one.fingerprint_fields != six.fingerprint_fields
 
 
 @pytest.mark.parametrize("defect", PUBLISHED_DEFECTS)
 def test_every_defect_is_in_the_fingerprint(defect: str) -> None:
     model = tiny_llama()
-    assert scorer(model, count=1, defects=[defect]).ingredients != scorer(model, count=1, defects=[]).ingredients
+    one, none = (scorer(model, count=1, defects=defects) for defects in ([defect], []))
+    assert one.fingerprint_fields != none.fingerprint_fields

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from subspace.errors import UserError
+from subspace.evaluation.records import make_record
 from subspace.evaluation.results import (
     RESULTS,
     Score,
@@ -25,6 +26,7 @@ from subspace.evaluation.results import (
     write_items,
     write_results,
 )
+from tests.helpers.items import items
 
 INGREDIENTS = {
     "protocol": "likelihood 1",
@@ -50,7 +52,7 @@ def result(folder: Path | None = None, **changes: Any) -> TaskResult:
         "majority": 0.51,
         "truncated": 0,
         "seconds": 1.5,
-        "ingredients": INGREDIENTS,
+        "fingerprint_fields": INGREDIENTS,
     }
     values |= changes
     file = items_file(folder, values["protocol"], values["task"]) if folder else None
@@ -89,7 +91,7 @@ def test_a_row_says_what_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", INGREDIENTS)
 def test_every_ingredient_changes_the_fingerprint(part: str) -> None:
-    changed = result(ingredients={**INGREDIENTS, part: "other"})
+    changed = result(fingerprint_fields={**INGREDIENTS, part: "other"})
     assert changed.fingerprint != result().fingerprint
     assert len(changed.fingerprint) == 12
 
@@ -124,7 +126,7 @@ def test_a_run_that_was_not_scored_is_told(tmp_path: Path) -> None:
 
 
 def test_items_are_read_back(tmp_path: Path) -> None:
-    records = [
+    records: list[Any] = [
         {"id": "a", "text": "café\u2028\x85\n", "correct": {"acc": True}},
         {"id": "b", "correct": {"acc": False}},
     ]
@@ -165,3 +167,25 @@ def test_the_error_of_a_share_is_binomial() -> None:
 
 def test_a_mean_weighs_tasks_alike() -> None:
     assert mean_score([Score(0.5, 0.03), Score(0.7, 0.04)]) == pytest.approx(Score(0.6, 0.025))
+
+
+def test_a_record_is_written_in_the_order_that_files_have() -> None:
+    (item,) = items("piqa", 1)
+    given = {"scores": [0.5, 1.0], "characters": [3, 4]}, {"acc": 1}, 1, {"acc": True}
+    record = make_record(item, "hash", *given)  # type: ignore[arg-type]
+    assert list(record) == ["id", "prompt", "scores", "characters", "prediction", "label", "correct"]
+    assert list(make_record(item, "hash", {"text": "a"}, "a", "a", {"acc": True})) == [
+        "id",
+        "prompt",
+        "text",
+        "prediction",
+        "label",
+        "correct",
+    ]
+
+
+def test_the_file_keeps_its_name_for_the_fields_of_the_fingerprint(tmp_path: Path) -> None:
+    write_results(tmp_path, [result()])
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert row["ingredients"] == INGREDIENTS
+    assert list(row)[9:] == ["seconds", "ingredients", "items", "subject", "fingerprint"]

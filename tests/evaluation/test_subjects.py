@@ -98,7 +98,7 @@ def test_all_are_scored_on_one_load_as_each_is_alone(
         return evaluate_module.build_jobs(model, tokenizer, config, progress)
 
     monkeypatch.setattr(subjects, "open_model", counting)
-    monkeypatch.setattr(subjects, "lay_out", laying)
+    monkeypatch.setattr(subjects, "build_jobs", laying)
     wanted = [subject(base, tmp_path, method) for method in ("lora", "", *METHODS[1:])]
     together = evaluate_subjects(wanted)
     assert (len(opened), len(laid_out)) == (1, 1)

@@ -20,6 +20,7 @@ from subspace.data.samples import take_sample
 from subspace.evaluation.config import EvaluateConfig
 from subspace.evaluation.evaluate import evaluate
 from subspace.evaluation.protocols.likelihood import Likelihood, draw_examples
+from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import read_items
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model, open_tokenizer
@@ -54,7 +55,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def both(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item]
-) -> tuple[list[dict[str, Any]], list[list[float]], list[dict[str, int]]]:
+) -> tuple[list[ItemRecord], list[list[float]], list[dict[str, int]]]:
     """Return our records, the harness's scores, and its predictions."""
     task = harness.harness_task(name, items)
     theirs = harness.harness_scores(harness.harness_model(model, tokenizer), task)
@@ -170,7 +171,7 @@ def test_a_model_answers_the_same(
     assert all(0 <= distance <= 2 * error for *_, distance in unlike)
 
 
-def gap(record: dict[str, Any], metric: str, one: int, other: int) -> float:
+def gap(record: ItemRecord, metric: str, one: int, other: int) -> float:
     """Return how much better the first choice is than the second."""
     divisors = record["characters"] if metric == "acc_norm" else [1] * len(record["scores"])
     return float(record["scores"][one] / divisors[one] - record["scores"][other] / divisors[other])

@@ -36,7 +36,8 @@ def run(folder: Path, tasks: Mapping[str, Marks], *, protocol: str = "likelihood
         right = {metric: [mark == "1" for mark in several] for metric, several in marks.items()}
         n = len(next(iter(right.values())))
         file = items_file(folder, protocol, task)
-        write_items(file, [{"id": i, "correct": {m: r[i] for m, r in right.items()}} for i in range(n)])
+        records: list[Any] = [{"id": i, "correct": {m: r[i] for m, r in right.items()}} for i in range(n)]
+        write_items(file, records)
         values: dict[str, Any] = {"model": "tiny", "adapter": "", "dtype": "float32", "truncated": 0, "seconds": 1.0}
         results.append(
             TaskResult(
@@ -46,7 +47,7 @@ def run(folder: Path, tasks: Mapping[str, Marks], *, protocol: str = "likelihood
                 metrics={metric: accuracy(several) for metric, several in right.items()},
                 n=n,
                 majority=0.5,
-                ingredients={**ingredients, "task": task},
+                fingerprint_fields={**ingredients, "task": task},
                 items=file,
             )
         )

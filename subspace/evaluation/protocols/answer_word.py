@@ -9,7 +9,7 @@ does not know the form of one may do better here than where it has to write.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 from torch import nn
 
@@ -17,23 +17,22 @@ from subspace.data.items import Item, relabel
 from subspace.data.tasks import Task, prompt_template
 from subspace.data.tokenization import encode_rows
 from subspace.errors import UserError
-from subspace.evaluation.choice_scoring import Choices
-from subspace.evaluation.protocols.llm_adapters import LLMAdapters, render_prompts
+from subspace.evaluation.config import ANSWER_WORD, LLM_ADAPTERS
+from subspace.evaluation.protocols.base import ChoiceScorer, render_prompts
+from subspace.evaluation.records import ItemRecord, make_record
 from subspace.evaluation.results import digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from subspace.data.samples import Sample
+    from subspace.evaluation.config import EvaluateConfig
 
 
-VERSION = "1"
-
-
-class AnswerWord:
+class AnswerWord(ChoiceScorer):
     """The items of a task, ready to be scored by this protocol."""
 
-    name = "answer-word"
-    metrics: tuple[str, ...] = ("acc",)
-    writes = False
+    name = ANSWER_WORD
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item], prompt_name: str
@@ -41,7 +40,7 @@ class AnswerWord:
         if task.extraction != "first-word":
             raise UserError(
                 f"protocol {self.name} was asked for {task.name}, whose answers are no words of a short list. "
-                f"Use evaluate.protocol={LLMAdapters.name}"
+                f"Use evaluate.protocol={LLM_ADAPTERS}"
             )
         self.task, self.items, self.template = task, items, prompt_template(prompt_name)
         texts = render_prompts(self.template, task, items)
@@ -52,34 +51,30 @@ class AnswerWord:
         outputs = [[task.output(item) for item in several] for several in possible]
         pairs = [(text, output) for text, several in zip(texts, outputs, strict=True) for output in several]
         encoded = iter(encode_rows(tokenizer, pairs))
-        choices = [[next(encoded) for _ in several] for several in outputs]
-        self.choices = Choices(model, choices)
-        self.truncated, self.sizes = self.choices.truncated, self.choices.sizes
+        super().__init__(model, [[next(encoded) for _ in several] for several in outputs])
+
+    @classmethod
+    def build(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
+    ) -> Self:
+        """Lay out the items of a task as a configuration wants them."""
+        return cls(model, tokenizer, sample.task, sample.items, config.prompt)
 
     @property
-    def ingredients(self) -> dict[str, str]:
-        """What this protocol's numbers depend on besides task, items and tokenizer."""
+    def template_texts(self) -> list[str]:
+        """The templates that the prompts and the answers are made from."""
         task = self.task
-        texts = [self.template, task.instruction_template, task.answer_template, task.output_template]
-        return {
-            "protocol": f"{self.name} {VERSION}",
-            "template": digest(texts),
-            "decoding": "none: log-probabilities of the answers",
-        }
+        return [self.template, task.instruction_template, task.answer_template, task.output_template]
 
-    def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
-        """Score the items of these numbers together, in one forward pass; return the record of each."""
-        found = self.choices.scores(model, batch)
-        return [self._record(number, scores) for number, scores in zip(batch, found, strict=True)]
+    @property
+    def decoding(self) -> str:
+        """How an answer is got out of the model, in words."""
+        return "none: log-probabilities of the answers"
 
-    def _record(self, number: int, scores: list[float]) -> dict[str, Any]:
+    def record(self, number: int, scores: list[float]) -> ItemRecord:
+        """Return the record of an item whose answers have these scores."""
         item, words = self.items[number], self.words[number]
-        prediction = words[scores.index(max(scores))]
-        return {
-            "id": item["id"],
-            "prompt": self.hashes[number],
-            "scores": scores,
-            "prediction": prediction,
-            "label": words[item["label"]],
-            "correct": {"acc": prediction == words[item["label"]]},
-        }
+        prediction, label = words[scores.index(max(scores))], words[item["label"]]
+        return make_record(
+            item, self.hashes[number], {"scores": scores}, prediction, label, {"acc": prediction == label}
+        )

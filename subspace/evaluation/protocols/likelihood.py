@@ -1,4 +1,9 @@
-"""Part of likelihood."""
+"""Protocol ``likelihood``: the choice whose text is likeliest after the context, as lm-evaluation-harness defines it.
+
+``acc`` takes the choice with the largest log-probability, ``acc_norm`` that with the largest for each of its
+characters, ``acc_bytes`` for each of its bytes (lm_eval 0.4.13, api/task.py). How it is computed, and why it is the
+same, stands in ``choice_scoring.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +11,33 @@ import math
 import random
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 from torch import nn
 
-from subspace.data.items import ITEM_FIELDS, Item
+from subspace.data.items import Item, item_content
+from subspace.data.samples import split_items
 from subspace.data.tasks import Task
 from subspace.data.tokenization import encode_pairs
 from subspace.errors import UserError
+from subspace.evaluation.config import LIKELIHOOD, LLM_ADAPTERS
+from subspace.evaluation.protocols.base import ChoiceScorer
+from subspace.evaluation.records import Evidence, ItemRecord, make_record
 from subspace.evaluation.results import digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace.evaluation.choice_scoring import Choices
+    from subspace.data.samples import Sample
+    from subspace.evaluation.config import EvaluateConfig
 
-VERSION = "1"
 EXAMPLES_SEED = 1234  # the harness's
 
 
-class Likelihood:
+class Likelihood(ChoiceScorer):
     """The items of a task, ready to be scored by this protocol."""
 
-    name = "likelihood"
-    writes = False
+    name = LIKELIHOOD
 
     def __init__(
         self,
@@ -44,10 +52,10 @@ class Likelihood:
         if not task.likelihood.metrics:
             raise UserError(
                 f"protocol {self.name} was asked for {task.name}, which is not declared for it. "
-                "Use evaluate.protocol=llm-adapters, or add 'likelihood:' to its file"
+                f"Use evaluate.protocol={LLM_ADAPTERS}, or add 'likelihood:' to its file"
             )
         self.task, self.items = task, items
-        self.metrics: tuple[str, ...] = (*task.likelihood.metrics, *(["acc_bytes"] if by_bytes else []))
+        self.metrics = (*task.likelihood.metrics, *(["acc_bytes"] if by_bytes else []))
         self.num_examples = len(examples[0]) if examples else 0
         requests = [task.likelihood.requests(item) for item in items]
         if examples:
@@ -59,31 +67,42 @@ class Likelihood:
         self.requests = requests
         self.prompts = [digest(pairs) for pairs in requests]
         encoded = iter(encode_pairs(tokenizer, [pair for pairs in requests for pair in pairs]))
-        choices = [list(islice(encoded, len(pairs))) for pairs in requests]
+        super().__init__(model, [list(islice(encoded, len(pairs))) for pairs in requests])
 
-        self.choices = Choices(model, choices)
-        self.truncated, self.sizes = self.choices.truncated, self.choices.sizes
+    @classmethod
+    def build(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
+    ) -> Self:
+        """Lay out the items of a task as a configuration wants them."""
+        examples: list[list[Item]] = []
+        if config.examples:
+            pool = split_items(sample.task, "train", config.data)
+            own = sample.task.splits[config.split].official == "test"
+            examples = draw_examples(pool, sample.items, sample.positions, config.examples, own_test_split=own)
+        return cls(model, tokenizer, sample.task, sample.items, examples=examples, by_bytes=config.by_bytes)
 
     @property
-    def ingredients(self) -> dict[str, str]:
-        """What this protocol's numbers depend on besides task, items and tokenizer."""
-        return {
-            "protocol": f"{self.name} {VERSION}",
-            "template": digest([self.task.likelihood.context, self.task.likelihood.choice]),
-            "decoding": "none: log-probabilities of the choices",
-            **({"examples": f"{self.num_examples} of train, seed {EXAMPLES_SEED}"} if self.num_examples else {}),
-        }
+    def template_texts(self) -> list[str]:
+        """The templates that contexts and choices are made from."""
+        return [self.task.likelihood.context, self.task.likelihood.choice]
+
+    @property
+    def decoding(self) -> str:
+        """How an answer is got out of the model, in words."""
+        return "none: log-probabilities of the choices"
+
+    @property
+    def fingerprint_fields(self) -> dict[str, str]:
+        """What the protocol's numbers depend on besides task, items and tokenizer."""
+        examples = {"examples": f"{self.num_examples} of train, seed {EXAMPLES_SEED}"} if self.num_examples else {}
+        return super().fingerprint_fields | examples
 
     def _example(self, item: Item) -> str:
         """Return an item with its right answer, to stand before a question."""
         return f"{''.join(self.task.likelihood.requests(item)[item['label']])}\n\n"
 
-    def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
-        """Score the items of these numbers together, in one forward pass; return the record of each."""
-        found = self.choices.scores(model, batch)
-        return [self._record(number, scores) for number, scores in zip(batch, found, strict=True)]
-
-    def _record(self, number: int, scores: list[float]) -> dict[str, Any]:
+    def record(self, number: int, scores: list[float]) -> ItemRecord:
+        """Return the record of an item whose choices have these scores."""
         item = self.items[number]
         characters = self.task.likelihood.normalizers(item)
         # Without a character a choice cannot win by acc_norm: the harness divides by zero, which gives minus infinity.
@@ -93,15 +112,9 @@ class Likelihood:
             lengths = self.task.likelihood.normalizers(item, by_bytes=True)
             by_metric["acc_bytes"] = [score / n if n else -math.inf for score, n in zip(scores, lengths, strict=True)]
         prediction = {metric: by_metric[metric].index(max(by_metric[metric])) for metric in self.metrics}
-        return {
-            "id": item["id"],
-            "prompt": self.prompts[number],
-            "scores": scores,
-            "characters": characters,
-            "prediction": prediction,
-            "label": item["label"],
-            "correct": {metric: choice == item["label"] for metric, choice in prediction.items()},
-        }
+        correct = {metric: choice == item["label"] for metric, choice in prediction.items()}
+        evidence: Evidence = {"scores": scores, "characters": characters}
+        return make_record(item, self.prompts[number], evidence, prediction, item["label"], correct)
 
 
 def draw_examples(
@@ -118,13 +131,12 @@ def draw_examples(
             more, leaves out what equals the item itself, and takes the first ``count``.
     """
     draw, more = random.Random(EXAMPLES_SEED), 0 if own_test_split else 1
+    # One generator for the whole split: an item's examples depend on where it stands, not on which others are asked.
     drawn = [draw.sample(range(len(pool)), count + more) for _ in range(max(positions) + 1)]
-
-    def text(item: Item) -> list[Any]:
-        return [item[field] for field in ITEM_FIELDS if field != "id"]
-
     found = []
     for item, position in zip(items, positions, strict=True):
         examples = [pool[number] for number in drawn[position]]
-        found.append([one for one in examples if own_test_split or text(one) != text(item)][:count])
+        if not own_test_split:
+            examples = [example for example in examples if item_content(example) != item_content(item)]
+        found.append(examples[:count])
     return found

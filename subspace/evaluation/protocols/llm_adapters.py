@@ -15,34 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
 from subspace.data.items import Item, relabel
-from subspace.data.tasks import Task, prompt_template, render
+from subspace.data.tasks import Task, prompt_template
 from subspace.data.tokenization import common_prefix_length, encode_prompt, encode_rows
+from subspace.evaluation.answer_extraction import answer_record, extractor
+from subspace.evaluation.config import LLM_ADAPTERS
 from subspace.evaluation.greedy_decoding import SharedPrefix, decode_greedily, prefill_shared_prefix
+from subspace.evaluation.protocols.base import ProtocolScorer, render_prompts
+from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace.evaluation.answer_extraction import answer_record, extractor
-
-VERSION = "1"
-
-
-def render_prompts(template: str, task: Task, items: Sequence[Item]) -> list[str]:
-    """Return the prompt of each item: its instruction in a template of ``data/prompts.yaml``."""
-    return [render(template, {"instruction": task.instruction(item), "input": ""}) for item in items]
+    from subspace.data.samples import Sample
+    from subspace.evaluation.config import EvaluateConfig
 
 
-class LLMAdapters:
+class LLMAdapters(ProtocolScorer):
     """The items of a task, ready to be scored by this protocol."""
 
-    name = "llm-adapters"
-    metrics: tuple[str, ...] = ("acc",)
+    name = LLM_ADAPTERS
     writes = True
 
     def __init__(
@@ -55,49 +52,56 @@ class LLMAdapters:
         self.hashes = [digest(text) for text in texts]
         self.ends = end_tokens(model, tokenizer)
         self.draft = answer_prefix_tokens(tokenizer, task, self.template, items[0]) if items else []
-        self.beginning: SharedPrefix | None = None
+        self.prefix: SharedPrefix | None = None
 
         config: Any = model.config
         window = config.max_position_embeddings - task.max_new_tokens
         encoded = [encode_prompt(tokenizer, text) for text in texts]
         self.truncated = sum(len(ids) > window for ids in encoded)
         self.prompts = [ids[-window:] for ids in encoded]
-        # For each item how many rows it is in a batch, and how many tokens it comes to at most.
         self.sizes = [(1, len(ids) + task.max_new_tokens) for ids in self.prompts]
 
+    @classmethod
+    def build(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
+    ) -> Self:
+        """Lay out the items of a task as a configuration wants them."""
+        return cls(model, tokenizer, sample.task, sample.items, config.prompt)
+
     @property
-    def ingredients(self) -> dict[str, str]:
-        """What this protocol's numbers depend on besides task, items and tokenizer."""
-        return {
-            "protocol": f"{self.name} {VERSION}",
-            "template": digest([self.template, self.task.instruction_template, self.task.answer_template]),
-            "decoding": f"greedy, {self.task.max_new_tokens} tokens, {self.extractor}",
-        }
+    def template_texts(self) -> list[str]:
+        """The templates that the prompts and the right answers are made from."""
+        return [self.template, self.task.instruction_template, self.task.answer_template]
+
+    @property
+    def decoding(self) -> str:
+        """How an answer is got out of the model, in words."""
+        return f"greedy, {self.task.max_new_tokens} tokens, {self.extractor}"
 
     @contextmanager
-    def beginning_read(self, model: nn.Module) -> Iterator[None]:
+    def shared_prefix(self, model: nn.Module) -> Iterator[None]:
         """Read what all prompts begin with, once for all batches scored inside, where the model stays as it is."""
-        self.beginning = prefill_shared_prefix(model, self.prompts)
+        self.prefix = prefill_shared_prefix(model, self.prompts)
         try:
             yield
         finally:
-            self.beginning = None
+            self.prefix = None
 
-    def score(self, model: nn.Module, batch: Sequence[int]) -> list[dict[str, Any]]:
+    def score(self, model: nn.Module, batch: Sequence[int]) -> list[ItemRecord]:
         """Let the model answer the items of these numbers together; return the record of each."""
         prompts = [self.prompts[number] for number in batch]
         mixed = len(set(batch)) < len(batch)  # an item has a row for each of several subjects
-        how: Any = {"beginning": self.beginning, "draft": self.draft, "fixed": mixed}
+        how: Any = {"prefix": self.prefix, "draft": self.draft, "fixed": mixed}
         written = decode_greedily(model, prompts, self._finished, self.task.max_new_tokens, **how)
         return [self._record(number, tokens) for number, tokens in zip(batch, written, strict=True)]
 
     def _finished(self, tokens: list[int]) -> bool:
-        return tokens[-1] in self.ends or self.extractor.settled(self._text(tokens))
+        return tokens[-1] in self.ends or self.extractor.is_final(self._text(tokens))
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _record(self, number: int, tokens: list[int]) -> dict[str, Any]:
+    def _record(self, number: int, tokens: list[int]) -> ItemRecord:
         return answer_record(self.extractor, self.task, self.items[number], self.hashes[number], self._text(tokens))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -26,24 +26,26 @@ from subspace.data.tasks import Task, prompt_template
 from subspace.data.tokenization import encode_prompt
 from subspace.distributed.zero import requires_synchronized_forward
 from subspace.evaluation.answer_extraction import answer_record, extractor
-from subspace.evaluation.protocols.llm_adapters import end_tokens, render_prompts
+from subspace.evaluation.config import DEFAULT_DEFECTS, LLM_ADAPTERS_PUBLISHED
+from subspace.evaluation.protocols.base import ProtocolScorer, render_prompts
+from subspace.evaluation.protocols.llm_adapters import end_tokens
+from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subspace.evaluation.config import DEFAULT_DEFECTS
+    from subspace.data.samples import Sample
+    from subspace.evaluation.config import EvaluateConfig
 
-VERSION = "1"
 NUM_BEAMS = 4
 MARKER = "### Response:"
 
 
-class LLMAdaptersPublished:
+class LLMAdaptersPublished(ProtocolScorer):
     """The items of a task, ready to be scored by this protocol."""
 
-    name = "llm-adapters-published"
-    metrics: tuple[str, ...] = ("acc",)
+    name = LLM_ADAPTERS_PUBLISHED
     writes = True
 
     def __init__(
@@ -79,17 +81,25 @@ class LLMAdaptersPublished:
         # Each beam is a row of its own.
         self.sizes = [(NUM_BEAMS, len(ids) + task.max_new_tokens) for ids in self.prompts]
 
-    @property
-    def ingredients(self) -> dict[str, str]:
-        """What this protocol's numbers depend on besides task, items and tokenizer."""
-        decoding = f"{NUM_BEAMS} beams, {self.task.max_new_tokens} tokens, {self.extractor}"
-        return {
-            "protocol": f"{self.name} {VERSION}",
-            "template": digest([self.template, self.task.instruction_template, self.task.answer_template]),
-            "decoding": f"{decoding}; defects: {', '.join(self.defects) or 'none'}; batches of {self.batch}",
-        }
+    @classmethod
+    def build(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
+    ) -> Self:
+        """Lay out the items of a task as a configuration wants them."""
+        return cls(model, tokenizer, sample.task, sample.items, config.defect_names, batch=config.published_batch)
 
-    def score(self, model: Any, batch: Sequence[int]) -> list[dict[str, Any]]:
+    @property
+    def template_texts(self) -> list[str]:
+        """The templates that the prompts and the right answers are made from."""
+        return [self.template, self.task.instruction_template, self.task.answer_template]
+
+    @property
+    def decoding(self) -> str:
+        """How an answer is got out of the model, in words."""
+        search = f"{NUM_BEAMS} beams, {self.task.max_new_tokens} tokens, {self.extractor}"
+        return f"{search}; defects: {', '.join(self.defects) or 'none'}; batches of {self.batch}"
+
+    def score(self, model: Any, batch: Sequence[int]) -> list[ItemRecord]:
         """Let the model answer the items of these numbers together; return the record of each."""
         prompts = [self.prompts[number] for number in batch]
         length = max(map(len, prompts))
@@ -112,7 +122,7 @@ class LLMAdaptersPublished:
             )
         return [self._record(number, row[length:].tolist()) for number, row in zip(batch, written, strict=True)]
 
-    def _record(self, number: int, tokens: list[int]) -> dict[str, Any]:
+    def _record(self, number: int, tokens: list[int]) -> ItemRecord:
         # What was read is in the decoded text too, and so a marker in an instruction would count.
         text = str(self.tokenizer.decode([*self.prompts[number], *tokens], skip_special_tokens=True))
         parts = text.split(MARKER)

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.adapters.penalties import _charge_penalty
+from subspace.adapters.penalties import LossTap, charge_penalty
 from subspace.common.settings import Settings
 from subspace.models.frozen_weights import dequantized_weight, gather_weight_fp32
 
@@ -112,6 +113,7 @@ class Adapter(nn.Module):
         self.config = config
         self.group = 0  # which injection made it, and so whose schedule it follows; set by inject
         self.num_siblings = 1  # adapters of that injection, itself included; set by inject
+        self.loss_tap = LossTap()  # one for all adapters of the model; set by inject
         #: What a schedule remembers from step to step. Saved with checkpoints; no buffer, because engines cast those.
         self.history: dict[str, Tensor] = {}
         #: The model's folder and W's name in it, where W is to be read there because the model holds it quantised.
@@ -213,6 +215,13 @@ class Adapter(nn.Module):
 def _clear_cache(adapter: nn.Module, keys: Any) -> None:
     if adapter._cache:
         adapter._cache.clear()  # type: ignore[operator, union-attr]
+
+
+def _charge_penalty(adapter: Adapter, inputs: Any, output: Tensor) -> Tensor:
+    if not (adapter.training and torch.is_grad_enabled()):
+        return output
+    penalty = adapter.penalty()
+    return output if penalty is None else charge_penalty(output, penalty, adapter.loss_tap)
 
 
 class LinearAdapter(Adapter):

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from subspace.adapters.merging import _frozen, merge
+from subspace.adapters.merging import _frozen, discard_undo, merge, replaced_by_merge
 from subspace.adapters.serialization import load_adapter
 from subspace.adapters.targets import layer_names
 from subspace.common.files import write_folder, write_json
@@ -103,9 +103,9 @@ def export_merged(
             f"{difference:.1e} of the largest, and {tolerance:.0e} is allowed. {cure} the adapter unmerged"
         )
     update, rounding = _sizes(model, getattr(torch, written))
-    layers = len(model.merged)  # type: ignore[arg-type]
+    layers = len(replaced_by_merge(model))
     _make_room_for_biases(model)
-    del model.merged
+    discard_undo(model)
     for name, parameter in model.named_parameters():  # not buffers: files have none, and rotary angles need all digits
         parameter.data = parameter.data.to(getattr(torch, written))
         if not torch.isfinite(parameter).all():
@@ -156,7 +156,7 @@ def _difference(logits: Tensor, reference: Tensor) -> float:
 def _sizes(model: Any, dtype: torch.dtype) -> tuple[float, float]:
     """Return the relative size of the update, and the share of it that rounding to ``dtype`` takes, over all layers."""
     before = update = lost = 0.0
-    for old in model.merged.values():
+    for old in replaced_by_merge(model).values():
         for _, frozen, merged in old.changes():
             W = torch.zeros_like(merged) if frozen is None else frozen.to(merged.device)
             before += float(W.double().square().sum())
@@ -174,7 +174,7 @@ def _make_room_for_biases(model: Any) -> None:
 
     created = [
         site
-        for site, old in model.merged.items()
+        for site, old in replaced_by_merge(model).items()
         if any(name == "bias" and frozen is None for name, frozen, _ in old.changes())
     ]
     if not created:
@@ -192,7 +192,7 @@ def _make_room_for_biases(model: Any) -> None:
                 layer.bias = _frozen(torch.zeros(layer.out_features, device=layer.weight.device), like=layer.weight)
     homeless = [site for site in created if announced.get_submodule(site).bias is None]
     if homeless:
-        method = model.merged[homeless[0]].adapter.name
+        method = replaced_by_merge(model)[homeless[0]].adapter.name
         raise UserError(
             f"cannot write the merged model: {method} gives {homeless[0]} a bias, for which files of "
             f"{model.config.model_type} have no place. Evaluate it unmerged: `subspace evaluate RUN`"

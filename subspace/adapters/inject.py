@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace.adapters.base import Adapter, MethodConfig
+from subspace.adapters.penalties import LossTap
 from subspace.adapters.registry import configure, resolve_method
 from subspace.adapters.targets import find_target_modules, matches_target
 from subspace.common.progress import Progress, no_progress
@@ -118,10 +119,12 @@ def inject(
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
     created = {name: _build_adapter(cls, configs[name], name, site, seed) for name, site in sites.items()}
-    group = 1 + max((adapter.group for adapter in adapters(model).values()), default=-1)
+    before = list(adapters(model).values())
+    group = 1 + max((adapter.group for adapter in before), default=-1)
+    loss_tap = before[0].loss_tap if before else LossTap()
     for name, adapter in created.items():
         adapter.weight_source = checkpoints[name]
-        adapter.group, adapter.num_siblings = group, len(created)
+        adapter.group, adapter.num_siblings, adapter.loss_tap = group, len(created), loss_tap
         model.set_submodule(name, adapter)
         adapter.train(model.training)
     for adapter in created.values():

@@ -1,4 +1,4 @@
-"""Part of merging."""
+"""Fold adapters into the weights that they wrap, in memory, and take that back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from subspace.adapters.inject import adapters
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
 from subspace.models.bitsandbytes_compat import storage_format
+
+#: The attribute of a merged model that holds what was replaced. It is the model's, so that a copy of the model has it.
+_UNDO = "_subspace_replaced_by_merge"
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,13 @@ def merge(model: nn.Module) -> None:
         model.set_submodule(site, layer)
     if model.config.tie_word_embeddings and not _shares(model):  # type: ignore[union-attr]
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    model.merged = replaced  # type: ignore[assignment]
+    setattr(model, _UNDO, replaced)
 
 
 def unmerge(model: nn.Module) -> None:
     """Put the adapters and the frozen weights back that ``merge`` replaced: the very same tensors."""
-    replaced: dict[str, Replaced] | None = getattr(model, "merged", None)
-    if replaced is None:
+    replaced = replaced_by_merge(model)
+    if not replaced:
         raise UserError("cannot unmerge: the model is not merged")
     if adapters(model):
         raise UserError("cannot unmerge: adapters were injected after the merge. Merge those first, or save them")
@@ -79,7 +82,18 @@ def unmerge(model: nn.Module) -> None:
         model.set_submodule(site, old.adapter)
     if _shares(model):
         model.config.tie_word_embeddings = True  # type: ignore[union-attr]
-    del model.merged
+    discard_undo(model)
+
+
+def replaced_by_merge(model: nn.Module) -> dict[str, Replaced]:
+    """Return what ``merge`` took out of a model, by site; nothing for a model that is not merged."""
+    replaced: dict[str, Replaced] = getattr(model, _UNDO, {})
+    return replaced
+
+
+def discard_undo(model: nn.Module) -> None:
+    """Let go of what ``merge`` took out of a model, which then cannot be unmerged."""
+    delattr(model, _UNDO)
 
 
 def _shares(model: nn.Module) -> bool:

@@ -77,10 +77,14 @@ class Full(Adapter):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the trained numbers in their places."""
+        # As torch.func.functional_call, which takes three times as long (0.14 ms against 0.04) and goes through the
+        # module's hooks.
         attributes = vars(self.base)
         attributes.update({name: p.to(self.original_params[name].dtype) for name, p in self.trained().items()})
         try:
-            return self.base.forward(*args, **kwargs)  # no second module for ZeRO-3 to gather the same numbers for
+            return self.base.forward(
+                *args, **kwargs
+            )  # not self.base(...): ZeRO-3's hooks would gather the numbers twice
         finally:
             for name in self.original_params:
                 del attributes[name]

@@ -102,7 +102,7 @@ def accumulate_gradients(
             engine.step()
         with offload_activations() if offload else nullcontext():
             summed = summed_loss(batch)
-        engine.backward(with_penalties(weight * summed))
+        engine.backward(with_penalties(weight * summed, engine.module))
         loss += summed.detach() / counts.labelled
     loss, gradient = all_reduce_sum(torch.stack([loss, max_abs_gradient(engine)])).unbind()
     return StepStats(loss, gradient)

@@ -69,7 +69,7 @@ def logits(model: PreTrainedModel, **arguments: Any) -> Tensor:
 
 
 def loss(model: PreTrainedModel) -> Tensor:
-    return with_penalties(F.cross_entropy(logits(model)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
+    return with_penalties(F.cross_entropy(logits(model)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()), model)
 
 
 def one(method: type[Adapter], n_in: int = 6, n_out: int = 5, bias: bool = True) -> tuple[LinearAdapter, nn.Linear]:

@@ -86,7 +86,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def loss(model: PreTrainedModel) -> Tensor:
-    return with_penalties(F.cross_entropy(logits(model)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
+    return with_penalties(F.cross_entropy(logits(model)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()), model)
 
 
 def perturb(model: nn.Module, scale: float = 0.1) -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from subspace.adapters import registry
 from subspace.adapters.base import Adapter, MethodConfig
-from subspace.adapters.registry import list_methods, resolve_method
 from subspace.common.declarations import parse_value, read_yaml, write_yaml
 from subspace.common.paths import find_resource, recipes_folder, resource_name
 from subspace.common.settings import SettingInfo, Settings, check_settings, declared_settings, setting
@@ -44,13 +44,21 @@ class MethodEntry(Settings):
 
     name: str
     settings: MethodConfig
+    file: str | None = setting(None, "Python file that registers the method, where it is not one of the package's")
+    sha256: str | None = setting(None, "what the file's SHA-256 must be; null for any")
     targets: list[str] | None = setting(None, "layers that get an adapter, as q_proj; null for the usual ones")
     patterns: dict[str, dict[str, Any]] = setting({}, "settings for some sites: {REGEX: {r: 8}}; the last match counts")
+
+    @property
+    def adapter_class(self) -> type[Adapter]:
+        """The method itself."""
+        return registry.resolve_method(self.name, registry.loaded_method_file(self.sha256))[0]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values in the form of the YAML file."""
         own = dataclasses.asdict(self.settings)
-        return {"name": self.name, **own, "targets": self.targets, "patterns": self.patterns}
+        source = {"file": self.file, "sha256": self.sha256} if self.file else {}
+        return {"name": self.name, **source, **own, "targets": self.targets, "patterns": self.patterns}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +115,8 @@ def all_settings(methods: Mapping[str, type[Adapter]]) -> dict[str, SettingInfo]
                 own = {"name": SettingInfo("name", str, DEFAULT_METHOD, "the method; `subspace methods` lists them")}
                 own |= declared_settings(method.Config)
                 entry = declared_settings(MethodEntry)
-                found |= {f"{place}.{key}": setting for key, setting in {**own, "patterns": entry["patterns"]}.items()}
+                own |= {key: entry[key] for key in ("file", "sha256", "patterns")}
+                found |= {f"{place}.{key}": setting for key, setting in own.items()}
                 found["targets" if place == METHOD else f"{place}.targets"] = entry["targets"]
         else:
             found[name] = info
@@ -117,18 +126,20 @@ def all_settings(methods: Mapping[str, type[Adapter]]) -> dict[str, SettingInfo]
 # Reading.
 
 
-def read_config(file: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(file: Path | str, overrides: Sequence[str] = (), *, found_in_run: bool = False) -> RunConfig:
     """Read a run's configuration; UserError where it cannot be what it says.
 
     Args:
         file: The YAML file, a user's or the one in a run's folder.
         overrides: ``key=value`` each, as ``train.steps=100``. ``method=dora`` drops the file's method and its settings.
+        found_in_run: True where the user did not name the file, but the folder that it was found in. A method file that
+            it names is then run only if the user has run its source before; see ``adapters/registry.py``.
     """
     file = Path(file)
     if not file.is_file():
         file = find_resource(file) or file
     values = _override(_read_file(file), overrides)
-    return _compose({"name": Given(file.stem, str(file)), **values}, file.parent)
+    return _compose({"name": Given(file.stem, str(file)), **values}, file.parent, found_in_run=found_in_run)
 
 
 def read_given(file: Path) -> dict[str, Any]:
@@ -155,7 +166,7 @@ def read_run_subject(folder: Path, overrides: Sequence[str] = ()) -> EvaluationS
         runs = [str(file.parent) for file in folder.parent.glob("*/config.yaml")]
         hint = nearest(str(folder), runs) if runs else "`subspace train CONFIG` makes one"
         raise UserError(f"'{folder}' is no run's folder: it holds no config.yaml. {hint}")
-    config = read_config(folder / "config.yaml", overrides)
+    config = read_config(folder / "config.yaml", overrides, found_in_run=True)
     adapter = folder / "adapter"
     if not adapter.is_dir():
         raise UserError(f"the run {folder} has no adapter: its training did not reach the end. Train it again")
@@ -181,10 +192,11 @@ def _read_defaults(name: str, key: str, value: str, overrides: Sequence[str]) ->
 
 
 def write_config(config: RunConfig, file: Path) -> None:
-    """Write a configuration so that :func:`read_config` gives it back, here and on another machine."""
+    """Write a configuration, beside copies of its method files, so that :func:`read_config` gives it back anywhere."""
     plain = config.as_dict()
     engine = Path(config.engine)
     plain["engine"] = resource_name(engine) or str(engine)
+    registry.write_method_files(file.parent, [(e.file, e.sha256) for e in config.method if e.file and e.sha256])
     write_yaml(file, plain)
 
 
@@ -224,6 +236,8 @@ def _override(values: Layer, overrides: Sequence[str]) -> Layer:
         if re.fullmatch(r"method(\.\d+)?", name):  # another method: what was set for the old one goes, its targets stay
             values = {k: v for k, v in values.items() if not k.startswith(f"{name}.") or k == f"{name}.targets"}
             name = f"{name}.name"
+        elif re.fullmatch(r"method(\.\d+)?\.file", name):  # another source
+            values = {k: v for k, v in values.items() if k != name.replace(".file", ".sha256")}
         own[name] = given
     return _merge(values, _names_first(own))
 
@@ -258,7 +272,7 @@ def _read_file(file: Path, above: Sequence[Path] = ()) -> Layer:
     below = _read_file(file.parent / base, [*above, file.resolve()])
     below.pop("name", None)
     # A file that names its method has nothing from the other's; one that gives a list has not its targets either.
-    if any(re.fullmatch(r"method(\.\d+)?\.name", name) for name in own):
+    if any(re.fullmatch(r"method(\.\d+)?\.(name|file)", name) for name in own):
         several = any(name.startswith(f"{METHOD}.0.") for name in own)
         below = {k: v for k, v in below.items() if not k.startswith(f"{METHOD}.") and not (several and k == "targets")}
     return _merge(below, own)
@@ -269,7 +283,9 @@ def _flatten(content: Mapping[str, Any], file: str) -> Layer:
     content = dict(content)
     methods = content.get(METHOD)
     if methods == []:
-        raise UserError(f"{file}: method is an empty list, so nothing would be trained. {nearest('', list_methods())}")
+        raise UserError(
+            f"{file}: method is an empty list, so nothing would be trained. {nearest('', registry.list_methods())}"
+        )
     if isinstance(methods, list):
         del content[METHOD]
         content |= {f"{METHOD}.{number}": entry for number, entry in enumerate(methods)}
@@ -290,7 +306,7 @@ def _flatten(content: Mapping[str, Any], file: str) -> Layer:
 # Composing.
 
 
-def _compose(values: Layer, beside: Path) -> RunConfig:
+def _compose(values: Layer, beside: Path, *, found_in_run: bool = False) -> RunConfig:
     """Compose settings by name into a configuration; ``beside`` is a folder from which the engine may be named."""
     numbers = sorted({int(found[1]) for name in values if (found := re.match(r"method\.(\d+)\.", name))})
     places = [f"{METHOD}.{number}" for number in numbers] or [METHOD]
@@ -307,9 +323,9 @@ def _compose(values: Layer, beside: Path) -> RunConfig:
             top[name] = given
         else:
             unknown.append(name)
-    methods = {place: _resolve(place, below[place]) for place in places}
+    methods = {place: _resolve(place, below[place], found_in_run=found_in_run) for place in places}
     if unknown:
-        known = all_settings({place: method for place, (method, _) in methods.items()})
+        known = all_settings({place: method.cls for place, method in methods.items()})
         raise UserError(f"{values[unknown[0]].origin} sets '{unknown[0]}', but {_suggest(unknown[0], known)}")
 
     engine = top.get("engine", Given(declared_settings(RunConfig)["engine"].default, ""))
@@ -319,7 +335,7 @@ def _compose(values: Layer, beside: Path) -> RunConfig:
     return RunConfig(
         **_checked(RunConfig, top),
         **sections,
-        method=tuple(_method_entry(place, below[place], *methods[place]) for place in places),
+        method=tuple(_method_entry(place, below[place], methods[place]) for place in places),
     )
 
 
@@ -334,21 +350,31 @@ def _checked(cls: type[Settings], layer: Layer, section: str = "", owner: str = 
     )
 
 
-def _resolve(place: str, layer: Layer) -> tuple[type[Adapter], Mapping[str, Any]]:
-    """Return the method whose section this is, and the settings that its name stands for."""
-    if place != METHOD and "name" not in layer:
+def _resolve(place: str, layer: Layer, *, found_in_run: bool) -> registry.FoundMethod:
+    """Return the method whose section this is."""
+    name, file = layer.get("name"), layer.get("file")
+    if name and str(name.value).endswith(".py"):  # method: my_method.py
+        name, file = None, file or name
+    if file and file.value is not None:
+        # What the command line names is found from the working directory.
+        folder, sha256 = Path(file.origin).parent, layer["sha256"].value if "sha256" in layer else None
+        trusted = file.origin == COMMAND_LINE or not found_in_run
+        return registry.find_method(str(name.value) if name else "", str(file.value), folder, sha256, trusted=trusted)
+    if place != METHOD and not name:
         origin = next(iter(layer.values())).origin
         raise UserError(f"{origin}: each of several methods needs its name, and {place} has none")
-    return resolve_method(str(layer["name"].value) if "name" in layer else DEFAULT_METHOD)
+    return registry.FoundMethod(*registry.resolve_method(str(name.value) if name else DEFAULT_METHOD))
 
 
-def _method_entry(place: str, layer: Layer, method: type[Adapter], presets: Mapping[str, Any]) -> MethodEntry:
+def _method_entry(place: str, layer: Layer, found: registry.FoundMethod) -> MethodEntry:
+    method, presets, file = found
     own: Layer = {}
     for key, given in layer.items():  # an alias's settings come with its name, and what stands after it counts more
         aliased = {preset: Given(value, given.origin) for preset, value in presets.items()}
         own = _merge(own, aliased if key == "name" else {key: given})
     where: dict[str, Any] = {}
-    for key, section in (("targets", "" if place == METHOD else place), ("patterns", place)):
+    sections = {"targets": "" if place == METHOD else place, "patterns": place, "file": place, "sha256": place}
+    for key, section in sections.items():
         if key in own:
             where |= _checked(MethodEntry, {key: own.pop(key)}, section)
     owner = f"method {method.name}"
@@ -357,6 +383,8 @@ def _method_entry(place: str, layer: Layer, method: type[Adapter], presets: Mapp
         origin = f"{place}.patterns, for {pattern!r},"
         changes = check_settings(method.Config, changes, section=place, owner=owner, origin=origin)
         where["patterns"][pattern] = changes
+    if file:
+        where |= {"file": f"{METHOD}/{file.path.name}", "sha256": file.sha256}  # where a run's folder has its copy
     return MethodEntry(name=method.name, settings=settings, **where)
 
 

@@ -201,7 +201,7 @@ def inject_method(
     """Put one method's adapters into the model, and return how much it trains."""
     created = inject(
         model,
-        part.name,
+        part.adapter_class,
         part.settings,
         targets=part.targets,
         patterns=part.patterns,
@@ -226,7 +226,7 @@ def is_finished(config: RunConfig) -> bool:
     """Return True if the run's folder holds this very training, up to its end."""
     try:
         ended = "outcome" in json.loads((config.folder / ENVIRONMENT_FILE).read_text())
-        before = read_config(config.folder / "config.yaml")
+        before = read_config(config.folder / "config.yaml", found_in_run=True)
         return ended and replace(before, name=config.name, runs=config.runs, evaluate=config.evaluate) == config
     except (OSError, ValueError, UserError):
         return False

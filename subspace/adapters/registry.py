@@ -19,9 +19,7 @@ because of what stands there.
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
-import hashlib
 import importlib
 import importlib.metadata
 import logging
@@ -29,15 +27,14 @@ import os
 import pkgutil
 import re
 import sys
-import traceback
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from subspace.adapters.base import FAMILIES, ROLES, SITES, Adapter, MethodConfig
+from subspace.common.files import write_file
+from subspace.common.python_files import PythonFile, run_python_file, was_run_before
 from subspace.errors import UserError, nearest
 
 logger = logging.getLogger("subspace")
@@ -228,9 +225,9 @@ def resolve_method(method: str | type[Adapter], file: MethodFile | None = None) 
 
 def _unknown(method: str, word: str, known: Mapping[str, Any], file: MethodFile | None) -> str:
     if file and not method:
-        return f"{file.path} registers several methods: {', '.join(known)}. Name one of them as method.name"
+        return f"{file.file.path} registers several methods: {', '.join(known)}. Name one of them as method.name"
     if file:
-        return f"{file.path} registers no method '{method}'. {nearest(word, known)}"
+        return f"{file.file.path} registers no method '{method}'. {nearest(word, known)}"
     if word.endswith(".py"):
         return f"'{method}' is a file, and a method's name was asked for. Load it: method.file={method}"
     broken = "".join(f". The method {failure}" for failure in _import_entry_points())
@@ -245,99 +242,96 @@ def configure(cls: type[Adapter], settings: Mapping[str, Any]) -> MethodConfig:
 # Files of the user's own.
 
 
-@dataclass(frozen=True)
-class MethodFile:
-    """A Python file outside the package that registers methods; it was run once, by this process."""
+class MethodFile(NamedTuple):
+    """A Python file outside the package that registers methods; this process has run it once."""
 
-    path: Path
-    sha256: str
-    source: bytes = dataclasses.field(repr=False)  # what was run, whatever the file holds by now
+    file: PythonFile
     methods: Mapping[str, type[Adapter]]
 
 
-def load_method_file(path: str | os.PathLike[str], *, named_by_run: bool = False) -> MethodFile:
+class FoundMethod(NamedTuple):
+    """A method, the settings that the name it was found by stands for, and the file that registers it."""
+
+    cls: type[Adapter]
+    presets: Presets
+    file: PythonFile | None = None
+
+
+def load_method_file(path: str | os.PathLike[str], *, trusted: bool = True) -> MethodFile:
     """Run a file that registers methods, and return them. A source that this process has run is not run again.
 
     Args:
         path: the file. It must do with itself: it is copied into the folders of runs.
-        named_by_run: True where not the user named the file but the folder of a run did. It is then run only if this
-            user has run the same source before; see the module's docstring.
+        trusted: False where not the user named the file but the folder of a run did. It is then run only if this user
+            has run the same source before; see the module's docstring.
 
     Raises:
         UserError: no such file, one that fails or registers nothing, or one that may not be run.
     """
     path = Path(path)
     try:
-        source = path.read_bytes()
+        file = PythonFile(path, path.read_bytes())
     except OSError as error:
-        reason = error.strerror or error
         raise UserError(
-            f"the method file '{path}' cannot be read: {reason}. Name a Python file as method.file"
+            f"the method file '{path}' cannot be read: {error.strerror}. Name a Python file as method.file"
         ) from None
-    sha256 = hashlib.sha256(source).hexdigest()
-    if sha256 in _files:
-        return _files[sha256]
-    if named_by_run and sha256 not in _sources_run_before():
+    if file.sha256 in _files:
+        return _files[file.sha256]
+    if not trusted and not was_run_before(file):
         raise UserError(
             f"'{path}' holds the method of a run, and loading it would run code that you have not run before (SHA-256 "
-            f"{sha256[:12]}). Read it; if you trust it, name it: method.file={path}"
+            f"{file.sha256[:12]}). Read it; if you trust it, name it: method.file={path}"
         )
-    methods = _run_method_file(path, source, f"{_FILE_MODULE}{sha256[:16]}")
-    _files[sha256] = MethodFile(path, sha256, source, methods)
-    _remember_source(sha256, path)
-    return _files[sha256]
+    before, module = dict(_methods), f"{_FILE_MODULE}{file.sha256[:16]}"
+    methods: dict[str, type[Adapter]] = {}
 
-
-def _run_method_file(path: Path, source: bytes, name: str) -> dict[str, type[Adapter]]:
-    """Run a method file as a module of this name and return the methods that it registered; all or none."""
-    before = dict(_methods)
-    module = types.ModuleType(name)
-    module.__file__ = str(path.resolve())
-    sys.modules[name] = module  # dataclasses look up their annotations there
-    try:
-        exec(compile(source, str(path), "exec"), vars(module))
-        methods = {cls.name: cls for cls in _methods.values() if cls.__module__ == name}
+    def collect() -> None:
+        methods.update({cls.name: cls for cls in _methods.values() if cls.__module__ == module})
         if not methods:
             raise UserError("it registers no method. Write @register(NAME, family=..., num_params=...) above a class")
-    except Exception as error:
+
+    try:
+        run_python_file(file, module, collect)
+    except UserError:
         _methods.clear()
         _methods.update(before)
-        del sys.modules[name]
-        raise UserError(f"the method file '{path}' cannot be used: {_explain(error, str(path))}") from error
-    return methods
+        raise
+    _files[file.sha256] = MethodFile(file, methods)
+    return _files[file.sha256]
 
 
-def _explain(error: Exception, file: str) -> str:
-    """Return what went wrong in a method file, and in which of its lines."""
-    if isinstance(error, SyntaxError) and error.filename == file:
-        return f"line {error.lineno}: {error.msg}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    where = f"line {lines[-1]}: " if lines else ""
-    return f"{where}{error}" if isinstance(error, UserError) else f"{where}{type(error).__name__}: {error}"
+def loaded_method_file(sha256: str | None) -> MethodFile | None:
+    """Return the method file with a source of this SHA-256, if this process has run it."""
+    return _files.get(sha256 or "")
 
 
-def _sources_file() -> Path:
-    state = os.environ.get("XDG_STATE_HOME")
-    return Path(state or Path.home() / ".local" / "state") / "subspace" / "method_files"
+def find_method(name: str, file: str, folder: Path, sha256: str | None = None, *, trusted: bool = True) -> FoundMethod:
+    """Return the method of a file that a configuration names.
+
+    Args:
+        name: the method's name or alias, or "" where the file registers but one.
+        file: the file's path, from ``folder`` or from the working directory.
+        folder: that of the configuration.
+        sha256: what the SHA-256 of the source must be; None for any.
+        trusted: as of :func:`load_method_file`.
+    """
+    path = next((path for path in (folder / file, Path(file)) if path.is_file()), folder / file)
+    found = load_method_file(path, trusted=trusted)
+    if sha256 not in (None, found.file.sha256):
+        raise UserError(
+            f"the method file '{path}' was changed: its SHA-256 is {found.file.sha256}, and the configuration asks for "
+            f"{sha256}. Restore the file, or name another: method.file=FILE"
+        )
+    return FoundMethod(*resolve_method(name, found), found.file)
 
 
-def _sources_run_before() -> set[str]:
-    """Return the SHA-256 of the method files that this user has run; each line of the list begins with one."""
-    try:
-        lines = _sources_file().read_text(encoding="utf-8").splitlines()
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        return set()
-    return {line.partition(" ")[0] for line in lines}
-
-
-def _remember_source(sha256: str, path: Path) -> None:
-    if sha256 in _sources_run_before():
-        return
-    # Where the list cannot be written, files of runs have to be named each time.
-    with contextlib.suppress(OSError, RuntimeError):
-        _sources_file().parent.mkdir(parents=True, exist_ok=True)
-        with _sources_file().open("a", encoding="utf-8") as file:
-            file.write(f"{sha256}  {path.resolve()}\n")
+def write_method_files(folder: Path, files: Iterable[tuple[str, str]]) -> None:
+    """Write loaded method files into a folder: the path there, and the SHA-256, of each."""
+    written: dict[str, str] = {}
+    for name, sha256 in files:
+        if written.setdefault(name, sha256) != sha256:
+            raise UserError(f"two different method files of a run are called {Path(name).name}. Rename one")
+        write_file(folder / name, _files[sha256].file.source)
 
 
 # Where a method came from.
@@ -358,7 +352,7 @@ def method_origin(cls: type[Adapter]) -> dict[str, str]:
         return {}
     for file in _files.values():
         if cls in file.methods.values():
-            return {"file": file.path.name, "sha256": file.sha256}
+            return {"file": file.file.path.name, "sha256": file.file.sha256}
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if point.module.partition(".")[0] == module.partition(".")[0] and point.dist:
             return {"entry_point": point.value, "distribution": point.dist.name, "version": point.dist.version}

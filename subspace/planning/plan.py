@@ -219,7 +219,7 @@ def _shape_with_adapters(run: ResolvedRun) -> tuple[Any, ResolvedRun]:
     config = run.config
     model: Any = open_shape(config.model)
     for part in config.method:
-        inject(model, part.name, part.settings, targets=part.targets, patterns=part.patterns, start=False)
+        inject(model, part.adapter_class, part.settings, targets=part.targets, patterns=part.patterns, start=False)
     run = run.with_adapters(model)
     if run.engine.settings["fp16"]["enabled"] or run.engine.settings["bf16"]["enabled"]:
         for tensor in trained_parameters(model).values():

@@ -154,15 +154,15 @@ def test_the_file_of_a_run_is_run_only_where_its_source_was_run_before(
 ) -> None:
     copy = write_method(tmp_path / "run" / "method")
     with pytest.raises(UserError, match=f"code that you have not run before.*name it: method.file={copy}"):
-        load_method_file(copy, named_by_run=True)
+        load_method_file(copy, trusted=False)
     assert not registry._files
     load_method_file(MY_METHOD)  # named by the user
     monkeypatch.setattr(registry, "_files", {})  # as in a later process
-    assert load_method_file(copy, named_by_run=True).methods
+    assert load_method_file(copy, trusted=False).methods
     monkeypatch.setattr(registry, "_files", {})
     copy.write_text(copy.read_text() + "\n# changed\n")
     with pytest.raises(UserError, match="code that you have not run before"):
-        load_method_file(copy, named_by_run=True)
+        load_method_file(copy, trusted=False)
 
 
 def test_an_adapter_file_never_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from subspace.common.host_memory import manage_malloc
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run's folder")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the run's")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the run's"
@@ -25,7 +26,7 @@ def _run(options: argparse.Namespace) -> int:
     from subspace import config as config_module
     from subspace.adapters.export import export_merged
 
-    run, out = config_module.read_run_subject(Path(options.run)), Path(options.out)
+    run, out = config_module.read_run_subject(Path(options.run), options.settings), Path(options.out)
     assert run.adapter
     manage_malloc()
     report = export_merged(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)

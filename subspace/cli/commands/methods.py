@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("words", nargs="*", metavar="METHOD|key=value", help="tell all about one method; settings of it, or of all")
+    add("words", nargs="*", metavar="METHOD|FILE|key=value", help="all about one method; settings of it, or of all")
     add("--shape", metavar="NAME", help="count what is trained in llama-7b, llama3-8b, ..., or any model or folder")
     add("--targets", nargs="+", metavar="TARGET", help="with --shape: the layers that get an adapter")
     add("--budget", type=count, metavar="N", help="with --shape: in that size of a method which trains nearest to N")
@@ -28,7 +28,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    names = [word for word in options.words if "=" not in word]
+    files = [word for word in options.words if "=" not in word and word.endswith(".py")]
+    names = [word for word in options.words if "=" not in word and word not in files]
+    names += [name for file in files for name in _load(file)]
     if len(names) > 1:
         raise UserError(f"subspace methods tells about one method or lists all, but was given {', '.join(names)}")
     if not options.shape and (options.targets or options.budget):
@@ -40,6 +42,13 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     overrides = [word for word in options.words if "=" in word] + ([f"r={options.r}"] if options.r else [])
     return _show(names[0], overrides, options) if names else _list(overrides, options)
+
+
+def _load(file: str) -> list[str]:
+    """Load a method file of the user's, and return the names of its methods."""
+    from subspace.adapters.registry import load_method_file
+
+    return list(load_method_file(file).methods)
 
 
 def _list(overrides: Sequence[str], options: argparse.Namespace) -> int:
@@ -113,6 +122,7 @@ COMMAND = Command(
     """examples:
   subspace methods
   subspace methods lora+mpc-o
+  subspace methods my_method.py                            one of your own, in a file that registers it
   subspace methods --shape llama-7b --r 32                 what each num_params, on the usual layers
   subspace methods dora --shape llama3-8b --targets q_proj v_proj --r 8 alpha=16
   subspace methods houlsby --shape llama-7b --budget 56098816""",

@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""The contract of a method, the register, what acts on adapters (inject, merge, save, count), and shared bases."""

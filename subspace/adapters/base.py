@@ -1,9 +1,9 @@
-"""What a method is: the contract that every file in ``subspace/methods`` fulfils, and the register of them.
+"""The contract of a method, which every file in ``subspace/methods`` fulfils.
 
 A method is an ``nn.Module`` that takes the place of a frozen module of the model and keeps it as its child ``base``.
 There are several kinds, by what they wrap: a linear layer (:class:`LinearAdapter`, the one most methods are), the
 linear layer that ends a sub-layer (:class:`SublayerAdapter`), a whole attention or the token embedding
-(``virtual_tokens``). What the other families share lies in ``lowrank``, ``spectrum`` and ``bottleneck``.
+(``virtual_tokens``). What the other families share lies in ``low_rank``, ``singular_values`` and ``bottleneck``.
 
 A method declares its tensors in ``__init__``; nothing is created later. What its start needs of W, it takes in
 :meth:`Adapter.start`. What changes with the optimizer's steps, it does in :meth:`Adapter.before_step` and
@@ -54,7 +54,7 @@ class MethodConfig(Settings):
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """Where the run is, counted in optimizer steps: ``step`` is 1 for the first of ``steps``."""
+    """Progress of a run in optimizer steps: ``step`` is 1 for the first of ``steps``."""
 
     step: int
     steps: int
@@ -66,7 +66,7 @@ class TrainProgress:
 
 
 class OptimizerAccess(Protocol):
-    """How a schedule reads and changes trained tensors, whatever holds them. Collective over ranks.
+    """Access of a schedule to trained tensors, whatever ZeRO stage shards them. Collective over ranks.
 
     ``reset_optimizer_state`` clears the optimizer's moments where ``where`` is true. ``for_each_weight`` calls
     ``look`` with each adapter and its frozen W, float32, on one process each, and broadcasts the buffers it changed.
@@ -126,10 +126,10 @@ class Adapter(nn.Module):
             self.register_forward_hook(_charge_penalty)
 
     def attach(self, model: nn.Module) -> None:
-        """Take hold of the model round the site, where the site alone is not enough. Default: nothing."""
+        """Register hooks on the surrounding model. Default: none."""
 
     def detach(self) -> None:
-        """Let go of the model again, before the frozen module takes its place back. Default: nothing."""
+        """Remove the hooks of :meth:`attach`, before the frozen module takes its place back."""
 
     @classmethod
     def target_kind(cls, config: Any) -> str:
@@ -143,12 +143,12 @@ class Adapter(nn.Module):
 
     @classmethod
     def check_quantization(cls, config: Any, storage: str) -> str | None:
-        """Say why these settings make no sense for a W that is stored as ``4bit`` or ``int8``, and what does."""
+        """Return why these settings cannot serve a W stored as ``4bit`` or ``int8``, and what can; None if they do."""
         return None
 
     @classmethod
     def check_module(cls, config: Any, site: nn.Module) -> str | None:
-        """Say why a site that was found is left alone, and what would make it fit; None where it fits."""
+        """Return why the method does not fit a module, and what would make it fit; None where it fits."""
         return None
 
     @classmethod
@@ -225,7 +225,7 @@ def _charge_penalty(adapter: Adapter, inputs: Any, output: Tensor) -> Tensor:
 
 
 class LinearAdapter(Adapter):
-    """A method at a linear layer, told by the weight that replaces W."""
+    """A method at a linear layer, defined by the weight that replaces W."""
 
     site = "linear"
 

@@ -1,4 +1,4 @@
-"""What the adapters of the bottleneck family share: a small network behind a sub-layer, with a way round it."""
+"""Base of the bottleneck adapters: an MLP after a sub-layer, with a residual connection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_PARAMS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig(MethodConfig):
-    """What every bottleneck is told."""
+    """Settings shared by the bottleneck adapters."""
 
     bottleneck: int = setting(64, "width b of the bottleneck", min=1)
     activation: str = setting("relu", "the nonlinearity f", choices=tuple(ACTIVATIONS))

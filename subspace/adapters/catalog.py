@@ -36,7 +36,7 @@ FAMILY_MEANINGS = {
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What a reader wants to know at a glance of one method, or of a constraint that methods compose with."""
+    """Summary of one method, or of a constraint that methods compose with."""
 
     name: str
     family: str
@@ -185,7 +185,7 @@ def methods_grid(infos: Sequence[MethodInfo], model: str = "") -> Grid:
 
 
 def method_page(e: MethodInfo, model: str = "") -> str:
-    """Tell all about one method: its file's docstring, its names, its settings, and what it trains in a model."""
+    """Return the manual of one method: its file's docstring, names, settings, and what it trains in a model."""
     method = list_methods()[e.name]
     lines = [method_docstring(method), "", f"settings of {method.name}, as method.KEY:"]
     for field in dataclasses.fields(method.Config):

@@ -1,6 +1,6 @@
-"""Fold adapters into the weights that they wrap: in memory, and as a plain HF folder that is proved before it exists.
+"""Write base model and adapter as a plain Hugging Face folder, which is verified before it appears.
 
-A method is merged by its own equation, in float32: ``adapter.merged()`` tells what replaces the frozen tensors.
+A method is merged by its own equation, in float32: ``adapter.merged()`` returns what replaces the frozen tensors.
 A folder is put in place only after its model gave the same logits as the unmerged one.
 """
 
@@ -37,7 +37,7 @@ PROBE = (
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merged folder was proved by. Differences are the largest of any logit, relative to the largest logit."""
+    """The verification of a merged folder. Differences are the largest of any logit, relative to the largest logit."""
 
     layers: int
     dtype: str

@@ -84,12 +84,12 @@ def inject(
         model: the model, with or without other adapters.
         method: its name, in any letter case, or an alias; a constraint may follow, as ``lora+mpc-o``. Or its class.
         settings: the method's own settings by name, where they differ from its defaults.
-        targets: which sites; see :func:`subspace.sites.find`.
+        targets: which sites; see :func:`subspace.adapters.targets.find_target_modules`.
         patterns: settings for some sites, by a regular expression for their names, as ``{r"layers\.0\..*": {"r": 8}}``;
             the last that matches counts.
         seed: of the initial values.
         start: False leaves out what is computed from the weights, for adapters that are to be overwritten.
-        progress: told how far the reading of the weights is.
+        progress: shows how far the reading of the weights is.
 
     Raises:
         UserError: an unknown method, setting or target, or a method that these weights cannot serve.
@@ -145,7 +145,11 @@ def _apply_patterns(config: MethodConfig, name: str, patterns: Mapping[str, Mapp
 def _weight_source(
     model: Any, cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module
 ) -> tuple[str, str] | None:
-    """Say where W is to be read, if not in the model; refuse a quantised one that cannot serve the method."""
+    """Return where to read W, if not in the model.
+
+    Raises:
+        UserError: a quantised W that cannot serve the method.
+    """
     kind = storage_format(site) if hasattr(site, "weight") else "plain"
     if kind == "plain":
         return None
@@ -184,7 +188,7 @@ def adapter_groups(model: nn.Module) -> list[list[Adapter]]:
 
 
 def assign_groups(model: nn.Module, group_of: Mapping[str, int]) -> None:
-    """Say which adapters, by site, share a schedule and a penalty."""
+    """Set which adapters, by site, share a schedule and a penalty."""
     sizes = Counter(group_of.values())
     for site, adapter in adapters(model).items():
         if site in group_of:

@@ -1,4 +1,4 @@
-r"""What LoRA's family shares: two factors, a scale, dropout, and the matrix pattern constraints on the factors.
+r"""Bases of the low-rank methods: two factors, a scale, dropout, and the matrix pattern constraints on the factors.
 
 The constraints are those of Si, Yang, Shen, arXiv:2407.05417, section "matrix pattern constraints". With every weight
 ``(out, in)``, ``A (r, in)`` and ``B (out, r)``:
@@ -33,7 +33,7 @@ from subspace.kernels.low_rank import lora_down, lora_up_add
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(MethodConfig):
-    """What every method with two factors is told."""
+    """Settings shared by low-rank methods."""
 
     r: int = setting(16, "rank of the update", min=1)
     alpha: float | None = setting(32.0, "the update is scaled by alpha / r; none is r", min=0)
@@ -43,7 +43,7 @@ class LowRankConfig(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConstrainedConfig(LowRankConfig):
-    """What a method whose factors may be constrained is told besides."""
+    """Settings of a low-rank method whose factors may be constrained."""
 
     mpc: str = setting("none", "matrix pattern constraint on the factors", choices=("none", "o", "d", "n"))
     mpc_weight: float = setting(0.0, "weight of the constraint's penalty; the paper gives none", min=0)

@@ -22,13 +22,13 @@ _UNDO = "_subspace_replaced_by_merge"
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a merge took out of the model at one site."""
+    """An adapter that a merge took out of the model, and the frozen parameters that it replaced."""
 
     adapter: Adapter
     held: dict[str, nn.Parameter | None]  # the module's own parameters, by their names in it
 
     def changes(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-        """Tell the name, the frozen value, None for what the merge created, and the merged one of each tensor."""
+        """Yield each tensor's name, its frozen value (None for what the merge created) and its merged value."""
         for name, held in self.held.items():
             merged = getattr(self.adapter.base, name)
             if merged is not None:
@@ -92,12 +92,12 @@ def replaced_by_merge(model: nn.Module) -> dict[str, Replaced]:
 
 
 def discard_undo(model: nn.Module) -> None:
-    """Let go of what ``merge`` took out of a model, which then cannot be unmerged."""
+    """Free what ``merge`` took out of a model, which then cannot be unmerged."""
     delattr(model, _UNDO)
 
 
 def _shares(model: nn.Module) -> bool:
-    """Tell whether modules share a parameter, as embedding and head of a model that ties them do."""
+    """Return True if modules share a parameter, as embedding and head of a model that ties them do."""
     users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     return any(count > 1 for count in users.values())
 

@@ -67,7 +67,7 @@ def stacked(base: Any, several: Sequence[Adapter | None]) -> tuple[Tensor, Tenso
 
 
 def can_batch_adapters(model: nn.Module) -> bool:
-    """Tell whether the adapters that are in a model all act on linear layers, each by itself."""
+    """Return True if all adapters in a model act on linear layers, each by itself."""
     return all(
         adapter.target_kind(adapter.config) in ("linear", "sublayer")
         and type(adapter).attach is Adapter.attach

@@ -1,4 +1,4 @@
-"""How many numbers a method trains in a model, and which size of it trains a given number. No weight is read."""
+"""Count trainable parameters, and find the size of a method that trains a given number of them. No weight is read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def match_budget(
         method: its name or an alias, which a constraint may follow, or its class.
         model: the model, on any device; it is left as it is.
         parameters: the number of trained values to come near to.
-        targets: which sites; see :func:`subspace.sites.find`.
+        targets: which sites; see :func:`subspace.adapters.targets.find_target_modules`.
         **settings: the method's own settings.
 
     Raises:

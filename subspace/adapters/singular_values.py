@@ -1,4 +1,4 @@
-"""What the methods that train singular values share: W's own singular vectors, frozen, and a factor between them.
+"""Base of the methods that train singular values: W's own singular vectors, frozen, and a factor between them.
 
 All of them, and W is replaced: ``y = U (s * V^T x)``, two products of the smaller side. Or the p largest, and W stays:
 ``y = W x + U_p ((s - sigma)_p * V_p^T x)``, as cheap as LoRA of rank p and fit for quantised bases. The second form is
@@ -22,7 +22,7 @@ from subspace.kernels.low_rank import lora_up_add
 
 @dataclass(frozen=True, kw_only=True)
 class SingularValueConfig(MethodConfig):
-    """How much of the spectrum is trained."""
+    """Settings shared by the methods that train singular values."""
 
     p: int | None = setting(
         None, "train the p largest singular values only, beside W; none is all, in its place", min=1

@@ -1,4 +1,4 @@
-"""Where adapters can go: the one table of what decoder architectures call their parts, and the search in a model.
+"""Target modules: the names that decoder architectures give their parts, and the search for them in a model.
 
 A *site* is a module that an adapter can wrap. There are six kinds:
 
@@ -30,7 +30,7 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class LayerNames:
-    """What one architecture calls its parts, each by the last component of a module's name.
+    """The names of one architecture's parts, each the last component of a module's name.
 
     ``fused`` maps a linear that holds several projections to the usual names of those: each of them, as a target,
     means the fused linear.
@@ -110,7 +110,7 @@ def _is(kind: str, name: str, module: nn.Module, names: LayerNames) -> bool:
 
 
 def matches_target(target: str, name: str) -> bool:
-    """Tell whether a target means the module of this name."""
+    """Return True if a target matches the module of this name."""
     return _pattern(target).fullmatch(name) is not None
 
 
@@ -124,7 +124,7 @@ def _pattern(target: str) -> re.Pattern[str]:
 
 
 def _known(sites: Mapping[str, nn.Module], names: LayerNames, word: str = "") -> str:
-    """Say which targets would match."""
+    """Return which targets would match, for messages."""
     known = {alias.rpartition(".")[2] for name in sites for alias in _aliases(name, names)}
     return nearest(word, known) if known else "No such site is left in it."
 

@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""One file for each method, found by itself; ``README.md`` beside it has the table of them."""

@@ -51,7 +51,7 @@ class AdaLoRA(TripletAdapter):
         return weight * orthogonality_gap(self.A, self.B.T)
 
     def scores(self, access: OptimizerAccess) -> Tensor:
-        """Take in this step's importances (eqs. 8, 9); return those of (B_j, E_j, A_j), (r,) (eqs. 7, 10)."""
+        """Update the importances by this step (eqs. 8, 9); return those of (B_j, E_j, A_j), (r,) (eqs. 7, 10)."""
         for key, gradient in self.gradients.items():
             # As in the authors' code, the value is the one after the step.
             importance = (access.value(self.trained()[key]) * gradient).abs()

@@ -76,7 +76,7 @@ class FlexLoRA(TripletAdapter):
             adapters[j].grow(E[j], access, seed=progress.step * len(adapters) + j)
 
     def drop(self, E: Tensor, access: OptimizerAccess) -> None:
-        """Let the direction with the smallest abs(E) go."""
+        """Remove the direction with the smallest abs(E)."""
         lost = torch.where(self.alive > 0, E.abs(), torch.inf).argmin()
         self.alive[lost] = 0
         access.write(self.E, E.index_fill(0, lost, 0))

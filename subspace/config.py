@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from subspace.adapters import registry
 from subspace.adapters.base import Adapter, MethodConfig
 from subspace.common.declarations import parse_value, read_yaml, write_yaml
 from subspace.common.paths import find_resource, recipes_folder, resource_name
-from subspace.common.settings import SettingInfo, Settings, check_settings, declared_settings, setting
+from subspace.common.settings import SettingInfo, Settings, check_settings, declared_settings, setting, suggest_setting
 from subspace.data.config import DataConfig
 from subspace.errors import UserError, nearest
 from subspace.evaluation.config import EvaluateConfig, EvaluationSubject, PublishedScores
@@ -326,7 +326,7 @@ def _compose(values: Layer, beside: Path, *, found_in_run: bool = False) -> RunC
     methods = {place: _resolve(place, below[place], found_in_run=found_in_run) for place in places}
     if unknown:
         known = all_settings({place: method.cls for place, method in methods.items()})
-        raise UserError(f"{values[unknown[0]].origin} sets '{unknown[0]}', but {_suggest(unknown[0], known)}")
+        raise UserError(f"{values[unknown[0]].origin} sets '{unknown[0]}', but {suggest_setting(unknown[0], known)}")
 
     engine = top.get("engine", Given(declared_settings(RunConfig)["engine"].default, ""))
     if isinstance(engine.value, str):
@@ -386,15 +386,6 @@ def _method_entry(place: str, layer: Layer, found: registry.FoundMethod) -> Meth
     if file:
         where |= {"file": f"{METHOD}/{file.path.name}", "sha256": file.sha256}  # where a run's folder has its copy
     return MethodEntry(name=method.name, settings=settings, **where)
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    """Say what there is instead of a setting that is in no section: elsewhere, or which sections."""
-    if any(key.startswith(f"{name}.") for key in known):
-        return f"{name} is a section. Its settings are given one by one, as {name}.KEY=VALUE"
-    same = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    hint = f"Did you mean '{same[0]}'?" if same else nearest(name, {key.partition(".")[0] for key in known})
-    return f"there is no such setting. {hint}"
 
 
 def _find_engine(path: str, folders: Sequence[Path]) -> str:

@@ -10,7 +10,6 @@ from torch import nn
 
 from subspace.adapters.inject import trained_parameters
 from subspace.adapters.parameter_count import count_numbers
-from subspace.adapters.registry import resolve_method
 from subspace.config import RunConfig
 from subspace.data.dataset import Data, Fed
 from subspace.data.sampler import StepPlan, draw_steps
@@ -83,7 +82,7 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device) -> Res
         source=config.engine,
     )
     on_gpu = device.type == "cuda"
-    methods = [(resolve_method(entry.name)[0], entry.settings) for entry in config.method]
+    methods = [(entry.adapter_class, entry.settings) for entry in config.method]
     check_optimizer(config.train.optimizer, gpu=on_gpu, offloaded=engine.optimizer_offloaded)
     check_accelerations(compiled=config.train.compile, liger=config.train.liger, gpu=on_gpu)
     check_compatibility(config.model, methods, engine.settings)

@@ -172,6 +172,15 @@ def no_such_setting(owner: str, key: str, known: Iterable[str]) -> str:
     return f"{owner} has no setting '{key}'. {nearest(key, known)}"
 
 
+def suggest_setting(name: str, known: Iterable[str]) -> str:
+    """Say what there is instead of a setting that is in no section: elsewhere, or which sections."""
+    if any(key.startswith(f"{name}.") for key in known):
+        return f"{name} is a section. Its settings are given one by one, as {name}.KEY=VALUE"
+    same = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = f"Did you mean '{same[0]}'?" if same else nearest(name, {key.partition(".")[0] for key in known})
+    return f"there is no such setting. {hint}"
+
+
 def _complaint(info: SettingInfo, fault: Mapping[str, Any]) -> str:
     if fault["type"] == "literal_error":
         return f": {info.doc}. {nearest(str(fault['input']), info.choices)}"

@@ -27,7 +27,7 @@ UNMARKED = {
 }
 #: Documented in spite of their underscore.
 PUBLIC = {"_asdict", "_fields", "_replace", "_exit", "_current_frames", "_get_frame"}
-#: Of torch and argparse, which have no compat file: each where nothing public does the same.
+#: Of torch, which has no compat file: each where nothing public does the same.
 ALLOWED = {
     "_base",
     "_cdata",
@@ -35,7 +35,6 @@ ALLOWED = {
     "_is_view",
     "_make_wrapper_subclass",
     "_non_persistent_buffers_set",
-    "_option_string_actions",
     "_scaled_dot_product_flash_attention_for_cpu",
     "_softmax_backward_data",
     "torch.utils._python_dispatch",

@@ -1,8 +1,13 @@
-"""Dropout that costs little on a CPU: only what is dropped is drawn.
+"""Dropout on a CPU that draws only what is dropped.
 
-torch draws a number for every value, and on a CPU one after the other: a tenth of a training step. Here the distances
-from one dropped value to the next are drawn. They are distributed geometrically, so that each value is dropped with
-probability p, whatever happens to the others.
+When: on a CPU, in training, for p up to SPARSE. On a GPU, and above, torch's own.
+
+Gain: of a LoRA layer with dropout, forward and backward, over the frozen layer alone: torch's dropout 1.181, this one
+1.099, none 1.089; so nine tenths of what dropout costs (`tests/bench/RESULTS.md`).
+
+Why: torch draws a number for every value, one after the other. For p = 0.05 a twentieth as many suffice: those that say
+how many values are kept until the next dropped one. When each value is dropped with probability p, independently of the
+others, these distances are distributed geometrically, and a geometric number is drawn from a uniform one by inversion.
 """
 
 from __future__ import annotations
@@ -24,42 +29,49 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
         return x
     if not use_sparse_dropout(x, p):
         return F.dropout(x, p)
-    out: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
+    out: Tensor = _SparseDropout.apply(x, p)  # type: ignore[no-untyped-call]
     return out
 
 
 def use_sparse_dropout(x: Tensor, p: float) -> bool:
-    """Tell whether what is dropped of x is drawn by its places."""
+    """Return True if the places of dropped values of x are drawn, and not a mask."""
     return x.device.type == "cpu" and p <= SPARSE and not torch.compiler.is_compiling()
 
 
-class _Dropout(torch.autograd.Function):
+class _SparseDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         dropped = sample_dropped_indices(x.numel(), p)
-        ctx.save_for_backward(dropped)
+        ctx.save_for_backward(dropped)  # the places, a few integers, in the place of a mask of x's size
         ctx.p = p
         return _without(x, dropped, p)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
         (dropped,) = ctx.saved_tensors
-        return _without(gradients[0], dropped, ctx.p), None
+        return _without(grad_out, dropped, ctx.p), None
 
 
 def _without(x: Tensor, dropped: Tensor, p: float) -> Tensor:
+    """Return x / (1 - p) with zeros at the dropped places of its values in row-major order."""
     out = x.contiguous() * (1 / (1 - p))
     out.view(-1).index_fill_(0, dropped, 0.0)
     return out
 
 
 def sample_dropped_indices(count: int, p: float) -> Tensor:
-    """Draw which of ``count`` values are dropped, each with probability p, in rising order."""
+    """Draw which of ``count`` values are dropped, each with probability p: their indices in rising order, int64."""
+    # P(kept >= k) = (1 - p)^k, so kept = floor(log(1 - u) / log(1 - p)) for a uniform u in [0, 1).
     kept_between = torch.rand(indices_drawn(count, p)).neg_().log1p_().mul_(1 / math.log1p(-p)).long()
-    places = kept_between.add_(1).cumsum_(0).sub_(1)
-    return places[: int(torch.searchsorted(places, count))]
+    # Each dropped value stands behind the kept ones and the dropped ones before it; the first at index kept[0].
+    indices = kept_between.add_(1).cumsum_(0).sub_(1)
+    return indices[: int(torch.searchsorted(indices, count))]
 
 
 def indices_drawn(count: int, p: float) -> int:
-    """Return how many distances are drawn for ``count`` values: too few with a probability below 1e-12."""
+    """Return how many distances are drawn for ``count`` values: too few with a probability below 1e-12.
+
+    On average ``count * p`` are dropped, with a standard deviation below ``sqrt(count * p)``; there are eight more of
+    those. How far the random state moves so does not depend on what was drawn.
+    """
     return int(count * p + 8 * math.sqrt(count * p) + 32)

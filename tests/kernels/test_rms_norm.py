@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from subspace.kernels.rms_norm import KINDS, patch_rms_norm
+from subspace.kernels.rms_norm import patch_rms_norm
+from tests.helpers.tiny_models import tiny
 
 WIDTH = 24
+#: Norms that the kernel must know: if one is not patched any more, transformers has changed it.
+KINDS = ("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Phi3RMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 def norm_of(kind: str, dtype: torch.dtype) -> Any:
@@ -50,6 +53,7 @@ def test_it_is_transformers(kind: str) -> None:
         )
         theirs = results(norm, dtype)
         patch_rms_norm(norm)
+        assert "forward" in vars(norm), f"transformers has changed {kind}: it is not known as an RMS norm any more"
         ours = results(norm, dtype)
         for one, other, right in zip(ours, theirs, exact, strict=True):
             assert apart(one, right) < most
@@ -60,6 +64,51 @@ def test_another_norm_is_left_alone() -> None:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
     norm = GemmaRMSNorm(WIDTH)
+    patch_rms_norm(norm)
+    assert "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_every_norm_of_a_known_model_is_patched(architecture: str) -> None:
+    model = tiny(architecture)
+    patch_rms_norm(model)
+    norms = [module for name, module in model.named_modules() if name.rpartition(".")[2].endswith("norm")]
+    assert len(norms) > 2
+    assert all("forward" in vars(norm) for norm in norms)
+
+
+class Renamed(nn.Module):
+    """The norm under another name, and variants of it."""
+
+    def __init__(self, shift: float = 0.0, centred: bool = False) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(WIDTH), requires_grad=False), 1e-6
+        type(self).shift, type(self).centred = shift, centred
+
+    shift, centred = 0.0, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True) if Renamed.centred else 0.0
+        x = x - mean
+        scale: Tensor = (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        return (Renamed.shift + self.weight) * x * scale
+
+
+@pytest.mark.parametrize(("shift", "centred", "known"), [(0.0, False, True), (1.0, False, False), (0.0, True, False)])
+def test_a_norm_is_known_by_what_it_computes_and_not_by_its_name(shift: float, centred: bool, known: bool) -> None:
+    norm = Renamed(shift, centred)
+    state = torch.random.get_rng_state()
+    patch_rms_norm(norm)
+    assert ("forward" in vars(norm)) == known
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_norm_that_needs_more_than_weight_and_epsilon_is_left_alone() -> None:
+    class Gated(Renamed):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.gate  # type: ignore[operator]
+
+    norm = Gated()
     patch_rms_norm(norm)
     assert "forward" not in vars(norm)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from subspace.data.collate import IGNORE_INDEX
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.kernels import cross_entropy as loss
-from subspace.models.lm_head import summed_loss
+from subspace.models.lm_head import SummedLoss, summed_loss
 from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, tiny, tiny_llama
 
 
@@ -105,3 +107,77 @@ def test_parts_under_zero_3() -> None:
         engine.destroy()
     assert losses[2] < losses[0] - 1
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
+
+
+class Recorded(nn.Module):
+    """A model whose forward passes are counted, and which may change its logits."""
+
+    def __init__(self, change: Callable[[Tensor], Any] = lambda logits: logits) -> None:
+        super().__init__()
+        self.inner, self.change, self.passes = tiny_llama(), change, 0
+        self.config = self.inner.config
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.lm_head  # type: ignore[no-any-return]
+
+    def forward(self, **inputs: Any) -> Any:
+        self.passes += 1
+        out = self.inner(**inputs)
+        out.logits = self.change(out.logits)
+        return out
+
+
+def in_place(logits: Tensor) -> Tensor:
+    return logits.mul_(0.5)
+
+
+CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "nothing": (lambda logits: logits, False),
+    "an alias": (lambda logits: logits.view_as(logits), False),
+    "float": (lambda logits: logits.float(), False),
+    "scaled": (lambda logits: logits * 0.5, True),
+    "scaled in place": (in_place, True),
+    "capped": (lambda logits: 30 * torch.tanh(logits / 30), True),
+    "rounded": (lambda logits: logits.bfloat16(), True),
+}
+
+
+@pytest.mark.usefixtures("a_few_at_once")
+@pytest.mark.parametrize("inference", [False, True], ids=["training", "no_grad"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_changes_its_logits_is_noticed_and_remembered(change: str, inference: bool) -> None:
+    function, changed = CHANGES[change]
+    model, of = Recorded(function), batch()
+    loss_of = SummedLoss(model)
+    with torch.no_grad() if inference else nullcontext():
+        found = [loss_of(of), loss_of(of)]
+        expected = plain(model, of)
+    assert loss_of.postprocesses_logits == changed
+    assert model.passes == (3 if changed else 2) + 1  # the first loss took two passes, plain one more
+    assert torch.allclose(torch.stack(found), expected, rtol=1e-5)
+    assert found[0].shape == ()
+
+
+def test_nothing_is_left_on_the_head_or_in_the_module() -> None:
+    model, of = tiny_llama(), batch()
+    head = model.lm_head
+    before = set(vars(head))
+    summed_loss(model, of)
+    assert set(vars(head)) == before
+    assert not head._forward_hooks
+
+
+def test_the_head_is_as_before_after_an_error_in_the_model() -> None:
+    def fail(_: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    model = Recorded(fail)
+    with pytest.raises(ZeroDivisionError):
+        summed_loss(model, batch())
+    assert "forward" not in vars(model.inner.lm_head)
+
+
+def test_no_label_at_all_is_a_loss_of_zero() -> None:
+    of = batch()
+    of["labels"] = torch.full_like(of["labels"], IGNORE_INDEX)
+    assert summed_loss(tiny_llama(), of).item() == 0.0

@@ -19,7 +19,15 @@ from subspace.adapters import registry
 from subspace.adapters.base import Adapter, MethodConfig
 from subspace.common.declarations import parse_value, read_yaml, write_yaml
 from subspace.common.paths import find_resource, recipes_folder, resource_name
-from subspace.common.settings import SettingInfo, Settings, check_settings, declared_settings, setting, suggest_setting
+from subspace.common.settings import (
+    SettingInfo,
+    Settings,
+    check_settings,
+    current_names,
+    declared_settings,
+    setting,
+    suggest_setting,
+)
 from subspace.data.config import DataConfig
 from subspace.errors import UserError, nearest
 from subspace.evaluation.config import EvaluateConfig, EvaluationSubject, PublishedScores
@@ -150,6 +158,23 @@ def read_given(file: Path) -> dict[str, Any]:
         (nested.setdefault(section, {}) if section else nested)[key] = given.value
     entries = [nested.pop(section) for section in list(nested) if section.startswith(f"{METHOD}.")]
     return {**nested, METHOD: entries} if entries else nested
+
+
+def with_current_names(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return :meth:`RunConfig.as_dict` of an earlier version, as a checkpoint keeps it, under the present names."""
+
+    def entry(values: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return current_names(registry.resolve_method(str(values["name"]))[0].Config, values)
+        except UserError:  # a method that is not known here; whoever needs it says so
+            return dict(values)
+
+    current = dict(plain)
+    for name, cls in SECTIONS.items():
+        current[name] = current_names(cls, plain.get(name, {}))
+    method = plain[METHOD]
+    current[METHOD] = entry(method) if isinstance(method, Mapping) else [entry(values) for values in method]
+    return current
 
 
 def read_data_config(what: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -73,12 +73,12 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device) -> Res
     Raises:
         UserError: settings that contradict one another, the engine's file or the machine.
     """
-    layout = compute_batch_layout(config.train.batch, config.train.micro_batch, world_size)
+    layout = compute_batch_layout(config.train.batch_size, config.train.micro_batch_size, world_size)
     engine = resolve_deepspeed_config(
         read_engine_file(config.engine),
         layout,
         dtype=config.model.dtype,
-        clip=config.train.clip,
+        clip=config.train.max_grad_norm,
         source=config.engine,
     )
     on_gpu = device.type == "cuda"

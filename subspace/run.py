@@ -24,7 +24,7 @@ from subspace.common.files import is_disk_full, write_json
 from subspace.common.host_memory import set_malloc_trim
 from subspace.common.paths import checkout
 from subspace.common.progress import Progress, no_progress, show_progress
-from subspace.config import MethodEntry, RunConfig, read_config, write_config
+from subspace.config import MethodEntry, RunConfig, read_config, with_current_names, write_config
 from subspace.data.dataset import Data, open_data
 from subspace.data.leakage import overlap_notices
 from subspace.data.sampler import StepPlan
@@ -191,6 +191,8 @@ def _train(
 
 def describe_resume(checkpoint: Checkpoint, run: ResolvedRun) -> list[str]:
     """Return notices of where a run continues and what has changed; UserError for what must not change."""
+    facts = {**checkpoint.facts, "config": with_current_names(checkpoint.facts["config"])}
+    checkpoint = replace(checkpoint, facts=facts)
     changes = compare_with_checkpoint(checkpoint, run.config.as_dict(), run.engine.settings, run.layout.ranks)
     return [f"goes on after step {checkpoint.facts['step']}", *(f"changed: {change}" for change in changes)]
 
@@ -227,7 +229,8 @@ def is_finished(config: RunConfig) -> bool:
     try:
         ended = "outcome" in json.loads((config.folder / ENVIRONMENT_FILE).read_text())
         before = read_config(config.folder / "config.yaml", found_in_run=True)
-        return ended and replace(before, name=config.name, runs=config.runs, evaluate=config.evaluate) == config
+        free = {name: getattr(config, name) for name in ("name", "runs", "evaluate", "published")}
+        return ended and replace(before, **free) == config
     except (OSError, ValueError, UserError):
         return False
 

@@ -18,6 +18,7 @@ from subspace.cli.command import settings_manual
 from subspace.common.paths import REPOSITORY
 from subspace.common.settings import SettingInfo
 from subspace.errors import UserError
+from subspace.training.resume import Checkpoint, compare_with_checkpoint
 from tests.helpers.tiny_models import tiny_llama
 
 RECIPES = REPOSITORY / "launch" / "recipes"
@@ -26,7 +27,7 @@ model:  {path: smollm2-135m, dtype: bfloat16, quantize: nf4}
 method: {name: dora, r: 8, alpha: 64}
 targets: [q_proj, k_proj]
 data:   {mixture: commonsense, max_length: 128, loss_on: answer}
-train:  {epochs: 3, batch: 8, learning_rate: 2e-4, warmup_steps: 7, seed: 3}
+train:  {epochs: 3, batch_size: 8, learning_rate: 2e-4, warmup_steps: 7, seed: 3}
 engine: ds_configs/zero2.json
 evaluate: {protocol: likelihood, tasks: [boolq]}
 """
@@ -63,7 +64,7 @@ def test_the_file_arrives_typed(file: Path) -> None:
     assert run.model.quantize == "nf4"
     assert run.method == (part("dora", r=8, alpha=64.0, targets=["q_proj", "k_proj"]),)
     assert run.methods == "dora"
-    assert (run.train.learning_rate, run.train.batch) == (2e-4, 8)
+    assert (run.train.learning_rate, run.train.batch_size) == (2e-4, 8)
     assert run.evaluate.tasks == ["boolq"]
     assert run.name == "example"
     assert run.folder == Path("runs/example")
@@ -122,8 +123,8 @@ def test_another_method_leaves_the_old_ones_settings(file: Path) -> None:
     ("override", "expected"),
     [
         ("method=rslora", part("lora", rslora=True)),
-        ("method=LoRA+MPC_o", part("lora", mpc="o")),
-        ("method=TriLoRA+mpc-d", part("trilora", mpc="d")),
+        ("method=LoRA+MPC_o", part("lora", constraint="orthogonal")),
+        ("method=TriLoRA+mpc-d", part("trilora", constraint="diagonal")),
         ("method=p-tuning-v2", part("prefix")),
     ],
 )
@@ -135,7 +136,9 @@ def test_an_alias_is_written_out(file: Path, override: str, expected: config_mod
 def test_what_stands_beside_an_alias_counts_more(file: Path) -> None:
     file.write_text("method: {name: rslora, r: 4, rslora: false}\n")
     assert config_module.read_config(file).method == (part("lora", r=4),)
-    assert config_module.read_config(file, ["method.name=lora+mpc-o"]).method == (part("lora", r=4, mpc="o"),)
+    assert config_module.read_config(file, ["method.name=lora+mpc-o"]).method == (
+        part("lora", r=4, constraint="orthogonal"),
+    )
     assert config_module.read_config(file, ["method.name=rslora"]).method == (part("lora", r=4, rslora=True),)
 
 
@@ -387,3 +390,73 @@ def test_targets_may_stand_in_the_method_s_section(file: Path) -> None:
 def test_text_that_looks_like_a_number_is_text_on_the_command_line(file: Path) -> None:
     run = config_module.read_config(file, ["name=007", "model.path=12", "evaluate.tasks=[a, b]", "data.limit=null"])
     assert (run.name, run.model.path, run.evaluate.tasks, run.data.limit) == ("007", "12", ["a", "b"], None)
+
+
+# Names that settings had before.
+
+OLD = """
+name: old
+model: {path: smollm2-135m}
+method: {name: lora, r: 8, mpc: o, mpc_weight: 0.5, mpc_reduce: mean, mpc_squared: false}
+targets: [q_proj]
+train: {batch: 8, micro_batch: 2, clip: 0.5, keep: best, lora_plus: 4.0}
+evaluate:
+  {protocol: 'likelihood,answer-word', tasks: boolq, seen: score, again: true, mixed: true, defects: unequal_prompts}
+"""
+NEW = """
+name: old
+model: {path: smollm2-135m}
+method:
+  {name: lora, r: 8, constraint: orthogonal, constraint_weight: 0.5, constraint_reduce: mean, constraint_squared: false}
+targets: [q_proj]
+train: {batch_size: 8, micro_batch_size: 2, max_grad_norm: 0.5, save_final: best, lora_plus_lr_ratio: 4.0}
+evaluate:
+  protocol: [likelihood, answer-word]
+  tasks: [boolq]
+  on_contamination: warn
+  overwrite: true
+  batch_adapters: true
+  defects: [unequal_prompts]
+"""
+
+
+def test_an_old_configuration_is_read_with_one_notice_a_name(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.write_text(NEW)
+    new = config_module.read_config(file)
+    assert not caplog.messages
+    file.write_text(OLD)
+    assert config_module.read_config(file) == new
+    assert len(caplog.messages) == 4 + 5 + 3
+    assert f"{file} sets train.batch, which is called train.batch_size now" in "\n".join(caplog.messages)
+
+
+def test_an_old_name_on_the_command_line_wins_over_the_file(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert config_module.read_config(file, ["train.batch=4"]).train.batch_size == 4
+    assert config_module.read_config(file, ["evaluate.seen=score"]).evaluate.on_contamination == "warn"
+    assert caplog.messages[0].startswith("the command line sets train.batch, which is called train.batch_size now")
+    file.write_text(OLD)
+    assert config_module.read_config(file, ["train.batch_size=4"]).train.batch_size == 4
+
+
+def test_an_old_adapter_file_s_settings_are_read() -> None:
+    """As adapter.json of an earlier version has them."""
+    created = inject(tiny_llama(), "lora", {"r": 4, "alpha": 8.0, "mpc": "n", "mpc_weight": 0.0}, targets=["q_proj"])
+    assert {adapter.config.constraint for adapter in created.values()} == {"nonlinear"}
+    assert not any(adapter.mergeable for adapter in created.values())
+
+
+def test_an_old_checkpoint_s_configuration_is_compared_under_the_present_names(file: Path) -> None:
+    file.write_text(NEW)
+    run = config_module.read_config(file)
+    old = yaml.safe_load(OLD)
+    stored = {**run.as_dict(), **{name: old[name] for name in ("method", "train", "evaluate")}}
+    stored["method"] = {**run.as_dict()["method"], **old["method"]}
+    for name in ("constraint", "constraint_weight", "constraint_reduce", "constraint_squared"):
+        del stored["method"][name]
+    new_names = ("batch_size", "micro_batch_size", "max_grad_norm", "save_final", "lora_plus_lr_ratio")
+    stored["train"] |= {key: value for key, value in run.as_dict()["train"].items() if key not in new_names}
+    facts = {"config": config_module.with_current_names(stored), "engine": {}, "ranks": 1}
+    checkpoint = Checkpoint(Path("runs/old/checkpoints/step"), facts, {}, {})
+    assert compare_with_checkpoint(checkpoint, run.as_dict(), {}, 1) == []
+    other = dataclasses.replace(run, train=dataclasses.replace(run.train, max_grad_norm=1.0))
+    assert compare_with_checkpoint(checkpoint, other.as_dict(), {}, 1) == ["train.max_grad_norm: 0.5 -> 1.0"]

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 #: Settings that do not fit, the engine's file that goes with them, and words of the message.
 REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
-    "micro-batch": (["train.micro_batch=3"], {}, "does not divide the 8 rows"),
+    "micro-batch": (["train.micro_batch_size=3"], {}, "does not divide the 8 rows"),
     "engine's number": ([], {"train_batch_size": 32}, "sets train_batch_size to 32"),
     "engine's section": ([], {"scheduler": {}}, "has a section 'scheduler'"),
     "engine's auto": ([], {"wall_clock_breakdown": "auto"}, 'leaves wall_clock_breakdown "auto"'),

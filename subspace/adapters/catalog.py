@@ -107,7 +107,7 @@ def _constraint(name: str) -> MethodInfo:
         site="linear",
         mergeable="cannot be merged" not in told[1],
         weight_access="nothing",
-        settings={f.name: f.default for f in fields if f.name.startswith("mpc_")},
+        settings={f.name: f.default for f in fields if f.name.startswith("constraint_")},
         size_setting=None,
         composes=tuple(m.name for m in list_methods().values() if _constrained(m) and is_builtin(m)),
         arxiv=paper[1],
@@ -205,7 +205,7 @@ def method_page(e: MethodInfo, model: str = "") -> str:
 def _own(e: MethodInfo) -> dict[str, Any]:
     """Return a method's settings without those of the constraints, which have rows of their own."""
     shown = e.family == CONSTRAINT or not e.composes
-    return {name: value for name, value in e.settings.items() if shown or not name.startswith("mpc")}
+    return {name: value for name, value in e.settings.items() if shown or not name.startswith("constraint")}
 
 
 def _count(e: MethodInfo) -> str:

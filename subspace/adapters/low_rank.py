@@ -45,10 +45,20 @@ class LowRankConfig(MethodConfig):
 class ConstrainedConfig(LowRankConfig):
     """Settings of a low-rank method whose factors may be constrained."""
 
-    mpc: str = setting("none", "matrix pattern constraint on the factors", choices=("none", "o", "d", "n"))
-    mpc_weight: float = setting(0.0, "weight of the constraint's penalty; the paper gives none", min=0)
-    mpc_reduce: str = setting("sum", "the penalty over all layers", choices=("sum", "mean"))
-    mpc_squared: bool = setting(True, "square the penalty's norms")
+    constraint: str = setting(
+        "none",
+        "matrix pattern constraint on the factors",
+        choices=("none", "orthogonal", "diagonal", "nonlinear"),
+        formerly="mpc",
+        former_values={"o": "orthogonal", "d": "diagonal", "n": "nonlinear"},
+    )
+    constraint_weight: float = setting(
+        0.0, "weight of the constraint's penalty; the paper gives none", min=0, formerly="mpc_weight"
+    )
+    constraint_reduce: str = setting(
+        "sum", "the penalty over all layers", choices=("sum", "mean"), formerly="mpc_reduce"
+    )
+    constraint_squared: bool = setting(True, "square the penalty's norms", formerly="mpc_squared")
 
 
 def check_rank(adapter: LinearAdapter, r: int) -> None:
@@ -74,8 +84,8 @@ class LowRankAdapter(LinearAdapter):
         self.A = nn.Parameter(torch.empty(config.r, self.in_features))
         self.B = nn.Parameter(torch.zeros(self.out_features, config.r))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.mpc: str = getattr(config, "mpc", "none")
-        self.mergeable = self.mpc != "n"
+        self.constraint: str = getattr(config, "constraint", "none")
+        self.mergeable = self.constraint != "nonlinear"
 
     def core(self, h: Tensor) -> Tensor:
         """Return C h for the hidden values h, ``(..., r)``."""
@@ -94,7 +104,7 @@ class LowRankAdapter(LinearAdapter):
     def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x for the frozen layer, and what stands between the factors, ``(..., in) -> (..., r)``."""
         x, h = lora_down(x, self.A, self.config.dropout if self.training else 0.0)
-        return x, self.core(torch.relu(h) if self.mpc == "n" else h)
+        return x, self.core(torch.relu(h) if self.constraint == "nonlinear" else h)
 
     def forward(self, x: Tensor) -> Tensor:
         # B (A x) costs r * (in + out) per token; (B A) x would cost in * out.
@@ -103,14 +113,14 @@ class LowRankAdapter(LinearAdapter):
 
     def penalty(self) -> Tensor | None:
         config = self.config
-        if self.mpc not in ("o", "d") or not config.mpc_weight:
+        if self.constraint not in ("orthogonal", "diagonal") or not config.constraint_weight:
             return None
         A, B = self.A @ self.A.T, self.B.T @ self.B
         one = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        gaps = [A - one, B - one if self.mpc == "o" else off_diagonal(B)]
-        norms = [gap.square().sum() if config.mpc_squared else torch.linalg.matrix_norm(gap) for gap in gaps]
-        share = 1 if config.mpc_reduce == "sum" else self.num_siblings
-        penalty: Tensor = (norms[0] + norms[1]) * (config.mpc_weight / share)
+        gaps = [A - one, B - one if self.constraint == "orthogonal" else off_diagonal(B)]
+        norms = [gap.square().sum() if config.constraint_squared else torch.linalg.matrix_norm(gap) for gap in gaps]
+        share = 1 if config.constraint_reduce == "sum" else self.num_siblings
+        penalty: Tensor = (norms[0] + norms[1]) * (config.constraint_weight / share)
         return penalty
 
 

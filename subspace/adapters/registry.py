@@ -43,7 +43,11 @@ _Class = TypeVar("_Class", bound=type[Adapter])
 Presets = Mapping[str, Any]
 
 #: The paper's matrix pattern constraints, by the word that follows a method's name: ``lora+mpc-o``.
-CONSTRAINTS: dict[str, Presets] = {f"mpc-{letter}": {"mpc": letter} for letter in "odn"}
+CONSTRAINTS: dict[str, Presets] = {
+    "mpc-o": {"constraint": "orthogonal"},
+    "mpc-d": {"constraint": "diagonal"},
+    "mpc-n": {"constraint": "nonlinear"},
+}
 
 ENTRY_POINTS = "subspace.methods"
 #: What a method's ``num_params`` may name besides its settings.
@@ -193,7 +197,8 @@ def list_methods() -> dict[str, type[Adapter]]:
 def resolve_method(method: str | type[Adapter], file: MethodFile | None = None) -> tuple[type[Adapter], Presets]:
     """Return a method by name or alias, and the settings that the alias, or a constraint behind it, stands for.
 
-    Letter case is free, and ``_`` stands for ``-``: ``LoRA+MPC_o`` is LoRA with ``mpc: o``. A class stands for itself.
+    Letter case is free, and ``_`` stands for ``-``: ``LoRA+MPC_o`` is LoRA with ``constraint: orthogonal``. A class
+    stands for itself.
 
     Args:
         method: the name; of a method file that registers one method, also "".
@@ -215,8 +220,8 @@ def resolve_method(method: str | type[Adapter], file: MethodFile | None = None) 
         return cls, presets
     if constraint not in CONSTRAINTS:
         raise UserError(f"'{method}' asks for a constraint '{constraint}'. {nearest(constraint, CONSTRAINTS)}")
-    if "mpc" not in cls.Config.__dataclass_fields__:
-        able = [name for name, other in list_methods().items() if "mpc" in other.Config.__dataclass_fields__]
+    if "constraint" not in cls.Config.__dataclass_fields__:
+        able = [name for name, other in list_methods().items() if "constraint" in other.Config.__dataclass_fields__]
         raise UserError(
             f"'{method}': {constraint} constrains two factors, which {cls.name} has not. {nearest('', able)}"
         )

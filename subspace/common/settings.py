@@ -118,6 +118,18 @@ class Settings:
         return cls(**check_settings(cls, values, **context))
 
 
+def current_names(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values under the names that the settings have now, where a class declares which they had before."""
+    former = {info.formerly: info for info in declared_settings(cls).values() if info.formerly}
+    current: dict[str, Any] = {}
+    for key, value in values.items():
+        info = former.get(key)
+        if info and isinstance(value, str):
+            value = info.former_values.get(value, value)
+        current[info.name if info else key] = value
+    return current
+
+
 def check_settings(
     cls: type[Settings],
     values: Mapping[str, Any],
@@ -139,20 +151,17 @@ def check_settings(
         UserError: An unknown setting, or a value that its declaration does not allow.
     """
     declared = declared_settings(cls)
-    former = {info.formerly: info for info in declared.values() if info.formerly}
     current: dict[str, Any] = {}
     origins: dict[str, str] = {}
     prefix = f"{section}." if section else ""
     for key, value in values.items():
         source = origin if isinstance(origin, str) else origin.get(key, "")
-        name = key
-        if key in former:
-            name = former[key].name
-            value = former[key].former_values.get(value, value) if isinstance(value, str) else value
-            by = f"{source} sets " if source else ""
-            logger.warning(f"{by}{prefix}{key}, which is called {prefix}{name} now. Its old name will go")
+        ((name, present),) = current_names(cls, {key: value}).items()
+        if name != key:
+            by = f"{source} sets {prefix}{key}" if source else f"{prefix}{key} is set"
+            logger.warning(f"{by}, which is called {prefix}{name} now. The old name goes with the next version")
         current.pop(name, None)
-        current[name], origins[name] = value, source
+        current[name], origins[name] = present, source
     try:
         return dict(_validator(_key(cls)).validate_python(current))
     except pydantic.ValidationError as error:

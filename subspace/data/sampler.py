@@ -88,7 +88,7 @@ def shard_batch(numbers: Sequence[int], rank: int, ranks: int, accumulate: int) 
     if len(numbers) < ranks * accumulate:
         raise UserError(
             f"a step of {len(numbers)} rows cannot be shared by {ranks} processes in {accumulate} micro-batches each. "
-            f"Make train.batch at least {ranks * accumulate}"
+            f"Make train.batch_size at least {ranks * accumulate}"
         )
     together = np.array_split(np.asarray(numbers), accumulate)
     return [[int(number) for number in part[rank::ranks]] for part in together]

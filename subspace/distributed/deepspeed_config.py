@@ -43,14 +43,16 @@ def compute_batch_layout(batch: int, micro_batch: int | None, ranks: int) -> Bat
     """Spread a step's rows over ranks and micro-batches; without ``micro_batch``, a rank takes its share at once."""
     if batch % ranks:
         fits = ", ".join(str(n) for n in (batch // ranks * ranks, -(-batch // ranks) * ranks) if n)
-        raise UserError(f"train.batch is {batch} rows a step, which {ranks} processes cannot share evenly. Try {fits}")
+        raise UserError(
+            f"train.batch_size is {batch} rows a step, which {ranks} processes cannot share evenly. Try {fits}"
+        )
     share = batch // ranks
     micro_batch = micro_batch or share
     if share % micro_batch:
         divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
         raise UserError(
-            f"train.micro_batch is {micro_batch}, which does not divide the {share} rows that each of {ranks} "
-            f"processes takes of train.batch {batch}. Take one of {divisors}"
+            f"train.micro_batch_size is {micro_batch}, which does not divide the {share} rows that each of {ranks} "
+            f"processes takes of train.batch_size {batch}. Take one of {divisors}"
         )
     return BatchLayout(batch, micro_batch, share // micro_batch, ranks)
 
@@ -148,10 +150,10 @@ def resolve_deepspeed_config(
 
     _refuse_run_sections(settings, source)
     run = (  # key, value, source
-        ("train_batch_size", layout.batch, "train.batch"),
-        ("train_micro_batch_size_per_gpu", layout.micro_batch, "train.micro_batch"),
-        ("gradient_accumulation_steps", layout.accumulate, "train.batch / (train.micro_batch x processes)"),
-        ("gradient_clipping", clip, "train.clip"),
+        ("train_batch_size", layout.batch, "train.batch_size"),
+        ("train_micro_batch_size_per_gpu", layout.micro_batch, "train.micro_batch_size"),
+        ("gradient_accumulation_steps", layout.accumulate, "train.batch_size / (train.micro_batch_size x processes)"),
+        ("gradient_clipping", clip, "train.max_grad_norm"),
     )
     for key, value, name in run:
         _set_from_run(settings, key, value, name, source)

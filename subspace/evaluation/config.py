@@ -78,16 +78,22 @@ class EvaluateConfig(Settings):
     batch_tokens: int | None = setting(
         None, "tokens of a batch, padding included; none is what suits the device and the protocol", min=1
     )
-    seen: str = setting(
-        "refuse", "a suite with more than 1 % of its items in a run's training text", choices=("refuse", "score")
+    on_contamination: str = setting(
+        "error",
+        "a suite with more than 1 % of its items in a run's training text: refuse it, or score it with a warning",
+        choices=("error", "warn"),
+        formerly="seen",
+        former_values={"refuse": "error", "score": "warn"},
     )
-    mixed: bool = setting(
-        False, "several subjects of one base: score in the same batches those whose adapters act on linear layers alone"
+    batch_adapters: bool = setting(
+        False,
+        "several subjects of one base: score in the same batches those whose adapters act on linear layers alone",
+        formerly="mixed",
     )
     engine: str | None = setting(
         None, "a base too large for one device: DeepSpeed's JSON of ZeRO-3, as ds_configs/zero3.json, to spread it by"
     )
-    again: bool = setting(False, "score anew what is scored already")
+    overwrite: bool = setting(False, "score anew what is scored already", formerly="again")
 
     @property
     def selection(self) -> TaskSelection:

@@ -109,7 +109,7 @@ def evaluate(
 
         for job in jobs:
             file = items_file(folder, job.scorer.name, job.sample.task.name) if folder else None
-            result = None if config.again else _scored_before(folder, job, subject)
+            result = None if config.overwrite else _scored_before(folder, job, subject)
             if result:
                 tell(_work(job.scorer, range(len(job.sample.items))), f"{job.sample.task.title}, scored before")
                 results.append(result)

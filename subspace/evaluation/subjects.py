@@ -1,9 +1,9 @@
 """Score several subjects in one go: each base model is opened once, and adapters are put in and taken out again.
 
 A subject is a base model as it is, or a run's adapters on it. Subjects of one base may have adapters of any methods.
-The tasks are laid out once for all subjects that are scored alike. With ``evaluate.mixed`` those of them whose adapters
-can be mixed are scored in the same batches. With ``evaluate.engine`` the base is spread over the processes (ZeRO-3),
-and is opened anew for each subject: DeepSpeed takes hold of base and adapters together.
+The tasks are laid out once for all subjects that are scored alike. With ``evaluate.batch_adapters`` those of them whose
+adapters can be mixed are scored in the same batches. With ``evaluate.engine`` the base is spread over the processes
+(ZeRO-3), and is opened anew for each subject: DeepSpeed takes hold of base and adapters together.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def _score_alike(
             engine.destroy()
             break
         # The published evaluator runs adapters in training mode on demand, which is no form of W + B A.
-        if one.evaluate.mixed and LLM_ADAPTERS_PUBLISHED not in one.evaluate.protocols and can_batch_adapters(model):
+        can_join = LLM_ADAPTERS_PUBLISHED not in one.evaluate.protocols and can_batch_adapters(model)
+        if one.evaluate.batch_adapters and can_join:
             deferred[number] = adapters(model), weights_checksum(model)
         else:
             score(number, jobs)
@@ -138,10 +139,10 @@ def check_contamination(subject: EvaluationSubject, samples: Iterable[Sample]) -
     """Raise UserError where a run was trained on many of the items; print a note where they are few."""
     for name, (seen, of) in find_overlap(subject.mixture, samples).items():
         told = f"{subject.folder} was trained on {subject.mixture}, which holds {seen} of {of} items of {name}"
-        if seen > MAX_OVERLAP * of and subject.evaluate.seen == "refuse":
+        if seen > MAX_OVERLAP * of and subject.evaluate.on_contamination == "error":
             raise UserError(
                 f"{told}: its score would say nothing. Score other suites (evaluate.tasks=...), or this one with "
-                "evaluate.seen=score"
+                "evaluate.on_contamination=warn"
             )
         if is_main():
             logger.warning("note: %s", told)

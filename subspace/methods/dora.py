@@ -13,7 +13,8 @@ if quantised or sharded. The norm is kept for an optimizer step, and taken as a 
 
 Departs from the paper's words, with its authors' code (NVlabs/DoRA): lengths are those of rows, one per output
 feature. With dropout, that code multiplies W a second time, by the dropped input (``dropout_form: official``);
-``branch`` drops the update's input only. The constraint ``mpc: n`` is refused: what is not linear has no rows.
+``branch`` drops the update's input only. ``constraint: nonlinear`` is refused: what is not linear has
+no rows.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class DoRA(LowRankAdapter):
 
     def __init__(self, base: nn.Module, config: Config) -> None:
         super().__init__(base, config)
-        if self.mpc == "n":
+        if self.constraint == "nonlinear":
             raise UserError(
                 "dora has no form with mpc-n: row lengths need a weight. Take mpc-o or mpc-d, or lora+mpc-n"
             )

@@ -7,9 +7,9 @@ Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 202
 Trains r * (in + out) numbers per layer. B starts at zero, so training starts from the frozen model.
 Mergeable. Reads W only to merge, so a quantised or sharded base costs nothing extra.
 
-``rslora`` scales by :math:`\alpha/\sqrt r` (Kalajdzievski, arXiv:2312.03732). With ``mpc: n`` a ReLU stands between the
-factors: it is then a parallel adapter and cannot be merged. Departs from the paper: A starts Kaiming-uniform, as in the
-authors' code (microsoft/LoRA), where the paper says Gaussian.
+``rslora`` scales by :math:`\alpha/\sqrt r` (Kalajdzievski, arXiv:2312.03732). With ``constraint: nonlinear`` a ReLU
+stands between the factors: it is then a parallel adapter and cannot be merged. Departs from the paper: A starts
+Kaiming-uniform, as in the authors' code (microsoft/LoRA), where the paper says Gaussian.
 """
 
 from __future__ import annotations

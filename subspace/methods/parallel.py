@@ -5,7 +5,7 @@ section 3.3 and table 1.
 
 .. math:: y' = y + s\,B f(A x),\qquad A \in R^{b \times in},\ B \in R^{out \times b}
 
-At a linear layer it is LoRA with the constraint ``mpc: n`` under another name: same tensors, same function. With
+At a linear layer it is LoRA with ``constraint: nonlinear`` under another name: same tensors, same function. With
 ``site: ffn`` it stands beside a whole feed-forward block, as in the paper. Trains b * (in + out) numbers per site: with
 b = 256 at up and down, the 3.54 % that are published for LLaMA-7B. B starts at zero, so training starts from the
 frozen model. Not mergeable, for f is nonlinear. Reads nothing of W.

@@ -6,7 +6,8 @@ arXiv:2405.11236; as compared in Si, Yang, Shen, arXiv:2407.05417.
 .. math:: W' = W + s\,B\,\mathrm{diag}(E)\,A,\qquad B \in R^{out \times r},\ A \in R^{r \times in},\ s=\alpha/r
 
 Trains r * (in + out + 1) numbers per layer. E starts at zero, so training starts from the frozen model. Mergeable.
-Reads W only to merge. It is AdaLoRA without its allocation and without its penalty; ``mpc: o`` adds a penalty again.
+Reads W only to merge. It is AdaLoRA without its allocation and without its penalty; ``constraint: orthogonal`` adds
+a penalty again.
 
 Departs from the subspace-tuning authors' GLUE code, which ignores the scale; their commonsense code has it.
 """

@@ -148,7 +148,7 @@ class Checkpointer:
 
     def save_final(self, state: TrainState) -> None:
         """Leave the last or the best adapter in the run's folder."""
-        if self.config.keep == "best" and state.best_step:
+        if self.config.save_final == "best" and state.best_step:
             self._promote(state.best_step)
         else:
             save_adapter(self.engine.module, self.folder / ADAPTER, step=state.steps, **self.about)

@@ -22,8 +22,12 @@ class TrainConfig(Settings):
 
     epochs: float = setting(3.0, "passes over the data", min=0)
     steps: int | None = setting(None, "optimizer steps; where given, it replaces epochs", min=1)
-    batch: int = setting(16, "rows of an optimizer step, over all processes and micro-batches", min=1)
-    micro_batch: int | None = setting(None, "rows that a process feeds at once; none is its whole share", min=1)
+    batch_size: int = setting(
+        16, "rows of an optimizer step, over all processes and micro-batches", min=1, formerly="batch"
+    )
+    micro_batch_size: int | None = setting(
+        None, "rows that a process feeds at once; none is its whole share", min=1, formerly="micro_batch"
+    )
     optimizer: str = setting(
         "adamw",
         "8bit keeps its state in a quarter of the room; paged moves it to the host when a GPU is full",
@@ -40,13 +44,15 @@ class TrainConfig(Settings):
     schedule: str = setting("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
     warmup_steps: int = setting(100, "optimizer steps of linear warm-up", min=0)
     weight_decay: float = setting(0.0, "AdamW's decay, of factors only, never of scales, biases or prompts", min=0)
-    lora_plus: float = setting(1.0, "learning rate of up factors over that of the others (LoRA+)", min=0)
+    lora_plus_lr_ratio: float = setting(
+        1.0, "learning rate of up factors over that of the others (LoRA+)", min=0, formerly="lora_plus"
+    )
     lora_plus_rule: str = setting(
         "role",
-        "what lora_plus speeds up: up factors, or as HF PEFT also 1-d scales and biases",
+        "what lora_plus_lr_ratio speeds up: up factors, or as HF PEFT also 1-d scales and biases",
         choices=("role", "peft"),
     )
-    clip: float = setting(1.0, "largest norm of the whole gradient; 0 is no clipping", min=0)
+    max_grad_norm: float = setting(1.0, "largest norm of the whole gradient; 0 is no clipping", min=0, formerly="clip")
     seed: int = setting(0, "of the adapters' start, the data's order and dropout", min=0)
     log_every: int = setting(10, "optimizer steps from one line of log.jsonl to the next", min=1)
     validate_every: int = setting(0, "optimizer steps between losses on the held-out rows; 0 is never", min=0)
@@ -54,5 +60,5 @@ class TrainConfig(Settings):
     save_every: int = setting(200, "optimizer steps between checkpoints; 0 is none but of the best", min=0)
     keep_checkpoints: int = setting(2, "how many of the last checkpoints stay, besides the best", min=1)
     hang_minutes: float = setting(30.0, "minutes without a sign of life that end the run; 0 is never", min=0)
-    keep: str = setting("last", "the adapter that the run ends with", choices=("last", "best"))
+    save_final: str = setting("last", "the adapter that the run ends with", choices=("last", "best"), formerly="keep")
     trackers: list[str] = setting(["tensorboard"], "where the log goes besides log.jsonl: tensorboard, wandb")

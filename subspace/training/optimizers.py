@@ -51,7 +51,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         decay = config.weight_decay if roles[name] in DECAYED_ROLES else 0.0
         # PEFT goes by names and dimensions; its diagonal cores are not 1-d.
         as_peft = config.lora_plus_rule == "peft" and roles[name] != "core" and len(full_shape(parameter)) == 1
-        rate = config.learning_rate * (config.lora_plus if roles[name] == "up" or as_peft else 1.0)
+        rate = config.learning_rate * (config.lora_plus_lr_ratio if roles[name] == "up" or as_peft else 1.0)
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
 

@@ -39,9 +39,15 @@ from subspace.training import checkpoint, optimizer_state
 ADAPTER, TENSORS, FACTS = "adapter", "training.safetensors", "training.json"
 HISTORY = "history"
 #: Settings that must be those of the checkpoint, or its numbers would mean something else; and exceptions.
-FIXED_KEYS = ("model.", "method", "targets", "data.", "train.batch", "train.seed", "train.optimizer")
+FIXED_KEYS = ("model.", "method", "targets", "data.", "train.batch_size", "train.seed", "train.optimizer")
 MUTABLE_KEYS = ("model.attention", "model.gradient_checkpointing", "model.trust_remote_code")
-UNREPORTED_KEYS = ("name", "runs", "engine", "evaluate.")  # without effect on the training, or compared in detail
+UNREPORTED_KEYS = (
+    "name",
+    "runs",
+    "engine",
+    "evaluate.",
+    "published",
+)  # without effect on the training, or compared in detail
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def compare_with_checkpoint(
     saved: Checkpoint, config: Mapping[str, Any], engine: Mapping[str, Any], ranks: int
 ) -> list[str]:
-    """Return the settings that differ from the checkpoint's, as ``train.clip: 1.0 -> 0.5``.
+    """Return the settings that differ from the checkpoint's, as ``train.max_grad_norm: 1.0 -> 0.5``.
 
     Raises:
         UserError: a change that would make the checkpoint's numbers mean something else.

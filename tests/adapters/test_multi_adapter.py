@@ -118,7 +118,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scored(base: Path, out: Path, mix: bool, **settings: Any) -> list[list[TaskResult]]:
-    config = EvaluateConfig(**{"protocol": PROTOCOLS, "tasks": "siqa,openbookqa", "mixed": mix, **settings})
+    config = EvaluateConfig(**{"protocol": PROTOCOLS, "tasks": "siqa,openbookqa", "batch_adapters": mix, **settings})
     model = ModelConfig(path=str(base / "base"), dtype="float32")
     return evaluate_subjects(
         [

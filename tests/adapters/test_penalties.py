@@ -19,8 +19,8 @@ IDS = torch.arange(12).reshape(2, 6)
 def penalized() -> Any:
     """Return a model with a penalty whose weight makes up nearly all of the gradient of A."""
     model = tiny_llama()
-    inject(model, "lora", {"r": 4, "mpc": "o", "mpc_weight": 1e3}, targets=["q_proj"])
-    inject(model, "lora", {"r": 4, "mpc": "o", "mpc_weight": 1e3}, targets=["v_proj"])
+    inject(model, "lora", {"r": 4, "constraint": "orthogonal", "constraint_weight": 1e3}, targets=["q_proj"])
+    inject(model, "lora", {"r": 4, "constraint": "orthogonal", "constraint_weight": 1e3}, targets=["v_proj"])
     return model.train()
 
 

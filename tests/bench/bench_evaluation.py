@@ -103,7 +103,7 @@ def main() -> None:
         }
         alternate("generation", num_answered, sides, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        evaluate_config = EvaluateConfig(tasks=options.tasks, limit=options.items, again=True)
+        evaluate_config = EvaluateConfig(tasks=options.tasks, limit=options.items, overwrite=True)
         if {"together", "mixed"} & {*options.only}:
             subjects = made_subjects(config, evaluate_config, options.together, Path(folder))
         if "together" in options.only:
@@ -113,7 +113,7 @@ def main() -> None:
             }
             alternate("together", num_asked * options.together, sides, options.rounds)
         if "mixed" in options.only:
-            in_one = [replace(subject, evaluate=replace(evaluate_config, mixed=True)) for subject in subjects]
+            in_one = [replace(subject, evaluate=replace(evaluate_config, batch_adapters=True)) for subject in subjects]
             sides = {"mixed": lambda: together([in_one]), "one by one": lambda: together([subjects])}
             alternate("mixed", num_asked * options.together, sides, options.rounds)
 

@@ -233,7 +233,7 @@ def subspace_side(
     ranks = world_size()
     opened, _, rows, plan = material(options, group_by_length=not packing)
     data = replace(rows, packing=packing)
-    config = TrainConfig(batch=options.batch, learning_rate=RATE, warmup_steps=0, schedule="constant")
+    config = TrainConfig(batch_size=options.batch, learning_rate=RATE, warmup_steps=0, schedule="constant")
     model = open_model(opened)
     inject(model, "lora", {"r": 32, "alpha": 64, "dropout": options.dropout}, targets=TARGETS)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)

@@ -31,7 +31,7 @@ from subspace.distributed.signals import STATUS_FILE
 from tests.helpers.material import logged, make_material
 
 RANKS = 2
-SETTINGS = ["method=adalora", "method.every=2", "train.micro_batch=2", "train.save_every=2"]
+SETTINGS = ["method=adalora", "method.every=2", "train.micro_batch_size=2", "train.save_every=2"]
 STEPS_A_LIFE = 4
 
 

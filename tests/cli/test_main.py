@@ -202,7 +202,7 @@ def test_trained_numbers_are_counted_in_a_model(tmp_path: Path, capsys: pytest.C
     assert cli.main(["methods", "lora+mpc-n", *shape, "--budget", str(expected + 7), "alpha=8"]) == 0
     page = capsys.readouterr().out
     assert "  r=16 " in page
-    assert "  mpc=n " in page
+    assert "  constraint=nonlinear " in page
     assert "  alpha=8.0 " in page
 
     assert cli.main(["methods", *shape, "--budget", str(expected), "--json"]) == 0

@@ -212,7 +212,7 @@ def test_a_run_that_was_trained_on_the_test_items_is_refused(tmp_path: Path) -> 
         subjects.check_contamination(trained_on(tmp_path, rows), [sample()])
 
 
-@pytest.mark.parametrize(("rows", "settings"), [(1, {}), (3, {"seen": "score"})])
+@pytest.mark.parametrize(("rows", "settings"), [(1, {}), (3, {"on_contamination": "warn"})])
 def test_a_few_are_told(rows: int, settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = [f"how many are {n} and {n}?" for n in range(rows)]
     subjects.check_contamination(trained_on(tmp_path, trained, **settings), [sample()])

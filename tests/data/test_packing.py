@@ -109,7 +109,7 @@ def test_a_packed_run_learns_what_a_padded_one_does(material: Path, tmp_path: Pa
     own = [
         f"engine={material.parent / f'zero{stage}.json'}",
         f"runs={tmp_path}",
-        "train.micro_batch=4",
+        "train.micro_batch_size=4",
         "data.max_length=20",
     ]
     apart, together = (

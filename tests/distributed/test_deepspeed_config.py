@@ -41,7 +41,7 @@ def test_layout() -> None:
 
 def test_batch_that_the_processes_cannot_share() -> None:
     with pytest.raises(
-        UserError, match=r"train\.batch is 16 rows a step, which 3 processes cannot share evenly\. Try 15, 18"
+        UserError, match=r"train\.batch_size is 16 rows a step, which 3 processes cannot share evenly\. Try 15, 18"
     ):
         compute_batch_layout(16, None, 3)
 
@@ -141,7 +141,7 @@ def test_a_given_threshold_stays() -> None:
 @pytest.mark.parametrize(
     ("engine", "dtype", "message"),
     [
-        ({"train_batch_size": 32}, "bfloat16", r"sets train_batch_size to 32, but train\.batch is 16"),
+        ({"train_batch_size": 32}, "bfloat16", r"sets train_batch_size to 32, but train\.batch_size is 16"),
         ({"gradient_clipping": 5.0}, "bfloat16", r"gradient_clipping to 5\.0, but train\.clip is 1\.0"),
         ({"optimizer": {"type": "AdamW"}}, "bfloat16", "section 'optimizer', which the run's `train` settings decide"),
         ({"bf16": {"enabled": True}}, "float32", "enables bf16, but model.dtype is float32"),

@@ -36,7 +36,13 @@ class Run:
 
     def __init__(self, material: Path, name: str, processes: int, *more: str) -> None:
         self.folder = material.parent / name
-        settings = [f"runs={material.parent}", f"name={name}", f"train.steps={STEPS}", "train.micro_batch=2", *more]
+        settings = [
+            f"runs={material.parent}",
+            f"name={name}",
+            f"train.steps={STEPS}",
+            "train.micro_batch_size=2",
+            *more,
+        ]
         command = [sys.executable, "-m", "subspace", "train", str(material), *settings, "--processes", str(processes)]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         self.first = subprocess.Popen(

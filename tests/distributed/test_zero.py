@@ -56,8 +56,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return str(file), [*run, *more]
 
     launch([arguments("one", 0, method) for method in methods], root, ranks=1)
-    two = [arguments(f"two-zero{stage}", stage, method, "train.micro_batch=2") for stage, method in cases]
-    two.append(arguments("packed", 3, "lora", "train.micro_batch=2", "data.packing=true"))
+    two = [arguments(f"two-zero{stage}", stage, method, "train.micro_batch_size=2") for stage, method in cases]
+    two.append(arguments("packed", 3, "lora", "train.micro_batch_size=2", "data.packing=true"))
     launch(two, root, ranks=2)
     return root
 

@@ -253,7 +253,7 @@ def test_what_is_not_the_same_is_scored_again(tmp_path: Path, change: str) -> No
     elif change == "items are cut":
         first.items.write_text(first.items.read_text()[:-20])
     else:
-        settings |= {"again": True} if change == "again" else {"limit": 8}
+        settings |= {"overwrite": True} if change == "again" else {"limit": 8}
     model.register_forward_hook(lambda *_: passes.append(1))
     evaluate_module.evaluate(model, tokenizer, EvaluateConfig(**settings), tmp_path)
     assert passes

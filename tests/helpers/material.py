@@ -49,7 +49,7 @@ def make_material(root: Path, rows: int = 48) -> Path:
         f"model: {{path: {root / 'model'}, dtype: float32}}\n"
         "method: {name: lora, r: 4}\n"
         f"data: {{mixture: {root / 'data.jsonl'}, prompt: none, max_length: 64, validation: 8}}\n"
-        "train: {steps: 6, batch: 8, learning_rate: 0.01, warmup_steps: 1, log_every: 1, trackers: []}\n"
+        "train: {steps: 6, batch_size: 8, learning_rate: 0.01, warmup_steps: 1, log_every: 1, trackers: []}\n"
         "evaluate: {tasks: openbookqa}\n"
         f"engine: {root / 'zero0.json'}\n"
     )

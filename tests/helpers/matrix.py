@@ -184,7 +184,7 @@ def _run(root: Path, cell: Cell, name: str) -> tuple[str, list[str]]:
     """Return a run as ``config.read`` takes it."""
     settings = [f"runs={root}", f"name={name}", f"engine={root}/zero{cell.engine}.json", f"method={cell.method}"]
     settings += [f"model.{key}={value}" for key, value in BASES[cell.base].items()]
-    settings += [f"train.steps={STEPS}", f"train.learning_rate={METHODS[cell.method]}", "train.micro_batch=4"]
+    settings += [f"train.steps={STEPS}", f"train.learning_rate={METHODS[cell.method]}", "train.micro_batch_size=4"]
     settings += [f"train.validate_every={STEPS}", "train.save_every=0"]
     return str(root / "run.yaml"), settings
 

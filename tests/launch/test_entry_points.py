@@ -28,7 +28,7 @@ def start(command: list[str], folder: Path) -> None:
 
 def test_deepspeed_launcher_and_subspace_train_give_the_same_run(tmp_path: Path) -> None:
     config = make_material(tmp_path)
-    settings = [f"runs={tmp_path}", f"engine={tmp_path / 'zero2.json'}", "train.micro_batch=2"]
+    settings = [f"runs={tmp_path}", f"engine={tmp_path / 'zero2.json'}", "train.micro_batch_size=2"]
     deepspeed = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
     assert deepspeed
     by_deepspeed = [deepspeed, "--num_gpus", "2", "--master_port", str(launcher.free_port())]

@@ -154,7 +154,7 @@ def test_parallel_is_lora_with_a_relu() -> None:
         return adapter
 
     lora, parallel = (
-        made(LoRA, LoRA.Config(r=4, alpha=6, mpc="n")),
+        made(LoRA, LoRA.Config(r=4, alpha=6, constraint="nonlinear")),
         made(Parallel, Parallel.Config(bottleneck=4, scale=1.5)),
     )
     parallel.base = lora.base

@@ -393,14 +393,14 @@ def test_flexlora_leaves_single_directions_alone() -> None:
     assert other.alive.sum() in (2, 3)
 
 
-FACTORS = [name for name, cls in list_methods().items() if "mpc" in cls.Config.__dataclass_fields__]
+FACTORS = [name for name, cls in list_methods().items() if "constraint" in cls.Config.__dataclass_fields__]
 
 
 @pytest.mark.parametrize("name", FACTORS)
 @pytest.mark.parametrize("constraint", ["mpc-o", "mpc-d"])
 def test_constraints_have_the_closed_form_gradients(name: str, constraint: str) -> None:
     """[25]."""
-    adapter = make(f"{name}+{constraint}", r=3, mpc_weight=0.5)
+    adapter = make(f"{name}+{constraint}", r=3, constraint_weight=0.5)
     adapter.penalty().backward()
     A, B, one = adapter.A.detach(), adapter.B.detach(), torch.eye(3).double()
     assert torch.allclose(adapter.A.grad, 0.5 * 4 * (A @ A.T - one) @ A)
@@ -413,28 +413,28 @@ def test_constraints_vanish_where_they_should() -> None:
     orthonormal, _ = torch.linalg.qr(torch.randn(IN, 3).double())
     columns, _ = torch.linalg.qr(torch.randn(OUT, 3).double())
     for constraint, lengths in (("mpc-o", 1.0), ("mpc-d", torch.tensor([1.0, 5.0, 0.1]))):
-        adapter = make(f"lora+{constraint}", r=3, mpc_weight=1.0)
+        adapter = make(f"lora+{constraint}", r=3, constraint_weight=1.0)
         adapter.A.data, adapter.B.data = orthonormal.T, columns * lengths
         assert adapter.penalty() < 1e-20
-    adapter.config = type(adapter.config)(**{**vars(adapter.config), "mpc": "o"})
-    adapter.mpc = "o"
+    adapter.config = type(adapter.config)(**{**vars(adapter.config), "constraint": "orthogonal"})
+    adapter.constraint = "orthogonal"
     assert adapter.penalty() > 1
 
 
 def test_constraint_at_the_start_is_the_stated_size() -> None:
     # A A^T is about I / 3 and B is zero, so R_o is about 32 (4/9) + 32 = 46 at r = 32.
     torch.manual_seed(0)
-    penalty = LoRA(nn.Linear(4096, 64), LoRA.Config(mpc="o", r=32, mpc_weight=1.0)).penalty()
+    penalty = LoRA(nn.Linear(4096, 64), LoRA.Config(constraint="orthogonal", r=32, constraint_weight=1.0)).penalty()
     assert penalty is not None
     assert penalty.item() == pytest.approx(46.3, abs=0.5)
 
 
 def test_mean_constraint_is_shared_among_layers() -> None:
-    whole_of_it = make("lora+mpc-o", r=3, mpc_weight=1.0)
-    share = make("lora+mpc-o", r=3, mpc_weight=1.0, mpc_reduce="mean")
+    whole_of_it = make("lora+mpc-o", r=3, constraint_weight=1.0)
+    share = make("lora+mpc-o", r=3, constraint_weight=1.0, constraint_reduce="mean")
     share.num_siblings = 4
     assert torch.allclose(4 * share.penalty(), whole_of_it.penalty())
-    norms = make("lora+mpc-o", r=3, mpc_weight=1.0, mpc_squared=False)
+    norms = make("lora+mpc-o", r=3, constraint_weight=1.0, constraint_squared=False)
     assert norms.penalty() < whole_of_it.penalty()
 
 
@@ -464,7 +464,7 @@ def test_dora_has_no_nonlinear_form() -> None:
 @pytest.mark.parametrize("name", ["LoRA+MPC_o", "lora+mpc-o", "Lora+Mpc_O"])
 def test_the_papers_spelling_is_understood(name: str) -> None:
     cls, presets = resolve_method(name)
-    assert (cls.name, presets) == ("lora", {"mpc": "o"})
+    assert (cls.name, presets) == ("lora", {"constraint": "orthogonal"})
 
 
 def test_decompositions_agree_with_each_other() -> None:

@@ -32,11 +32,11 @@ GB = 10**9
 
 #: Runs of SmolLM2-135M that differ in what takes memory.
 CASES = {
-    "lora": ["train.batch=4"],
-    "checkpointing": ["train.batch=8", "method=dora", "method.r=8", "model.gradient_checkpointing=true"],
-    "bfloat16": ["train.batch=4", "model.dtype=bfloat16"],
-    "nf4": ["train.batch=4", "model.quantize=nf4", "model.dtype=float32"],
-    "micro-batches": ["train.batch=8", "train.micro_batch=2", "method=houlsby", "targets=null"],
+    "lora": ["train.batch_size=4"],
+    "checkpointing": ["train.batch_size=8", "method=dora", "method.r=8", "model.gradient_checkpointing=true"],
+    "bfloat16": ["train.batch_size=4", "model.dtype=bfloat16"],
+    "nf4": ["train.batch_size=4", "model.quantize=nf4", "model.dtype=float32"],
+    "micro-batches": ["train.batch_size=8", "train.micro_batch_size=2", "method=houlsby", "targets=null"],
 }
 SHORT = ["train.trackers=[]", "data.max_length=128", "engine=ds_configs/zero1.json"]
 
@@ -62,7 +62,7 @@ def test_resident_memory_is_told_within_a_tenth(settings: list[str]) -> None:
 
 @pytest.mark.processes
 def test_a_small_run_takes_what_is_told(tmp_path: Path) -> None:
-    told = verified(str(make_material(tmp_path)), "train.batch=768")
+    told = verified(str(make_material(tmp_path)), "train.batch_size=768")
     assert told["predicted"] == pytest.approx(told["measured"]["peak"], rel=0.1)
     activations = sum(part["bytes"] for part in told["plan"]["parts"] if part["name"].startswith("activations"))
     assert activations > 0.3 * told["predicted"]  # else nothing but Python's own memory would be compared
@@ -70,7 +70,7 @@ def test_a_small_run_takes_what_is_told(tmp_path: Path) -> None:
 
 def test_the_micro_batch_that_takes_most_is_planned_for(tmp_path: Path) -> None:
     """Where the head weighs more than the layers, it is not the longest one."""
-    config = config_module.read_config(make_material(tmp_path), ["train.batch=4", "data.group_by_length=false"])
+    config = config_module.read_config(make_material(tmp_path), ["train.batch_size=4", "data.group_by_length=false"])
     work = TrainingWork.of(config, compute_batch_layout(4, None, 1))
     assert work.data is not None
     assert work.micro_batches is not None
@@ -85,7 +85,7 @@ def test_the_micro_batch_that_takes_most_is_planned_for(tmp_path: Path) -> None:
 
 def test_packed_rows_are_planned_for(tmp_path: Path) -> None:
     config = config_module.read_config(
-        make_material(tmp_path), ["train.batch=8", "data.packing=true", "data.max_length=128"]
+        make_material(tmp_path), ["train.batch_size=8", "data.packing=true", "data.max_length=128"]
     )
     work = TrainingWork.of(config, compute_batch_layout(8, None, 1))
     assert work.data is not None
@@ -117,7 +117,7 @@ def parts(found: Plan) -> dict[str, int]:
 
 
 def test_a_7b_model_is_planned_without_a_file() -> None:
-    settings = ["model.path=llama-7b", "model.dtype=bfloat16", "model.quantize=nf4", "train.micro_batch=1"]
+    settings = ["model.path=llama-7b", "model.dtype=bfloat16", "model.quantize=nf4", "train.micro_batch_size=1"]
     found = build_plan(
         config_module.read_config(ROOT / "launch/recipes/llama-7b-lora-r32.yaml", settings), memory=24 * GB
     )

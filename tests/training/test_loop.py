@@ -45,7 +45,7 @@ def train(material: Path, runs: Path, name: str, *overrides: str) -> Path:
 
 def test_micro_batches_give_the_loss_and_the_adapter_of_one_batch(material: Path, tmp_path: Path) -> None:
     whole = train(material, tmp_path, "whole")
-    parts = train(material, tmp_path, "parts", "train.micro_batch=2")
+    parts = train(material, tmp_path, "parts", "train.micro_batch_size=2")
     assert torch.allclose(torch.tensor(logged(whole)), torch.tensor(logged(parts)), atol=1e-5)
     assert logged(whole)[-1] < logged(whole)[0] - 0.1
     for name, tensor in saved_adapter(whole).items():
@@ -176,7 +176,7 @@ def test_a_loss_scale_that_never_recovers_is_told(
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)  # slow on a CPU, but right
     monkeypatch.setattr(LoRA, "forward", lambda self, x: forward(self, x) + torch.sqrt((0 * self.B).sum()))
     (tmp_path / "engine.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": section}))
-    settings = ["model.dtype=float16", f"engine={tmp_path / 'engine.json'}", "train.steps=80", "train.batch=2"]
+    settings = ["model.dtype=float16", f"engine={tmp_path / 'engine.json'}", "train.steps=80", "train.batch_size=2"]
     with pytest.raises(
         RunFailed, match=r"overflow float16 at every loss scale, \d+ steps in a row .*; the gradient of \S+ is not"
     ):
@@ -230,7 +230,7 @@ def test_best_checkpoint_and_early_stop(material: Path, tmp_path: Path) -> None:
     # A learning rate so high that losses go up as often as down: patience ends the run.
     folder = train(
         material, tmp_path, "best", "train.steps=90", "train.learning_rate=30", "train.schedule=constant",
-        "train.validate_every=1", "train.patience=3", "train.keep=best", "train.clip=0",
+        "train.validate_every=1", "train.patience=3", "train.save_final=best", "train.max_grad_norm=0",
     )  # fmt: skip
     losses = logged(folder, "validation_loss")
     outcome = json.loads((folder / "environment.json").read_text())["outcome"]
@@ -244,7 +244,7 @@ def test_best_checkpoint_and_early_stop(material: Path, tmp_path: Path) -> None:
 
 def test_validation_is_the_mean_over_all_held_out_tokens(material: Path, tmp_path: Path) -> None:
     one = train(material, tmp_path, "one", "train.validate_every=3")
-    two = train(material, tmp_path, "two", "train.validate_every=3", "train.micro_batch=2")
+    two = train(material, tmp_path, "two", "train.validate_every=3", "train.micro_batch_size=2")
     assert logged(one, "validation_loss") == pytest.approx(logged(two, "validation_loss"), abs=1e-5)
     assert len(logged(one, "validation_loss")) == 2
 
@@ -253,7 +253,7 @@ def test_validation_is_the_mean_over_all_held_out_tokens(material: Path, tmp_pat
 def test_only_factors_decay_and_up_factors_learn_faster(method: str) -> None:
     model = tiny_llama()
     inject(model, method)
-    config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, lora_plus=16.0)
+    config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, lora_plus_lr_ratio=16.0)
     of = {id(trained_parameters(model)[name]): role for name, role in parameter_roles(model).items()}
     seen = 0
     for group in parameter_groups(model, config):

@@ -42,8 +42,10 @@ def test_groups_and_rates_are_pefts(method: str, theirs: PeftConfig) -> None:
         optimizer = create_loraplus_optimizer(peft_model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
     model = tiny_llama()
     inject(model, method, {"r": 4}, targets=TARGETS)
-    config = TrainConfig(learning_rate=1e-3, lora_plus=16.0, lora_plus_rule="peft")
-    ours, by_role = (sizes(parameter_groups(model, c)) for c in (config, TrainConfig(learning_rate=1e-3, lora_plus=16)))
+    config = TrainConfig(learning_rate=1e-3, lora_plus_lr_ratio=16.0, lora_plus_rule="peft")
+    ours, by_role = (
+        sizes(parameter_groups(model, c)) for c in (config, TrainConfig(learning_rate=1e-3, lora_plus_lr_ratio=16))
+    )
     # PEFT counts AdaLoRA's ranknum with its parameters; it is frozen, and so in no group.
     assert ours == sizes(optimizer.param_groups)
     assert (by_role == ours) == (method != "dora"), "by role, DoRA's magnitude learns as slowly as A"
@@ -52,5 +54,5 @@ def test_groups_and_rates_are_pefts(method: str, theirs: PeftConfig) -> None:
 def test_by_pefts_rule_biases_are_fast() -> None:
     model = tiny("qwen2")
     inject(model, "bitfit", targets=["q_proj"])
-    config = TrainConfig(learning_rate=1e-3, lora_plus=16.0, lora_plus_rule="peft")
+    config = TrainConfig(learning_rate=1e-3, lora_plus_lr_ratio=16.0, lora_plus_rule="peft")
     assert [group["lr"] for group in parameter_groups(model, config)] == [16e-3]

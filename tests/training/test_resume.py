@@ -25,7 +25,7 @@ from tests.helpers.tiny_models import EARLY_SCHEDULES, KINDS, tiny_llama
 
 STEPS = 9
 #: With what has a state of its own: epochs, accumulation, a schedule, decay. Every step has a checkpoint.
-SETTINGS = [f"train.steps={STEPS}", "train.micro_batch=2", "train.schedule=cosine", "train.weight_decay=0.1"]
+SETTINGS = [f"train.steps={STEPS}", "train.micro_batch_size=2", "train.schedule=cosine", "train.weight_decay=0.1"]
 SETTINGS += ["train.save_every=1", "train.keep_checkpoints=99"]
 DROPOUT = ["method=lora", "method.r=4", "method.dropout=0.2"]
 
@@ -185,7 +185,7 @@ def test_a_checkpoint_has_no_frozen_weights(whole: Path) -> None:
 
 def test_early_stopping_is_remembered(material: Path, tmp_path: Path) -> None:
     settings = ["train.learning_rate=30", "train.schedule=constant", "train.validate_every=1", "train.patience=3"]
-    settings += ["train.keep=best", "train.clip=0", "train.steps=90"]
+    settings += ["train.save_final=best", "train.max_grad_norm=0", "train.steps=90"]
     whole = train(material, tmp_path, "whole", *settings)
     last = len(logged(whole))
     assert last < 90
@@ -200,7 +200,7 @@ def test_early_stopping_is_remembered(material: Path, tmp_path: Path) -> None:
     [
         ("method.r=8", r"method\.r: 4 -> 8"),
         ("data.max_length=32", r"data\.max_length: 64 -> 32"),
-        ("train.batch=4", r"train\.batch: 8 -> 4"),
+        ("train.batch_size=4", r"train\.batch_size: 8 -> 4"),
         ("model.dtype=bfloat16", r"model\.dtype: float32 -> bfloat16"),
         ("targets=q_proj", r"targets.*q_proj"),
         ("train.seed=1", r"train\.seed: 0 -> 1"),
@@ -216,11 +216,11 @@ def test_a_change_that_would_be_wrong_is_refused(material: Path, whole: Path, ch
 
 def test_a_change_that_may_be_is_told(material: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = killed(whole, "changed", 3)
-    changes = ["train.learning_rate=0.001", "train.micro_batch=4", f"engine={material.parent / 'zero2.json'}"]
+    changes = ["train.learning_rate=0.001", "train.micro_batch_size=4", f"engine={material.parent / 'zero2.json'}"]
     train(material, whole.parent, folder.name, *DROPOUT, "train.validate_every=3", *changes, resume=True)
     said = capsys.readouterr().err
     assert "changed: train.learning_rate: 0.01 -> 0.001" in said
-    assert "changed: train.micro_batch: 2 -> 4" in said
+    assert "changed: train.micro_batch_size: 2 -> 4" in said
     assert "changed: engine zero_optimization.stage: 0 -> 2" in said
     assert logged(folder, "learning_rate")[3] == pytest.approx(logged(whole, "learning_rate")[3] / 10)
 

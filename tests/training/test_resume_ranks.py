@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def job(name: str, engine: str, settings: list[str], *, resume: bool = False) -> tuple[str, list[str], bool]:
         run = [f"runs={root}", f"name={name}", f"engine={root / f'{engine}.json'}", f"train.steps={STEPS}"]
-        run += ["train.micro_batch=2", "train.save_every=1", "train.keep_checkpoints=99"]
+        run += ["train.micro_batch_size=2", "train.save_every=1", "train.keep_checkpoints=99"]
         return str(file), [*run, *settings], resume
 
     calm = {origin for origin, _ in MOVES} | {(1, "zero0")}

@@ -46,7 +46,7 @@ def train_plainly(config: RunConfig) -> None:
     data = open_data(config.data, open_tokenizer(config.model), config.train.seed)
     plan = StepPlan(
         data.train.lengths,
-        batch=config.train.batch,
+        batch=config.train.batch_size,
         epochs=1,
         steps=config.train.steps,
         seed=config.train.seed,
@@ -56,8 +56,8 @@ def train_plainly(config: RunConfig) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, config.train))
     schedule = LambdaLR(optimizer, lambda step: lr_factor(config.train, step, len(plan)))
     losses = []
-    assert config.train.micro_batch is not None
-    accumulate = config.train.batch // config.train.micro_batch
+    assert config.train.micro_batch_size is not None
+    accumulate = config.train.batch_size // config.train.micro_batch_size
     for step in range(len(plan)):
         batches = [data.batch(part) for part in shard_batch(plan[step], 0, 1, accumulate)]
         total = 0.0
@@ -65,7 +65,7 @@ def train_plainly(config: RunConfig) -> None:
             loss = summed_loss(model, batch) / count_tokens(batches)[0]
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(list(trained_parameters(model).values()), config.train.clip)
+        torch.nn.utils.clip_grad_norm_(list(trained_parameters(model).values()), config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

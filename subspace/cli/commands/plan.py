@@ -41,7 +41,7 @@ COMMAND = Command(
   subspace plan launch/recipes/quickstart.yaml
   subspace plan launch/recipes/llama-7b-lora-r32.yaml model.quantize=nf4 --memory 24GB
   subspace plan launch/recipes/quickstart.yaml engine=ds_configs/zero3.json --processes 2
-  subspace plan launch/recipes/quickstart.yaml train.micro_batch=4 --verify""",
+  subspace plan launch/recipes/quickstart.yaml train.micro_batch_size=4 --verify""",
     _arguments,
     _run,
     settings_manual,

@@ -113,7 +113,7 @@ def show_tables(found: Sequence[Table], options: argparse.Namespace) -> None:
     if form not in FORMATS:
         raise UserError(f"--format {form} was given, but a table cannot be written so. {nearest(form, FORMATS)}")
     if form != "terminal":
-        print(write(found, form, turned=bool(given["transpose"])))
+        print(write(found, form, transposed=bool(given["transpose"])))
         return
     for table in found:
-        print_grid(table.grid.turned() if given["transpose"] else table.grid)
+        print_grid(table.grid.transposed() if given["transpose"] else table.grid)

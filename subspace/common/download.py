@@ -1,9 +1,4 @@
-"""Bring files to this machine: wheels from PyPI, data sets and models from the Hugging Face hub.
-
-What arrives is checked, and takes its place in one move, so that a folder or file is whole or not there: a cut
-download, a full disk, a killed process or two processes at once leave nothing behind that could be taken for the real
-thing.
-"""
+"""Download wheels from PyPI, and data sets and models from the Hugging Face hub. What arrives is checked by SHA-256."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table of texts in the forms that people read: terminal, Markdown, LaTeX, HTML. JSON and CSV take the numbers."""
+"""A table of texts for people, in the terminal, Markdown, LaTeX or HTML. JSON and CSV are written from the numbers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Grid:
         cut = len(self.rows) - self.last
         return [block for block in (self.rows[:cut], self.rows[cut:]) if block]
 
-    def turned(self) -> Grid:
+    def transposed(self) -> Grid:
         """Return the table with its rows as columns."""
         head, *rows = zip(self.head, *self.rows, strict=True)
         return Grid(self.title, head, tuple(rows), self.notes)

@@ -110,13 +110,13 @@ class Table:
         }
 
 
-def write(found: Sequence[Table], form: str, *, turned: bool = False) -> str:
+def write(found: Sequence[Table], form: str, *, transposed: bool = False) -> str:
     """Return tables as text in one of ``formats.FORMATS`` but the terminal's."""
     if form == "json":
         return json.dumps([table.as_dict() for table in found], indent=2)
     if form == "csv":
         return _csv(found)
-    return render_grids([table.grid.turned() if turned else table.grid for table in found], form)
+    return render_grids([table.grid.transposed() if transposed else table.grid for table in found], form)
 
 
 def _csv(found: Sequence[Table]) -> str:

@@ -326,10 +326,10 @@ def test_html_is_a_page_with_every_cell(before: Path, after: Path) -> None:
 
 def test_a_turned_table_has_methods_down(before: Path, after: Path) -> None:
     (table,) = build_tables([before, after])
-    grid = table.grid.turned()
+    grid = table.grid.transposed()
     assert grid.head == ("task", "BoolQ", "PIQA", "PIQA", "HellaSwag", "HellaSwag", "mean of 3")
     assert [row[0] for row in grid.rows] == ["metric", "items", "majority", "base", "tuned", "difference"]
-    assert grid.turned().rows == table.grid.rows
+    assert grid.transposed().rows == table.grid.rows
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "terminal"])

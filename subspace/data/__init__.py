@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""Tasks, mixtures and files of the user's own: prepared and verified, encoded, and dealt out to the steps of a run."""

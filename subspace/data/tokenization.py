@@ -86,7 +86,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return encode_pair(tokenizer, prompt.rstrip(), "")[0]
 
 
-def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
+def common_prefix_length(sequences: Sequence[Sequence[object]]) -> int:
     """Return the length of the longest common prefix."""
     alike = (len(set(column)) == 1 for column in zip(*sequences, strict=False))
     return next((i for i, same in enumerate(alike) if not same), min(map(len, sequences)))

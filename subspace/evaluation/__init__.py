@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""Scoring of a model, with or without adapters, on tasks: protocols, batching over processes, results on disk."""

@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""Other projects' entry points to a run's model."""

@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""Reading of results: tables with intervals, paired comparisons, plots, and the report on a mixture's data."""

@@ -1,29 +1,23 @@
-"""Part of agreement."""
+"""How often the protocols ``answer-word`` and ``llm-adapters`` give the same answer."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from subspace.evaluation.protocols.llm_adapters import LLMAdapters
+from subspace.evaluation.config import ANSWER_WORD, LLM_ADAPTERS
 from subspace.evaluation.results import Score, accuracy, read_items, read_results
-
-if TYPE_CHECKING:
-    pass
-
-from subspace.evaluation.protocols.answer_word import AnswerWord
 
 
 def agreement(folder: Path) -> dict[str, Score]:
-    """Return for each task on how many items this protocol and ``llm-adapters`` gave the same answer for one model.
+    """Return for each task the share of items that ``answer-word`` and ``llm-adapters`` answered alike for one model.
 
     A task that a folder does not hold by both, of the same items, prompts and weights, is left out.
     """
     by_key = {(result.protocol, result.task): result for result in read_results(folder)}
     found = {}
     for (protocol, task), scored in by_key.items():
-        written = by_key.get((LLMAdapters.name, task))
-        if protocol != AnswerWord.name or not (written and written.items and scored.items):
+        written = by_key.get((LLM_ADAPTERS, task))
+        if protocol != ANSWER_WORD or not (written and written.items and scored.items):
             continue
         if written.subject != scored.subject:
             continue

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from subspace.common.tables import Grid
-from subspace.data import tasks as tasks_module
+from subspace.data.tasks import list_tasks
 from subspace.errors import UserError
 from subspace.evaluation.results import read_items
 from subspace.reporting import statistics
@@ -168,8 +168,8 @@ def compare_columns(columns: Sequence[Column]) -> list[Comparison]:
     """Compare each method with the first one. Holm corrects over the tests of tasks together, and over the means."""
     ensure_comparable([run for column in columns for run in column.runs])
     first, *others = columns
-    tasks = [task for task in tasks_module.list_tasks(None) if all(column.result(task) for column in columns)]
-    tasks += sorted({task for run in first.runs for task in run.results if task not in tasks_module.list_tasks(None)})
+    tasks = [task for task in list_tasks(None) if all(column.result(task) for column in columns)]
+    tasks += sorted({task for run in first.runs for task in run.results if task not in list_tasks(None)})
     tasks = [task for task in tasks if all(column.result(task) for column in columns)]
     if not tasks:
         raise UserError(f"{', '.join(c.name for c in columns)} have no task in common. Score them on the same tasks")

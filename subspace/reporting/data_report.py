@@ -18,8 +18,6 @@ import numpy.typing as npt
 
 from subspace.common.progress import Progress, no_progress
 from subspace.common.tables import Grid
-from subspace.data import tasks as tasks_module
-from subspace.data import tokenization as tokenization_module
 from subspace.data.config import DataConfig
 from subspace.data.contamination import (
     KINDS,
@@ -36,7 +34,8 @@ from subspace.data.items import Item
 from subspace.data.prepare import task_items
 from subspace.data.records import FILES, file_rows
 from subspace.data.samples import find_tasks, select_sample
-from subspace.data.tasks import Task, render
+from subspace.data.tasks import Task, find_task, prompt_template, render
+from subspace.data.tokenization import encode_pairs, encode_rows
 from subspace.evaluation.config import EvaluateConfig
 from subspace.models.prepare import model_folder
 
@@ -180,7 +179,7 @@ def build_report(
         progress: what is told how far it is.
     """
     opened = open_data(data, tokenizer, seed, progress)
-    template = tasks_module.prompt_template(data.prompt)
+    template = prompt_template(data.prompt)
     from_file = data.mixture.endswith(FILES)
     window = _window(model)
     tasks = find_tasks(evaluate.selection.tasks)
@@ -271,7 +270,7 @@ Read = Callable[[npt.NDArray[np.int64]], tuple[list[Text], list[str]]]
 
 def _task_texts(name: str, split: str) -> Read:
     """Return what reads rows of a task, by their numbers: their texts and answers."""
-    task, rows = tasks_module.find_task(name), task_items(name, split)
+    task, rows = find_task(name), task_items(name, split)
     text = question_text(task)
 
     def read(numbers: npt.NDArray[np.int64]) -> tuple[list[Text], list[str]]:
@@ -300,11 +299,11 @@ def _lengths(
     task: Task, items: Sequence[Item], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Return the tokens of each item: with its answer and its end as training has them, and at most in a scoring."""
-    encoded = tokenization_module.encode_rows(tokenizer, _rows(task, items, template))
+    encoded = encode_rows(tokenizer, _rows(task, items, template))
     read = [start for _, start in encoded]
     if task.extraction == "first-word":
         requests = [task.likelihood.requests(item) for item in items]
-        choices = iter(tokenization_module.encode_pairs(tokenizer, [pair for pairs in requests for pair in pairs]))
+        choices = iter(encode_pairs(tokenizer, [pair for pairs in requests for pair in pairs]))
         read = [max(n, *(len(next(choices)[0]) - 1 for _ in pairs)) for n, pairs in zip(read, requests, strict=True)]
     return [len(ids) + 1 for ids, _ in encoded], read
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from subspace.common import declarations as declarations_module
-from subspace.data import tasks as tasks_module
+from subspace.common.declarations import read_yaml
+from subspace.data.tasks import list_tasks
+from subspace.data.tokenization import common_prefix_length
 from subspace.errors import UserError, nearest
 from subspace.evaluation.results import TaskResult, read_items, read_results
 from subspace.reporting.statistics import Array
@@ -25,8 +25,8 @@ REMEDIES = {
     "template": "score both with the same evaluate.prompt and the same declarations",
     "tokenizer": "use one base model: another tokenizer cuts the texts differently",
 }
-#: Settings in which runs of one method may differ besides the seed: they change nothing that is learnt.
-IGNORED_KEYS = ("name", "runs", "evaluate")
+IGNORED_KEYS = ("name", "runs", "evaluate", "published")
+"""Settings in which runs of one method may differ besides the seed: they change nothing that is learnt."""
 
 
 class Correctness(NamedTuple):
@@ -59,7 +59,7 @@ class ScoredRun:
         return seed
 
     @property
-    def but_seed(self) -> str:
+    def config_without_seed(self) -> str:
         """What was trained, whatever the seed: equal for runs that are one method's."""
         if self.seed is None:
             return self.name
@@ -113,7 +113,7 @@ def load_runs(folders: Sequence[Path], protocol: str | None = None) -> list[list
     scored: dict[str, dict[str, ScoredRun]] = {}  # by protocol, then by name
     for name, folder in zip(names, folders, strict=True):
         file = folder / "config.yaml"
-        config = declarations_module.read_yaml(file) if file.is_file() else {}
+        config = read_yaml(file) if file.is_file() else {}
         for result in read_results(folder):
             run = scored.setdefault(result.protocol, {}).setdefault(name, ScoredRun(name, folder, config, {}))
             run.results[result.task] = result
@@ -135,17 +135,19 @@ def _columns(runs: Iterable[ScoredRun]) -> list[Column]:
     together: dict[tuple[str, int], list[ScoredRun]] = {}
     for run in runs:
         again = 0
-        while any(run.seed == other.seed for other in together.get((run.but_seed, again), [])):
+        while any(run.seed == other.seed for other in together.get((run.config_without_seed, again), [])):
             again += 1
-        together.setdefault((run.but_seed, again), []).append(run)
-    columns = []
-    for several in together.values():
-        common = os.path.commonprefix([run.name for run in several])  # noqa: RUF071
-        name = re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", common) if len(several) > 1 else common
-        columns.append(
-            Column(f"{name or several[0].name} ×{len(several)}" if len(several) > 1 else name, tuple(several))
-        )
-    return columns
+        together.setdefault((run.config_without_seed, again), []).append(run)
+    return [Column(_column_name([run.name for run in several]), tuple(several)) for several in together.values()]
+
+
+def _column_name(names: Sequence[str]) -> str:
+    """Return what seeds of one method are called: ``dora ×3`` of ``dora-seed0``, ``dora-seed1``, ``dora-seed2``."""
+    if len(names) == 1:
+        return names[0]
+    alike = names[0][: common_prefix_length(names)]
+    name = re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", alike)  # without what stands before the seed's number
+    return f"{name or names[0]} ×{len(names)}"
 
 
 def ensure_comparable(runs: Sequence[ScoredRun]) -> None:
@@ -179,16 +181,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def title(task: str) -> str:
     """Return what a task is called in a table."""
-    known = tasks_module.list_tasks(None)
+    known = list_tasks(None)
     return known[task].title if task in known else task
 
 
 def suite(task: str) -> str:
     """Return the suite that a task belongs to; a mean is over one."""
-    known = tasks_module.list_tasks(None)
-    return known[task].suite if task in known else "other"
-
-
-def _suite(task: str) -> str:
-    known = tasks_module.list_tasks(None)
+    known = list_tasks(None)
     return known[task].suite if task in known else "other"

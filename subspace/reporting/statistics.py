@@ -1,4 +1,4 @@
-"""What scores are worth: standard errors, intervals, tests between runs, and what a number of items can tell apart.
+"""Confidence intervals, paired significance tests and power analysis of scores.
 
 Runs are scored on the same items, so everything between runs is paired by item. A *run* is a list with one array of 0
 and 1 a task, ``(seeds, items)``: what each seed got right. Several seeds share their items, so seeds and items are

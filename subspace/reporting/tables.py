@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from subspace.common.tables import BEST, TIED, Grid, render_grids
-from subspace.data import tasks as tasks_module
+from subspace.data.tasks import list_tasks
 from subspace.evaluation.results import TaskResult
 from subspace.reporting import statistics
 from subspace.reporting.runs import Column, ensure_comparable, load_runs, suite, title
@@ -144,7 +144,7 @@ def build_table(columns: Sequence[Column]) -> Table:
     runs = [run for column in columns for run in column.runs]
     ensure_comparable(runs)
     somewhere = {task for run in runs for task in run.results}
-    order = [*tasks_module.list_tasks(None), *sorted(somewhere)]
+    order = [*list_tasks(None), *sorted(somewhere)]
     rows: list[Row] = []
     suites: dict[str, list[Row]] = {}
     for task in sorted(somewhere, key=order.index):

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 from subspace.cli.command import Command, json_argument, scored_arguments
+from subspace.errors import UserError
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     scored_arguments(parser)
+    parser.add_argument("--published", action="store_true", help="compare each run with the scores of its `published:`")
     parser.add_argument("--items", action="store_true", help="list the items that only one of two got right")
     parser.add_argument("--markdown", action="store_true", help="for a document")
     json_argument(parser)
@@ -20,7 +22,10 @@ def _run(options: argparse.Namespace) -> int:
     from subspace.common.tables import print_grid
     from subspace.reporting.comparison import compare_runs
 
-    found = compare_runs([Path(run) for run in options.runs], options.protocol)
+    folders = [Path(run) for run in options.runs]
+    if options.published:
+        return _show_published(folders, options)
+    found = compare_runs(folders, options.protocol)
     if options.json:
         print(json.dumps([one.as_dict() for one in found], indent=2))
         return 0
@@ -31,13 +36,29 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _show_published(folders: list[Path], options: argparse.Namespace) -> int:
+    from subspace.common.tables import print_grid
+    from subspace.reporting.published import compare_with_published
+
+    if options.items:
+        raise UserError("--items lists what flipped between two runs; of published scores there are no items")
+    found = compare_with_published(folders, options.protocol)
+    if options.json:
+        print(json.dumps([one.as_dict() for one in found], indent=2))
+        return 0
+    for one in found:
+        print(f"{one.grid.markdown()}\n") if options.markdown else print_grid(one.grid)
+    return 0
+
+
 COMMAND = Command(
     "compare",
     "tell whether runs differ: paired tests, intervals, and the items that flipped",
     """examples:
   subspace compare runs/lora runs/dora
   subspace compare runs/lora runs/dora runs/pissa          each with the first, corrected for their number
-  subspace compare runs/lora runs/dora --items""",
+  subspace compare runs/lora runs/dora --items
+  subspace compare runs/llama-7b-dora-r32 --published      with the literature's scores""",
     _arguments,
     _run,
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,12 @@ from subspace.adapters.penalties import LossTap, charge_penalty
 from subspace.common.settings import Settings
 from subspace.models.frozen_weights import dequantized_weight, gather_weight_fp32
 
-ROLES = {
+Role = Literal["down", "up", "core", "scale", "bias", "prompt", "weight"]
+Site = Literal["linear", "sublayer", "attention", "mlp", "embedding", "module"]
+Family = Literal["reconstruction", "extension", "combination", "reference"]
+WeightAccess = Literal["nothing", "row norms", "largest", "smallest", "spectrum", "late", "values", "rows"]
+
+ROLES: Mapping[Role, str] = {
     "down": "first factor, from the layer's input",
     "up": "last factor, to the layer's output; LoRA+ trains it faster",
     "core": "between the factors",
@@ -33,9 +38,9 @@ ROLES = {
     "prompt": "virtual tokens, keys or values",
     "weight": "a matrix of the model itself",
 }
-SITES = ("linear", "sublayer", "attention", "mlp", "embedding", "module")
-FAMILIES = ("reconstruction", "extension", "combination", "reference")
-WEIGHT_ACCESS = {
+SITES: tuple[Site, ...] = get_args(Site)
+FAMILIES: tuple[Family, ...] = get_args(Family)
+WEIGHT_ACCESS: Mapping[WeightAccess, str] = {
     "nothing": "W only to merge",
     "row norms": "the lengths of W's rows, once",
     "largest": "W's largest singular vectors, once; those of a quantised W will do",
@@ -84,19 +89,19 @@ class Adapter(nn.Module):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     name: ClassVar[str]
-    family: ClassVar[str]
+    family: ClassVar[Family]
     num_params: ClassVar[str]
-    site: ClassVar[str]
+    site: ClassVar[Site]
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: Each trained tensor's role: it decides weight decay and LoRA+'s learning rate.
-    roles: ClassVar[Mapping[str, str]]
+    roles: ClassVar[Mapping[str, Role]]
     #: Whether what it does at a site can be folded into the layer; an instance may know better.
     mergeable: bool = True
     #: Whether the model computes the same before the first step as without the adapter, and up to which part.
     identity_at_init: ClassVar[bool] = True
     identity_tolerance: ClassVar[float] = 0.0
     #: What it reads of W, a key of WEIGHT_ACCESS.
-    weight_access: ClassVar[str] = "nothing"
+    weight_access: ClassVar[WeightAccess] = "nothing"
     #: The setting that makes the method larger or smaller, if it has one.
     size_setting: ClassVar[str | None] = None
     #: Trained tensors whose first gradient comes with a later step of a schedule.
@@ -132,7 +137,7 @@ class Adapter(nn.Module):
         """Remove the hooks of :meth:`attach`, before the frozen module takes its place back."""
 
     @classmethod
-    def target_kind(cls, config: Any) -> str:
+    def target_kind(cls, config: Any) -> Site:
         """Return the kind of site that these settings ask for."""
         return cls.site
 

@@ -32,7 +32,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from subspace.adapters.base import FAMILIES, ROLES, SITES, Adapter, MethodConfig
+from subspace.adapters.base import FAMILIES, ROLES, SITES, Adapter, Family, MethodConfig
 from subspace.common.files import write_file
 from subspace.common.python_files import PythonFile, run_python_file, was_run_before
 from subspace.errors import UserError, nearest
@@ -65,7 +65,7 @@ _files: dict[str, MethodFile] = {}  # by the SHA-256 of their source
 
 
 def register(
-    name: str, *, family: str, num_params: str, aliases: Mapping[str, Presets] | None = None
+    name: str, *, family: Family, num_params: str, aliases: Mapping[str, Presets] | None = None
 ) -> Callable[[_Class], _Class]:
     """Enter a method's class into the register.
 

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from subspace.adapters.base import Adapter, MethodConfig
+from subspace.adapters.base import Adapter, MethodConfig, Site
 from subspace.adapters.bottleneck import ACTIVATIONS
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
@@ -53,7 +53,7 @@ class Parallel(Adapter):
         site: str = setting("linear", "beside linear layers or whole feed-forward blocks", choices=("linear", "ffn"))
 
     @classmethod
-    def target_kind(cls, config: Any) -> str:
+    def target_kind(cls, config: Any) -> Site:
         return "mlp" if config.site == "ffn" else "linear"
 
     @classmethod

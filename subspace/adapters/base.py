@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self, get_args
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import TypeVar
 
 from subspace.adapters.penalties import LossTap, charge_penalty
 from subspace.common.settings import Settings
@@ -57,6 +58,10 @@ class MethodConfig(Settings):
     """Base of every method's settings."""
 
 
+#: A method's own Config: ``class Mine(LinearAdapter["Mine.Config"])`` types ``self.config``.
+C = TypeVar("C", bound=MethodConfig, default=Any)
+
+
 @dataclass(frozen=True)
 class TrainProgress:
     """Progress of a run in optimizer steps: ``step`` is 1 for the first of ``steps``."""
@@ -84,7 +89,7 @@ class OptimizerAccess(Protocol):
     def for_each_weight(self, adapters: Sequence[Any], look: Callable[[Any, Tensor], None]) -> None: ...
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, Generic[C]):
     """One method's tensors at one place of the model."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -110,9 +115,9 @@ class Adapter(nn.Module):
     #: Frozen parameters of the base that the adapter holds in its place, by their names there.
     original_params: Mapping[str, nn.Parameter] = {}
     base: Any  # the frozen module, of whatever class the model or bitsandbytes made it
-    config: Any  # an instance of the method's own Config
+    config: C
 
-    def __init__(self, base: nn.Module, config: Any) -> None:
+    def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__()
         self.base = base
         self.config = config
@@ -137,27 +142,27 @@ class Adapter(nn.Module):
         """Remove the hooks of :meth:`attach`, before the frozen module takes its place back."""
 
     @classmethod
-    def target_kind(cls, config: Any) -> Site:
+    def target_kind(cls, config: C) -> Site:
         """Return the kind of site that these settings ask for."""
         return cls.site
 
     @classmethod
-    def default_targets(cls, config: Any) -> Sequence[str] | None:
+    def default_targets(cls, config: C) -> Sequence[str] | None:
         """Return the targets where a user names none; None for those of the site's kind."""
         return None
 
     @classmethod
-    def check_quantization(cls, config: Any, storage: str) -> str | None:
+    def check_quantization(cls, config: C, storage: str) -> str | None:
         """Return why these settings cannot serve a W stored as ``4bit`` or ``int8``, and what can; None if they do."""
         return None
 
     @classmethod
-    def check_module(cls, config: Any, site: nn.Module) -> str | None:
+    def check_module(cls, config: C, site: nn.Module) -> str | None:
         """Return why the method does not fit a module, and what would make it fit; None where it fits."""
         return None
 
     @classmethod
-    def config_for(cls, config: Any, name: str) -> Any:
+    def config_for(cls, config: C, name: str) -> C:
         """Return the settings for the site of this name, where they depend on it."""
         return config
 
@@ -229,12 +234,12 @@ def _charge_penalty(adapter: Adapter, inputs: Any, output: Tensor) -> Tensor:
     return output if penalty is None else charge_penalty(output, penalty, adapter.loss_tap)
 
 
-class LinearAdapter(Adapter):
+class LinearAdapter(Adapter[C]):
     """A method at a linear layer, defined by the weight that replaces W."""
 
     site = "linear"
 
-    def __init__(self, base: nn.Module, config: Any) -> None:
+    def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
         self.in_features: int = self.base.in_features
         self.out_features: int = self.base.out_features
@@ -278,7 +283,7 @@ class LinearAdapter(Adapter):
         return F.linear(x, self.weight(W).to(x.dtype), None if b is None else b.to(x.dtype))
 
 
-class SublayerAdapter(Adapter):
+class SublayerAdapter(Adapter[C]):
     """A method at the linear layer that ends an attention or an MLP, so that it sees what enters the residual stream.
 
     Where a norm stands between that layer and the residual addition (Gemma 2 and 3), the adapter comes before the norm.
@@ -287,7 +292,7 @@ class SublayerAdapter(Adapter):
     site = "sublayer"
     mergeable = False
 
-    def __init__(self, base: nn.Module, config: Any) -> None:
+    def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
         self.in_features: int = self.base.in_features
         self.out_features: int = self.base.out_features

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import TypeVar
 
 from subspace.adapters.base import MethodConfig, SublayerAdapter
 from subspace.common.settings import setting
@@ -34,13 +35,16 @@ class BottleneckConfig(MethodConfig):
     start: str = setting("zero", "U at zero, or D and U Gaussian, near zero", choices=("zero", "gaussian"))
 
 
-class BottleneckAdapter(SublayerAdapter):
+C = TypeVar("C", bound=BottleneckConfig, default=Any)
+
+
+class BottleneckAdapter(SublayerAdapter[C]):
     """``h' = h + s (U f(D h + c) + e)`` for what the sub-layer returns, h ``(..., out)``."""
 
     size_setting: ClassVar = "bottleneck"
     roles: ClassVar = {"D": "down", "U": "up", "c": "bias", "e": "bias"}
 
-    def __init__(self, base: nn.Module, config: BottleneckConfig) -> None:
+    def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
         self.f = ACTIVATIONS[config.activation]
         self.D = nn.Parameter(torch.empty(config.bottleneck, self.out_features))

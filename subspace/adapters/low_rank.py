@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import TypeVar
 
 from subspace.adapters.base import LinearAdapter, MethodConfig
 from subspace.adapters.linalg import SVD, off_diagonal
@@ -71,13 +72,17 @@ def check_rank(adapter: LinearAdapter, r: int) -> None:
         )
 
 
-class LowRankAdapter(LinearAdapter):
+#: The Config of a method of this family.
+C = TypeVar("C", bound=LowRankConfig, default=Any)
+
+
+class LowRankAdapter(LinearAdapter[C]):
     """``W' = W + s B C A`` with a small core ``C (r, r)``, which is the identity unless a method says otherwise."""
 
     size_setting: ClassVar = "r"
     roles: ClassVar = {"A": "down", "B": "up"}
 
-    def __init__(self, base: nn.Module, config: LowRankConfig) -> None:
+    def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
         alpha = config.r if config.alpha is None else config.alpha
         self.scale = alpha / (math.sqrt(config.r) if config.rslora else config.r)
@@ -112,7 +117,7 @@ class LowRankAdapter(LinearAdapter):
         return lora_up_add(self.frozen(x), h, self.B, self.scale)
 
     def penalty(self) -> Tensor | None:
-        config = self.config
+        config: Any = self.config  # a ConstrainedConfig where a constraint is set
         if self.constraint not in ("orthogonal", "diagonal") or not config.constraint_weight:
             return None
         A, B = self.A @ self.A.T, self.B.T @ self.B
@@ -124,12 +129,12 @@ class LowRankAdapter(LinearAdapter):
         return penalty
 
 
-class TripletAdapter(LowRankAdapter):
+class TripletAdapter(LowRankAdapter[C]):
     """``W' = W + s B diag(E) A``: an update in the form of a singular value decomposition. E starts at zero."""
 
     roles: ClassVar = {"A": "down", "E": "core", "B": "up"}
 
-    def __init__(self, base: nn.Module, config: LowRankConfig, *, std: float | None = None, spare: int = 0) -> None:
+    def __init__(self, base: nn.Module, config: C, *, std: float | None = None, spare: int = 0) -> None:
         super().__init__(base, config)
         if spare:
             self.A = nn.Parameter(torch.empty(config.r + spare, self.in_features))
@@ -145,7 +150,7 @@ class TripletAdapter(LowRankAdapter):
         return h * self.E.to(h.dtype)
 
 
-class SVDInitAdapter(LowRankAdapter):
+class SVDInitAdapter(LowRankAdapter[C]):
     """``W' = W + s (B A - B_0 A_0)``, where ``s B_0 A_0`` is a part of W itself: that part is trained, the rest is not.
 
     Both products are computed apart and alike, so that at the start their difference is zero to the last bit.
@@ -154,7 +159,7 @@ class SVDInitAdapter(LowRankAdapter):
     A0: Tensor
     B0: Tensor
 
-    def __init__(self, base: nn.Module, config: LowRankConfig) -> None:
+    def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
         check_rank(self, config.r)
         self.register_buffer("A0", torch.zeros_like(self.A, requires_grad=False))

@@ -8,11 +8,12 @@ this project's; with all triplets and exact arithmetic both are the same functio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import TypeVar
 
 from subspace.adapters.base import LinearAdapter, MethodConfig
 from subspace.adapters.linalg import full_svd, top_singular_triplets
@@ -29,7 +30,10 @@ class SingularValueConfig(MethodConfig):
     )
 
 
-class SingularValueAdapter(LinearAdapter):
+C = TypeVar("C", bound=SingularValueConfig, default=Any)
+
+
+class SingularValueAdapter(LinearAdapter[C]):
     """``W' = U diag(values) V^T`` with :meth:`values` in place of W's singular values."""
 
     U: Tensor
@@ -39,7 +43,7 @@ class SingularValueAdapter(LinearAdapter):
     weight_access: ClassVar = "spectrum"
     identity_tolerance: ClassVar = 1e-4  # float32 rounding of the decomposition, where W is replaced
 
-    def __init__(self, base: nn.Module, config: SingularValueConfig) -> None:
+    def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
         self.k = min(config.p or self.in_features, self.in_features, self.out_features)
         self.register_buffer("sigma", torch.zeros(self.k))
@@ -50,7 +54,7 @@ class SingularValueAdapter(LinearAdapter):
         self.register_buffer("Vt", torch.zeros(self.k, self.in_features, dtype=dtype), persistent=few)
 
     @classmethod
-    def check_quantization(cls, config: SingularValueConfig, storage: str) -> str | None:
+    def check_quantization(cls, config: C, storage: str) -> str | None:
         if config.p:
             return None
         return "all of W's singular vectors would be held in 16 bits, twice the size that W had. Set method.p=64, say"

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspace.adapters.base import Adapter
+from subspace.adapters.base import Adapter, C
 from subspace.errors import UserError
 from subspace.models.transformers_compat import attention_kernel, embedding_gain, layer_number
 
 
-class AttentionAdapter(Adapter):
+class AttentionAdapter(Adapter[C]):
     """A method that lets every query of an attention see further keys and values, from :meth:`prefix`.
 
     The keys join after the rotary embedding, so they carry none, and real tokens keep their positions. It works with
@@ -30,7 +30,7 @@ class AttentionAdapter(Adapter):
     mergeable = False
     identity_at_init = False
 
-    def __init__(self, base: nn.Module, config: Any) -> None:
+    def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
         kind = attention_kernel(self.base.config)
         if kind.startswith(("flash", "flex")):

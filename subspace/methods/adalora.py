@@ -26,7 +26,7 @@ from subspace.common.settings import setting
 
 
 @register("adalora", family="extension", num_params="r * (n_in + n_out + 1)")
-class AdaLoRA(TripletAdapter):
+class AdaLoRA(TripletAdapter["AdaLoRA.Config"]):
     """See the module's docstring."""
 
     @dataclass(frozen=True, kw_only=True)

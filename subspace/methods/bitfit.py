@@ -15,7 +15,7 @@ false`` such layers are left alone); the biases of norms, which LLaMA-like model
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from subspace.common.settings import setting
 
 
 @register("bitfit", family="reconstruction", num_params="n_out")
-class BitFit(LinearAdapter):
+class BitFit(LinearAdapter["BitFit.Config"]):
     """See the module's docstring."""
 
     roles: ClassVar = {"beta": "bias"}
@@ -38,7 +38,7 @@ class BitFit(LinearAdapter):
         create: bool = setting(True, "give layers without a bias one; else only those with one are adapted")
 
     @classmethod
-    def check_module(cls, config: Any, site: nn.Module) -> str | None:
+    def check_module(cls, config: Config, site: nn.Module) -> str | None:
         if config.create or getattr(site, "bias", None) is not None:
             return None
         return "has no bias to train. Give it one with `create: true`"

@@ -37,7 +37,7 @@ TINY = 1e-12  # keeps a row of zeros at zero
 
 
 @register("dora", family="combination", num_params="(r * (n_in + n_out) if direction else 0) + n_out")
-class DoRA(LowRankAdapter):
+class DoRA(LowRankAdapter["DoRA.Config"]):
     """See the module's docstring."""
 
     W_norm2: Tensor

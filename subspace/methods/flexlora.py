@@ -32,7 +32,7 @@ STD = 0.02
 
 
 @register("flexlora", family="extension", num_params="(r + headroom) * (n_in + n_out + 1)")
-class FlexLoRA(TripletAdapter):
+class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
     """See the module's docstring."""
 
     alive: Tensor

@@ -27,7 +27,7 @@ from subspace.common.settings import setting
 
 
 @register("flora", family="extension", num_params="r * n_in + (r_out or r) * n_out + r * (r_out or r)")
-class FLoRA(LowRankAdapter):
+class FLoRA(LowRankAdapter["FLoRA.Config"]):
     """See the module's docstring."""
 
     roles: ClassVar = {"A": "down", "G": "core", "B": "up"}

@@ -27,7 +27,7 @@ from subspace.models.frozen_weights import is_matrix, offload_to_cpu, trainable_
 
 
 @register("full", family="reference", num_params="n_values", aliases={"full-fine-tuning": {}, "fft": {}})
-class Full(Adapter):
+class Full(Adapter["Full.Config"]):
     """See the module's docstring."""
 
     site = "module"
@@ -38,7 +38,7 @@ class Full(Adapter):
         """Full fine-tuning has no settings."""
 
     @classmethod
-    def check_quantization(cls, config: Any, storage: str) -> str:
+    def check_quantization(cls, config: Config, storage: str) -> str:
         return f"{storage} numbers have no gradient. Open the base with `model.quantize: none`, or take lora"
 
     def __init__(self, base: nn.Module, config: Config) -> None:

@@ -22,7 +22,7 @@ from subspace.common.settings import setting
 
 
 @register("houlsby", family="extension", num_params=NUM_PARAMS)
-class Houlsby(BottleneckAdapter):
+class Houlsby(BottleneckAdapter["Houlsby.Config"]):
     """See the module's docstring."""
 
     @dataclass(frozen=True, kw_only=True)

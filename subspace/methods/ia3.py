@@ -29,7 +29,7 @@ from subspace.common.settings import setting
 
 
 @register("ia3", family="reconstruction", num_params="n_out if side == 'output' else n_in", aliases={"(ia)3": {}})
-class IA3(LinearAdapter):
+class IA3(LinearAdapter["IA3.Config"]):
     """See the module's docstring."""
 
     roles: ClassVar = {"l": "scale"}

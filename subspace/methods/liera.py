@@ -34,7 +34,7 @@ ROWS = 1024  # of W at a time
 
 
 @register("liera", family="extension", num_params="r * (n_in + n_out)", aliases={"hira": {}})
-class LieRA(LowRankAdapter):
+class LieRA(LowRankAdapter["LieRA.Config"]):
     """See the module's docstring."""
 
     weight_access: ClassVar = "values"

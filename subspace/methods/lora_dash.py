@@ -36,7 +36,7 @@ EPSILON = 1e-6
 
 
 @register("lora-dash", family="combination", num_params="r * (n_in + n_out) + d", aliases={"dash": {}})
-class LoRADash(LowRankAdapter):
+class LoRADash(LowRankAdapter["LoRADash.Config"]):
     """See the module's docstring."""
 
     U: Tensor

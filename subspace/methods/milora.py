@@ -27,7 +27,7 @@ from subspace.common.settings import setting
 
 
 @register("milora", family="reconstruction", num_params="r * (n_in + n_out)")
-class MiLoRA(SVDInitAdapter):
+class MiLoRA(SVDInitAdapter["MiLoRA.Config"]):
     """See the module's docstring."""
 
     weight_access: ClassVar = "smallest"

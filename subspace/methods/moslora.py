@@ -24,7 +24,7 @@ from subspace.adapters.registry import register
 
 
 @register("moslora", family="extension", num_params="r * (n_in + n_out + r)")
-class MoSLoRA(LowRankAdapter):
+class MoSLoRA(LowRankAdapter["MoSLoRA.Config"]):
     """See the module's docstring."""
 
     roles: ClassVar = {"A": "down", "M": "core", "B": "up"}

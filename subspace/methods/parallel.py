@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ ALIASES = {"parallel-adapter": {}, "pa": {}, "scaled-parallel": {"site": "ffn", 
 
 
 @register("parallel", family="extension", num_params="bottleneck * (n_in + n_out)", aliases=ALIASES)
-class Parallel(Adapter):
+class Parallel(Adapter["Parallel.Config"]):
     """See the module's docstring."""
 
     site = "linear"
@@ -53,11 +53,11 @@ class Parallel(Adapter):
         site: str = setting("linear", "beside linear layers or whole feed-forward blocks", choices=("linear", "ffn"))
 
     @classmethod
-    def target_kind(cls, config: Any) -> Site:
+    def target_kind(cls, config: Config) -> Site:
         return "mlp" if config.site == "ffn" else "linear"
 
     @classmethod
-    def default_targets(cls, config: Any) -> Sequence[str] | None:
+    def default_targets(cls, config: Config) -> Sequence[str] | None:
         return None if config.site == "ffn" else ("up_proj", "down_proj")
 
     def __init__(self, base: nn.Module, config: Config) -> None:

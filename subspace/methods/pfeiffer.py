@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from subspace.adapters.bottleneck import NUM_PARAMS, BottleneckAdapter, BottleneckConfig
 from subspace.adapters.registry import register
 
 
 @register("pfeiffer", family="extension", num_params=NUM_PARAMS, aliases={"adapterp": {}})
-class Pfeiffer(BottleneckAdapter):
+class Pfeiffer(BottleneckAdapter["Pfeiffer.Config"]):
     """See the module's docstring."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -31,5 +30,5 @@ class Pfeiffer(BottleneckAdapter):
         """The bottleneck's settings."""
 
     @classmethod
-    def default_targets(cls, config: Any) -> Sequence[str]:
+    def default_targets(cls, config: Config) -> Sequence[str]:
         return ("down_proj",)

@@ -27,7 +27,7 @@ from subspace.common.settings import setting
 
 
 @register("pissa", family="reconstruction", num_params="r * (n_in + n_out)")
-class PiSSA(SVDInitAdapter):
+class PiSSA(SVDInitAdapter["PiSSA.Config"]):
     """See the module's docstring."""
 
     weight_access: ClassVar = "largest"

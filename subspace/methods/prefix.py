@@ -41,7 +41,7 @@ PLAIN, NETWORK = "2 * n * n_kv", "(n + hidden + 1) * hidden + 2 * (hidden + 1) *
     num_params=f"({NETWORK} if hidden else {PLAIN}) + (gate is not None) * heads",
     aliases={"prefix-tuning": {}, "p-tuning-v2": {"hidden": 0}},
 )
-class Prefix(AttentionAdapter):
+class Prefix(AttentionAdapter["Prefix.Config"]):
     """See the module's docstring."""
 
     size_setting: ClassVar = "n"

@@ -26,7 +26,7 @@ from subspace.adapters.singular_values import SingularValueAdapter, SingularValu
 
 
 @register("sam-parser", family="reconstruction", num_params="min(p or n_in, n_in, n_out)")
-class SAMParser(SingularValueAdapter):
+class SAMParser(SingularValueAdapter["SAMParser.Config"]):
     """See the module's docstring."""
 
     roles: ClassVar = {"s": "scale"}

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from subspace.adapters.bottleneck import ACTIVATIONS, NUM_PARAMS, BottleneckAdapter, BottleneckConfig
 from subspace.adapters.registry import register
@@ -24,7 +23,7 @@ from subspace.common.settings import setting
 
 
 @register("series", family="extension", num_params=NUM_PARAMS, aliases={"series-adapter": {}})
-class Series(BottleneckAdapter):
+class Series(BottleneckAdapter["Series.Config"]):
     """See the module's docstring."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -36,5 +35,5 @@ class Series(BottleneckAdapter):
         bias: bool = setting(False, "train biases in both layers")
 
     @classmethod
-    def default_targets(cls, config: Any) -> Sequence[str]:
+    def default_targets(cls, config: Config) -> Sequence[str]:
         return ("down_proj",)

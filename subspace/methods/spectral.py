@@ -29,7 +29,7 @@ from subspace.kernels.low_rank import lora_up_add
 
 
 @register("spectral", family="combination", num_params="r * (n_in + n_out)")
-class Spectral(LinearAdapter):
+class Spectral(LinearAdapter["Spectral.Config"]):
     """See the module's docstring."""
 
     U: Tensor

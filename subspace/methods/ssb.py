@@ -22,7 +22,7 @@ from subspace.adapters.registry import register
 
 
 @register("ssb", family="reconstruction", num_params="n_in + n_out")
-class SSB(LinearAdapter):
+class SSB(LinearAdapter["SSB.Config"]):
     """See the module's docstring."""
 
     roles: ClassVar = {"d": "scale", "l": "scale"}

@@ -25,7 +25,7 @@ from subspace.adapters.registry import register
 
 
 @register("ssl", family="reconstruction", num_params="n_in")
-class SSL(LinearAdapter):
+class SSL(LinearAdapter["SSL.Config"]):
     """See the module's docstring."""
 
     roles: ClassVar = {"d": "scale"}

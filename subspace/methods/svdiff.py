@@ -25,7 +25,7 @@ from subspace.adapters.singular_values import SingularValueAdapter, SingularValu
 
 
 @register("svdiff", family="combination", num_params="min(p or n_in, n_in, n_out)")
-class SVDiff(SingularValueAdapter):
+class SVDiff(SingularValueAdapter["SVDiff.Config"]):
     """See the module's docstring."""
 
     roles: ClassVar = {"delta": "core"}

@@ -21,7 +21,7 @@ from subspace.adapters.registry import register
 
 
 @register("trilora", family="extension", num_params="r * (n_in + n_out + 1)")
-class TriLoRA(TripletAdapter):
+class TriLoRA(TripletAdapter["TriLoRA.Config"]):
     """See the module's docstring."""
 
     @dataclass(frozen=True, kw_only=True)

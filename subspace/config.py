@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from subspace.adapters import registry
 from subspace.adapters.base import Adapter, MethodConfig
-from subspace.common.declarations import parse_value, read_yaml, write_yaml
+from subspace.common.declarations import read_yaml, write_yaml
+from subspace.common.layers import COMMAND_LINE, Given, Layer, merge_layers, parse_override
 from subspace.common.paths import find_resource, recipes_folder, resource_name
 from subspace.common.settings import (
     SettingInfo,
@@ -43,7 +43,6 @@ SECTIONS: dict[str, type[Settings]] = {
 DEFAULT_METHOD = "lora"
 METHOD = "method"  # where a run's only method stands; one of several stands at method.0, method.1, ...
 BASE = "base"  # names the file that a file builds on
-COMMAND_LINE = "the command line"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,35 +224,6 @@ def write_config(config: RunConfig, file: Path) -> None:
     write_yaml(file, plain)
 
 
-# Layers.
-
-
-class Given(NamedTuple):
-    """A value that a layer gives to a setting."""
-
-    value: Any
-    origin: str  # the file, or the command line
-    text: str | None = None  # what stood on the command line, which YAML read as the value
-
-    def value_for(self, info: SettingInfo | None) -> Any:
-        """Return the value; for a setting that takes text, 5 on the command line is text, and so is true."""
-        is_null = self.value is None and info is not None and types.NoneType in info.types
-        if self.text is None or info is None or str not in info.types or is_null:
-            return self.value
-        return self.value if isinstance(self.value, str | list | dict) else self.text
-
-
-Layer = dict[str, Given]
-
-
-def parse_override(override: str) -> tuple[str, Given]:
-    """Return the setting's name and the value that ``key=value`` gives it."""
-    name, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"'{override}' stands where settings do, as key=value")
-    return name, Given(parse_value(text), COMMAND_LINE, text)
-
-
 def _override(values: Layer, overrides: Sequence[str]) -> Layer:
     """Put the command line's settings over the others."""
     own: Layer = {}
@@ -264,12 +234,7 @@ def _override(values: Layer, overrides: Sequence[str]) -> Layer:
         elif re.fullmatch(r"method(\.\d+)?\.file", name):  # another source
             values = {k: v for k, v in values.items() if k != name.replace(".file", ".sha256")}
         own[name] = given
-    return _merge(values, _names_first(own))
-
-
-def _merge(below: Layer, above: Layer) -> Layer:
-    """Put a layer over another. What stands later in the order of the keys counts more."""
-    return {**{name: given for name, given in below.items() if name not in above}, **above}
+    return merge_layers(values, _names_first(own))
 
 
 def _names_first(layer: Layer) -> Layer:
@@ -300,7 +265,7 @@ def _read_file(file: Path, above: Sequence[Path] = ()) -> Layer:
     if any(re.fullmatch(r"method(\.\d+)?\.(name|file)", name) for name in own):
         several = any(name.startswith(f"{METHOD}.0.") for name in own)
         below = {k: v for k, v in below.items() if not k.startswith(f"{METHOD}.") and not (several and k == "targets")}
-    return _merge(below, own)
+    return merge_layers(below, own)
 
 
 def _flatten(content: Mapping[str, Any], file: str) -> Layer:
@@ -396,7 +361,7 @@ def _method_entry(place: str, layer: Layer, found: registry.FoundMethod) -> Meth
     own: Layer = {}
     for key, given in layer.items():  # an alias's settings come with its name, and what stands after it counts more
         aliased = {preset: Given(value, given.origin) for preset, value in presets.items()}
-        own = _merge(own, aliased if key == "name" else {key: given})
+        own = merge_layers(own, aliased if key == "name" else {key: given})
     where: dict[str, Any] = {}
     sections = {"targets": "" if place == METHOD else place, "patterns": place, "file": place, "sha256": place}
     for key, section in sections.items():

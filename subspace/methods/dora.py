@@ -13,8 +13,7 @@ if quantised or sharded. The norm is kept for an optimizer step, and taken as a 
 
 Departs from the paper's words, with its authors' code (NVlabs/DoRA): lengths are those of rows, one per output
 feature. With dropout, that code multiplies W a second time, by the dropped input (``dropout_form: official``);
-``branch`` drops the update's input only. ``constraint: nonlinear`` is refused: what is not linear has
-no rows.
+``branch`` drops the update's input only. ``constraint: nonlinear`` is refused: it leaves no weight, so no rows.
 """
 
 from __future__ import annotations

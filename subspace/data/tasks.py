@@ -80,7 +80,8 @@ class InFile(Declaration):
 class Split(Declaration):
     """One split of a task: ``official`` is its name in the original, ``labels`` how often each label occurs.
 
-    ``file`` is read as it is, without ``subspace prepare``.
+    ``file`` is read as it is, without ``subspace prepare``. ``where`` is a Jinja expression over a source's record and
+    its ``number`` there, which is true of the split's own records; where it is empty, all are.
     """
 
     official: str
@@ -89,6 +90,7 @@ class Split(Declaration):
     pypi: InWheel | None = None
     labels: tuple[int, ...] = ()
     file: InFile | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ class Task(Declaration):
         prepared = {name: dataclasses.asdict(split) for name, split in self.splits.items()}
         for split in prepared.values():
             del split["file"]  # is never prepared
+            if not split["where"]:
+                del split["where"]  # data prepared before there was such a setting stays good
         rows = [self.item, prepared]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
@@ -201,6 +205,11 @@ class Task(Declaration):
     def output(self, item: Item) -> str:
         """Return what a model is trained to say."""
         return render(self.output_template, item, answer=self.answer(item))
+
+    def selects(self, record: Mapping[str, Any], number: int, split: str) -> bool:
+        """Return True if the ``number``-th record of a source belongs to the split."""
+        where = self.splits[split].where
+        return not where or bool(_expression(where)(record, number=number))
 
     def make_item(
         self, record: Mapping[str, Any], number: int, split: str, *, wheel: bool = False, file: bool = False

@@ -58,7 +58,7 @@ def take_sample(task: Task, split: str, limit: int | None, folder: str | None = 
     one, on every machine, for every protocol.
     """
     items = split_items(task, split, folder)
-    answers = Counter(item["label"] if task.extraction == "first-word" else str(item["choices"]) for item in items)
+    answers = Counter(item["label"] if len(item["choices"]) > 1 else str(item["choices"]) for item in items)
     positions: Sequence[int] = range(len(items))
     if limit is not None and limit < len(items):
         hashes = [hashlib.sha256(item["id"].encode()).digest() for item in items]

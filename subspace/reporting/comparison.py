@@ -82,9 +82,11 @@ class Comparison:
             title(line.task) for line in self.tasks if 0 < line.difference.lost + line.difference.gained < FEW_FLIPS
         ]:
             notes.append(f"fewer than {FEW_FLIPS} items flipped, so the interval is too narrow: {', '.join(few)}")
-        rows = tuple(line.texts for line in (*self.tasks, *self.means))
+        named = {line.task for line in self.tasks}
+        means = [line for line in self.means if line.task not in named]  # the mean of one task repeats its row
+        rows = tuple(line.texts for line in (*self.tasks, *means))
         heading = f"{self.protocol}: {self.other.name} less {self.first.name}, in points [95 % interval]"
-        return Grid(heading, HEAD, rows, tuple(notes), left=1, last=len(self.means))
+        return Grid(heading, HEAD, rows, tuple(notes), left=1, last=len(means))
 
     @property
     def verdict(self) -> str:
@@ -96,9 +98,9 @@ class Comparison:
         found = f"{100 * d.value:+.1f} points {interval(d.low, d.high, sign='+')}, p {_p(line.corrected, equal=True)}"
         if line.corrected < ALPHA:
             word = "better" if d.value > 0 else "worse"
-            return f"{line.task}: {self.other.name} is {word} than {self.first.name}: {found}"
+            return f"{title(line.task)}: {self.other.name} is {word} than {self.first.name}: {found}"
         smallest = f"the smallest detectable difference is {_points(line.detectable)} points"
-        return f"{line.task}: {names} are not told apart with these items: {found}; {smallest}"
+        return f"{title(line.task)}: {names} are not told apart with these items: {found}; {smallest}"
 
     @property
     def flips(self) -> list[Flip]:
@@ -178,6 +180,8 @@ def compare_columns(columns: Sequence[Column]) -> list[Comparison]:
         suites.setdefault(suite(task), []).append(task)
 
     def mean_name(name: str) -> str:
+        if len(suites[name]) == 1:
+            return suites[name][0]
         return f"mean of {len(suites[name])}" + (f" {name}" if len(suites) > 1 else "")
 
     by_task = [[_line(first, other, task, [task]) for task in tasks] for other in others]

@@ -157,6 +157,8 @@ def build_table(columns: Sequence[Column]) -> Table:
                 suites.setdefault(suite(task), []).append(rows[-1])
     means = []
     for name, several in suites.items():
+        if len({row.task for row in rows if suite(row.task) == name}) == 1:
+            continue  # the mean of one task repeats its row
         name = f"mean of {len(several)}" + (f" {name}" if len(suites) > 1 else "")
         mean = _row(columns, [row.task for row in several], [row.metric for row in several], None, in_mean=True)
         majority = sum(row.majority for row in several) / len(several)

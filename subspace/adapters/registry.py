@@ -108,10 +108,7 @@ def _check_class(cls: type[Adapter], name: str) -> None:
             "`@dataclass(frozen=True, kw_only=True)` above it"
         )
     if taken := [key for key in fields if key in RESERVED_SETTINGS]:
-        raise UserError(
-            f"{where}: a setting is called '{taken[0]}', which has a meaning for every method. Rename it; "
-            f"taken are {', '.join(RESERVED_SETTINGS)}"
-        )
+        raise UserError(f"{where}: a setting is called '{taken[0]}', which every method has already. Rename it")
     if not hasattr(cls, "roles"):
         raise UserError(
             f"{where}: it does not say which tensors it trains. Add `roles: ClassVar = {{'A': 'down'}}`, with a role "
@@ -277,9 +274,7 @@ def load_method_file(path: str | os.PathLike[str], *, trusted: bool = True) -> M
     try:
         file = PythonFile(path, path.read_bytes())
     except OSError as error:
-        raise UserError(
-            f"the method file '{path}' cannot be read: {error.strerror}. Name a Python file as method.file"
-        ) from None
+        raise UserError(f"the method file '{path}' cannot be read: {error.strerror}. Name another") from None
     if file.sha256 in _files:
         return _files[file.sha256]
     if not trusted and not was_run_before(file):

@@ -54,9 +54,7 @@ class DoRA(LowRankAdapter["DoRA.Config"]):
     def __init__(self, base: nn.Module, config: Config) -> None:
         super().__init__(base, config)
         if self.constraint == "nonlinear":
-            raise UserError(
-                "dora has no form with mpc-n: row lengths need a weight. Take mpc-o or mpc-d, or lora+mpc-n"
-            )
+            raise UserError("dora has no form with mpc-n: row lengths need a weight. Take mpc-o, mpc-d or lora+mpc-n")
         if not config.direction:
             del self.A, self.B
         self.m = nn.Parameter(torch.ones(self.out_features))

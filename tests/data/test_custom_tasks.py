@@ -208,7 +208,7 @@ def sample(count: int = 200) -> samples_module.Sample:
 
 def test_a_run_that_was_trained_on_the_test_items_is_refused(tmp_path: Path) -> None:
     rows = [f"how many are {n} and {n}?" for n in range(3)]
-    with pytest.raises(UserError, match=r"run was trained on .*own.json, which holds 3 of 200 items of gsm8k.*=score"):
+    with pytest.raises(UserError, match=r"run was trained on .*own.json, which holds 3 of 200 items of gsm8k.*=warn"):
         subjects.check_contamination(trained_on(tmp_path, rows), [sample()])
 
 

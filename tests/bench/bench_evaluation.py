@@ -10,8 +10,8 @@ is given without the search too; ``--harness-batch 8`` leaves it out. Tokenising
 
 Generation: the same prompts by protocol ``llm-adapters``, and the published way: one prompt at a time, beam search with
 4 beams, 32 tokens, the adapter in HF PEFT. The published evaluators run in 16 bits, hence ``--dtype bfloat16``.
-``--adapter`` gives a trained run's LoRA: ``python -m tests.bench.methods_table --only lora`` trains one. Without it the
-base is asked, which knows no form of answer, so that neither side stops early.
+``--adapter`` gives a trained run's LoRA, as ``subspace train launch/recipes/commonsense-smollm2.yaml`` leaves it.
+Without it the base is asked, which knows no form of answer, so that neither side stops early.
 
 Together: as many adapters as ``--together`` says on one load of their base, against a load for each.
 

@@ -38,7 +38,10 @@ CASES = {
     "nf4": ["train.batch_size=4", "model.quantize=nf4", "model.dtype=float32"],
     "micro-batches": ["train.batch_size=8", "train.micro_batch_size=2", "method=houlsby", "targets=null"],
 }
-SHORT = ["train.trackers=[]", "data.max_length=128", "engine=ds_configs/zero1.json"]
+SHORT = [
+    *("train.trackers=[]", "train.keep_memory=false", "engine=ds_configs/zero1.json"),
+    *("data.mixture=commonsense", "data.prompt=alpaca-indented", "data.max_length=128"),
+]
 
 
 def verified(*arguments: str) -> dict[str, Any]:

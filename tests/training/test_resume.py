@@ -133,12 +133,12 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(material: Path, whole: Pa
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 4)
         with pytest.raises(RunStopped, match="after step 4, by a signal. Its checkpoint is saved"):
-            train(material, whole.parent, "stop_requested", *settings)
+            train(material, whole.parent, "asked", *settings)
     folder = whole.parent / "asked"
     # The best so far has one too.
     assert [path.name for path in checkpoints(folder)] == ["step-000003", "step-000004"]
     assert not (folder / "adapter").exists()
-    train(material, whole.parent, "stop_requested", *settings, resume=True)
+    train(material, whole.parent, "asked", *settings, resume=True)
     assert_same(whole, folder)
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from subspace.distributed.deepspeed_compat import forget_world_group
+
 
 def _active() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -39,6 +41,7 @@ def shutdown() -> None:
     if _active():
         dist.barrier()
         dist.destroy_process_group()
+        forget_world_group()
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

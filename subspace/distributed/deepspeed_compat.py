@@ -32,6 +32,8 @@ deepspeed.ops.__compatible_ops__               start on a CPU           init_dis
                                                                         never calls: a minute of waiting, a compiler
                                                                         that must be there, and a hang for ever where
                                                                         a killed build left its lock behind
+deepspeed.utils.groups._WORLD_GROUP            a second run in one      DeepSpeed keeps its clone of the world's group
+                                               process                  when that is destroyed, and uses it again
 logger "DeepSpeed", FutureWarnings             nothing; noise           calls of collectives that torch has renamed
 torch.utils.cpp_extension._get_build_directory check for a stale lock   DeepSpeed's JIT builds wait for the lock there
 =============================================  =======================  ==============================================
@@ -40,6 +42,7 @@ torch.utils.cpp_extension._get_build_directory check for a stale lock   DeepSpee
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -208,6 +211,12 @@ def disable_shm_comm_op() -> None:
     # DeepSpeed asks this table whether the machine can build the op, and uses no other entry. Where it is not there
     # yet, reading it would try the compiler of every op first.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def forget_world_group() -> None:
+    """Drop DeepSpeed's clone of a process group that has been destroyed, so that the next engine makes one anew."""
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        groups._WORLD_GROUP = None  # type: ignore[attr-defined]
 
 
 def silence_deepspeed() -> None:

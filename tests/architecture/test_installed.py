@@ -44,7 +44,9 @@ class Installed:
         venv.create(root / "venv")
         self.interpreter = root / "venv" / "bin" / "python"
         install = ["install", "--no-deps", "--no-index", str(self.wheel)]
-        self._call([sys.executable, "-m", "pip", "--python", str(self.interpreter), *install])
+        # Without PYTHONPATH, on which pip would find this checkout's subspace.egg-info and install nothing.
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self._call([sys.executable, "-m", "pip", "--python", str(self.interpreter), *install], env=clean)
         # The libraries come from this environment. Its own .pth files are not read there: they may name this checkout.
         (self.packages,) = (root / "venv").glob("lib/python*/site-packages")
         folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}

@@ -234,3 +234,15 @@ def test_builds_leave_their_locks_where_they_are_looked_for(tmp_path: Path, monk
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = compat.build_lock("async_io")
     assert lock == tmp_path / "async_io" / "lock", "torch has changed torch.utils.cpp_extension._get_build_directory"
+
+
+@pytest.mark.processes
+def test_a_second_run_in_one_process_has_a_world_group_of_its_own() -> None:
+    again = (
+        "import deepspeed; from deepspeed.utils import groups; from subspace.distributed import collectives, engine\n"
+        "for _ in range(2):\n"
+        "    engine.init_distributed()\n"
+        "    assert deepspeed.comm.get_global_rank(groups._clone_world_group(), 0) == 0\n"
+        "    collectives.shutdown()\n"
+    )
+    subprocess.run([sys.executable, "-c", again], check=True, timeout=300)

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# What quickstart.sh and tests/run.sh share; sourced from the repository's root.
+# Functions shared by quickstart.sh and tests/run.sh; to be sourced from the repository's root.
 
-# Say which step begins, and when.
+# Print the title and start time of a step.
 step() {
     printf '\n== %s  (%s)\n' "$1" "$(date +%H:%M:%S)"
 }
 
-# Make .venv hold what the given requirements files ask for, and the command `subspace`. Does nothing where it does already.
+# Install the given requirements files and the command `subspace` into .venv, unless it is up to date.
 make_environment() { # FILE ...
     local file stamp python="${PYTHON:-}" current=yes
     local -a wanted=()
@@ -29,7 +29,7 @@ make_environment() { # FILE ...
             exit 2
         fi
     fi
-    # One command for all: with torch's pin in sight, no other package makes pip take another build of it.
+    # One pip command for all files, so that torch's pin holds for the dependencies of all other packages.
     supervise python -m pip install --disable-pip-version-check "${wanted[@]}"
     supervise python -m pip install --disable-pip-version-check --no-deps --editable .
     mkdir -p .venv/installed
@@ -38,7 +38,7 @@ make_environment() { # FILE ...
     done
 }
 
-# Run a command so that Ctrl-C, SIGTERM and SIGHUP to this script end it and everything it started.
+# Run a command such that Ctrl-C, SIGTERM and SIGHUP to this script end it and all its child processes.
 supervise() { # COMMAND ...
     "$@" < /dev/null &
     child=$!

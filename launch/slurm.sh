@@ -9,11 +9,11 @@ usage() {
 usage: sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh train CONFIG [key=value ...]
        sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh evaluate RUN [key=value ...]
 
-To be submitted from the repository's root, or called inside an allocation. One process for each task; the first node is the
-master. With --dry-run it prints the exact command instead of running it. Let every task see all GPUs of its node, so no
---gpus-per-task. The folder, .venv and prepared data included, must be there on every node.
+Submit it from the repository's root, or call it inside an allocation. Each task runs one process; the first node is the
+master. --dry-run prints the exact command instead of running it. Every task must see all GPUs of its node, so do not use
+--gpus-per-task. The folder, .venv and prepared data included, must exist on every node.
 
-Two minutes before its time is up, a training saves a checkpoint and ends with status 75; the same command with --resume goes on.
+Two minutes before the job's time limit, training saves a checkpoint and exits with status 75; add --resume to continue.
 
 examples:
   sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 launch/slurm.sh train launch/recipes/commonsense-smollm2.yaml
@@ -52,7 +52,7 @@ MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 20000)) # jobs that share a node dif
 python=$PWD/.venv/bin/python
 [ -x "$python" ] || python=python3
 
-# What a launcher would set for each rank, SLURM knows under other names. It is looked up where the task runs.
+# SLURM's equivalents of a launcher's variables for each rank; expanded where the task runs.
 # shellcheck disable=SC2016
 rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
 command=(

@@ -3,7 +3,7 @@
 From Python::
 
     adapters = subspace.inject(model, "dora", {"r": 8}, targets=["q_proj", "v_proj"])
-    ...                                         # train what has requires_grad
+    ...                                         # train parameters with requires_grad
     subspace.save_adapter(model, "adapter")
     subspace.load_adapter(fresh_model, "adapter")
     subspace.merge(model)
@@ -55,7 +55,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is asked for (PEP 562), so that importing the package costs nothing."""
+    """Import a public name on first access (PEP 562), so that importing the package stays fast."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'subspace' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,4 +1,4 @@
-"""``python -m subspace`` is the command ``subspace``."""
+"""Entry point of ``python -m subspace``, the same as the command ``subspace``."""
 
 import sys
 

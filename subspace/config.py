@@ -1,8 +1,8 @@
-"""A run's configuration: a YAML file, what it builds on, and ``key=value`` overrides, composed.
+"""A run's configuration, composed from a YAML file, its base files and ``key=value`` overrides.
 
 The settings themselves are declared and checked elsewhere: by :class:`ModelConfig`, by the method's own ``Config``, and
-so on. Here layers are put over one another: each gives settings by name (``train.steps``, ``method.0.r``), and who gave
-a setting is kept for the messages.
+so on. This module merges layers: each maps setting names (``train.steps``, ``method.0.r``) to values, and every value
+remembers the file or command line it came from, for error messages.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from subspace.common.declarations import read_yaml, write_yaml
 from subspace.common.layers import COMMAND_LINE, Given, Layer, merge_layers, parse_override
 from subspace.common.paths import find_resource, recipes_folder, resource_name
 from subspace.common.settings import (
+    Rename,
     SettingInfo,
     Settings,
     check_settings,
     current_names,
     declared_settings,
+    one_notice_per_origin,
     setting,
     suggest_setting,
 )
@@ -41,24 +43,24 @@ SECTIONS: dict[str, type[Settings]] = {
     "evaluate": EvaluateConfig,
 }
 DEFAULT_METHOD = "lora"
-METHOD = "method"  # where a run's only method stands; one of several stands at method.0, method.1, ...
-BASE = "base"  # names the file that a file builds on
+METHOD = "method"  # the section of a single method; several methods are method.0, method.1, ...
+BASE = "base"  # key that names a file's base file
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodEntry(Settings):
-    """One method of a run: which, its own settings, where it sits, and which sites have other settings."""
+    """One method of a run: its name, settings, target layers, and settings for some of them."""
 
     name: str
     settings: MethodConfig
-    file: str | None = setting(None, "Python file that registers the method, where it is not one of the package's")
-    sha256: str | None = setting(None, "what the file's SHA-256 must be; null for any")
-    targets: list[str] | None = setting(None, "layers that get an adapter, as q_proj; null for the usual ones")
-    patterns: dict[str, dict[str, Any]] = setting({}, "settings for some sites: {REGEX: {r: 8}}; the last match counts")
+    file: str | None = setting(None, "Python file that registers the method, if it is not built in")
+    sha256: str | None = setting(None, "required SHA-256 of the file; null accepts any")
+    targets: list[str] | None = setting(None, "layers that get an adapter, as q_proj; null for the method's own")
+    patterns: dict[str, dict[str, Any]] = setting({}, "settings by layer name: {REGEX: {r: 8}}; the last match wins")
 
     @property
     def adapter_class(self) -> type[Adapter]:
-        """The method itself."""
+        """The method's adapter class."""
         return registry.resolve_method(self.name, registry.loaded_method_file(self.sha256))[0]
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,18 +72,18 @@ class MethodEntry(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
-    """Everything about one run."""
+    """The full configuration of one run."""
 
-    name: str = setting("", "name of the run, whose folder is RUNS/NAME; by default the configuration file's")
-    runs: str = setting("runs", "folder in which the runs' folders lie")
+    name: str = setting("", "name of the run, saved in RUNS/NAME; by default the configuration file's name")
+    runs: str = setting("runs", "parent folder of the run folders")
     model: ModelConfig = field(default_factory=ModelConfig)
     method: tuple[MethodEntry, ...]  # in the file one section, with the targets beside it, or a list of sections
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    engine: str = setting("ds_configs/zero1.json", "DeepSpeed's own configuration, a JSON file")
+    engine: str = setting("ds_configs/zero1.json", "DeepSpeed configuration, a JSON file")
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     published: PublishedScores | None = setting(
-        None, "scores of this setting in the literature, in percent: {boolq: 68.9, ..., average: 74.7, source: WHERE}"
+        None, "published scores for this setting, in percent: {boolq: 68.9, ..., average: 74.7, source: WHERE}"
     )
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class RunConfig(Settings):
 
 
 def all_settings(methods: Mapping[str, type[Adapter]]) -> dict[str, SettingInfo]:
-    """Return every setting of a run by name, as ``train.steps``; ``methods`` are its methods by where they stand."""
+    """Return every setting of a run by name, such as ``train.steps``; ``methods`` are its methods by section."""
     found: dict[str, SettingInfo] = {}
     for name, info in declared_settings(RunConfig).items():
         if name in SECTIONS:
@@ -134,13 +136,13 @@ def all_settings(methods: Mapping[str, type[Adapter]]) -> dict[str, SettingInfo]
 
 
 def read_config(file: Path | str, overrides: Sequence[str] = (), *, found_in_run: bool = False) -> RunConfig:
-    """Read a run's configuration; UserError where it cannot be what it says.
+    """Read a run's configuration; raise UserError if it is invalid.
 
     Args:
         file: The YAML file, a user's or the one in a run's folder.
-        overrides: ``key=value`` each, as ``train.steps=100``. ``method=dora`` drops the file's method and its settings.
-        found_in_run: True where the user did not name the file, but the folder that it was found in. A method file that
-            it names is then run only if the user has run its source before; see ``adapters/registry.py``.
+        overrides: ``key=value``, such as ``train.steps=100``. ``method=dora`` drops the file's method and its settings.
+        found_in_run: True if the user named the folder and not the file itself. A method file that the configuration
+            names is then run only if the user has run the same source before; see ``adapters/registry.py``.
     """
     file = Path(file)
     if not file.is_file():
@@ -150,7 +152,7 @@ def read_config(file: Path | str, overrides: Sequence[str] = (), *, found_in_run
 
 
 def read_given(file: Path) -> dict[str, Any]:
-    """Return what a configuration file and those that it builds on say, and no defaults, in the form of one file."""
+    """Return the settings given in a configuration file and its base files, without defaults, as a nested mapping."""
     nested: dict[str, Any] = {}
     for name, given in _read_file(file).items():
         section, _, key = name.rpartition(".")
@@ -165,7 +167,7 @@ def with_current_names(plain: Mapping[str, Any]) -> dict[str, Any]:
     def entry(values: Mapping[str, Any]) -> dict[str, Any]:
         try:
             return current_names(registry.resolve_method(str(values["name"]))[0].Config, values)
-        except UserError:  # a method that is not known here; whoever needs it says so
+        except UserError:  # a method that is not registered here; loading it reports that
             return dict(values)
 
     current = dict(plain)
@@ -177,7 +179,7 @@ def with_current_names(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_data_config(what: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read what a run would train on: its configuration, or a mixture, task or data file with all else by default."""
+    """Read a training data configuration: a run's, or defaults with the given mixture, task or data file."""
     is_yaml = Path(what).suffix in (".yaml", ".yml")
     if is_yaml and not (Path(what).exists() and "parts" in read_yaml(Path(what))):
         return read_config(what, overrides)
@@ -185,7 +187,7 @@ def read_data_config(what: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_run_subject(folder: Path, overrides: Sequence[str] = ()) -> EvaluationSubject:
-    """Read what a run trained."""
+    """Return the model and adapter of a finished run, for evaluation."""
     if not (folder / "config.yaml").is_file():
         runs = [str(file.parent) for file in folder.parent.glob("*/config.yaml")]
         hint = nearest(str(folder), runs) if runs else "`subspace train CONFIG` makes one"
@@ -198,7 +200,7 @@ def read_run_subject(folder: Path, overrides: Sequence[str] = ()) -> EvaluationS
 
 
 def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
-    """Read what is to be scored: a run's folder, a configuration (then its base model), or a model's name or path."""
+    """Return what to evaluate: a run, the base model of a configuration, or a model given by name or path."""
     if (Path(what) / "config.yaml").is_file() or (Path(what).parent.name == "runs" and not Path(what).exists()):
         return read_run_subject(Path(what), overrides)
     if Path(what).suffix in (".yaml", ".yml"):
@@ -210,13 +212,13 @@ def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
 
 
 def _read_defaults(name: str, key: str, value: str, overrides: Sequence[str]) -> RunConfig:
-    """Read a configuration in which one setting is given, and else overrides alone."""
+    """Return a configuration of defaults, one given setting, and overrides."""
     values = {"name": Given(name, COMMAND_LINE), key: Given(value, COMMAND_LINE)}
     return _compose(_override(values, overrides), Path())
 
 
 def write_config(config: RunConfig, file: Path) -> None:
-    """Write a configuration, beside copies of its method files, so that :func:`read_config` gives it back anywhere."""
+    """Write a configuration and copies of its method files, so that :func:`read_config` restores it on any machine."""
     plain = config.as_dict()
     engine = Path(config.engine)
     plain["engine"] = resource_name(engine) or str(engine)
@@ -225,10 +227,10 @@ def write_config(config: RunConfig, file: Path) -> None:
 
 
 def _override(values: Layer, overrides: Sequence[str]) -> Layer:
-    """Put the command line's settings over the others."""
+    """Apply command-line overrides to the settings."""
     own: Layer = {}
     for name, given in map(parse_override, overrides):
-        if re.fullmatch(r"method(\.\d+)?", name):  # another method: what was set for the old one goes, its targets stay
+        if re.fullmatch(r"method(\.\d+)?", name):  # another method: drop the old one's settings, keep its targets
             values = {k: v for k, v in values.items() if not k.startswith(f"{name}.") or k == f"{name}.targets"}
             name = f"{name}.name"
         elif re.fullmatch(r"method(\.\d+)?\.file", name):  # another source
@@ -238,16 +240,16 @@ def _override(values: Layer, overrides: Sequence[str]) -> Layer:
 
 
 def _names_first(layer: Layer) -> Layer:
-    """Put the methods' names first: an alias stands for settings, and those beside it count more."""
+    """Sort the methods' names first: an alias stands for settings, which explicit ones override."""
     return dict(sorted(layer.items(), key=lambda item: not re.fullmatch(r"method(\.\d+)?\.name", item[0])))
 
 
 def _read_file(file: Path, above: Sequence[Path] = ()) -> Layer:
-    """Read a YAML file and the files that it builds on; ``above`` are those that build on it."""
+    """Read a YAML file and its base files; ``above`` are the files that build on it, to detect a cycle."""
     if not file.exists():
         recipes = [f"launch/recipes/{path.name}" for path in recipes_folder().glob("*.yaml")]
-        near = nearest(str(file), recipes).partition("There are: ")[0]  # there are too many to list
-        raise UserError(f"there is no configuration file '{file}'. {near}`subspace recipes` lists those that there are")
+        near = nearest(str(file), recipes).partition("There are: ")[0]  # too many to list
+        raise UserError(f"there is no configuration file '{file}'. {near}`subspace recipes` lists them")
     if file.resolve() in above:
         raise UserError(f"{file} builds on itself: its '{BASE}:' leads back to it")
     content = read_yaml(file)
@@ -261,7 +263,7 @@ def _read_file(file: Path, above: Sequence[Path] = ()) -> Layer:
         )
     below = _read_file(file.parent / base, [*above, file.resolve()])
     below.pop("name", None)
-    # A file that names its method has nothing from the other's; one that gives a list has not its targets either.
+    # A file that names its method inherits no method settings, and one that gives a list no targets either.
     if any(re.fullmatch(r"method(\.\d+)?\.(name|file)", name) for name in own):
         several = any(name.startswith(f"{METHOD}.0.") for name in own)
         below = {k: v for k, v in below.items() if not k.startswith(f"{METHOD}.") and not (several and k == "targets")}
@@ -297,7 +299,7 @@ def _flatten(content: Mapping[str, Any], file: str) -> Layer:
 
 
 def _compose(values: Layer, beside: Path, *, found_in_run: bool = False) -> RunConfig:
-    """Compose settings by name into a configuration; ``beside`` is a folder from which the engine may be named."""
+    """Compose settings by name into a configuration; a relative engine path may start from the folder ``beside``."""
     numbers = sorted({int(found[1]) for name in values if (found := re.match(r"method\.(\d+)\.", name))})
     places = [f"{METHOD}.{number}" for number in numbers] or [METHOD]
     below: dict[str, Layer] = {place: {} for place in (*SECTIONS, *places)}
@@ -321,15 +323,17 @@ def _compose(values: Layer, beside: Path, *, found_in_run: bool = False) -> RunC
     engine = top.get("engine", Given(declared_settings(RunConfig)["engine"].default, ""))
     if isinstance(engine.value, str):
         top["engine"] = engine._replace(value=_find_engine(engine.value, (beside, Path(engine.origin).parent)))
-    sections: dict[str, Any] = {name: cls(**_checked(cls, below[name], name)) for name, cls in SECTIONS.items()}
-    return RunConfig(
-        **_checked(RunConfig, top),
-        **sections,
-        method=tuple(_method_entry(place, below[place], methods[place]) for place in places),
-    )
+    with one_notice_per_origin() as renames:
+        entries = [_method_entry(place, below[place], methods[place], renames) for place in places]
+        sections: dict[str, Any] = {
+            name: cls(**_checked(cls, below[name], name, renames=renames)) for name, cls in SECTIONS.items()
+        }
+        return RunConfig(**_checked(RunConfig, top), **sections, method=tuple(entries))
 
 
-def _checked(cls: type[Settings], layer: Layer, section: str = "", owner: str = "") -> dict[str, Any]:
+def _checked(
+    cls: type[Settings], layer: Layer, section: str = "", owner: str = "", *, renames: list[Rename] | None = None
+) -> dict[str, Any]:
     declared = declared_settings(cls)
     return check_settings(
         cls,
@@ -337,16 +341,17 @@ def _checked(cls: type[Settings], layer: Layer, section: str = "", owner: str = 
         section=section,
         owner=owner,
         origin={key: given.origin for key, given in layer.items()},
+        renames=renames,
     )
 
 
 def _resolve(place: str, layer: Layer, *, found_in_run: bool) -> registry.FoundMethod:
-    """Return the method whose section this is."""
+    """Return the method of a configuration section."""
     name, file = layer.get("name"), layer.get("file")
     if name and str(name.value).endswith(".py"):  # method: my_method.py
         name, file = None, file or name
     if file and file.value is not None:
-        # What the command line names is found from the working directory.
+        # Paths on the command line are relative to the working directory.
         folder, sha256 = Path(file.origin).parent, layer["sha256"].value if "sha256" in layer else None
         trusted = file.origin == COMMAND_LINE or not found_in_run
         return registry.find_method(str(name.value) if name else "", str(file.value), folder, sha256, trusted=trusted)
@@ -356,10 +361,10 @@ def _resolve(place: str, layer: Layer, *, found_in_run: bool) -> registry.FoundM
     return registry.FoundMethod(*registry.resolve_method(str(name.value) if name else DEFAULT_METHOD))
 
 
-def _method_entry(place: str, layer: Layer, found: registry.FoundMethod) -> MethodEntry:
+def _method_entry(place: str, layer: Layer, found: registry.FoundMethod, renames: list[Rename]) -> MethodEntry:
     method, presets, file = found
     own: Layer = {}
-    for key, given in layer.items():  # an alias's settings come with its name, and what stands after it counts more
+    for key, given in layer.items():  # an alias's settings come with its name; later ones override them
         aliased = {preset: Given(value, given.origin) for preset, value in presets.items()}
         own = merge_layers(own, aliased if key == "name" else {key: given})
     where: dict[str, Any] = {}
@@ -368,20 +373,20 @@ def _method_entry(place: str, layer: Layer, found: registry.FoundMethod) -> Meth
         if key in own:
             where |= _checked(MethodEntry, {key: own.pop(key)}, section)
     owner = f"method {method.name}"
-    settings = method.Config(**_checked(method.Config, own, place, owner))
+    settings = method.Config(**_checked(method.Config, own, place, owner, renames=renames))
     for pattern, changes in where.get("patterns", {}).items():
         origin = f"{place}.patterns, for {pattern!r},"
-        changes = check_settings(method.Config, changes, section=place, owner=owner, origin=origin)
+        changes = check_settings(method.Config, changes, section=place, owner=owner, origin=origin, renames=renames)
         where["patterns"][pattern] = changes
     if file:
-        where |= {"file": f"{METHOD}/{file.path.name}", "sha256": file.sha256}  # where a run's folder has its copy
+        where |= {"file": f"{METHOD}/{file.path.name}", "sha256": file.sha256}  # the copy in the run's folder
     return MethodEntry(name=method.name, settings=settings, **where)
 
 
 def _find_engine(path: str, folders: Sequence[Path]) -> str:
-    """Find the engine's file from the current folder, from a configuration's, or among the project's own.
+    """Return the engine file's path: relative to the current folder, to a configuration's, or shipped with the project.
 
-    Where there is none, the path stays: only training opens it, and a run is scored without.
+    If there is none, return the path unchanged: only training opens it, evaluation does not.
     """
     found = next((folder / path for folder in (Path(), *folders) if (folder / path).is_file()), None)
     found = found or find_resource(path)

@@ -1,4 +1,4 @@
-"""Everything about a training run that can be known before anything is loaded: one place for ``train`` and ``plan``."""
+"""Resolve and check a training run's settings before anything is loaded; shared by ``train`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from subspace.training.optimizers import check_optimizer
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run whose settings fit one another, this machine and the number of processes.
+    """A run whose settings are consistent with one another, this machine and the number of processes.
 
     Attributes:
-        config: what the user asked for.
+        config: the run's configuration.
         layout: how the rows of a step are distributed.
         engine: DeepSpeed's configuration.
         device: where the model computes.
-        trained: numbers in the adapters; 0 until :meth:`with_adapters`.
+        trained: number of trainable parameters; 0 until :meth:`with_adapters`.
     """
 
     config: RunConfig
@@ -48,14 +48,14 @@ class ResolvedRun:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the model computes on a GPU."""
+        """True if the model computes on a GPU."""
         return self.device.type == "cuda"
 
     def with_adapters(self, model: nn.Module) -> ResolvedRun:
-        """Return the run with the engine's settings that follow from the size of the model's adapters.
+        """Return the run with the engine settings that depend on the size of the model's adapters.
 
         Raises:
-            UserError: a setting of the engine's file that the adapters do not fit.
+            UserError: a setting of the engine file is incompatible with the adapters' sizes.
         """
         parameters = trained_parameters(model).values()
         trained, largest = count_numbers(parameters), max(full_shape(parameter).numel() for parameter in parameters)
@@ -63,15 +63,15 @@ class ResolvedRun:
 
 
 def resolve_run(config: RunConfig, world_size: int, device: torch.device) -> ResolvedRun:
-    """Return the run in detail, having checked all that can be checked before anything is loaded.
+    """Return the resolved run after all checks that need no model or data.
 
     Args:
-        config: what the user asked for.
+        config: the run's configuration.
         world_size: the number of processes.
         device: where each of them computes.
 
     Raises:
-        UserError: settings that contradict one another, the engine's file or the machine.
+        UserError: settings that conflict with one another, the engine file or the machine.
     """
     layout = compute_batch_layout(config.train.batch_size, config.train.micro_batch_size, world_size)
     engine = resolve_deepspeed_config(
@@ -95,13 +95,13 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device) -> Res
 
 
 def step_draw(config: RunConfig, layout: BatchLayout) -> Fed:
-    """Return what decides, from the number of rows, which of them the run is fed: only these are encoded."""
+    """Return a function from the number of rows to those that the run trains on; only these are tokenised."""
     train = config.train
     return partial(draw_steps, batch=layout.batch, epochs=train.epochs, steps=train.steps, seed=train.seed)
 
 
 def step_plan(data: Data, config: RunConfig, layout: BatchLayout) -> StepPlan:
-    """Return which rows each step takes."""
+    """Return the rows of each step."""
     return StepPlan(
         data.train.lengths,
         batch=layout.batch,

@@ -1,7 +1,7 @@
-"""A training run from its configuration to its folder: checks, data, model, adapters, engine, loop.
+"""A training run from configuration to run folder: checks, data, model, adapters, engine, loop.
 
-The folder holds ``config.yaml`` (everything resolved), ``environment.json`` (versions, commit, devices, what was
-built), ``log.jsonl``, TensorBoard's events, ``checkpoints/`` and ``adapter/``.
+The folder holds ``config.yaml`` (fully resolved), ``environment.json`` (versions, commit, devices, adapters),
+``log.jsonl``, TensorBoard's events, ``checkpoints/`` and ``adapter/``.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", 
 
 
 def train_run(config: RunConfig, *, resume: bool = False) -> Path:
-    """Train as configured and return the run's folder. Every process of the launch calls it.
+    """Train as configured and return the run's folder. Collective over ranks.
 
-    With ``resume``, an existing run continues from its newest intact checkpoint, or starts anew where it has none.
+    With ``resume``, an existing run continues from its newest intact checkpoint, or starts from scratch if it has none.
 
     Raises:
-        UserError: settings that contradict one another, the data, the model or the machine.
-        RunFailed: a number that is not finite, or a trained tensor that does not change.
-        RunStopped: a signal asked for it; a checkpoint is saved.
+        UserError: settings that conflict with one another, the data, the model or the machine.
+        RunFailed: a loss or gradient that is not finite, or a trained tensor that never changes.
+        RunStopped: a signal stopped the run; a checkpoint is saved.
     """
     run = resolve_run(config, launched_world_size(), device())
     if not resume:
         ensure_new_run_dir(config.folder)
     data, plan = open_run_data(run)
 
-    # The loop's watchdog reports a hang; the limit on waiting for another process must not come before it.
+    # The loop's watchdog reports a hang; the timeout of collectives must be longer than its own.
     init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes))
     resumed, notices = find_resume_point(config.folder) if resume else (None, [])
     model, methods = build_model(run, initialize=resumed is None)
@@ -89,7 +89,7 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
             logger.note(notice)
         engine = start_engine(run, model, steps=len(plan))
         weight_bytes = gather_objects(weight_memory_bytes(model))
-        torch.manual_seed(config.train.seed + rank())  # what processes draw for dropout should differ
+        torch.manual_seed(config.train.seed + rank())  # dropout must differ between ranks
         state = _train(run, engine, data, plan, logger, resumed)
     if is_main():
         write_outcome(config.folder, state, time.perf_counter() - began, weight_bytes)
@@ -98,9 +98,9 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
 
 
 def open_run_data(run: ResolvedRun) -> tuple[Data, StepPlan]:
-    """Open the rows, encoded, and decide which of them each step takes.
+    """Open the tokenised rows and assign them to steps.
 
-    Called before the processes join: the first to come prepares what is not in the cache, for as long as it takes.
+    Called before the process group is initialised, so that tokenising a large data set cannot time out a collective.
     """
     config = run.config
     progress = show_progress if launched_rank() == 0 else no_progress
@@ -118,9 +118,9 @@ def find_resume_point(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def build_model(run: ResolvedRun, *, initialize: bool) -> tuple[Any, list[dict[str, Any]]]:
-    """Open the model, put the adapters into it, and return it with one report for each method.
+    """Load the model, inject the adapters, and return it with one report per method.
 
-    Without ``initialize``, the adapters are not computed from the weights, because a checkpoint overwrites them.
+    Without ``initialize``, the adapters are not initialised from the weights, because a checkpoint overwrites them.
     Collective over ranks.
     """
     config = run.config
@@ -138,7 +138,7 @@ def build_model(run: ResolvedRun, *, initialize: bool) -> tuple[Any, list[dict[s
 def write_run_metadata(
     run: ResolvedRun, model: Any, methods: list[dict[str, Any]], data: Data, resumed: Checkpoint | None
 ) -> list[str]:
-    """Write ``config.yaml`` and ``environment.json``; return notices of test items among the rows. Collective."""
+    """Write ``config.yaml`` and ``environment.json``; return notices of test items in the training data. Collective."""
     config, notices = run.config, []
     if is_main():
         notices = overlap_notices(config.data.mixture, config.evaluate.selection)
@@ -158,7 +158,7 @@ def write_run_metadata(
 
 
 def start_engine(run: ResolvedRun, model: Any, *, steps: int) -> Any:
-    """Return DeepSpeed's engine around the model, with optimizer and learning rate schedule. Collective."""
+    """Return the DeepSpeed engine with model, optimizer and learning rate schedule. Collective."""
     train = run.config.train
     optimizer = make_optimizer(train.optimizer, parameter_groups(model, train))
     engine = init_engine(model, run.engine.settings, optimizer, partial(lr_factor, train, steps=steps))
@@ -172,7 +172,7 @@ def start_engine(run: ResolvedRun, model: Any, *, steps: int) -> Any:
 def _train(
     run: ResolvedRun, engine: Any, data: Data, plan: StepPlan, logger: TrainLogger, resumed: Checkpoint | None
 ) -> TrainState:
-    """Run the loop; a full disk is for the user to mend."""
+    """Run the training loop; raise UserError if the disk is full."""
     config = run.config
     settings = {"config": config.as_dict(), "engine": run.engine.settings}
     about = {"model": config.model.path}
@@ -190,17 +190,17 @@ def _train(
 
 
 def describe_resume(checkpoint: Checkpoint, run: ResolvedRun) -> list[str]:
-    """Return notices of where a run continues and what has changed; UserError for what must not change."""
+    """Return notices of the step a run resumes at and the changed settings; raise UserError for a forbidden change."""
     facts = {**checkpoint.facts, "config": with_current_names(checkpoint.facts["config"])}
     checkpoint = replace(checkpoint, facts=facts)
     changes = compare_with_checkpoint(checkpoint, run.config.as_dict(), run.engine.settings, run.layout.ranks)
-    return [f"goes on after step {checkpoint.facts['step']}", *(f"changed: {change}" for change in changes)]
+    return [f"resumes after step {checkpoint.facts['step']}", *(f"changed: {change}" for change in changes)]
 
 
 def inject_method(
     model: torch.nn.Module, part: MethodEntry, seed: int, progress: Progress, *, start: bool
 ) -> dict[str, Any]:
-    """Put one method's adapters into the model, and return how much it trains."""
+    """Inject one method's adapters into the model and return a report with its number of trainable parameters."""
     created = inject(
         model,
         part.adapter_class,
@@ -220,12 +220,12 @@ def ensure_new_run_dir(folder: Path) -> None:
     if (folder / LOG_FILE).exists():
         raise UserError(
             f"{folder} already holds a run. Give this one another name (name=...), or remove that folder; if that run "
-            "did not reach its end, --resume goes on with it"
+            "did not finish, --resume continues it"
         )
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Return True if the run's folder holds this very training, up to its end."""
+    """Return True if the run's folder holds the finished training of this exact configuration."""
     try:
         ended = "outcome" in json.loads((config.folder / ENVIRONMENT_FILE).read_text())
         before = read_config(config.folder / "config.yaml", found_in_run=True)
@@ -236,14 +236,14 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def write_outcome(folder: Path, state: TrainState, seconds: float, weight_bytes: list[int]) -> None:
-    """Add the outcome to ``environment.json``; ``weight_bytes`` is what each process holds of the weights."""
+    """Add the outcome to ``environment.json``; ``weight_bytes`` is each process's memory for frozen weights."""
     about = json.loads((folder / ENVIRONMENT_FILE).read_text())
     about["outcome"] = {**asdict(state), "seconds": seconds, "peak_memory": peak_memory(), "weights_held": weight_bytes}
     write_json(folder / ENVIRONMENT_FILE, about)
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions, the repository's commit, devices, number of processes and threads."""
+    """Return library versions, git commit, devices, and numbers of processes and threads."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),

@@ -209,7 +209,7 @@ def test_each_part_gets_its_sites_and_patterns(file: Path) -> None:
         ),
         ("method.0.patterns={a: {r: 0}}", r"sets method\.0\.r to 0, but it must lie in"),
         ("method.0.patterns={a: {r: x}}", r"for 'a', sets method\.0\.r to 'x', but it takes a whole number"),
-        ("method.0.patterns={a: 4}", r"it takes a mapping: settings for some sites"),
+        ("method.0.patterns={a: 4}", r"it takes a mapping: settings by layer name"),
     ],
 )
 def test_what_several_methods_cannot_mean_is_refused(file: Path, override: str, complaint: str) -> None:
@@ -225,7 +225,7 @@ def test_what_several_methods_cannot_mean_is_refused(file: Path, override: str, 
         ("steps=4", r"no such setting\. Did you mean 'train\.steps'\?"),
         ("trian.lr=4", r"no such setting\. Did you mean 'train'\?"),
         ("train=4", r"train is a section"),
-        ("train.steps", r"as key=value"),
+        ("train.steps", r"of the form key=value"),
         ("train.steps=many", r"train\.steps to 'many', but it takes a whole number or null: optimizer steps"),
         ("train.steps=0", r"^the command line sets train\.steps to 0, but it must lie in \[1, inf\]"),
         ("train.schedule=liner", r"^the command line sets train\.schedule to 'liner'.*Did you mean 'linear'\?"),
@@ -378,7 +378,7 @@ def test_published_scores_are_typed(file: Path) -> None:
     assert run.as_dict()["published"] == run.published
     for wrong in ("{boolq: high, source: a paper}", "{boolq: 69.7}"):
         file.write_text(f"published: {wrong}\n")
-        with pytest.raises(UserError, match="sets published to .*, but it takes a section or null: scores"):
+        with pytest.raises(UserError, match="sets published to .*, but it takes a section or null: published scores"):
             config_module.read_config(file)
 
 
@@ -420,20 +420,26 @@ evaluate:
 """
 
 
-def test_an_old_configuration_is_read_with_one_notice_a_name(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_old_configuration_is_read_with_one_notice_that_names_the_file_and_all_renames(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file.write_text(NEW)
     new = config_module.read_config(file)
     assert not caplog.messages
     file.write_text(OLD)
     assert config_module.read_config(file) == new
-    assert len(caplog.messages) == 4 + 5 + 3
-    assert f"{file} sets train.batch, which is called train.batch_size now" in "\n".join(caplog.messages)
+    (notice,) = caplog.messages
+    assert notice.startswith(f"{file} uses old setting names: ")
+    assert notice.count(" is now ") == 4 + 5 + 3
+    assert "train.batch is now train.batch_size" in notice
 
 
 def test_an_old_name_on_the_command_line_wins_over_the_file(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert config_module.read_config(file, ["train.batch=4"]).train.batch_size == 4
     assert config_module.read_config(file, ["evaluate.seen=score"]).evaluate.on_contamination == "warn"
-    assert caplog.messages[0].startswith("the command line sets train.batch, which is called train.batch_size now")
+    assert caplog.messages[0].startswith(
+        "the command line uses old setting names: train.batch is now train.batch_size."
+    )
     file.write_text(OLD)
     assert config_module.read_config(file, ["train.batch_size=4"]).train.batch_size == 4
 

@@ -31,8 +31,10 @@ class BottleneckConfig(MethodConfig):
     bottleneck: int = setting(64, "width b of the bottleneck", min=1)
     activation: str = setting("relu", "the nonlinearity f", choices=tuple(ACTIVATIONS))
     bias: bool = setting(True, "train the biases c and e")
-    scale: float = setting(1.0, "factor s on what is added")
-    start: str = setting("zero", "U at zero, or D and U Gaussian, near zero", choices=("zero", "gaussian"))
+    scale: float = setting(1.0, "scaling factor s of the adapter's output")
+    start: str = setting(
+        "zero", "initialisation: U at zero, or D and U Gaussian near zero", choices=("zero", "gaussian")
+    )
 
 
 C = TypeVar("C", bound=BottleneckConfig, default=Any)

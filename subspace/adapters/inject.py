@@ -1,4 +1,4 @@
-"""Put adapters into a model and find them there again."""
+"""Injection of adapters into a model, and access to the injected ones."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put the frozen modules back in the adapters' places: the model is what it was before ``inject``."""
+    """Replace the adapters by their frozen modules, which restores the model as it was before ``inject``."""
     for name, adapter in reversed(adapters(model).items()):  # an adapter may wrap a module that holds others
         adapter.detach()
         model.set_submodule(name, adapter.base)
@@ -222,7 +222,7 @@ def _build_adapter(cls: type[Adapter], config: MethodConfig, name: str, site: nn
 
 
 def _initialize(created: Sequence[Adapter], progress: Progress, *, all_of_them: bool) -> None:
-    """Give the adapters what they take of their weights, each on one process, and all processes the same tensors."""
+    """Initialise adapters from their frozen weights, each on one rank, and broadcast the result to all ranks."""
     if not created or any(p.is_meta for p in created[0].parameters()):
         return
     if type(created[0]).init_from_weight is not Adapter.init_from_weight:

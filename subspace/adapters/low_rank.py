@@ -37,7 +37,7 @@ class LowRankConfig(MethodConfig):
     """Settings shared by low-rank methods."""
 
     r: int = setting(16, "rank of the update", min=1)
-    alpha: float | None = setting(32.0, "the update is scaled by alpha / r; none is r", min=0)
+    alpha: float | None = setting(32.0, "the update is scaled by alpha / r; null for alpha = r", min=0)
     rslora: bool = setting(False, "scale by alpha / sqrt(r) instead")
     dropout: float = setting(0.0, "dropout on the input of A, in training only", min=0, max=1)
 

@@ -69,7 +69,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the adapters and the frozen weights back that ``merge`` replaced: the very same tensors."""
+    """Restore the adapters and frozen weights that ``merge`` replaced, as the same tensors."""
     replaced = replaced_by_merge(model)
     if not replaced:
         raise UserError("cannot unmerge: the model is not merged")

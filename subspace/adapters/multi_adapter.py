@@ -78,7 +78,7 @@ def can_batch_adapters(model: nn.Module) -> bool:
 
 @contextmanager
 def batch_adapters(model: nn.Module, subjects: Sequence[AdaptersBySite]) -> Iterator[None]:
-    """Put the adapters of all subjects, by their sites, into a model that has none; and take them out again."""
+    """Inside the block, inject the adapters of all subjects, by site, into a model without adapters."""
     sites = {site: adapter.base for found in subjects for site, adapter in found.items()}
     for site, base in sites.items():
         model.set_submodule(site, MixedAdapters(base, [found.get(site) for found in subjects]))

@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""The command line: option parsing, help texts and error reporting around one module for each command."""

@@ -1,4 +1,4 @@
-"""What a verb of the command is, and the options and outputs that several verbs share."""
+"""The description of a command, and the options and outputs that several commands share."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """One thing that the command does."""
+    """A command of ``subspace``: its name, help texts, options and the function that runs it."""
 
     name: str
     summary: str
     examples: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
-    more_help: Callable[[], str] | None = None  # worked out only when it is asked for
+    more_help: Callable[[], str] | None = None  # computed only for --help
 
 
 def json_argument(parser: argparse.ArgumentParser) -> None:
-    """Let a verb print its outcome as JSON."""
+    """Add the option ``--json``."""
     parser.add_argument(
         "--json", action="store_true", help="print the outcome as JSON; progress goes to standard error"
     )
 
 
 def count(text: str) -> int:
-    """Read a number of things, at least one."""
+    """Return the positive integer that an option's text stands for; for argparse's ``type``."""
     if not text.isdecimal() or text == "0":
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a verb run in several processes; :func:`launch_or_none` starts them."""
+    """Add the options of a command that can run in several processes; :func:`launch_or_none` starts them."""
     group = parser.add_argument_group("processes")
     group.add_argument(
-        "--processes", type=count, metavar="N", help="how many; default: one a device, or one where there is none"
+        "--processes", type=count, metavar="N", help="number of processes; default: one per GPU, or one without a GPU"
     )
     group.add_argument("--hostfile", metavar="FILE", help="run on these hosts, reached by ssh: lines 'HOST slots=N'")
     group.add_argument("--dry-run", action="store_true", help="print the exact command instead of running it")
 
 
 def launch_or_none(options: argparse.Namespace, arguments: Sequence[str]) -> int | None:
-    """Start the processes that the options ask for and return their status; None where this process does the work."""
+    """Start the processes that the options ask for and return their status; None if this process runs the command."""
     if launcher.under_launcher():
         started = int(os.environ["WORLD_SIZE"])
         if options.processes not in (None, started):
@@ -73,13 +73,13 @@ def launch_or_none(options: argparse.Namespace, arguments: Sequence[str]) -> int
 
 
 def scored_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a verb read runs that have been scored."""
+    """Add the arguments of a command that reads evaluated runs."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that `subspace evaluate` wrote results to")
-    parser.add_argument("--protocol", metavar="NAME", help="by which they were scored; default: all that every run has")
+    parser.add_argument("--protocol", metavar="NAME", help="scoring protocol to read; default: all that every run has")
 
 
 def settings_manual() -> str:
-    """Return every setting with its default and what it means, and every method's own settings with theirs."""
+    """Return the help text of all settings: defaults and descriptions, and each method's own settings with defaults."""
     from subspace.adapters.registry import list_methods, resolve_method
     from subspace.common.declarations import format_value
     from subspace.common.settings import declared_settings
@@ -95,7 +95,7 @@ def settings_manual() -> str:
         "",
         "`method:` may be a list of such sections, each with its own targets; their keys are then method.0.r and so on",
         "",
-        "each method's own, below `method.`; `subspace methods NAME` says what they mean:",
+        "each method's own settings, below `method.`; `subspace methods NAME` describes them:",
     ]
     for method in list_methods().values():
         own = [f"{name}={format_value(info.default)}" for name, info in declared_settings(method.Config).items()]
@@ -104,7 +104,7 @@ def settings_manual() -> str:
 
 
 def show_tables(found: Sequence[Table], options: argparse.Namespace) -> None:
-    """Print tables in the format that the options ask for; `evaluate` has but --json."""
+    """Print tables in the format that the options select; `evaluate` has only --json."""
     from subspace.common.tables import print_grid
     from subspace.reporting.tables import write
 

@@ -1,6 +1,6 @@
-"""The command line: find the command that is asked for, run it, and report a failure.
+"""Entry point of the command line: parse arguments, run a command, report failures.
 
-Everything heavy is imported by the command that needs it, so that ``subspace --help`` answers at once.
+Heavy libraries are imported only by the commands that need them, so that ``subspace --help`` is fast.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are UserErrors."""
+    """Argument parser whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}. `{self.prog} --help` shows examples")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 2 for what the user can mend, 1 for a failed run, 130 for Ctrl-C.
+    """Run the command and return its exit status: 2 for a user error, 1 for a failed run, 130 for Ctrl-C.
 
-    A training that a signal stopped ends with 75, and can be resumed.
+    A training run that a signal stopped ends with 75 and can be resumed.
     """
-    # DeepSpeed's launcher adds --local_rank unless told not to; the environment says the same.
+    # DeepSpeed's launcher adds --local_rank by default; LOCAL_RANK in the environment has the same value.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank=")]
     show_notices()
     try:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader, such as `head`, has what it wants
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = f" for '{file}'" if file else ""
             return _fail(f"no space is left on the disk{where}. Free some and run the command again", USER_ERROR)
         if launcher.is_peer_failure(error):
-            return _fail("another process of the run has ended, and this one cannot go on without it", 1, at_once=False)
+            return _fail("another process of the run has ended, and this one cannot continue alone", 1, at_once=False)
         if launcher.should_report_error(1):
             raise
         return 1
@@ -89,7 +89,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
-    """Find the command and its options in the arguments; UserError with the nearest where there is none."""
+    """Return the command and its parsed options; raise UserError with the nearest name for an unknown one."""
     commands = {command.name: command for command in COMMANDS}
     name, *rest = arguments
     if name not in commands:
@@ -113,5 +113,5 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
 
 def _overview() -> str:
     lines = [f"  {command.name:<9} {command.summary}" for command in COMMANDS]
-    end = "`subspace COMMAND --help` shows what a command takes, with examples."
+    end = "`subspace COMMAND --help` shows a command's options, with examples."
     return "\n".join(["usage: subspace COMMAND ...", "", *lines, "", end])

@@ -1,1 +1,1 @@
-"""What knows nothing of models: files, downloads, paths, progress, tables, and how settings are declared."""
+"""Utilities that know nothing of models: files, downloads, paths, progress, tables, and the declaration of settings."""

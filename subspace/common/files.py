@@ -1,8 +1,8 @@
-"""Files and folders on disk, each there whole or not at all.
+"""Atomic writes of files and folders.
 
-Whatever this project writes goes through here: it is written under another name, flushed to the disk, and renamed. A
-process that is killed at any moment, a full disk, or two processes at once leave nothing that could be taken for the
-real thing. Permissions are those that the user's umask gives, also where a library writes through a private file.
+All of this project's writes go through here: content is written under another name, fsynced and renamed. A
+process that is killed at any moment, a full disk, or two concurrent processes never leave a partial file under the
+final name. Permissions follow the user's umask, also where a library writes through a private file.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ PARTIAL = ".partial"
 
 
 def write_file(file: Path, content: bytes | str | Callable[[Path], object]) -> None:
-    """Write a file, whole or not at all, and make its folder where there is none.
+    """Write a file atomically, creating its folder if needed.
 
     Args:
-        file: its path. What was there before stays until the new content is on the disk.
-        content: bytes, text (written as UTF-8), or a function that writes the file whose path it is given.
+        file: its path. An existing file stays until the new content is on disk.
+        content: bytes, text (written as UTF-8), or a function that writes to the path it is called with.
 
     Raises:
-        OSError: the disk does not take the content, or gives back something else.
+        OSError: writing fails, or reading back gives other content.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: several processes may write the same file, and the last one to finish wins.
+    # A unique name: several processes may write the same file, and the last one to finish wins.
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         partial.touch(exist_ok=False)
         mode = stat.S_IMODE(partial.stat().st_mode)
         if callable(content):
             content(partial)
-            partial.chmod(mode)  # some libraries put a private file in its place
+            partial.chmod(mode)  # some libraries replace it by a private file
             fsync_path(partial)
         else:
             write_checked(partial, content.encode() if isinstance(content, str) else content)
@@ -59,15 +59,15 @@ def write_file(file: Path, content: bytes | str | Callable[[Path], object]) -> N
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a value as JSON for people, whole or not at all; what JSON does not know is written as text."""
+    """Write a value as indented JSON, atomically; objects that JSON cannot represent are written as strings."""
     write_file(file, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def write_checked(file: Path, content: bytes) -> None:
-    """Write a file in place, flush it to the disk and read it back: for folders that are renamed when they are whole.
+    """Write a file in place, fsync it and read it back; for use in folders that are renamed when complete.
 
     Raises:
-        OSError: the disk does not take it, or gives back something else.
+        OSError: writing fails, or reading back gives other content.
     """
     file.write_bytes(content)
     fsync_path(file)
@@ -76,7 +76,7 @@ def write_checked(file: Path, content: bytes) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Make sure that what was written to a file, or renamed in a folder, is on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -89,7 +89,7 @@ def fsync_path(path: Path) -> None:
 
 
 def file_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    """Return the SHA-256 of a file's content as a hexadecimal string."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -99,13 +99,13 @@ def file_sha256(file: Path) -> str:
 
 @contextmanager
 def write_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Give an empty folder to fill, which becomes ``folder`` when the block ends without an error.
+    """Context manager: yield an empty folder, which is renamed to ``folder`` when the block ends without an error.
 
-    One process at a time may do so; see :func:`locked`. After an error, nothing of the new folder is left.
+    Only one process at a time may do so; see :func:`locked`. After an error, the new folder is removed.
 
     Args:
-        folder: its path. What was there before stays until the new folder is on the disk.
-        replace: whether to replace a folder that has content; else that is an error (``ENOTEMPTY``).
+        folder: its path. An existing folder stays until the new one is on disk.
+        replace: whether to replace a folder that is not empty; otherwise that is an error (``ENOTEMPTY``).
     """
     with temporary_folder(folder) as partial:
         yield partial
@@ -114,7 +114,7 @@ def write_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside a path, which is removed when the block ends, or else by the next one to come."""
+    """Context manager: yield an empty folder next to a path, removed at the end, or by the next call if killed."""
     partial = begin_folder(path)
     try:
         yield partial
@@ -123,7 +123,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def begin_folder(folder: Path) -> Path:
-    """Return an empty folder to fill; :func:`finish_folder` gives it its name. An unfinished one is removed."""
+    """Return an empty folder to fill, to be renamed by :func:`finish_folder`; remove an unfinished earlier one."""
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -131,8 +131,8 @@ def begin_folder(folder: Path) -> Path:
 
 
 def finish_folder(partial: Path, folder: Path, *, replace: bool = True) -> None:
-    """Flush a filled folder to the disk and give it its name, in place of what has that name."""
-    mode = stat.S_IMODE(partial.stat().st_mode)  # as the umask has it; for a file, without the bits to execute it
+    """Flush a filled folder to disk and rename it to its final name, replacing an existing folder."""
+    mode = stat.S_IMODE(partial.stat().st_mode)  # set by the umask; for a file, without the execute bits
     for path in partial.rglob("*"):
         if not path.is_symlink():
             path.chmod(mode if path.is_dir() else mode & 0o666)
@@ -153,14 +153,14 @@ def finish_folder(partial: Path, folder: Path, *, replace: bool = True) -> None:
 
 
 def move_folder(folder: Path, target: Path) -> None:
-    """Give a folder another name, in place of what has that name."""
+    """Rename a folder, replacing an existing folder of that name."""
     remove_folder(target)
     folder.rename(target)
     fsync_path(target.parent)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there, so that half of it is never found under its name."""
+    """Remove a folder, if it exists, such that a partial one is never visible under its name."""
     if folder.exists():
         old = folder.with_name(f"{folder.name}.old{PARTIAL}")
         shutil.rmtree(old, ignore_errors=True)
@@ -170,24 +170,24 @@ def remove_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process or thread works on this path, and keep others waiting until the block ends."""
+    """Hold an exclusive lock on a path, across processes and threads, until the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_name(f".{path.name}.lock")):
         yield
 
 
-# A folder of the cache, with a manifest of what is in it.
+# A cache folder with a manifest of its files.
 
 
 def build_dir_atomically(
     folder: Path, is_good: Callable[[Path], bool], build: Callable[[Path], Mapping[str, Any]]
 ) -> bool:
-    """Build a folder unless it is there and good; return whether it was built.
+    """Build a folder unless an intact one exists; return True if it was built.
 
-    ``build`` fills an empty folder and returns facts for its manifest. Processes that come at the same time wait for
-    the first and find the work done.
+    ``build`` fills an empty folder and returns facts for its manifest. Concurrent callers wait for the first one and
+    use its result.
     """
-    if is_good(folder):  # also where the cache may only be read
+    if is_good(folder):  # before locking, so that a read-only cache works
         return False
     with disk_errors(folder), locked(folder):
         if is_good(folder):
@@ -198,7 +198,7 @@ def build_dir_atomically(
 
 
 def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any] | None:
-    """Return the facts in a manifest of :func:`build_dir_atomically`, or None if a file of the folder is not as it was.
+    """Return the facts in a manifest of :func:`build_dir_atomically`, or None if a file of the folder has changed.
 
     Sizes are always compared; checksums where ``thorough``.
     """
@@ -218,11 +218,11 @@ def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     write_checked(folder / MANIFEST, (json.dumps({**facts, "files": listed}, indent=1) + "\n").encode())
 
 
-# A disk that does not take what is written.
+# Full or read-only disks.
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Return whether an error says that the disk, or the user's share of it, is full."""
+    """Return True if an error means that the disk, or the user's quota, is full."""
     # Some libraries wrap the operating system's error in one of their own, and only the text survives.
     number = getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
@@ -230,7 +230,7 @@ def is_disk_full(error: Exception) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise a UserError for a disk that is full, or may not be written, while something is written to the cache."""
+    """Turn errors of a full or read-only disk, raised while writing to the cache, into UserErrors."""
     try:
         yield
     except UserError:

@@ -1,11 +1,11 @@
-"""The host's memory as this process uses it: how much it holds, and whether glibc gives back what is freed.
+"""Host memory of this process: resident size, and whether glibc returns freed memory to the system.
 
-glibc keeps what was freed for later, and cannot use all of it again when shapes change from step to step: the process
-grows by a quarter and more. Large tensors are better returned to the system at once, except where the next step wants
-the same again, because the system clears every page before it gives it back.
+glibc caches freed memory, and cannot reuse all of it when shapes change from step to step: the process grows by a
+quarter and more. Large tensors are better returned to the system at once, except where the next step allocates the
+same sizes again, because the system zeroes every page before it hands it out.
 
-This is a matter of the whole process, so only the command line manages it (:func:`manage_malloc`). In a program that
-calls the package as a library, glibc does as that program has it.
+The malloc policy is process-wide, so only the command line sets it (:func:`manage_malloc`). A program that calls the
+package as a library keeps its own policy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 from pathlib import Path
 
-# Of mallopt.
+# Parameters of mallopt.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 LARGE = 1 << 17  # bytes; glibc's own threshold grows to 256 times that,
 LARGEST = 1 << 25  # which is the most that it takes
@@ -24,9 +24,9 @@ _managed = False
 
 
 def resident_memory(line: str = "VmRSS") -> int:
-    """Return the bytes that this process holds, or with ``VmHWM`` the most it has held; 0 where Linux does not say.
+    """Return this process's resident memory in bytes, or its peak with ``VmHWM``; 0 if /proc does not provide it.
 
-    The most that ``getrusage`` knows may be that of the process which started this one, and psutil knows none.
+    The peak that ``getrusage`` reports may be that of the parent process, and psutil reports none.
     """
     with contextlib.suppress(OSError):
         for text in Path("/proc/self/status").read_text().splitlines():
@@ -36,15 +36,15 @@ def resident_memory(line: str = "VmRSS") -> int:
 
 
 def manage_malloc() -> None:
-    """Let :func:`set_malloc_trim` act in this process from now on: for a program to call, never for a library."""
+    """Enable :func:`set_malloc_trim` in this process; to be called by programs, never by a library."""
     global _managed
     _managed = True
 
 
 def set_malloc_trim(trim: bool) -> None:
-    """Return large blocks to the system when they are freed, from now on, or keep them to be used again.
+    """Set whether freed large blocks are returned to the system at once or kept for reuse.
 
-    Nothing happens where malloc is not glibc's, or no program asked for it with :func:`manage_malloc`.
+    Does nothing if malloc is not glibc's, or if :func:`manage_malloc` was not called.
     """
     if _managed:
         with contextlib.suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Layers of settings by name, as ``train.steps``: a file, the file that it builds on, the command line over both."""
+"""Layers of settings by name, such as ``train.steps``: a base file, a file over it, the command line over both."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ COMMAND_LINE = "the command line"
 
 
 class Given(NamedTuple):
-    """A value that a layer gives to a setting."""
+    """A setting's value in a layer, and where it comes from."""
 
     value: Any
     origin: str  # the file, or the command line
-    text: str | None = None  # what stood on the command line, which YAML read as the value
+    text: str | None = None  # the text on the command line, which was parsed as YAML
 
     def value_for(self, info: SettingInfo | None) -> Any:
-        """Return the value; for a setting that takes text, 5 on the command line is text, and so is true."""
+        """Return the value; for a setting of type text, ``5`` or ``true`` on the command line stays text."""
         is_null = self.value is None and info is not None and types.NoneType in info.types
         if self.text is None or info is None or str not in info.types or is_null:
             return self.value
@@ -31,13 +31,13 @@ Layer = dict[str, Given]
 
 
 def parse_override(override: str) -> tuple[str, Given]:
-    """Return the setting's name and the value that ``key=value`` gives it."""
+    """Split ``key=value`` into the setting's name and its value."""
     name, equals, text = override.partition("=")
     if not equals:
-        raise UserError(f"'{override}' stands where settings do, as key=value")
+        raise UserError(f"'{override}' is not a setting of the form key=value")
     return name, Given(parse_value(text), COMMAND_LINE, text)
 
 
 def merge_layers(below: Layer, above: Layer) -> Layer:
-    """Put a layer over another. What stands later in the order of the keys counts more."""
+    """Merge a layer over another; keys of the upper layer come last, and later keys take precedence."""
     return {**{name: given for name, given in below.items() if name not in above}, **above}

@@ -1,4 +1,4 @@
-"""Replace an attribute for the length of a block, and put back what was there: the one way this project patches."""
+"""Temporary replacement of attributes; all of this project's monkey patching goes through here."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    """Replace ``owner.name`` inside the block.
+    """Replace ``owner.name`` inside the block and restore it afterwards.
 
     An attribute that ``owner`` has only through its class is deleted again at the end, not written into the instance.
-    The caller sees to it that no two threads patch the same attribute at a time: each would put back what it found.
+    Not thread-safe: two threads that patch the same attribute would restore each other's replacement.
 
     Raises:
         AttributeError: ``owner`` has no such attribute, so that a rename upstream is an error and not a silent no-op.

@@ -1,7 +1,7 @@
-"""Where this project's own files lie on this machine, in a checkout of the repository or as an installed package.
+"""Locations of this project's own files, in a checkout of the repository or as an installed package.
 
-Declarations, engine files and recipes lie at the top of the repository. An installed package carries them in
-``subspace/resources``, where links lead to them in a checkout, so that both are built from the same files.
+Declarations, engine files and recipes are at the top of the repository. An installed package has them in
+``subspace/resources``, which in a checkout holds links to them, so that both use the same files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import platformdirs
 
 PACKAGE = Path(__file__).resolve().parent.parent
-#: The folder that Python imports the package from: the repository in a checkout, else ``site-packages``.
+#: The folder that contains the package: the repository in a checkout, else ``site-packages``.
 REPOSITORY = PACKAGE.parent
 
 # Top-level folders of the repository, and what an installed package calls them.
@@ -20,18 +20,18 @@ _RESOURCES = {"data": "data", "ds_configs": "engines", "launch/recipes": "recipe
 
 
 def checkout() -> Path | None:
-    """Return the repository that the package is run from, or None for an installed package."""
+    """Return the repository root in a checkout, or None for an installed package."""
     parts = (REPOSITORY / "pyproject.toml", *map(REPOSITORY.joinpath, _RESOURCES))
     return REPOSITORY if all(part.exists() for part in parts) else None
 
 
 def declarations_folder() -> Path:
-    """Return the folder of the declarations of tasks, mixtures and models: ``$SUBSPACE_DATA``, else ``data``."""
+    """Return the folder of task, mixture and model declarations: ``$SUBSPACE_DATA``, else ``data``."""
     return Path(os.environ.get("SUBSPACE_DATA") or _resource("data"))
 
 
 def engines_folder() -> Path:
-    """Return the folder of DeepSpeed's configurations: ``ds_configs`` in a checkout."""
+    """Return the folder of DeepSpeed configurations: ``ds_configs`` in a checkout."""
     return _resource("ds_configs")
 
 
@@ -41,7 +41,7 @@ def recipes_folder() -> Path:
 
 
 def find_resource(path: str | Path) -> Path | None:
-    """Return the file that a path such as ``ds_configs/zero2.json`` names in the repository, wherever it lies now."""
+    """Return the file for a repository path such as ``ds_configs/zero2.json``, in a checkout or installed package."""
     for name in _RESOURCES:
         if Path(path).is_relative_to(name) and (file := _resource(name) / Path(path).relative_to(name)).is_file():
             return file
@@ -49,7 +49,7 @@ def find_resource(path: str | Path) -> Path | None:
 
 
 def resource_name(file: Path) -> str | None:
-    """Return how the repository names one of its files, as ``ds_configs/zero2.json``; None for any other file."""
+    """Return a file's repository path, such as ``ds_configs/zero2.json``; None for files outside the project."""
     for name in _RESOURCES:
         if file.is_relative_to(_resource(name)):
             return f"{name}/{file.relative_to(_resource(name))}"
@@ -68,7 +68,7 @@ def cache_folder() -> Path:
 
 
 def svd_cache_folder() -> Path:
-    """Return the folder of weights' singular value decompositions: ``$SUBSPACE_SVD``, else ``svd`` in the cache."""
+    """Return the folder of cached SVDs of weights: ``$SUBSPACE_SVD``, else ``svd`` in the cache."""
     return Path(os.environ.get("SUBSPACE_SVD") or cache_folder() / "svd")
 
 

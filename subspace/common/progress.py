@@ -1,7 +1,7 @@
-"""Show what is being done and how far it is: a bar in a terminal, a plain line now and then in a log.
+"""Progress reports: a bar in a terminal, occasional plain lines in a log file.
 
-What the package has to say otherwise goes to the loggers below ``subspace``, where a program that uses it as a library
-may route it; the command line shows it on standard error.
+All other messages go to the loggers below ``subspace``, which a program that uses the package as a library may
+configure; the command line shows them on standard error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol, TextIO
 
 
 class ProgressCallback(Protocol):
-    """Told how much of the stage is done, and what else is worth knowing there."""
+    """Callback with the amount of the stage that is done, and a short note."""
 
     def __call__(self, done: float, detail: str = "") -> None: ...
 
@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error as it is now: a bar redirects it, to write lines above itself."""
+    """Stream that writes to the current ``sys.stderr``, which a bar replaces in order to print lines above itself."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -40,7 +40,7 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def show_notices() -> None:
-    """Show on standard error what the package logs: what a program does, never a library."""
+    """Show the package's log messages on standard error; to be called by programs, never by a library."""
     package = logging.getLogger("subspace")
     if not package.handlers:
         package.addHandler(_StandardError())
@@ -49,12 +49,12 @@ def show_notices() -> None:
 
 
 def no_progress(title: str, total: float = 0, unit: str = "") -> AbstractContextManager[ProgressCallback]:
-    """Show nothing: what a library call and every process but the first does."""
+    """Ignore progress; the default of library calls, and of every rank but the first."""
     return nullcontext(lambda done, detail="": None)
 
 
 def show_progress(title: str, total: float = 0, unit: str = "") -> AbstractContextManager[ProgressCallback]:
-    """Show the stage on standard error, so that standard output stays clean for ``--json``."""
+    """Show a stage's progress on standard error, so that standard output stays clean for ``--json``."""
     return _bar(title, total, unit) if sys.stderr.isatty() else _lines(title, total, unit)
 
 

@@ -1,6 +1,6 @@
-"""Run Python files that are no part of the package, and remember which sources this user has run.
+"""Execution of Python files from outside the package, with a record of the sources that this user has run.
 
-The list of sources is what tells a file that this user named once from one that came with somebody else's folder.
+The record distinguishes a file that the user has named before from one that came with somebody else's run folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from subspace.errors import UserError
 
 @dataclass(frozen=True)
 class PythonFile:
-    """A Python file as it was when it was read."""
+    """The path and source of a Python file, read once."""
 
     path: Path
     source: bytes = field(repr=False)
@@ -33,15 +33,15 @@ class PythonFile:
 
 
 def run_python_file(file: PythonFile, module: str, check: Callable[[], None]) -> None:
-    """Run a file as the module of this name, which ``sys.modules`` keeps, and remember its source.
+    """Execute a file as a module of this name, add it to ``sys.modules`` and record its source.
 
     Args:
         file: the file.
         module: the module's name.
-        check: looks at what the file did; its errors are the file's.
+        check: called after the file ran; its errors are reported as the file's.
 
     Raises:
-        UserError: an error in the file, with its line. The module is then not kept.
+        UserError: an error in the file, with its line. The module is then removed from ``sys.modules``.
     """
     path, namespace = str(file.path), types.ModuleType(module)
     namespace.__file__ = str(file.path.resolve())
@@ -56,7 +56,7 @@ def run_python_file(file: PythonFile, module: str, check: Callable[[], None]) ->
 
 
 def _explain(error: Exception, path: str) -> str:
-    """Return what went wrong in a file, and in which of its lines."""
+    """Return a description of an error in a file, with its line."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return f"line {error.lineno}: {error.msg}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -65,7 +65,7 @@ def _explain(error: Exception, path: str) -> str:
 
 
 def was_run_before(file: PythonFile) -> bool:
-    """Return True if this user has run a file of this very source on this machine."""
+    """Return True if this user has run a file with exactly this source on this machine."""
     try:
         lines = _list_of_sources().read_text(encoding="utf-8").splitlines()
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
@@ -76,7 +76,7 @@ def was_run_before(file: PythonFile) -> bool:
 def _remember(file: PythonFile) -> None:
     if was_run_before(file):
         return
-    # Where the list cannot be written, files have to be named each time.
+    # If the record cannot be written, the user has to name files each time.
     with contextlib.suppress(OSError, RuntimeError):
         _list_of_sources().parent.mkdir(parents=True, exist_ok=True)
         with _list_of_sources().open("a", encoding="utf-8") as lines:
@@ -84,5 +84,5 @@ def _remember(file: PythonFile) -> None:
 
 
 def _list_of_sources() -> Path:
-    """Return the file whose lines each begin with the SHA-256 of a source: ``~/.local/state/subspace/python_files``."""
+    """Return the record's path, ``~/.local/state/subspace/python_files``; each line begins with a source's SHA-256."""
     return Path(platformdirs.user_state_dir("subspace")) / "python_files"

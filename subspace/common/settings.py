@@ -1,8 +1,8 @@
-"""How a setting is declared: once, as a typed, documented, bounded field of a frozen dataclass.
+"""Declaration of settings as typed, documented and bounded fields of frozen dataclasses.
 
-The command line, the YAML file, the README's tables, a run's ``config.yaml`` and an adapter's file are all read off
-these declarations; nothing is written down a second time. pydantic checks values against them, here and nowhere else,
-whoever gives them.
+The command line, YAML files, the README's tables, a run's ``config.yaml`` and an adapter's file are all derived from
+these declarations, the single source of every setting. pydantic validates all values against them, in this module
+only, whether they come from a file, the command line or Python.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import logging
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import pydantic
 from typing_extensions import TypedDict
@@ -38,13 +39,13 @@ def setting(
     """Declare one setting of a :class:`Settings` class.
 
     Args:
-        default: Its value where none is given.
-        doc: What it means, with its unit.
-        min: The least value of a number.
+        default: The default value.
+        doc: Its help text, with the unit.
+        min: The smallest value of a number.
         max: The largest value of a number.
-        choices: The words that it, or each entry of a list, may be.
-        formerly: A name that it had before, still accepted with a notice.
-        former_values: What values had another word under that name, and their words now.
+        choices: The allowed values of a text, or of each entry of a list.
+        formerly: Its old name, still accepted with a notice.
+        former_values: Old values under that name, each with its current one.
     """
     metadata = {
         "doc": doc,
@@ -61,7 +62,7 @@ def setting(
 
 @dataclass(frozen=True)
 class SettingInfo:
-    """What is declared of one setting; ``name`` may have a section before it, as ``train.learning_rate``."""
+    """The declaration of one setting; ``name`` may have a section prefix, as in ``train.learning_rate``."""
 
     name: str
     type: Any
@@ -75,24 +76,24 @@ class SettingInfo:
 
     @property
     def types(self) -> tuple[Any, ...]:
-        """The types it may have: the members of a union, or the one type."""
+        """The allowed types: the members of a union, or the one type."""
         return typing.get_args(self.type) if _is_union(self.type) else (self.type,)
 
     @property
     def type_hint(self) -> str:
-        """The types it may have, in words."""
+        """The allowed types, in words."""
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
         kinds = {list: "a list", dict: "a mapping"}
         return " or ".join(words.get(m) or kinds.get(typing.get_origin(m) or m, "a section") for m in self.types)
 
 
 def declared_settings(cls: type[Settings]) -> Mapping[str, SettingInfo]:
-    """Return the settings that a class declares, by name."""
+    """Return a class's declared settings, by name."""
     return _declared(_key(cls))
 
 
 def _key(cls: type[Settings]) -> Any:
-    return cls  # for mypy, to which a class of frozen dataclasses is not hashable
+    return cls  # for mypy, which takes a frozen dataclass's class for unhashable
 
 
 @cache
@@ -106,7 +107,7 @@ def _declared(cls: type[Settings]) -> Mapping[str, SettingInfo]:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of every settings class. Refuses values of other types or outside their bounds, whoever passes them."""
+    """Base class of all settings; raises UserError for values of other types or outside their bounds."""
 
     def __post_init__(self) -> None:
         for name, value in check_settings(type(self), vars(self), section=type(self).__qualname__).items():
@@ -114,12 +115,12 @@ class Settings:
 
     @classmethod
     def build(cls, values: Mapping[str, Any], **context: Any) -> Self:
-        """Build from a mapping. Arguments and errors are those of :func:`check_settings`."""
+        """Build from a mapping; arguments and errors as for :func:`check_settings`."""
         return cls(**check_settings(cls, values, **context))
 
 
 def current_names(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values under the names that the settings have now, where a class declares which they had before."""
+    """Return values with old setting names, as declared by ``formerly``, replaced by the current ones."""
     former = {info.formerly: info for info in declared_settings(cls).values() if info.formerly}
     current: dict[str, Any] = {}
     for key, value in values.items():
@@ -130,6 +131,27 @@ def current_names(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, A
     return current
 
 
+class Rename(NamedTuple):
+    """A setting that was given under its old name."""
+
+    origin: str
+    old: str
+    new: str
+
+
+@contextmanager
+def one_notice_per_origin() -> Iterator[list[Rename]]:
+    """Context manager: yield a list of renames to fill, and log one notice for each origin at the end."""
+    renames: list[Rename] = []
+    try:
+        yield renames
+    finally:
+        for origin in dict.fromkeys(rename.origin for rename in renames):
+            start = f"{origin} uses old setting names" if origin else "old setting names are used"
+            pairs = ", ".join(f"{old} is now {new}" for by, old, new in renames if by == origin)
+            logger.warning(f"{start}: {pairs}. The next version will not accept the old names")
+
+
 def check_settings(
     cls: type[Settings],
     values: Mapping[str, Any],
@@ -137,19 +159,24 @@ def check_settings(
     section: str = "",
     owner: str = "",
     origin: Mapping[str, str] | str = "",
+    renames: list[Rename] | None = None,
 ) -> dict[str, Any]:
-    """Return values of a class's settings, some or all of them, under their present names and in their own types.
+    """Return validated values of some or all of a class's settings, under their current names.
 
     Args:
         cls: The class that declares them.
-        values: The values by name. Where a former and the present name are both there, the later one counts.
-        section: Where they stand in the configuration, as ``train``; for messages.
-        owner: What has these settings, as ``method lora``; for messages, by default the section.
-        origin: Who gives them, or each of them; for messages.
+        values: The values by name. If both the old and the current name are given, the later one wins.
+        section: Their section of the configuration, such as ``train``; for messages.
+        owner: The owner of the settings, such as ``method lora``; for messages, by default the section.
+        origin: The source of all values, or of each by name, such as a file's path; for messages.
+        renames: Collects the old names in use, for :func:`one_notice_per_origin`; by default, they are logged here.
 
     Raises:
         UserError: An unknown setting, or a value that its declaration does not allow.
     """
+    if renames is None:
+        with one_notice_per_origin() as own:
+            return check_settings(cls, values, section=section, owner=owner, origin=origin, renames=own)
     declared = declared_settings(cls)
     current: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -158,8 +185,7 @@ def check_settings(
         source = origin if isinstance(origin, str) else origin.get(key, "")
         ((name, present),) = current_names(cls, {key: value}).items()
         if name != key:
-            by = f"{source} sets {prefix}{key}" if source else f"{prefix}{key} is set"
-            logger.warning(f"{by}, which is called {prefix}{name} now. The old name goes with the next version")
+            renames.append(Rename(source, f"{prefix}{key}", f"{prefix}{name}"))
         current.pop(name, None)
         current[name], origins[name] = present, source
     try:
@@ -177,12 +203,12 @@ def check_settings(
 
 
 def no_such_setting(owner: str, key: str, known: Iterable[str]) -> str:
-    """Say that there is no such key, and which was meant."""
+    """Return the message for an unknown setting, with the closest known one."""
     return f"{owner} has no setting '{key}'. {nearest(key, known)}"
 
 
 def suggest_setting(name: str, known: Iterable[str]) -> str:
-    """Say what there is instead of a setting that is in no section: elsewhere, or which sections."""
+    """Return the message for an unknown setting of no section: the same key elsewhere, or the sections."""
     if any(key.startswith(f"{name}.") for key in known):
         return f"{name} is a section. Its settings are given one by one, as {name}.KEY=VALUE"
     same = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
@@ -200,9 +226,9 @@ def _complaint(info: SettingInfo, fault: Mapping[str, Any]) -> str:
 
 @cache
 def _validator(cls: type[Settings]) -> pydantic.TypeAdapter[dict[str, Any]]:
-    """Return what checks a mapping of a class's settings. None of them is required."""
+    """Return pydantic's validator of a mapping of a class's settings, none of which is required."""
     types_of = {name: _checked_type(info) for name, info in declared_settings(cls).items()}
-    typed_dict: Any = TypedDict  # mypy reads the call as a declaration, and would have the fields written out
+    typed_dict: Any = TypedDict  # mypy would require literal fields in the call
     shape = typed_dict(cls.__name__, types_of, total=False)
     shape.__pydantic_config__ = pydantic.ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
@@ -211,7 +237,7 @@ def _validator(cls: type[Settings]) -> pydantic.TypeAdapter[dict[str, Any]]:
 
 
 def _checked_type(info: SettingInfo) -> Any:
-    """Return a setting's type with its bounds and choices, as pydantic reads them."""
+    """Return a setting's type annotated with its bounds and choices, for pydantic."""
     checked = _narrowed(info.type, info.choices) if info.choices else info.type
     if math.isfinite(info.min):
         checked = Annotated[checked, pydantic.Field(ge=info.min)]
@@ -223,7 +249,7 @@ def _checked_type(info: SettingInfo) -> Any:
 
 
 def _narrowed(kind: Any, choices: Sequence[str]) -> Any:
-    """Return a type in which the choices stand for text."""
+    """Return a type with ``str`` replaced by the literal choices."""
     if kind is str:
         return Literal[tuple(choices)]
     if _is_union(kind):
@@ -232,7 +258,7 @@ def _narrowed(kind: Any, choices: Sequence[str]) -> Any:
 
 
 def split_names(value: Any) -> Any:
-    """Return ``['q_proj', 'v_proj']`` for ``q_proj,v_proj``; what is no text is returned as it is."""
+    """Return ``['q_proj', 'v_proj']`` for ``q_proj,v_proj``; return any other type unchanged."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 

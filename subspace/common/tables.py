@@ -1,4 +1,4 @@
-"""A table of texts for people, in the terminal, Markdown, LaTeX or HTML. JSON and CSV are written from the numbers."""
+"""Tables rendered for the terminal, Markdown, LaTeX or HTML. JSON and CSV are written from the unrounded numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ul { color: #555; padding-left: 1.2em }
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as it is shown: the first ``left`` columns are words, the others numbers; ``last`` rows are set apart."""
+    """A table of formatted cells: the first ``left`` columns are text, others numbers; ``last`` rows are set apart."""
 
     title: str
     head: tuple[str, ...]
@@ -49,7 +49,7 @@ class Grid:
 
     @property
     def blocks(self) -> list[tuple[tuple[str, ...], ...]]:
-        """The rows, and those that are set apart."""
+        """The main rows, and the last ones that are set apart."""
         cut = len(self.rows) - self.last
         return [block for block in (self.rows[:cut], self.rows[cut:]) if block]
 
@@ -67,7 +67,7 @@ class Grid:
         return "\n".join([*title, *lines, "", *(f"- {note}" for note in self.notes)]).rstrip()
 
     def latex(self) -> str:
-        """Return the table for LaTeX with the package booktabs; the best is bold, its ties underlined."""
+        """Return the table for LaTeX with the package booktabs; the best value is bold, its ties underlined."""
         columns = "l" * self.left + "r" * (len(self.head) - self.left)
         blocks = ["\n".join(f"{' & '.join(map(_latex_cell, row))} \\\\" for row in block) for block in self.blocks]
         head = f"{' & '.join(map(_latex, self.head))} \\\\"
@@ -98,7 +98,7 @@ class Grid:
         from rich.table import Table
         from rich.text import Text
 
-        # As Text, because rich takes plain strings with brackets for markup.
+        # As Text, because rich interprets brackets in plain strings as markup.
         table = Table(
             title=Text(self.title) if self.title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
         )
@@ -128,7 +128,7 @@ def render_grids(grids: Sequence[Grid], form: str) -> str:
 
 
 def print_grid(grid: Grid) -> None:
-    """Print a table on standard output, in its full width whatever the terminal's."""
+    """Print a table on standard output, never wrapped to the terminal's width."""
     from rich.console import Console
 
     table = grid.rich()

@@ -10,30 +10,32 @@ from subspace.common.settings import Settings, setting
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Settings):
-    """What a run trains on, and how it is read."""
+    """Settings of the training data."""
 
     mixture: str = setting(
         "commonsense", "a mixture, a task, tasks with rows or weights, or a file; see data/README.md"
     )
-    prompt: str = setting("alpaca-indented", "the prompt template, from data/prompts.yaml")
-    max_length: int = setting(256, "tokens, prompt and answer together; a longer row loses its beginning", min=2)
-    loss_on: str = setting(
-        "answer", "the tokens that carry loss: the answer and its end, or all", choices=("answer", "all")
+    prompt: str = setting("alpaca-indented", "prompt template, from data/prompts.yaml")
+    max_length: int = setting(
+        256, "maximum tokens of prompt and answer together; longer rows are truncated at the start", min=2
     )
-    validation: int = setting(120, "rows held out", min=0)
+    loss_on: str = setting(
+        "answer", "tokens that contribute to the loss: the answer with its EOS, or all", choices=("answer", "all")
+    )
+    validation: int = setting(120, "number of rows held out for validation", min=0)
     limit: int | None = setting(None, "rows to train on, drawn at random; null for all", min=1)
-    group_by_length: bool = setting(True, "fill a step with rows of like length, which pads less")
+    group_by_length: bool = setting(True, "batch rows of similar length, which reduces padding")
     packing: bool = setting(
-        False, "put rows one after another, blind to each other, into sequences of max_length, which pads hardly at all"
+        False, "pack rows, without attention between them, into sequences of max_length, which nearly removes padding"
     )
 
 
 @dataclass(frozen=True)
 class TaskSelection:
-    """Which items are scored: ``limit`` of a split of each task, or all.
+    """A selection of items to score: ``limit`` of a split of each task, or all.
 
-    ``tasks`` is ``all``, a suite's name, tasks' names, or YAML files of one's own, one or several (with commas).
-    ``folder`` is where published files lie, for the tasks that are read from there.
+    ``tasks`` is ``all``, or one or several (comma-separated) suites, tasks or custom YAML files. ``folder`` has the
+    published test files, for tasks that are read from there.
     """
 
     tasks: str | Sequence[str] = "all"

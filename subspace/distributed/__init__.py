@@ -1,1 +1,1 @@
-"""Processes and DeepSpeed: collectives, sharded parameters, the engine and its configuration, launcher, signals."""
+"""Processes and DeepSpeed: collectives, sharded parameters, engine and configuration, launcher, signals, watchdog."""

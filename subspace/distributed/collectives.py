@@ -16,7 +16,7 @@ def _active() -> bool:
 
 
 def rank() -> int:
-    """Return this process's number, 0 for the first."""
+    """Return this process's rank."""
     return dist.get_rank() if _active() else 0
 
 
@@ -26,18 +26,18 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Return True on the process that writes files and prints."""
+    """Return True on rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process reaches this call."""
     if _active():
         dist.barrier()
 
 
 def shutdown() -> None:
-    """Leave the process group, all together: one that left earlier would make those fail that still talk to it."""
+    """Destroy the process group after a barrier: a rank that left earlier would break the others' communication."""
     if _active():
         dist.barrier()
         dist.destroy_process_group()
@@ -45,7 +45,7 @@ def shutdown() -> None:
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Return the sum of ``value`` over all processes, on each of them. The argument is left as it is."""
+    """Return the sum of ``value`` over all processes, on each of them. The argument is not modified."""
     total = value.clone()
     if _active():
         dist.all_reduce(total)
@@ -53,14 +53,14 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def broadcast_(value: Tensor, source: int = 0) -> Tensor:
-    """Overwrite ``value``, in place, with one process's, and return it."""
+    """Overwrite ``value`` in place with that of one rank, and return it."""
     if _active():
         dist.broadcast(value, src=source)
     return value
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return the first process's object on every process."""
+    """Return rank 0's object on every rank."""
     if not _active():
         return value
     box = [value]
@@ -69,7 +69,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return every process's object, in the order of their ranks, on each process."""
+    """Return the objects of all ranks, in rank order, on every rank."""
     if not _active():
         return [value]
     box: list[Any] = [None] * world_size()
@@ -78,6 +78,6 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def _object_device() -> torch.device:
-    # NCCL moves tensors of the GPU only; pickled objects must be staged there.
+    # NCCL communicates GPU tensors only; pickled objects must be staged on the GPU.
     on_gpu = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

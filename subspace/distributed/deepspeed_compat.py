@@ -1,4 +1,4 @@
-"""Every private name of DeepSpeed that is used here, and every change that is made to it, in one place.
+"""All uses of DeepSpeed's private names, and all patches of it.
 
 Checked with DeepSpeed 0.19.8. ``tests/distributed/test_deepspeed_compat.py`` has a canary for each line of the table:
 the first test that fails after an upgrade names what has changed.
@@ -27,7 +27,7 @@ optimizer.loss_scaler (its variables)          resume in float16        its stat
 engine.skipped_steps, .global_steps            resume, health checks    the counters have no public setters
 engine.basic_optimizer                         resume                   the optimizer under ZeRO's wrapper
 engine.enable_backward_allreduce               nothing; slower          at stage 0 on one process gradients are copied
-                                                                        twice for an all-reduce with nobody
+                                                                        twice for an all-reduce of one rank
 deepspeed.ops.__compatible_ops__               start on a CPU           init_distributed compiles an op that training
                                                                         never calls: a minute of waiting, a compiler
                                                                         that must be there, and a hang for ever where
@@ -65,39 +65,39 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """Return the shape of the whole parameter, sharded or not."""
+    """Return the full shape of a parameter, sharded or not."""
     return torch.Size(getattr(parameter, "ds_shape", ())) if is_sharded(parameter) else parameter.shape
 
 
 def local_shard(parameter: Tensor) -> Tensor | None:
-    """Return this process's part of a parameter, flat and padded at its end; None where ZeRO-3 does not own it."""
+    """Return this rank's shard of a parameter, flat and padded at its end; None if it is not sharded."""
     return getattr(parameter, "ds_tensor", None)
 
 
 def shard_as(parameter: nn.Parameter, new: Iterable[nn.Parameter]) -> None:
-    """Shard the parameters ``new`` as ``parameter``, which is sharded, is. Collective over ranks."""
+    """Shard the parameters ``new`` in the same way as the sharded ``parameter``. Collective over ranks."""
     parameter.convert_to_zero_parameters(param_list=list(new))  # type: ignore[attr-defined]
 
 
 def has_zero_optimizer(parameter: Tensor) -> bool:
-    """Return True if the optimizer of ZeRO, of any stage from 1 on, works on a copy of the parameter."""
+    """Return True if a ZeRO optimizer (stage 1 to 3) updates a copy of the parameter."""
     return is_sharded(parameter) or hasattr(parameter, "_hp_mapping")
 
 
-# --- what the optimizer works on ---
+# --- the optimizer's tensors ---
 
 
 @dataclass(frozen=True)
 class OptimizerSlice:
-    """The part of a trained parameter that this process's optimizer updates.
+    """The slice of a trainable parameter that this rank's optimizer updates.
 
-    The parameter, flattened, from ``start`` on, ``length`` numbers, is ``key``, flattened, from ``offset`` on.
+    ``length`` elements of the flattened parameter from ``start`` are those of the flattened ``key`` from ``offset``.
 
     Attributes:
-        start: in the flattened parameter.
+        start: index in the flattened parameter.
         key: the tensor under which the optimizer keeps its state.
-        offset: in the flattened ``key``.
-        length: in numbers.
+        offset: index in the flattened ``key``.
+        length: number of elements.
     """
 
     start: int
@@ -107,11 +107,11 @@ class OptimizerSlice:
 
 
 def optimizer_slice(engine: Any, parameter: nn.Parameter) -> OptimizerSlice | None:
-    """Return which part of a trained parameter this process's optimizer updates, and where; None if it has none."""
+    """Return the slice of a trainable parameter that this rank's optimizer updates; None if there is none."""
     optimizer = engine.optimizer
     size = full_shape(parameter).numel()
     if is_sharded(parameter):
-        # ZeRO-3: each rank has `length` numbers of every parameter, the last ranks' part being padded. All shards of a
+        # ZeRO-3: each rank has `length` elements of every parameter, the last ranks' part being padded. All shards of a
         # parameter group lie one after the other in one flat float32 tensor.
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = torch.distributed.get_rank() * length
@@ -131,7 +131,7 @@ def optimizer_slice(engine: Any, parameter: nn.Parameter) -> OptimizerSlice | No
 
 
 def basic_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """Return the optimizer that does the steps, without ZeRO's wrapper."""
+    """Return the underlying optimizer without ZeRO's wrapper."""
     optimizer: torch.optim.Optimizer = engine.basic_optimizer
     return optimizer
 
@@ -143,12 +143,12 @@ def link_optimizer_state(engine: Any) -> None:
 
 
 def optimizer_state_on_nvme(engine: Any) -> bool:
-    """Return True if the optimizer's state lies in DeepSpeed's swap files."""
+    """Return True if the optimizer state is in DeepSpeed's swap files."""
     return bool(getattr(engine.optimizer, "swap_optimizer", False))
 
 
 def local_gradients(engine: Any) -> list[Tensor]:
-    """Return the gradients that this process holds between last backward and step; none of what ZeRO offloads."""
+    """Return this rank's gradients between the last backward pass and the step, without those offloaded by ZeRO."""
     if engine.zero_optimization():
         averaged = getattr(engine.optimizer, "averaged_gradients", {})
         return [gradient for group in averaged.values() for gradient in group or () if gradient is not None]
@@ -159,56 +159,56 @@ def local_gradients(engine: Any) -> list[Tensor]:
 
 
 def skipped_steps(engine: Any) -> int:
-    """Return how many steps were skipped because a gradient overflowed float16."""
+    """Return the number of steps skipped because a gradient overflowed float16."""
     return int(engine.skipped_steps)
 
 
 def step_counters(engine: Any) -> dict[str, int]:
-    """Return the engine's counts of steps, for :func:`restore_step_counters`."""
+    """Return the engine's step counters, for :func:`restore_step_counters`."""
     return {"steps": engine.global_steps, "skipped": engine.skipped_steps}
 
 
 def restore_step_counters(engine: Any, counters: Mapping[str, int]) -> None:
-    """Set the engine's counts of steps."""
+    """Restore the engine's step counters."""
     engine.global_steps, engine.skipped_steps = counters["steps"], counters["skipped"]
 
 
 def loss_scale(engine: Any) -> float:
-    """Return the factor that the loss of the last backward pass was scaled with; 1 outside float16."""
+    """Return the loss scale of the last backward pass; 1 without float16."""
     return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else 1.0
 
 
 def loss_scale_state(engine: Any) -> dict[str, Any]:
-    """Return what float16's loss scaler remembers, for :func:`restore_loss_scale`; nothing outside float16."""
+    """Return the state of float16's loss scaler, for :func:`restore_loss_scale`; empty without float16."""
     scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else {}
     return {name: value for name, value in scaler.items() if name.startswith(("cur_", "last_"))}
 
 
 def restore_loss_scale(engine: Any, state: Mapping[str, Any]) -> None:
-    """Set what float16's loss scaler remembers."""
+    """Restore the state of float16's loss scaler."""
     if engine.fp16_enabled() and state:
         vars(engine.optimizer.loss_scaler).update(state)
 
 
 def loss_scale_exhausted(engine: Any) -> bool:
-    """Return True if float16's loss scale is as small as it may become."""
+    """Return True if float16's loss scale is at its minimum."""
     scaler = engine.optimizer.loss_scaler
     return bool(scaler.dynamic and scaler.cur_scale <= scaler.min_scale)
 
 
-# --- changes to DeepSpeed ---
+# --- patches of DeepSpeed ---
 
 
 def skip_useless_allreduce(engine: Any) -> None:
-    """Keep an engine without ZeRO on one process from copying all gradients to add nothing to them."""
+    """Disable the all-reduce of gradients in an engine without ZeRO on one process, which would only copy them."""
     engine.enable_backward_allreduce = False
 
 
 def disable_shm_comm_op() -> None:
-    """Keep ``deepspeed.init_distributed`` from compiling an op for CPUs that training never calls."""
+    """Prevent ``deepspeed.init_distributed`` from compiling a CPU op that training never calls."""
     import deepspeed.ops
 
-    # DeepSpeed asks this table whether the machine can build the op, and uses no other entry. Where it is not there
+    # DeepSpeed looks up in this table whether the machine can build the op, and uses no other entry. If it is not there
     # yet, reading it would try the compiler of every op first.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
@@ -220,8 +220,8 @@ def forget_world_group() -> None:
 
 
 def silence_deepspeed() -> None:
-    """Silence what DeepSpeed says to its developers. Process-wide, so for processes of the command line only."""
-    # A filter and not a level, which the import of DeepSpeed would set anew.
+    """Silence DeepSpeed's internal log messages. Process-wide, so for processes of the command line only."""
+    # A filter and not a level, which the import of DeepSpeed would overwrite.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
@@ -231,25 +231,25 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-# --- what the machine can do ---
+# --- capabilities of the machine ---
 
 
 def fp16_supported() -> bool:
-    """Return True if the device computes in float16."""
+    """Return True if the device supports float16."""
     from deepspeed.accelerator import get_accelerator
 
     return bool(get_accelerator().is_fp16_supported())
 
 
 def async_io_supported() -> bool:
-    """Return True if DeepSpeed's library for NVMe can be compiled and run here."""
+    """Return True if DeepSpeed's NVMe library can be compiled and used on this machine."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
 def build_lock(library: str) -> Path:
-    """Return the file whose presence says that a process is compiling one of DeepSpeed's libraries."""
+    """Return the lock file that exists while a process compiles one of DeepSpeed's libraries."""
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(library, verbose=False)) / "lock"

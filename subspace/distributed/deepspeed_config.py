@@ -1,7 +1,7 @@
-"""DeepSpeed's configuration: its own JSON, with every "auto" resolved from the run; conflicts raise UserError.
+"""DeepSpeed's configuration: its JSON file with every "auto" resolved from the run; conflicts raise UserError.
 
-Precision. The frozen base has the model's dtype; adapters are float32 whatever the base is, with no ``bf16`` section,
-so that small steps are not rounded away and the saved adapter is what the optimizer holds. float16 needs a loss
+Precision. The frozen base has the model's dtype; adapters are always float32, with no ``bf16`` section, so that
+small updates are not rounded away and the saved adapter equals the optimizer's parameters. float16 needs a loss
 scale, hence DeepSpeed's ``fp16`` section, which casts the adapters too and keeps float32 copies in the optimizer.
 """
 
@@ -22,16 +22,16 @@ Json = dict[str, Any]
 OFFLOAD, PREFETCH = "offload_optimizer", "stage3_prefetch_bucket_size"
 PERSISTENCE, BUCKET = "stage3_param_persistence_threshold", "reduce_bucket_size"
 BLOCK_SIZE = "block_size"  # of the section aio
-#: Sections and keys whose best value follows from the adapters' size.
+#: Keys whose best value depends on the size of the adapters.
 BY_ADAPTERS = (("zero_optimization", PERSISTENCE), ("zero_optimization", BUCKET), ("aio", BLOCK_SIZE))
-MIN_PERSISTENCE = 100_000  # numbers up to which ZeRO-3 leaves a tensor whole: DeepSpeed's default
-MAX_BUCKET = 500_000_000  # numbers that are reduced at a time: DeepSpeed's default
+MIN_PERSISTENCE = 100_000  # elements up to which ZeRO-3 does not shard a tensor: DeepSpeed's default
+MAX_BUCKET = 500_000_000  # elements reduced at a time: DeepSpeed's default
 MIN_SWAP_BYTES = 1 << 20  # bytes from which on DeepSpeed swaps a tensor to NVMe
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the rows of one optimizer step are distributed: ``batch = micro_batch * accumulate * ranks``."""
+    """The distribution of the rows of one optimizer step: ``batch = micro_batch * accumulate * ranks``."""
 
     batch: int
     micro_batch: int
@@ -40,7 +40,7 @@ class BatchLayout:
 
 
 def compute_batch_layout(batch: int, micro_batch: int | None, ranks: int) -> BatchLayout:
-    """Spread a step's rows over ranks and micro-batches; without ``micro_batch``, a rank takes its share at once."""
+    """Distribute a step's rows over ranks and micro-batches; without ``micro_batch``, there is one per rank."""
     if batch % ranks:
         fits = ", ".join(str(n) for n in (batch // ranks * ranks, -(-batch // ranks) * ranks) if n)
         raise UserError(
@@ -52,7 +52,7 @@ def compute_batch_layout(batch: int, micro_batch: int | None, ranks: int) -> Bat
         divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
         raise UserError(
             f"train.micro_batch_size is {micro_batch}, which does not divide the {share} rows that each of {ranks} "
-            f"processes takes of train.batch_size {batch}. Take one of {divisors}"
+            f"processes takes of train.batch_size {batch}. Use one of {divisors}"
         )
     return BatchLayout(batch, micro_batch, share // micro_batch, ranks)
 
@@ -62,7 +62,9 @@ def read_engine_file(path: str | Path) -> Json:
     try:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(f"engine: no file {path}. Ready ones lie in ds_configs/, as ds_configs/zero2.json") from None
+        raise UserError(
+            f"engine: no file {path}. There are some in ds_configs/, such as ds_configs/zero2.json"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"engine: {path}, line {error.lineno} is not JSON: {error.msg}") from None
     if not isinstance(content, dict):
@@ -72,13 +74,13 @@ def read_engine_file(path: str | Path) -> Json:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """DeepSpeed's configuration with a number for every "auto"; :meth:`for_adapters` gives it its final form.
+    """DeepSpeed's configuration with every "auto" resolved; :meth:`for_adapters` returns its final form.
 
     Attributes:
-        settings: what DeepSpeed is given.
-        changes: notices of what was changed.
-        autos: the keys that the file leaves to the run by "auto".
-        free: those of :data:`BY_ADAPTERS` that the file leaves to the run, by "auto" or by silence.
+        settings: the configuration passed to DeepSpeed.
+        changes: notices of changed settings.
+        autos: the keys that are "auto" in the file.
+        free: keys of :data:`BY_ADAPTERS` that are "auto" or missing in the file.
         source: the file.
     """
 
@@ -90,34 +92,34 @@ class EngineConfig:
 
     @property
     def stage(self) -> int:
-        """The ZeRO stage that runs."""
+        """The ZeRO stage."""
         return int(self.settings["zero_optimization"]["stage"])
 
     @property
     def optimizer_offloaded(self) -> bool:
-        """Whether the optimizer is in the host's memory or on NVMe."""
+        """True if the optimizer is offloaded to CPU memory or NVMe."""
         return OFFLOAD in self.settings["zero_optimization"]
 
     @property
     def notices(self) -> list[str]:
-        """What a user should know: changes, and what each "auto" of the file became."""
+        """Notices for the user: changed settings, and the value of each "auto" of the file."""
         values = dict(flatten_dict(self.settings))
         autos = ", ".join(f"{key}={values[key]}" for key in self.autos if key in values)
         return [*self.changes, *([f'{Path(self.source).name}: "auto" is {autos}'] if autos else [])]
 
     def for_adapters(self, *, trained: int, largest: int) -> EngineConfig:
-        """Return the configuration for adapters of so many trained numbers, and so many in the largest tensor.
+        """Return the configuration for this many trainable parameters, in total and in the largest tensor.
 
         Raises:
-            UserError: a block size that the largest trained tensor does not fit.
+            UserError: a block size that is too small for the largest trainable tensor.
         """
         settings = copy.deepcopy(self.settings)
         zero = settings["zero_optimization"]
         if zero["stage"] == 3 and PERSISTENCE in self.free:
-            # Adapters are small and used at every layer: gathering them for each use costs more than holding them.
+            # Adapters are small and used at every layer: gathering them for each use costs more than their memory.
             zero[PERSISTENCE] = max(MIN_PERSISTENCE, largest)
         if zero["stage"] and BUCKET in self.free:
-            # DeepSpeed takes room for the whole bucket in every step, by default 2 GB; adapters need a few megabytes.
+            # DeepSpeed allocates the full bucket in every step, by default 2 GB; adapters need a few megabytes.
             zero[BUCKET] = min(trained, MAX_BUCKET)
         if _offload_device(zero) == "nvme":
             _keep_gradients_in_memory(settings, 4 * largest, self.source, free=BLOCK_SIZE in self.free)
@@ -132,17 +134,17 @@ def resolve_deepspeed_config(
     clip: float,
     source: str = "the engine's JSON",
 ) -> EngineConfig:
-    """Return the engine's configuration with a number for every "auto", and notices of what was changed.
+    """Return the engine's configuration with every "auto" resolved, and notices of changed settings.
 
     Args:
         engine: the content of the engine's file.
-        layout: how a step's rows are spread.
-        dtype: the model's, by its name.
-        clip: the largest norm of the gradient; 0 is no clipping.
+        layout: the distribution of a step's rows.
+        dtype: the name of the model's dtype.
+        clip: the maximum gradient norm; 0 disables clipping.
         source: the file's name, for messages.
 
     Raises:
-        UserError: a number that contradicts the run's, or a section for what the run's configuration decides.
+        UserError: a value or section that conflicts with the run's configuration.
     """
     settings: Json = json.loads(json.dumps(engine))
     autos = tuple(key for key, value in flatten_dict(settings) if value == "auto")
@@ -167,13 +169,17 @@ def resolve_deepspeed_config(
         zero["stage"] = 1
         changes.append("ZeRO stage 0 with 16-bit adapters runs as stage 1, whose numbers are right")
     if _offload_device(zero) == "nvme":
-        changes.append("the optimizer is on NVMe: checkpoints hold adapters alone, and no run goes on from one")
+        changes.append(
+            "the optimizer is on NVMe: checkpoints hold the adapters only, and a run cannot be resumed from them"
+        )
     _set_defaults(settings)
 
     left = [key for key, value in flatten_dict(settings) if value == "auto"]
     if left:
         known = [key for key, _, _ in run]
-        raise UserError(f'{source} leaves {left[0]} "auto", which is not filled here. {nearest(left[0], known)}')
+        raise UserError(
+            f'{source} leaves {left[0]} "auto", which is not supported for this key. {nearest(left[0], known)}'
+        )
     return EngineConfig(settings, tuple(changes), autos, free, source)
 
 
@@ -181,12 +187,12 @@ def _refuse_run_sections(settings: Json, source: str) -> None:
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise UserError(
-                f"{source} has a section '{section}', which the run's `train` settings decide. Take it out there"
+                f"{source} has a section '{section}', which the run's `train` settings replace. Remove it there"
             )
 
 
 def _set_from_run(settings: Json, key: str, value: Any, name: str, source: str) -> None:
-    """Set what the run decides; refuse another value."""
+    """Set the keys that the run's configuration determines; raise UserError for another value."""
     if settings.get(key, "auto") not in ("auto", value):
         raise UserError(
             f'{source} sets {key} to {settings[key]}, but {name} is {value}. Write "auto" there, or change {name}'
@@ -200,7 +206,7 @@ def _check_stage(stage: Any, source: str) -> None:
 
 
 def _resolve_precision(settings: Json, dtype: str, source: str) -> None:
-    """Enable fp16 for a float16 model, and nothing else by itself; refuse a section for another dtype."""
+    """Enable ``fp16`` for a float16 model; raise UserError for a precision section of another dtype."""
     for name, wanted in (("fp16", "float16"), ("bf16", "bfloat16")):
         section = settings.setdefault(name, {})
         if section.get("enabled", "auto") == "auto":
@@ -216,14 +222,14 @@ def _resolve_precision(settings: Json, dtype: str, source: str) -> None:
 
 
 def _set_defaults(settings: Json) -> None:
-    """Set what DeepSpeed would otherwise decide badly, where the file does not."""
+    """Set defaults that are better than DeepSpeed's, where the file has no value."""
     zero = settings["zero_optimization"]
     if zero["stage"] == 3 and zero.get(PERSISTENCE, "auto") == "auto":
         zero[PERSISTENCE] = MIN_PERSISTENCE
     if zero.get(BUCKET) == "auto":
-        del zero[BUCKET]  # DeepSpeed's own, until the adapters are counted
+        del zero[BUCKET]  # use DeepSpeed's default until the adapters are counted
     if (zero.get("offload_param") or {}).get("device") == "nvme" and zero.get(PREFETCH, "auto") == "auto":
-        zero[PREFETCH] = 0  # DeepSpeed reads ahead a weight that is used twice in a step twice, and stumbles over it
+        zero[PREFETCH] = 0  # DeepSpeed prefetches a weight that a step uses twice a second time, and fails
     if OFFLOAD in zero:
         settings.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's own AdamW works and needs no compiler
     if _offload_device(zero) == "nvme":
@@ -235,17 +241,17 @@ def _set_defaults(settings: Json) -> None:
 
 
 def _offload_device(zero: Json) -> str | None:
-    """Return where the optimizer is offloaded to, ``cpu`` or ``nvme``; None where it stays."""
+    """Return the device that the optimizer is offloaded to, ``cpu`` or ``nvme``; None without offloading."""
     device: str | None = (zero.get(OFFLOAD) or {}).get("device")
     return device
 
 
 def _keep_gradients_in_memory(settings: Json, largest: int, source: str, *, free: bool) -> None:
-    """Prevent that a trained tensor, of at most ``largest`` bytes, has its gradient swapped to NVMe.
+    """Prevent gradients of trainable tensors, of at most ``largest`` bytes each, from being swapped to NVMe.
 
-    DeepSpeed holds gradients in memory anyway, and reads those that it has swapped straight into their places in one
-    flat tensor. Where such a place is not at a multiple of 512 bytes, as after a tensor of odd size, the system reads
-    nothing, without an error, and the tensor does not train. What is smaller than a block is not swapped.
+    DeepSpeed has gradients in memory anyway, and reads swapped ones directly into their slices of one flat tensor. If
+    such a slice is not aligned to 512 bytes, as after a tensor of odd size, nothing is read, without an error, and the
+    tensor does not train. Tensors smaller than a block are not swapped.
     """
     aio = settings["aio"]
     if free:
@@ -258,7 +264,7 @@ def _keep_gradients_in_memory(settings: Json, largest: int, source: str, *, free
 
 
 def resolve_deepspeed_config_for_inference(path: str | Path, dtype: str) -> Json:
-    """Return the engine's configuration for a model that is spread over the processes to be scored, not trained."""
+    """Return the engine's configuration for inference with a model that is sharded over the processes."""
     ranks = world_size()
     config = resolve_deepspeed_config(
         read_engine_file(path), compute_batch_layout(ranks, 1, ranks), dtype=dtype, clip=0.0, source=str(path)
@@ -273,7 +279,7 @@ def resolve_deepspeed_config_for_inference(path: str | Path, dtype: str) -> Json
 
 
 def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the leaves of nested settings by their names, as ``("zero_optimization.stage", 2)``."""
+    """Yield the leaves of nested settings with dotted names, such as ``("zero_optimization.stage", 2)``."""
     pairs: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, list) and any(isinstance(item, dict) for item in value):

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine: join the processes, start the engine, read gradients and norms from it."""
+"""DeepSpeed's engine: initialisation of process group and engine, gradients and their norm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from subspace.distributed.launcher import set_rank_env
 
 
 def init_distributed(minutes: float = 30) -> None:
-    """Join the other processes of the launch, or be the only one. A rank that waits longer than ``minutes`` fails."""
+    """Initialise the process group, also for a single process; a rank that waits longer than ``minutes`` fails."""
     set_rank_env()
     import deepspeed
 
@@ -30,10 +30,9 @@ def init_distributed(minutes: float = 30) -> None:
 def init_engine(
     model: nn.Module, config: Json, optimizer: torch.optim.Optimizer, schedule: Callable[[int], float]
 ) -> Any:
-    """Hand the model and its optimizer to DeepSpeed; return the engine.
+    """Return DeepSpeed's engine for the model and its optimizer.
 
-    ``schedule`` gives the factor on each group's learning rate for the optimizer step of that number, 0 being the
-    first.
+    ``schedule`` returns the factor on every group's learning rate for an optimizer step, counted from 0.
     """
     import deepspeed
 
@@ -51,7 +50,7 @@ def init_engine(
 
 
 def init_inference_engine(model: nn.Module, config: Json) -> Any:
-    """Hand a frozen model to ZeRO-3; return the engine. What passes through the model gathers its weights."""
+    """Return a ZeRO-3 engine for a frozen model; forward passes gather its weights."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, config=config)
@@ -59,9 +58,9 @@ def init_inference_engine(model: nn.Module, config: Json) -> Any:
 
 
 def max_abs_gradient(engine: Any) -> torch.Tensor:
-    """Return the largest magnitude among the gradients that this process holds between last backward and step.
+    """Return the largest absolute value of this rank's gradients between the last backward pass and the step.
 
-    It is not finite where one of them is not. Of gradients that ZeRO has offloaded, nothing is seen.
+    It is not finite if any of them is not. Gradients that ZeRO has offloaded are not seen.
     """
     gradients = local_gradients(engine)
     if not gradients:
@@ -70,7 +69,7 @@ def max_abs_gradient(engine: Any) -> torch.Tensor:
 
 
 def gradient_norm(engine: Any) -> float | None:
-    """Return the gradient's norm between last backward and step; None under ZeRO, which computes it in the step."""
+    """Return the gradient norm between the last backward pass and the step; None under ZeRO, whose step computes it."""
     if engine.zero_optimization():
         return None
     return float(torch.nn.utils.get_total_norm(local_gradients(engine)))

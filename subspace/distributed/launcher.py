@@ -1,6 +1,6 @@
-"""Start a command in several processes by DeepSpeed's own launcher, and exit with the run's own status.
+"""Launch of a command in several processes through DeepSpeed's launcher, with the run's own exit status.
 
-That launcher has four faults, because of which it is started inside a wrapper:
+That launcher has four faults, which a wrapper works around:
 
 - SIGTERM or SIGINT to its first process leaves the ranks running, and the process below that ends them within 30
   seconds. The wrapper gives the launch a process group of its own, passes signals on to the ranks alone, as SIGUSR1,
@@ -40,9 +40,9 @@ from subspace.errors import UserError
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-#: Seconds that a rank other than the first waits before it reports a failure. The launcher looks every second.
+#: Seconds that ranks other than 0 wait before they report a failure. The launcher polls every second.
 REPORT_DELAY_S = 5.0
-#: Seconds between asking a process group to end and ending it. The launcher gives its ranks 30.
+#: Seconds between SIGTERM and SIGKILL to a process group. The launcher gives its ranks 30.
 SHUTDOWN_GRACE_S = 35.0
 
 
@@ -52,19 +52,19 @@ def under_launcher() -> bool:
 
 
 def launched_rank() -> int:
-    """Return this process's number as the launcher gave it, which holds before the processes have joined."""
+    """Return this process's rank from the environment; also valid before the process group is initialised."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_world_size() -> int:
-    """Return the number of processes as the launcher gave it, which holds before they have joined."""
+    """Return the number of processes from the environment; also valid before the process group is initialised."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def init_rank_env() -> None:
     """Prepare a process of the command line to be a rank. Call it before torch is imported.
 
-    Besides :func:`set_rank_env` it decides what concerns the whole process: its threads and DeepSpeed's messages.
+    Besides :func:`set_rank_env`, it makes process-wide settings: the number of threads and DeepSpeed's log level.
     """
     ranks_here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
     os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
@@ -77,7 +77,7 @@ def init_rank_env() -> None:
 
 
 def set_rank_env() -> None:
-    """Write what DeepSpeed reads from the environment: rank 0 of 1, unless a launcher said otherwise, and the device.
+    """Set the environment variables that DeepSpeed reads: rank 0 of 1 unless a launcher set them, and the device.
 
     All of this package's writing to ``os.environ`` for a training process is here and in :func:`init_rank_env`.
     """
@@ -89,15 +89,15 @@ def set_rank_env() -> None:
 
 
 def write_success_marker() -> None:
-    """Write the marker that the run reached its end: the last act of a command in the ranks."""
+    """Write the marker of a successful run; the last action of a command in each rank."""
     if os.environ["RANK"] == "0":
         _write_status(0)
 
 
 def should_report_error(status: int, *, at_once: bool = True) -> bool:
-    """Return True if this rank is the one to print the error that it is about to exit with.
+    """Return True if this rank should print the error that it is about to exit with.
 
-    Often every rank fails, of the same cause or because another did, and one message is enough. The first rank prints
+    Often every rank fails, for the same reason or because another did, and one message is enough. The first rank prints
     ``at_once``. The others wait for :data:`REPORT_DELAY_S`, during which the launcher ends them if the first has
     printed; until then they keep their connections open, so that the first does not fail because of them.
     """
@@ -112,7 +112,7 @@ def should_report_error(status: int, *, at_once: bool = True) -> bool:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Return True if an error only says that another process is gone, in the words of gloo, NCCL and torch's store."""
+    """Return True if an error only means that another process ended, by messages of gloo, NCCL and torch's store."""
     words = ("by peer", "Broken pipe", "remote process exited", "Connection was likely closed", "Socket closed")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
@@ -129,7 +129,7 @@ def _read_status(file: str | Path | None) -> int | None:
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -137,7 +137,7 @@ def free_port() -> int:
 
 
 def visible_devices() -> list[str]:
-    """Return the GPUs that this process may use, by the numbers that the launcher expects."""
+    """Return the indices of the GPUs that this process may use, as the launcher expects them."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return []
     import torch
@@ -149,10 +149,10 @@ def visible_devices() -> list[str]:
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a command in several processes."""
+    """A command line and environment that start a command in several processes."""
 
     command: tuple[str, ...]
-    environment: dict[str, str]  # set for the ranks beyond what they inherit
+    environment: dict[str, str]  # of the ranks, in addition to what they inherit
     #: Whether the ranks inherit the environment, and with it the path of their marker. Over ssh they do not; there the
     #: shells' own status shows that a launcher was killed.
     marked: bool = True
@@ -162,7 +162,7 @@ class Launch:
         return " ".join([*settings, shlex.join(self.command)])
 
     def run(self) -> int:
-        """Start the processes, pass signals on, wait, end what is left, and return the run's status."""
+        """Start the processes, forward signals, wait, terminate remaining processes, and return the run's status."""
         if not self.marked and shutil.which("pdsh") is None:
             raise UserError(
                 "the hosts of a hostfile are reached by pdsh, which is not installed. Install it "
@@ -178,11 +178,11 @@ def build_launch(
     hostfile: str | None = None,
     program: Sequence[str] = ("--module", "subspace"),
 ) -> Launch | None:
-    """Return how to start ``subspace ARGUMENTS``; None where this process alone is enough.
+    """Return the launch of ``subspace ARGUMENTS``; None if this process alone is enough.
 
     Args:
         arguments: the command and its arguments.
-        processes: ranks, on each host where there is a hostfile; None for one per device, or one without devices.
+        processes: number of ranks, per host if there is a hostfile; None for one per GPU, or one without GPUs.
         hostfile: a file with lines ``HOST slots=N``, hosts reached by ssh; None for this machine.
         program: the module or script that takes the arguments, as options of the launcher.
 
@@ -198,7 +198,7 @@ def build_launch(
         count = processes or max(len(devices), 1)
         if devices and count > len(devices):
             raise UserError(
-                f"{count} processes were asked for, but each needs a device and this machine shows {len(devices)}. "
+                f"{count} processes were requested, but each needs a GPU and this machine has {len(devices)}. "
                 f"Use --processes {len(devices)}"
             )
         if count == 1:
@@ -206,7 +206,9 @@ def build_launch(
         where = ["--include", f"localhost:{','.join(devices[:count])}"] if devices else ["--num_gpus", str(count)]
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or _threads(count)
         if not devices:
-            environment["DS_ACCELERATOR"] = "cpu"  # else the launcher says three times that it found no accelerator
+            environment["DS_ACCELERATOR"] = (
+                "cpu"  # otherwise the launcher warns three times that it found no accelerator
+            )
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(free_port())]
     # Only the ranks' messages matter: the launcher would repeat the command of one that fails.
     launcher += ["--log_level", "critical", "--no_local_rank"]
@@ -214,7 +216,7 @@ def build_launch(
 
 
 def _threads(ranks: int) -> str:
-    """Return how many threads each rank gets of this machine's cores."""
+    """Return the number of CPU threads of each rank."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return str(max(cores // ranks, 1))
 
@@ -235,7 +237,7 @@ def _check_hostfile(path: str) -> None:
 
 
 def _ranks_environment(launch: Launch, status_file: Path) -> dict[str, str]:
-    """Return the environment that the ranks inherit."""
+    """Return the environment variables of the ranks."""
     environment = {**os.environ, **launch.environment, STATUS_FILE: str(status_file)}
     # DeepSpeed looks for ninja on the path, which lacks the virtual environment's folder unless that is activated.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
@@ -243,18 +245,18 @@ def _ranks_environment(launch: Launch, status_file: Path) -> dict[str, str]:
         paths = [str(repository), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
     if not visible_devices():
-        environment.pop("CUDA_VISIBLE_DEVICES", None)  # means nothing then, and the launcher would comment on it
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # has no effect then, and the launcher would warn about it
     return environment
 
 
 def _supervise(launch: Launch, status_file: Path) -> int:
-    """Start the launcher, pass signals on, wait, end what is left, and return the run's status."""
+    """Start the launcher, forward signals, wait, terminate remaining processes, and return the run's status."""
     environment = _ranks_environment(launch, status_file)
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        # SLURM warns with SIGUSR1 and later ends with SIGTERM: the same request. The same signal twice means at once.
+        # SLURM warns with SIGUSR1 and later ends with SIGTERM: the same request. The same signal twice kills at once.
         again = number in received
         received.append(number)
         if process is None:
@@ -297,7 +299,7 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def _end_group(group: int) -> int:
-    """End what is left of a process group, and return how many processes there were."""
+    """Terminate the remaining processes of a group and return how many there were."""
     found = _count_group(group)
     for number, patience in ((signal.SIGTERM, SHUTDOWN_GRACE_S), (signal.SIGKILL, 5.0)):
         end = time.monotonic() + patience
@@ -309,7 +311,7 @@ def _end_group(group: int) -> int:
 
 
 def _count_group(group: int) -> int:
-    """Count a group's living processes, without zombies, which a parent may never wait for."""
+    """Return the number of a group's running processes, without zombies, which a parent may never wait for."""
     import psutil
 
     count = 0
@@ -320,8 +322,8 @@ def _count_group(group: int) -> int:
 
 
 def _explain(status: int) -> int:
-    """Return the status of a failed run as a shell would, and print which signal ended a rank."""
-    # A rank that signal 9 ended makes the launcher end with -9, which is seen as 247.
+    """Return the exit status of a failed run as a shell would, and print the signal that ended a rank."""
+    # If SIGKILL ended a rank, the launcher exits with -9, which is reported as 247.
     number = -status if status < 0 else 256 - status
     if 0 < number < 65:
         hint = ". Often that is the machine, out of memory" if number == signal.SIGKILL else ""

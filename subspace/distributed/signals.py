@@ -1,8 +1,8 @@
 """Signals set a flag that the training loop checks before each step.
 
-SIGTERM and SIGINT come from users and systems, SIGUSR1 from SLURM shortly before a job's time is up and from our
-launcher. SIGTERM has a second meaning: DeepSpeed's launcher sends it to the ranks that are left when one has died.
-They would wait for the dead one for ever, so a rank that finds another one gone exits at once.
+SIGTERM and SIGINT come from users and job schedulers, SIGUSR1 from SLURM shortly before a job's time limit and from
+our launcher. SIGTERM has a second meaning: DeepSpeed's launcher sends it to the ranks that are left when one has died.
+They would wait for the dead one for ever, so a rank that finds that another one has ended exits at once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ STATUS_FILE = "SUBSPACE_STATUS_FILE"
 
 
 class SignalHandler:
-    """While entered, ``stop_requested`` is True once a signal has asked this process to stop."""
+    """Context manager whose ``stop_requested`` becomes True when a signal asks this process to stop."""
 
     def __init__(self) -> None:
         self.stop_requested = False
 
     def __enter__(self) -> Self:
-        # Python hands signals to the main thread only; a run in another one keeps what its host set.
+        # Python delivers signals to the main thread only; a run in another thread keeps the program's own handlers.
         in_main_thread = threading.current_thread() is threading.main_thread()
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS} if in_main_thread else {}
         return self
@@ -46,7 +46,7 @@ class SignalHandler:
 
 
 def register_rank() -> None:
-    """Write this process's PID where the launcher and the other ranks of this machine find it."""
+    """Write this process's PID to the folder shared by the launcher and the ranks on this machine."""
     if file := os.environ.get(STATUS_FILE):
         Path(file).with_name(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
 

@@ -1,7 +1,7 @@
-"""End a training run that hangs, with a report of where each process is.
+"""Termination of hanging training runs, with stack traces of every process.
 
-A process that waits for another one waits silently, for ever or until the time limit of a collective, whose error says
-only that it has waited. Here a thread in each process watches the time since the loop's last sign of life.
+A process that waits for another one waits silently, for ever or until a collective's timeout, whose error does not
+say which process is missing. Here a thread in each process monitors the time since the training loop's last heartbeat.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-#: Seconds from a process's report to its end, so that all processes have reported before the first one ends.
+#: Seconds from a process's report to its exit, so that all processes have reported before the first one exits.
 REPORT_GRACE_S = 5.0
-FRAMES = 4  # innermost frames that are printed, after the last one of this package; the file has the whole stacks
+FRAMES = 4  # innermost frames to print, after the last one of this package; the file has the full stacks
 
 
 class Watchdog:
-    """While entered, expects :meth:`beat` at least every so many seconds; otherwise reports and ends the process.
+    """Context manager that reports and ends the process if :meth:`beat` is not called for ``seconds``.
 
     Args:
-        folder: for ``rank-N.txt``, the stacks of all threads of a process.
-        seconds: without a beat; 0 switches the watchdog off.
-        rank: this process's number.
+        folder: where ``rank-N.txt`` is written, the stack traces of a process's threads.
+        seconds: timeout; 0 disables the watchdog.
+        rank: this process's rank.
         ranks: the number of processes.
     """
 
@@ -53,7 +53,7 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, step: int) -> None:
-        """Record a sign of life in a step."""
+        """Record a heartbeat in a step."""
         self.step, self._last = step, time.monotonic()
 
     def _watch(self) -> None:
@@ -74,7 +74,7 @@ class Watchdog:
                 print(head, file=file, flush=True)  # faulthandler writes to the descriptor, past the buffer
                 faulthandler.dump_traceback(file)
         if self._ended.wait(REPORT_GRACE_S if self.rank == 0 else 2 * REPORT_GRACE_S):
-            return  # the loop has ended after all
+            return  # the loop has ended meanwhile
         if self.rank == 0:
             silent = [str(n) for n in range(self.ranks) if not (self.folder / f"rank-{n}.txt").exists()]
             missing = f" No report from rank {', '.join(silent)}." if silent else ""

@@ -1,7 +1,7 @@
 """Helpers for ZeRO-sharded parameters.
 
-Under ZeRO-3 a parameter is an empty tensor, and every rank holds a shard of its values. Under ZeRO-1 and -2 it is
-whole, but the optimizer works on a float32 copy of it that is cut over the ranks. Outside DeepSpeed all of this is an
+Under ZeRO-3 a parameter is an empty tensor, and every rank has a shard of its values. Under ZeRO-1 and -2 it is
+complete, but the optimizer updates a float32 copy that is sharded over the ranks. Without DeepSpeed a parameter is an
 ordinary tensor, and the same functions work.
 """
 
@@ -38,12 +38,12 @@ def requires_synchronized_forward(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor], *, modified_by_main: bool = False) -> Iterator[None]:
-    """Make sharded parameters whole inside the block, on every rank. All ranks must enter it.
+    """Gather sharded parameters inside the block, on every rank. All ranks must enter it.
 
-    With ``modified_by_main``, what rank 0 writes in place inside the block is what every rank keeps.
+    With ``modified_by_main``, rank 0's in-place changes inside the block are broadcast to every rank.
 
-    Not for use inside a forward pass: there DeepSpeed's own hooks gather, and leaving this block would free what they
-    hold.
+    Not for use inside a forward pass: there DeepSpeed's own hooks gather, and leaving this block would free the weights
+    that they gathered.
     """
     sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     if not sharded:
@@ -56,7 +56,7 @@ def gathered(parameters: Iterable[Tensor], *, modified_by_main: bool = False) ->
 
 
 def gather_copies(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return whole CPU copies of the named parameters, on every rank. All ranks must call it."""
+    """Return full CPU copies of the named parameters, on every rank. All ranks must call it."""
     copies = {}
     for name, parameter in parameters:
         with gathered([parameter]):
@@ -65,7 +65,7 @@ def gather_copies(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
 
 
 def full_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """Return the whole gradient, averaged over ranks, between the last backward pass and the step. Collective."""
+    """Return the full gradient, averaged over ranks, between the last backward pass and the step. Collective."""
     if not has_zero_optimizer(parameter):
         return parameter.grad
     from deepspeed.utils import safe_get_full_grad
@@ -75,7 +75,7 @@ def full_gradient(parameter: nn.Parameter) -> Tensor | None:
 
 
 def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set the whole parameter, in the model and in the optimizer's float32 copy. Collective."""
+    """Set a full parameter, in the model and in the optimizer's float32 copy. Collective."""
     with gathered([parameter], modified_by_main=True):
         parameter.data.copy_(value)
     if has_zero_optimizer(parameter):

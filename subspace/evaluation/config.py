@@ -1,4 +1,4 @@
-"""Settings of a scoring: which items, by which protocols, in which batches."""
+"""Settings of evaluation: items, protocols and batches."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PublishedScores(TypedDict, total=False, extra_items=float):  # type: ignor
 
 @dataclass(frozen=True)
 class EvaluationSubject:
-    """What is scored: a model as it is, or with the adapters of a run."""
+    """A model to evaluate: the base model, or a run's with its adapters."""
 
     model: ModelConfig
     evaluate: EvaluateConfig
@@ -55,57 +55,55 @@ class EvaluationSubject:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Settings):
-    """What to score, and how."""
+    """Settings of evaluation."""
 
-    protocol: str | list[str] = setting(
-        ["likelihood"], "how an answer is got out of the model, one protocol or several", choices=PROTOCOLS
-    )
-    tasks: str | list[str] = setting(
-        ["all"], "which tasks: all, a suite's name, their names, or YAML files of your own"
-    )
-    limit: int | None = setting(None, "items of each task, always the same ones; none is all", min=1)
-    split: str = setting("test", "which split; test is the one that the literature reports")
-    examples: int = setting(0, "likelihood: answered items of the train split before each question (few-shot)", min=0)
-    by_bytes: bool = setting(False, "likelihood: also acc_bytes, where a choice's score is divided by its bytes")
-    data: str | None = setting(None, "folder of the published test files (gsm8k/test.json), for tasks read from there")
-    prompt: str = setting("alpaca-indented", "protocols that ask: the text round the instruction, as data.prompt")
+    protocol: str | list[str] = setting(["likelihood"], "scoring protocol, one or several", choices=PROTOCOLS)
+    tasks: str | list[str] = setting(["all"], "tasks: all, a suite, names of tasks, or custom YAML files")
+    limit: int | None = setting(None, "items per task, always the same ones; null for all", min=1)
+    split: str = setting("test", "the split to score; published results are on test")
+    examples: int = setting(0, "likelihood: few-shot examples from the train split before each question", min=0)
+    by_bytes: bool = setting(False, "likelihood: also acc_bytes, with scores normalised by a choice's bytes")
+    data: str | None = setting(None, "folder of published test files (gsm8k/test.json), for tasks read from there")
+    prompt: str = setting("alpaca-indented", "generative protocols: prompt template, as data.prompt")
     defects: str | list[str] = setting(
         list(DEFAULT_DEFECTS),
-        "llm-adapters-published: which of its defects are on; or none",
+        "llm-adapters-published: the published evaluator's defects to reproduce; or none",
         choices=(*PUBLISHED_DEFECTS, NO_DEFECTS),
     )
-    published_batch: int = setting(1, "llm-adapters-published: its batch size, felt with no_attention_mask", min=1)
+    published_batch: int = setting(
+        1, "llm-adapters-published: its batch size, which matters with no_attention_mask", min=1
+    )
     batch_tokens: int | None = setting(
-        None, "tokens of a batch, padding included; none is what suits the device and the protocol", min=1
+        None, "tokens per batch, padding included; null chooses by device and protocol", min=1
     )
     on_contamination: str = setting(
         "error",
-        "a suite with more than 1 % of its items in a run's training text: refuse it, or score it with a warning",
+        "when over 1 % of a suite's items are in the run's training text: raise an error, or warn",
         choices=("error", "warn"),
         formerly="seen",
         former_values={"refuse": "error", "score": "warn"},
     )
     batch_adapters: bool = setting(
         False,
-        "several subjects of one base: score in the same batches those whose adapters act on linear layers alone",
+        "score several runs of one base model in shared batches, where their adapters are on linear layers only",
         formerly="mixed",
     )
     engine: str | None = setting(
-        None, "a base too large for one device: DeepSpeed's JSON of ZeRO-3, as ds_configs/zero3.json, to spread it by"
+        None, "for a model too large for one device: a ZeRO-3 configuration, as ds_configs/zero3.json"
     )
-    overwrite: bool = setting(False, "score anew what is scored already", formerly="again")
+    overwrite: bool = setting(False, "re-score tasks that already have results", formerly="again")
 
     @property
     def selection(self) -> TaskSelection:
-        """Which items are scored."""
+        """The items to score."""
         return TaskSelection(self.tasks, self.split, self.limit, self.data)
 
     @property
     def protocols(self) -> list[str]:
-        """The protocols, each once."""
+        """The protocols, without duplicates."""
         return list(dict.fromkeys(split_names(self.protocol)))
 
     @property
     def defect_names(self) -> list[str]:
-        """The defects that are on."""
+        """The defects that are enabled."""
         return [name for name in split_names(self.defects) if name != NO_DEFECTS]

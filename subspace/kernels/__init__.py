@@ -1,1 +1,1 @@
-"""Functions that make a training step faster or smaller, each with its measured gain. None knows a model."""
+"""Model-independent functions that reduce a training step's time or memory, each with its measured gain."""

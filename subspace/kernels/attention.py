@@ -1,7 +1,7 @@
 """Row-blocked attention for bfloat16 training on a CPU.
 
 When: on a CPU, in bfloat16, where `model.attention` is `sdpa`, gradients are wanted, and sequences have at most LONGEST
-tokens. Everything else goes to the attention that transformers would have taken.
+tokens. Otherwise the attention that transformers would have used runs.
 
 Gain: forward and backward, 9 heads that share 3 keys, width 64, 16 rows of 64 and 96 tokens: 5.2 and 9.8 ms instead of
 torch's 12.2 and 18.9; 32 heads that share 8 keys, width 128, 4 rows of 128 tokens: 16.5 instead of 32.3. At 256 tokens
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: What it is called among transformers' attentions.
+#: Its name in transformers' registry of attention functions.
 ATTENTION_NAME = "rows_at_a_time"
-#: From 192 tokens on torch's kernel takes blocks of 64 queries, and is the faster one.
+#: From 192 tokens on torch's kernel uses blocks of 64 queries and is faster.
 LONGEST = 191
-#: Scores that are held at a time: a megabyte of float32, which caches hold.
+#: Largest number of scores at a time: 1 MiB of float32, which fits the CPU's cache.
 MAX_SCORES = 1 << 18
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -49,18 +49,18 @@ def row_blocked_attention(
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, Any]:
-    """Return the output of attention, ``(B, T, N, D)``, and None in place of its weights; for transformers to call.
+    """Return the output of attention, ``(B, T, N, D)``, and None in place of its weights; transformers' interface.
 
     Args:
-        fallback: the attention used without gradients, and for what this one does not support.
+        fallback: attention used without gradients or when unsupported.
         module: the model's attention layer.
         query: ``(B, N, T, D)``.
         key: ``(B, G, K, D)``.
         value: of key's shape.
-        attention_mask: ``(B or 1, N or 1, T, K)``, True where seen, or else a float to be added to the scores.
-        dropout: of the scores' softmax; only the fallback knows it.
-        scaling: of the scores; None is ``D ** -0.5``.
-        is_causal: without a mask, a token sees none that follow; None is as the module says.
+        attention_mask: ``(B or 1, N or 1, T, K)``, boolean, True where attended, or a float added to the scores.
+        dropout: probability on the attention weights; supported by the fallback only.
+        scaling: factor on the scores; None is ``D ** -0.5``.
+        is_causal: causal attention where there is no mask; None takes the module's ``is_causal``.
         **more: further arguments of transformers.
     """
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
@@ -77,7 +77,7 @@ def row_blocked_attention(
 
 
 class _RowBlocked(torch.autograd.Function):
-    """Attention over a few rows of the batch at a time.
+    """Autograd function of attention over blocks of a few rows of the batch.
 
     Inside a block every tensor is a stack of ``b G`` matrices, one for each row and key head: keys and values
     ``(b G, K, D)``; queries, outputs and their gradients ``(b G, S T, D)``, the S query heads of a key head one below
@@ -105,14 +105,14 @@ class _RowBlocked(torch.autograd.Function):
         grad_out = grad_out.transpose(1, 2)  # (B, N, T, D), as the query
         for block in _blocks(query, key):
             q, k, v, grad_o = (_stacked(tensor[block], key) for tensor in (query, key, value, grad_out))
-            # The forward pass again, up to the weights p = softmax(scale q k^T + mask), (b G, S T, K), float32.
+            # Recompute the forward pass up to the weights p = softmax(scale q k^T + mask), (b G, S T, K), float32.
             p = _softmax(q, k, _mask_of(mask, block), ctx.scale, query.shape).view(*q.shape[:2], -1)
             # o = p v, so grad_v = p^T grad_o and grad_p = grad_o v^T.
             grad_value[block] = (p.to(q.dtype).mT @ grad_o).view(value[block].shape)
             grad_p = (grad_o @ v.mT).float()
             # Through the softmax: grad_scores = p (grad_p - sum_K p grad_p), which torch computes in one pass in
-            # float32, where the difference of two nearly equal numbers needs it. What was masked has p = 0, hence no
-            # gradient. The scale belongs to scores = scale q k^T and is put in here, once for both products below.
+            # float32, where the difference of two nearly equal numbers needs it. Masked scores have p = 0, hence no
+            # gradient. The scale of scores = scale q k^T is applied here, once for both products below.
             grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scale).to(q.dtype)
             grad_query[block] = (grad_scores @ k).view(query[block].shape)
             grad_key[block] = (grad_scores.mT @ q).view(key[block].shape)
@@ -120,7 +120,7 @@ class _RowBlocked(torch.autograd.Function):
 
 
 def _blocks(query: Tensor, key: Tensor) -> list[slice]:
-    """Return which rows to work on at a time, so that at most MAX_SCORES scores exist."""
+    """Return the slices of rows to process at a time, so that at most MAX_SCORES scores exist."""
     rows, heads, tokens, _ = query.shape
     count = max(1, MAX_SCORES // (heads * tokens * key.shape[2]))
     return [slice(begin, begin + count) for begin in range(0, rows, count)]
@@ -132,7 +132,7 @@ def _stacked(block: Tensor, key: Tensor) -> Tensor:
 
 
 def _mask_of(mask: Tensor | None, block: slice) -> Tensor | None:
-    """Return the block's part of a mask, which may be one for all rows, or none at all."""
+    """Return the block's part of a mask, which may be None or shared by all rows."""
     return mask if mask is None or len(mask) == 1 else mask[block]
 
 
@@ -141,7 +141,7 @@ def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, shape: tor
     scores = (q @ k.mT).float().view(-1, *shape[1:3], k.shape[1]).mul_(scale)
     if mask is not None:
         if mask.dtype == torch.bool:
-            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)  # and not -inf: padding may see nothing at all
+            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)  # not -inf: for padding, all scores may be masked
         else:
             scores.add_(mask)
     return torch.softmax(scores, -1)

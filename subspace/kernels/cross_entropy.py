@@ -1,12 +1,12 @@
 """Cross entropy of an output head's logits, computed a few tokens at a time.
 
-Why: a vocabulary is wide. Float32 logits of 4,096 tokens over 128,256 words are 2.1 GB, and a backward pass holds them
-three times. In chunks, the logits of one chunk at a time exist; the backward pass computes them again.
+Why: a vocabulary is wide. Float32 logits of 4,096 tokens over 128,256 words are 2.1 GB, and a backward pass needs
+three copies. In chunks, the logits of one chunk at a time exist; the backward pass computes them again.
 
 When: always in training, through :mod:`subspace.models.lm_head`, in as many chunks as :func:`num_chunks` says (one, and
 nothing is computed twice, where the labelled tokens are few).
 
-Gain: memory, not time. `tests/models/test_lm_head.py` holds that no tensor is as large as all tokens' logits.
+Gain: memory, not time. `tests/models/test_lm_head.py` checks that no tensor is as large as all tokens' logits.
 
 Shapes: (N) labelled tokens of a batch, (H) hidden size, (V) vocabulary.
 """
@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from subspace.data.collate import IGNORE_INDEX
 
-#: Logits that are held at a time: 64 MiB of float32.
+#: Largest number of logits at a time: 64 MiB of float32.
 MAX_LOGITS = 1 << 24
 
 
 def num_chunks(tokens: int, vocabulary: int) -> int:
-    """Return in how many chunks the logits of so many tokens are computed, so that each has at most MAX_LOGITS."""
+    """Return the number of chunks in which to compute the logits, so that each has at most MAX_LOGITS."""
     tokens_at_a_time = max(1, MAX_LOGITS // vocabulary)
     return max(1, -(-tokens // tokens_at_a_time))
 
@@ -36,21 +36,21 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross entropy in nats, summed over the targets that are not IGNORE_INDEX, float32.
 
     Args:
-        logits: ``(N, V)``, in any floating dtype; computed with in float32.
+        logits: ``(N, V)``, any floating dtype; the loss is computed in float32.
         targets: ``(N,)``, token ids.
     """
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def chunked_cross_entropy(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunks: int) -> Tensor:
-    """Return :func:`summed_cross_entropy` of ``head(hidden)``, whose logits never exist all at once.
+    """Return :func:`summed_cross_entropy` of ``head(hidden)``, without materialising all logits at once.
 
     Args:
-        head: makes logits, ``(n, V)``, of hidden values, ``(n, H)``. With several chunks it runs twice on each.
+        head: maps hidden states ``(n, H)`` to logits ``(n, V)``. With several chunks it runs twice on each.
         hidden: ``(N, H)``.
         targets: ``(N,)``.
-        chunks: how many chunks. There are as many even where N is smaller, then empty ones: under ZeRO-3 every process
-            has to call the head equally often.
+        chunks: number of chunks, some of them empty if N is smaller: under ZeRO-3 every process must call the head
+            equally often.
     """
 
     def chunk_loss(chunk: Tensor, chunk_targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Dropout on a CPU that draws only what is dropped.
+"""Sparse dropout for CPU: draws only the indices of dropped values.
 
 When: on a CPU, in training, for p up to SPARSE. On a GPU, and above, torch's own.
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Where more is dropped than this, a number for every value is the cheaper way.
+#: The largest p for which this is faster than one random number for every value.
 SPARSE = 0.4
 
 
@@ -34,7 +34,7 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 
 
 def use_sparse_dropout(x: Tensor, p: float) -> bool:
-    """Return True if the places of dropped values of x are drawn, and not a mask."""
+    """Return True if the indices of x's dropped values are drawn instead of a mask."""
     return x.device.type == "cpu" and p <= SPARSE and not torch.compiler.is_compiling()
 
 
@@ -42,7 +42,7 @@ class _SparseDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         dropped = sample_dropped_indices(x.numel(), p)
-        ctx.save_for_backward(dropped)  # the places, a few integers, in the place of a mask of x's size
+        ctx.save_for_backward(dropped)  # the indices, a few integers, instead of a mask of x's size
         ctx.p = p
         return _without(x, dropped, p)
 
@@ -53,7 +53,7 @@ class _SparseDropout(torch.autograd.Function):
 
 
 def _without(x: Tensor, dropped: Tensor, p: float) -> Tensor:
-    """Return x / (1 - p) with zeros at the dropped places of its values in row-major order."""
+    """Return x / (1 - p) with zeros at the dropped indices, which count in row-major order."""
     out = x.contiguous() * (1 / (1 - p))
     out.view(-1).index_fill_(0, dropped, 0.0)
     return out
@@ -63,15 +63,15 @@ def sample_dropped_indices(count: int, p: float) -> Tensor:
     """Draw which of ``count`` values are dropped, each with probability p: their indices in rising order, int64."""
     # P(kept >= k) = (1 - p)^k, so kept = floor(log(1 - u) / log(1 - p)) for a uniform u in [0, 1).
     kept_between = torch.rand(indices_drawn(count, p)).neg_().log1p_().mul_(1 / math.log1p(-p)).long()
-    # Each dropped value stands behind the kept ones and the dropped ones before it; the first at index kept[0].
+    # A dropped value's index is the number of kept and dropped values before it; the first is at kept[0].
     indices = kept_between.add_(1).cumsum_(0).sub_(1)
     return indices[: int(torch.searchsorted(indices, count))]
 
 
 def indices_drawn(count: int, p: float) -> int:
-    """Return how many distances are drawn for ``count`` values: too few with a probability below 1e-12.
+    """Return the number of distances to draw for ``count`` values; it is too small with probability below 1e-12.
 
     On average ``count * p`` are dropped, with a standard deviation below ``sqrt(count * p)``; there are eight more of
-    those. How far the random state moves so does not depend on what was drawn.
+    those. So the random state advances by an amount that does not depend on the values drawn.
     """
     return int(count * p + 8 * math.sqrt(count * p) + 32)

@@ -1,4 +1,4 @@
-r"""A low-rank branch beside a frozen layer, ``y = W x + s B f(A x)``, with its additions inside the matrix products.
+r"""Low-rank branch of a frozen layer, ``y = W x + s B f(A x)``, with additions fused into the matrix products.
 
 When: always in training, on a CPU and on a GPU, by every method whose update has this form; f is between the two calls.
 
@@ -6,13 +6,13 @@ Gain: one LoRA layer with its frozen one, forward and backward, float32: 576 to 
 autograd's 19.4, 1536 to 576 17.7 instead of 18.7. Of a whole step over the frozen model's, 1.138 instead of 1.177: that
 is a fifth of what the branches cost (`tests/bench/RESULTS.md`).
 
-Why: the products are small; what costs are passes over tensors as wide as the layer. Left to autograd there are three
-that need not be: a copy of W x that the update is added to; the branch's gradient of x, as a tensor of its own; and its
-addition to the frozen layer's gradient of x. Here ``addmm_`` adds the product to what is there.
+Why: the products are small; the cost is in passes over tensors as wide as the layer. Plain autograd makes three
+avoidable ones: a copy of W x that the update is added to; the branch's gradient of x, as a tensor of its own; and its
+addition to the frozen layer's gradient of x. Here ``addmm_`` adds the product in place.
 
 How a method uses it: ``x, h = lora_down(x, A)``; ``y = layer(x)``; ``y = lora_up_add(y, h, B, scale)``. Backwards in
 that order: the frozen layer's gradient of x arrives at :func:`lora_down` as the gradient of its first output, a tensor
-that nobody else holds, and the branch's is added into it.
+with no other reference, and the branch's is added into it.
 
 Shapes: (..., I) input features, (..., O) output features, (R) rank; n is the number of tokens, all leading dimensions.
 """
@@ -29,12 +29,12 @@ from subspace.kernels.dropout import dropout, sample_dropped_indices, use_sparse
 
 
 def lora_down(x: Tensor, A: Tensor, p: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return x for the frozen layer, which alone may read it, and ``A dropout(x)``, ``(..., R)``, for the branch.
+    """Return x for the frozen layer, its only reader, and ``A dropout(x)``, ``(..., R)``, for the branch.
 
     Args:
         x: ``(..., I)``.
         A: ``(R, I)``; it is rounded to x's dtype.
-        p: how likely each value of x is to be dropped on its way into the branch.
+        p: dropout probability on the branch's input.
     """
     A = A.to(x.dtype)
     plain = torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad)
@@ -45,10 +45,10 @@ def lora_down(x: Tensor, A: Tensor, p: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """Return ``y + scale h B^T``, written into y's memory where that is safe: nobody else may read y afterwards.
+    """Return ``y + scale h B^T``, computed in place where that is safe; y must not be used afterwards.
 
     Args:
-        y: ``(..., O)``, which a layer has just returned.
+        y: ``(..., O)``, the frozen layer's output.
         h: ``(..., R)``.
         B: ``(O, R)``; it is rounded to y's dtype.
         scale: a factor.
@@ -61,45 +61,45 @@ def lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
 
 
 class _LoraDown(torch.autograd.Function):
-    """``x -> (x, A dropout(x))``. Both outputs in one function, so that backward gets both gradients at once."""
+    """Autograd function ``x -> (x, A dropout(x))``; one function, so that backward receives both gradients at once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, p: float) -> tuple[Tensor, Tensor]:
         ctx.kept_share = 1 - p
         if not p:
             ctx.save_for_backward(x, A, None)
-            return x.view_as(x), F.linear(x, A)  # a view: autograd takes no input for an output as it is
+            return x.view_as(x), F.linear(x, A)  # a view, since autograd cannot return an input unchanged
         dropped = sample_dropped_indices(x.numel(), p)
         zeroed = x.clone(memory_format=torch.contiguous_format)
         zeroed.view(-1).index_fill_(0, dropped, 0.0)
         ctx.save_for_backward(zeroed, A, dropped)
-        # Dropout divides what it keeps by 1 - p. That commutes with the product, whose (n, R) values are the fewer.
+        # Dropout's factor 1 / (1 - p) commutes with the product, whose (n, R) values are fewer.
         return x.view_as(x), F.linear(zeroed, A).div_(ctx.kept_share)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor | None, None]:
         zeroed, A, dropped = ctx.saved_tensors  # without dropout, x itself
         rows = grad_h.reshape(-1, len(A))  # (n, R)
-        total = grad_x.reshape(-1, A.shape[1])  # (n, I), which the frozen layer has just made, for nobody else
+        total = grad_x.reshape(-1, A.shape[1])  # (n, I), the frozen layer's gradient, with no other reference
         if dropped is None:
             total.addmm_(rows, A)
         else:
             rows = rows / ctx.kept_share
             branch = rows @ A
-            branch.view(-1).index_fill_(0, dropped, 0.0)  # so the product cannot be added as it is made
+            branch.view(-1).index_fill_(0, dropped, 0.0)  # so the product cannot be added in place
             total.add_(branch)
         grad_A = rows.T @ zeroed.reshape(total.shape) if ctx.needs_input_grad[1] else None
         return total.view(grad_x.shape), grad_A, None
 
 
 class _LoraUpAdd(torch.autograd.Function):
-    """``(y, h) -> y + scale h B^T``, in place. The gradient of y is the output's, handed on without a copy."""
+    """Autograd function ``(y, h) -> y + scale h B^T``, in place; y's gradient is the output's, without a copy."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(h, B)
         ctx.scale = scale
-        if y.is_contiguous() and not y._is_view():  # others may hold what it is a view of
+        if y.is_contiguous() and not y._is_view():  # the base of a view may be in use elsewhere
             ctx.mark_dirty(y)
         else:
             y = y.clone(memory_format=torch.contiguous_format)

@@ -1,1 +1,1 @@
-"""One file for each method, found by itself; ``README.md`` beside it has the table of them."""
+"""One module for each method, discovered automatically; ``README.md`` in this folder lists them."""

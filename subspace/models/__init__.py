@@ -1,1 +1,1 @@
-"""A model from disk, frozen: its files, its loading, its quantised weights, and its output head."""
+"""The frozen base model: its files, loading, quantised weights, and output head."""

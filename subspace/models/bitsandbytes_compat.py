@@ -1,4 +1,4 @@
-"""The one file that knows how bitsandbytes stores a quantised linear layer and computes with it.
+"""All uses of bitsandbytes' internals: how it stores a quantised linear layer and computes with it.
 
 Everything else asks :mod:`subspace.models.frozen_weights`. Each line of the table has a canary in
 `tests/models/test_bitsandbytes_compat.py`, which fails with the reason below when an upstream release changes the name.
@@ -11,8 +11,8 @@ Everything else asks :mod:`subspace.models.frozen_weights`. Each line of the tab
 | `autograd._functions.MatMul8bitLt`, `MatMul8bitFp` | 0.50.2 | planning for int8 | what the meta device can run |
 | `layer.support_avx512bf16_for_cpu` | 0.50.2 | 4-bit weights are destroyed on some CPUs | no switch |
 
-The scales of an int8 weight, ``SCB``, are one float for each row; a weight's number is ``row scale / 127 * int8``. They
-lie at the parameter until the layer's first forward pass, which moves them to the layer's state.
+The scales of an int8 weight, ``SCB``, are one float for each row; a weight's value is ``row scale / 127 * int8``. They
+are attributes of the parameter until the layer's first forward pass, which moves them to the layer's state.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from subspace.common.patching import patched
 
 
 def storage_format(layer: Any) -> str:
-    """Return how the layer's weight is stored: ``plain``, ``int8`` or ``4bit``."""
+    """Return the storage format of the layer's weight: ``plain``, ``int8`` or ``4bit``."""
     return weight_format(layer.weight)
 
 
 def weight_format(weight: Any) -> str:
-    """Return how a weight is stored. By class name, so that bitsandbytes is not imported where nothing is quantised."""
+    """Return a weight's storage format. By class name, so that bitsandbytes is not imported without need."""
     return {"Params4bit": "4bit", "Int8Params": "int8"}.get(type(weight).__name__, "plain")
 
 
@@ -56,13 +56,13 @@ def dequantize_int8(layer: Any) -> Tensor:
 
 
 def num_weights(parameter: Any) -> int | None:
-    """Return how many numbers a 4-bit weight stands for (two are packed in a byte), or None for any other."""
+    """Return the number of elements of a 4-bit weight (two are packed in a byte), or None for any other."""
     state = getattr(parameter, "quant_state", None)
     return None if state is None else int(state.shape.numel())
 
 
 def scale_tensors(parameter: Any) -> Iterator[Tensor]:
-    """Yield the tensors that a quantised weight needs beside its data: scales, scales of the scales, code books."""
+    """Yield the tensors that a quantised weight needs besides its data: scales, scales of the scales, code books."""
     state = getattr(parameter, "quant_state", None)
     while state is not None:  # with double quantisation the scales are quantised too
         yield from (state.absmax, state.code)
@@ -72,7 +72,7 @@ def scale_tensors(parameter: Any) -> Iterator[Tensor]:
 
 
 def int8_tensors(holder: Any) -> Iterator[Tensor]:
-    """Yield what an int8 weight, or the state of its layer, holds beside the parameter: a view of the data, scales."""
+    """Yield the tensors of an int8 weight or its layer's state besides the parameter: a view of the data, scales."""
     for name in ("CB", "SCB"):
         if (tensor := getattr(holder, name, None)) is not None:
             yield tensor
@@ -94,7 +94,7 @@ def make_int8_zero3_compatible(model: nn.Module) -> None:
     """Make int8 layers ZeRO-3-compatible; bitsandbytes' own retain an unsharded copy of the weight.
 
     That copy is ``CB``, at the parameter and at the layer's state, an alias of the data until ZeRO-3 replaces the data
-    by a shard. Here nobody keeps it: each pass reads the parameter, which DeepSpeed gathers round the layer.
+    by a shard. Here no copy is retained: each pass reads the parameter, which DeepSpeed gathers for the layer.
     """
     for layer in model.modules():
         weight: Any = getattr(layer, "weight", None)
@@ -106,14 +106,14 @@ def make_int8_zero3_compatible(model: nn.Module) -> None:
 
 
 class _Int8Product(torch.autograd.Function):
-    """An int8 layer whose weight is read anew in forward and backward and saved by neither."""
+    """Autograd function of an int8 layer that reads the weight in forward and backward and saves no copy."""
 
     @staticmethod
     def forward(ctx: Any, layer: Any, x: Tensor) -> Tensor:
         from bitsandbytes.autograd._functions import matmul
 
         ctx.layer = layer
-        state = copy.copy(layer.state)  # the shared one must not hold the gathered weight after this call
+        state = copy.copy(layer.state)  # the shared state must not reference the gathered weight after this call
         state.CB, state.is_training = layer.weight.data, layer.training
         out: Tensor = matmul(x, layer.weight, bias=layer.bias, state=state)
         return out
@@ -124,7 +124,7 @@ class _Int8Product(torch.autograd.Function):
 
 
 def quantize_meta_weights(model: nn.Module, kind: str, *, double_quant: bool) -> None:
-    """Give bitsandbytes' layers on the meta device the weights that loading would give them, without values.
+    """Quantise the weights of bitsandbytes' layers on the meta device: shapes and dtypes as after loading, no values.
 
     Args:
         model: with bitsandbytes' linears, whose weights are not quantised yet.
@@ -150,7 +150,7 @@ def quantize_meta_weights(model: nn.Module, kind: str, *, double_quant: bool) ->
 
 @contextmanager
 def int8_products_on_meta() -> Iterator[None]:
-    """Compute int8 products by operations that the meta device knows, inside the block; a CPU runs the same ones."""
+    """Inside the block, compute int8 products by operations that the meta device supports; a CPU runs the same ones."""
     from bitsandbytes.autograd import _functions
 
     with patched(_functions, "MatMul8bitLt", _functions.MatMul8bitFp):

@@ -1,4 +1,4 @@
-"""Models and architectures that are declared in YAML: the embedded ones, and shapes to count in."""
+"""Models and architectures declared in YAML: embedded models, and shapes for counting parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from subspace.common.declarations import Declaration, build, find_declared, read
 
 @dataclass(frozen=True)
 class EmbeddedModel(Declaration):
-    """A model that a wheel on PyPI carries as a GGUF file."""
+    """A model that a wheel on PyPI contains as a GGUF file."""
 
     name: str
     title: str
@@ -26,7 +26,7 @@ class EmbeddedModel(Declaration):
 
 @dataclass(frozen=True)
 class ModelShape(Declaration):
-    """What decides the shapes of a model's tensors: the values of its config.json, and which checkpoints have them."""
+    """The config.json values that determine the shapes of a model's tensors, and the checkpoints that have them."""
 
     checkpoints: tuple[str, ...]
     parameters: int
@@ -34,16 +34,16 @@ class ModelShape(Declaration):
 
 
 def embedded_models() -> dict[str, EmbeddedModel]:
-    """Return the models that come with no hub."""
+    """Return the models that are available without the hub."""
     return read_folder("models", EmbeddedModel)
 
 
 def embedded_model(name: str) -> EmbeddedModel:
-    """Return one of these models by its name or an alias."""
+    """Return an embedded model by its name or an alias."""
     return find_declared(name, embedded_models(), "embedded model")
 
 
 def model_shapes() -> dict[str, ModelShape]:
-    """Return the architectures that can be counted in without any file of a model."""
+    """Return the architectures whose parameters can be counted without model files."""
     declared = read_yaml(paths.declarations_folder() / "shapes.yaml")
     return {name: build(ModelShape, shape, "shapes.yaml") for name, shape in declared.items()}

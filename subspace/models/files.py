@@ -1,6 +1,6 @@
-"""A model's files on this machine: check that they are complete, and of a kind that this project can open.
+"""A model's files on this machine: checks that they are complete and of a supported kind.
 
-Also the two context managers round every call that reads them: one turns its errors into ours, the other silences it.
+Also two context managers for calls that read them: one converts errors to UserErrors, the other silences logs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NOT_A_MODEL = {
     "config.yaml": "it is the folder of a run. Its config.yaml names the model",
 }
 
-# A word in what transformers says over a file that it cannot open, and what helps. The empty one always fits.
+# Keywords of transformers' error messages about unreadable files, and advice. The empty keyword always matches.
 ADVICE = {
     "flash": "`attention: sdpa` and `attention: eager` need no such package",
     "scaled_dot_product_attention": "`attention: eager` works",
@@ -47,7 +47,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files: their folder, and the name of the one GGUF file where that is the model."""
+    """A model's files: their folder, and the file's name for a GGUF model."""
 
     name: str
     folder: Path
@@ -55,7 +55,7 @@ class ModelFiles:
 
     @classmethod
     def at(cls, name: str, path: Path) -> Self:
-        """Return the files of the model at a folder or GGUF file; raise UserError where something else is there."""
+        """Return the model files at a folder or GGUF file; raise UserError for anything else."""
         if path.suffix == ".gguf" and path.is_file():
             return cls(name, path.parent, path.name)
         for file, what in NOT_A_MODEL.items():
@@ -73,7 +73,7 @@ class ModelFiles:
         )
 
     def architecture(self, *, trust_remote_code: bool) -> PreTrainedConfig:
-        """Return the architecture's configuration; raise UserError for what is no decoder."""
+        """Return the architecture's configuration; raise UserError if it is not a decoder."""
         from transformers import AutoConfig
 
         with (
@@ -85,7 +85,7 @@ class ModelFiles:
             )
         kind = described.model_type
         decodes = is_causal_lm(kind) or trust_remote_code
-        # BERT and its kin can be read as decoders, but were trained to look both ways.
+        # BERT-like models can be loaded as decoders, but were trained with bidirectional attention.
         encodes = is_masked_lm(kind) and not getattr(described, "is_decoder", False)
         if described.is_encoder_decoder or encodes or not decodes:
             what = "an encoder-decoder" if described.is_encoder_decoder else "an encoder" if encodes else "no decoder"
@@ -116,7 +116,7 @@ class ModelFiles:
                 )
 
     def check_tokenizer(self) -> None:
-        """Raise UserError if no file of a tokenizer is there."""
+        """Raise UserError if there are no tokenizer files."""
         if not self.gguf and not any((self.folder / name).is_file() for name in TOKENIZERS):
             raise UserError(
                 f"model {self.name!r} has no tokenizer: none of {', '.join(TOKENIZERS)} is in {self.folder}. "
@@ -126,7 +126,7 @@ class ModelFiles:
 
 @contextlib.contextmanager
 def as_user_error(request: str) -> Iterator[None]:
-    """Turn whatever transformers and its parts raise over a user's files into one message."""
+    """Convert exceptions that transformers and its dependencies raise for a user's files into UserErrors."""
     try:
         yield
     except UserError:
@@ -140,11 +140,11 @@ def as_user_error(request: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def suppress_library_logs() -> Iterator[None]:
-    """Silence progress bars and warnings of transformers and bitsandbytes; errors still come as exceptions."""
+    """Silence progress bars and warnings of transformers and bitsandbytes; exceptions are unaffected."""
     import torch
     from transformers.utils import logging as messages
 
-    if not torch.cuda.is_available():  # else DeepSpeed, which saving a model imports, announces its choice
+    if not torch.cuda.is_available():  # otherwise DeepSpeed, imported when a model is saved, logs its choice of device
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

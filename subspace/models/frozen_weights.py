@@ -1,9 +1,9 @@
 """Read a frozen linear layer's weight W, ``(out, in)``, however it is stored: plain, 8-bit, 4-bit, sharded, or both.
 
-A method never asks how W is stored; it is handed W from here, and for products it calls the layer. Four functions read
-it, and :func:`subspace.adapters.inject._weight` chooses for a method that starts from W:
+Methods are independent of how W is stored: they get W from here, and for products they call the layer. Four functions
+read it, and :func:`subspace.adapters.inject._weight` chooses for a method that starts from W:
 
-| function | returns | dtype | where to call it |
+| function | returns | dtype | valid where |
 | --- | --- | --- | --- |
 | `dequantized_weight(layer)` | W, maybe the layer's own memory | its own | inside a forward pass |
 | `gather_weight_fp32(layer)` | a copy, on every rank | float32 | outside one; collective |
@@ -36,8 +36,8 @@ from subspace.models.bitsandbytes_compat import (
 def dequantized_weight(layer: Any) -> Tensor:
     """Return W, ``(out, in)``, in the dtype it has or dequantises to, without gradient; may share memory with it.
 
-    For use inside a forward pass: under ZeRO-3 the layer must be gathered, and there reading ``layer.weight`` through
-    DeepSpeed's hooks does that. Stored plain, the very tensor is returned, so do not write into it.
+    For use inside a forward pass: under ZeRO-3 the layer must be gathered, and reading ``layer.weight`` there through
+    DeepSpeed's hooks does that. A plain weight is returned without a copy, so do not write into it.
     """
     weight = layer.weight
     kind = storage_format(layer)
@@ -56,15 +56,15 @@ def gather_weight_fp32(layer: Any) -> Tensor:
 
 
 def gather_weight_on_rank(owner: int, layer: Any) -> Tensor | None:
-    """Return what :func:`gather_weight_fp32` does on rank ``owner``, None on the others. All ranks must call it."""
+    """Return the result of :func:`gather_weight_fp32` on rank ``owner``, None on others. All ranks must call it."""
     with gathered([layer.weight]):
         return dequantized_weight(layer).to(torch.float32, copy=True) if owner == rank() else None
 
 
 def read_checkpoint_weight(folder: str | Path, name: str) -> Tensor | None:
-    """Return a weight as the model's files store it, float32, or None where they hold it quantised or not at all.
+    """Return a weight from the model's files, float32, or None if they store it quantised or not at all.
 
-    The one source of W before quantisation, for methods that need directions which quantisation noise drowns.
+    The one source of W before quantisation, for methods that need directions smaller than the quantisation noise.
     """
     file = find_weight_file(folder, name)
     if file is None:
@@ -75,7 +75,7 @@ def read_checkpoint_weight(folder: str | Path, name: str) -> Tensor | None:
 
 
 def find_weight_file(folder: str | Path, name: str) -> Path | None:
-    """Return the file in a model's folder that holds a weight unquantised, or None."""
+    """Return the file in a model's folder that stores a weight unquantised, or None."""
     folder = Path(folder)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
@@ -88,25 +88,25 @@ def find_weight_file(folder: str | Path, name: str) -> Path | None:
 
 
 def weight_memory_bytes(model: nn.Module) -> int:
-    """Return how many bytes of the model's weights, with what their quantisation needs, this process holds."""
+    """Return this process's memory for the model's weights in bytes, quantisation state included."""
     tensors: list[Any] = []
     for parameter in model.parameters():
         tensors += [parameter.data, local_shard(parameter)]
         tensors += [*scale_tensors(parameter), *int8_tensors(parameter)]
     for module in model.modules():
         tensors += [*module.buffers(recurse=False), *int8_tensors(getattr(module, "state", None))]
-    # What is held under two names counts once.
+    # Tensors with two names count once.
     held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None}
     return sum(held.values())
 
 
 def num_parameters(parameter: nn.Parameter) -> int:
-    """Return how many numbers a parameter stands for, sharded or packed as it may be."""
+    """Return a parameter's number of elements, also if it is sharded or packed."""
     return num_weights(parameter) or int(full_shape(parameter).numel())
 
 
 def trainable_copy(parameter: nn.Parameter) -> nn.Parameter:
-    """Return a float32 parameter with a frozen one's values, sharded if that one is. All ranks must call it."""
+    """Return a float32 trainable copy of a frozen parameter, sharded if that one is. All ranks must call it."""
     with gathered([parameter]):
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         copy = nn.Parameter(parameter.detach().to(dtype, copy=True))
@@ -121,7 +121,7 @@ def is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def offload_to_cpu(parameter: nn.Parameter) -> nn.Parameter:
-    """Move a frozen parameter that nothing computes with to the host's memory; ZeRO-3's shards stay where they are."""
+    """Move a frozen parameter that is not used in computation to CPU memory; ZeRO-3 shards stay on their device."""
     if not (is_sharded(parameter) or parameter.is_meta):
         parameter.data = parameter.data.cpu()
     return parameter

@@ -1,8 +1,8 @@
-"""Read a checkpoint tensor by tensor, so that no process ever holds more of its files than it is about to use.
+"""Tensor-by-tensor reading of safetensors checkpoints, with bounded host memory.
 
-transformers maps files into memory: every page that was touched counts as resident until the last tensor is loaded,
-so that a quantised model takes the room of the unquantised one while it loads. And under ZeRO-3 it takes all of a
-checkpoint's tensors before it spreads the first. Tensors that stay as they are stored are left mapped: processes of
+transformers maps files into memory: every page that was touched stays resident until the last tensor is loaded, so a
+quantised model needs the memory of the unquantised one while it loads. And under ZeRO-3 it reads all tensors of a
+checkpoint before it shards the first. Tensors that stay as they are stored are left mapped: processes of
 one machine share them, and the system may drop them.
 """
 
@@ -37,12 +37,12 @@ DTYPES = {
 
 @contextlib.contextmanager
 def streaming_safetensors(folder: Path, *, mmap_dtype: torch.dtype | None, lazy: bool) -> Iterator[None]:
-    """Read the files of a model's folder tensor by tensor where transformers loads it inside the block.
+    """Inside the block, make transformers read the files of a model's folder tensor by tensor.
 
     Args:
-        folder: whose files; those of other folders are opened as ever.
-        mmap_dtype: the dtype whose tensors will stay as they are stored, if any. They are left mapped.
-        lazy: hand out each tensor as a :class:`LazyTensor`, for code that wants all tensors at once.
+        folder: the model's; files of other folders are opened as usual.
+        mmap_dtype: dtype of the tensors that are used as stored, if any; they stay memory-mapped.
+        lazy: return each tensor as a :class:`LazyTensor`, for code that asks for all tensors at once.
     """
     open_file = partial(_LazyShard if lazy else _open, mmap_dtype=mmap_dtype)
     set_malloc_trim(True)
@@ -53,7 +53,7 @@ def streaming_safetensors(folder: Path, *, mmap_dtype: torch.dtype | None, lazy:
 def _open(
     file: str | Path, framework: str = "pt", device: str = "cpu", backend: str = "", *, mmap_dtype: Any = None
 ) -> Any:
-    """Open a file as ``safetensors.safe_open`` does, mapped only if all its tensors have the dtype that stays so."""
+    """Open a file as ``safetensors.safe_open`` does, memory-mapped only if all its tensors have ``mmap_dtype``."""
     mapped = safe_open(file, framework=framework, device=device)
     stored = {mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
     if {DTYPES.get(dtype) for dtype in stored} == {mmap_dtype}:
@@ -62,7 +62,7 @@ def _open(
 
 
 class _LazyShard:
-    """An open file that hands out its tensors unread, in place of what ``safetensors.safe_open`` returns."""
+    """Replacement for the object that ``safetensors.safe_open`` returns, which yields lazy tensors."""
 
     def __init__(self, file: str | Path, *args: Any, mmap_dtype: Any, **kwargs: Any) -> None:
         self.path, self.file = file, _open(file, *args, **kwargs)
@@ -82,7 +82,7 @@ class _LazyShard:
 
 
 class LazyTensor(Tensor):
-    """A tensor of a file: shape and dtype are known, and every operation on it reads its values anew."""
+    """A tensor in a file, with shape and dtype; every operation on it reads the values from the file."""
 
     path: str | Path
     key: str
@@ -97,7 +97,7 @@ class LazyTensor(Tensor):
         super().__init__()
 
     def read(self) -> Tensor:
-        """Return the values, from the file."""
+        """Return the values, read from the file."""
         with _open(self.path) as file:
             values: Tensor = file.get_tensor(self.key)
         return values

@@ -1,4 +1,4 @@
-"""The one file that uses a private name of liger-kernel, which a GPU's runs may ask for by ``train.liger``.
+"""All uses of liger-kernel's private names; runs on a GPU enable it by ``train.liger``.
 
 | internal name | checked with | what breaks without it | why it is used |
 | --- | --- | --- | --- |
@@ -17,7 +17,7 @@ from subspace.errors import UserError
 
 
 def apply_liger(model: Any) -> None:
-    """Put Liger's kernels for norms, rotary embedding and MLP into a model without adapters. The loss stays ours.
+    """Put Liger's kernels for norms, rotary embedding and MLP into a model without adapters. The loss is not replaced.
 
     Raises:
         UserError: Liger has no kernels for this architecture.

@@ -1,14 +1,14 @@
-"""The output head run on no more tokens than needed: the loss of a batch, and logits at chosen positions.
+"""The output head applied to the needed tokens only: the loss of a batch, and logits at chosen positions.
 
-A language model runs its output head on every token, and the loss or a score needs few of them. Both functions act
-*inside* the model's own forward pass, because only there does ZeRO-3 hold the head's weight whole, and because what a
-model does before and after its head (norms, soft caps, scales) so stays done.
+A language model applies its output head to every token, but a loss or score needs only few of them. Both functions act
+*inside* the model's own forward pass, because only there does ZeRO-3 hold the head's weight whole, and because this
+keeps the model's own operations before and after the head (norms, soft caps, scales).
 
 How the loss leaves the model: during the call the head is asked for the loss instead of logits, so the model's
-``.logits`` is that loss. It has to leave that way, and not beside it, since DeepSpeed arms its backward pass on what
+``.logits`` is that loss. It has to be returned, and not passed aside, since DeepSpeed sets up its backward pass on what
 modules return: the engine on the model's output (it prepares its buckets there), ZeRO-3 on the head's (it gathers the
 weight again). Models that change their logits after the head (Gemma 2 caps them, Granite and Cohere scale them) would
-change the loss; that is seen by comparing the tensor that comes out with the one that the head returned, and such
+change the loss; that is detected by comparing the model's output with the tensor that the head returned, and such
 models run again with all logits of the labelled columns.
 
 Shapes: (B) rows, (T) tokens, (C) columns in which any row has a label, (N) labelled tokens, (H) hidden size,
@@ -32,14 +32,14 @@ from subspace.models.transformers_compat import attention_kernel
 
 
 class SummedLoss:
-    """The summed cross entropy of one model, or of an engine that holds one.
+    """The summed cross entropy of a model, or of the model inside an engine.
 
-    Keep one for as long as a model is trained or validated: it remembers that a model changes its logits, which costs a
-    second forward pass to find out.
+    Use one object for all batches of a model: it remembers whether the model changes its logits, which costs a second
+    forward pass to find out.
 
     Attributes:
         model: the model or engine.
-        postprocesses_logits: whether the model was seen to change what its head returns.
+        postprocesses_logits: True if the model was found to change its head's output.
     """
 
     def __init__(self, model: Any) -> None:
@@ -56,12 +56,12 @@ class SummedLoss:
         ids, labels, positions = batch["input_ids"], batch["labels"], batch.get("position_ids")
         mask: Tensor | None = batch["attention_mask"]
         if positions is not None:
-            # Packed rows. That they do not see each other, transformers takes from positions that begin again, if no
-            # mask says otherwise; for flash attention only where all stand in one sequence.
+            # Packed rows. transformers separates them where positions restart, if there is no mask; with flash
+            # attention only if all rows are in one sequence.
             mask = None
             if attention_kernel(_unwrapped(self.model).config).startswith("flash"):
                 ids, labels, positions = (tensor.reshape(1, -1) for tensor in (ids, labels, positions))
-        targets = labels[:, 1:]  # a token's target is the one that follows it
+        targets = labels[:, 1:]  # a token's target is the next token
         columns = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
         column_targets = targets[:, columns].flatten()
         labelled = (column_targets != IGNORE_INDEX).nonzero().squeeze(1)
@@ -77,11 +77,11 @@ class SummedLoss:
         *,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Return the summed cross entropy of targets whose places are known. Needs no values, so it runs on ``meta``.
+        """Return the summed cross entropy of targets at known positions. Reads no values, so it also runs on ``meta``.
 
         Args:
             ids: ``(B, T)``.
-            mask: what attention sees, in a form that the model takes, or None.
+            mask: attention mask in a form that the model accepts, or None.
             columns: ``(C,)``, the columns of ``ids`` that are followed by a target in some row.
             targets: ``(B * C,)``, what follows the tokens of these columns, row by row, or IGNORE_INDEX.
             labelled: ``(N,)``, where ``targets`` is not IGNORE_INDEX.
@@ -102,18 +102,18 @@ class SummedLoss:
             if ending.is_unchanged(out):
                 return out.view(())
             self.postprocesses_logits = True
-            del out, ending  # with all that they hold for a backward pass that will not come
+            del out, ending  # free their saved tensors; there is no backward pass for them
         logits: Tensor = self.model(input_ids=ids, **inputs).logits
         return summed_cross_entropy(logits.flatten(0, 1), targets)
 
 
 def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return :class:`SummedLoss` of one batch, where no second batch follows."""
+    """Return :class:`SummedLoss` of a single batch."""
     return SummedLoss(model)(batch)
 
 
 class _LossInPlaceOfLogits:
-    """What the head's forward is replaced by for one call of the model. Holds the loss that it returned."""
+    """Replacement of the head's forward for one call of the model; it returns and remembers the loss."""
 
     def __init__(self, run_head: Any, targets: Tensor, labelled: Tensor, chunks: int) -> None:
         self.run_head, self.targets, self.labelled, self.chunks = run_head, targets, labelled, chunks
@@ -121,20 +121,20 @@ class _LossInPlaceOfLogits:
         self.version: int | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return the loss, ``(1, 1, 1)``, of hidden values, ``(B, C, H)``: logits have three dimensions."""
+        """Return the loss, ``(1, 1, 1)`` because logits have three dimensions, of hidden states ``(B, C, H)``."""
         at_labels = hidden.flatten(0, 1)[self.labelled]
         loss = chunked_cross_entropy(self.run_head, at_labels, self.targets[self.labelled], self.chunks)
         return loss.view(1, 1, 1)
 
     def remember(self, head: nn.Module, inputs: Any, loss: Tensor) -> None:
-        """Remember what the head returned in the end, DeepSpeed's hooks included; a forward hook."""
+        """Forward hook: remember the head's final output, after DeepSpeed's hooks."""
         self.loss, self.version = loss, _version(loss)
 
     def is_unchanged(self, out: Tensor) -> bool:
-        """Return True if ``out`` is the remembered loss: its memory, its form, and nothing was written there since.
+        """Return True if ``out`` is the remembered loss: same memory and shape, and not written to since.
 
         Not compared by value, which would wait for the GPU, nor by identity alone, since ZeRO-3's hooks on the modules
-        round the head make aliases. On ``meta`` all addresses are zero, but there is no ZeRO-3 either.
+        around the head make aliases. On ``meta`` all addresses are zero, but there is no ZeRO-3 either.
         """
         loss = self.loss
         if loss is None or out.shape != loss.shape or out.dtype != loss.dtype or _version(loss) != self.version:
@@ -143,7 +143,7 @@ class _LossInPlaceOfLogits:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Return how often a tensor was written into, or None in inference mode, which does not count."""
+    """Return a tensor's version counter, or None in inference mode, which has none."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -158,7 +158,7 @@ def _last_hook(module: nn.Module, hook: Any) -> Iterator[None]:
 
 @contextmanager
 def lm_head_on_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Run the output head on these positions of the flattened batch only: logits become ``(1, len(positions), V)``.
+    """Apply the output head to these positions of the flattened batch only: logits are ``(1, len(positions), V)``.
 
     Args:
         model: the model.
@@ -176,5 +176,5 @@ def lm_head_on_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
 
 
 def _unwrapped(model: Any) -> Any:
-    """Return the model inside an engine, or the model."""
+    """Return the model inside an engine, or the model itself."""
     return getattr(model, "module", model)

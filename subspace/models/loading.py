@@ -1,12 +1,12 @@
-"""The one place where a model and its tokenizer are opened.
+"""Loading of models and tokenizers.
 
-The model comes out frozen, in eval mode, on this process's device, or sharded over all of them as it loads (ZeRO-3).
-It is a decoder with a language-model head. Quantisation is bitsandbytes' and leaves embedding and head as they are.
+The model is returned frozen, in eval mode, on this process's device, or sharded over all of them as it loads (ZeRO-3).
+It is a decoder with a language-model head. Quantisation uses bitsandbytes and excludes embedding and head.
 
-Precision: the frozen weights have ``dtype``, or are quantised and computed with in ``dtype``; adapters stay in float32
-whatever the base is, so that small steps are not rounded away.
+Precision: the frozen weights have ``dtype``, or are quantised with computation in ``dtype``; adapters are always
+float32, so that small updates are not rounded away.
 
-Nothing is downloaded: several processes open the same model at a time, and only ``subspace prepare`` fetches files.
+Nothing is downloaded: several processes may load the same model at once, and only ``subspace prepare`` downloads files.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from subspace.models.transformers_compat import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens that checkpoints carry unused, in the order in which they are taken for padding.
+# Unused tokens in common checkpoints, in order of preference for padding.
 SPARE_TOKENS = (
     r"<pad>|\[PAD\]|<\|pad\|>|<\|padding\|>|<\|finetune_right_pad_id\|>",
     r"<\|endoftext\|>",
@@ -55,16 +55,16 @@ SPARE_TOKENS = (
 
 
 def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreTrainedModel:
-    """Open the model, frozen, in eval mode.
+    """Load the model, frozen, in eval mode.
 
     Args:
-        config: which model and how.
-        zero3: the engine's configuration, with a number for every "auto", where ZeRO-3 is to shard the weights over
+        config: the model's settings.
+        zero3: the engine's configuration, with a number for every "auto", if ZeRO-3 is to shard the weights over
             the processes while they load; ``torch.distributed`` must be running. A quantised model loads whole on each
             of them, and the engine shards it when it starts.
 
     Raises:
-        UserError: no such model, files that are damaged or do not fit, or a combination that cannot be opened.
+        UserError: no such model, damaged or mismatched files, or an unsupported combination of settings.
     """
     files = _find_files(config)
     model, report = _load_weights(config, files, zero3)
@@ -82,7 +82,7 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
 
 
 def _load_weights(config: ModelConfig, files: ModelFiles, zero3: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-    """Return the model as transformers loads it, and its report of tensors that were missing or did not fit."""
+    """Return the model as transformers loads it, and its report of missing and mismatched tensors."""
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, config.dtype)
@@ -105,7 +105,7 @@ def _load_weights(config: ModelConfig, files: ModelFiles, zero3: dict[str, Any] 
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # _check_report refuses them, by name
+            ignore_mismatched_sizes=True,  # _check_report raises for them, by name
             output_loading_info=True,
         )
     model, report = loaded
@@ -130,7 +130,7 @@ def _check_report(report: dict[str, Any], config: ModelConfig, architecture: str
 
 
 def _prepare_to_train(model: Any, config: ModelConfig) -> None:
-    """Freeze a model, with values or of shapes only, and make it run as ``config`` asks."""
+    """Freeze a model, with values or on the meta device, and apply the settings of ``config``."""
     if device().type == "cpu":
         patch_rms_norm(model)
         if config.attention == "sdpa" and config.dtype == "bfloat16":
@@ -142,9 +142,9 @@ def _prepare_to_train(model: Any, config: ModelConfig) -> None:
 
 
 def open_shape(config: ModelConfig) -> PreTrainedModel:
-    """Open the model without its weights, on the meta device, to count and to plan in. Frozen linears are as asked for.
+    """Build the model on the meta device, quantised as configured, for counting parameters and planning.
 
-    For the architectures of ``data/shapes.yaml``, by their names or their checkpoints', no file is needed.
+    The architectures of ``data/shapes.yaml``, given by name or by a checkpoint's name, need no files.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -170,16 +170,16 @@ def open_shape(config: ModelConfig) -> PreTrainedModel:
 
 
 def declared_shapes() -> dict[str, ModelShape]:
-    """Return the declared architectures by their names and their checkpoints'."""
+    """Return the declared architectures by their names and their checkpoints' names."""
     shapes = model_shapes()
     return {**{path: shape for shape in shapes.values() for path in shape.checkpoints}, **shapes}
 
 
 def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Open the model's tokenizer, with an end token, and with a pad token that is another one.
+    """Load the model's tokenizer, with an EOS token and a different pad token.
 
-    Where such a pad token is lacking, an unused, reserved or unknown token of the vocabulary takes its place, so no
-    embedding is resized. All code knows padding by its position, never by its id, so any token will do.
+    If there is no such pad token, an unused, reserved or unknown token of the vocabulary is used, so no embedding is
+    resized. All code identifies padding by its position, never by its id, so any token will do.
     """
     from transformers import AutoTokenizer
 
@@ -207,15 +207,15 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What was opened, for the log."""
+    """Summary of a loaded model, for the log."""
 
     path: str
     architecture: str
     dtype: str
     quantize: str
     attention: str
-    parameters: int  # of the whole model, a shared one once
-    bytes: int  # held by this process
+    parameters: int  # of the full model; shared ones count once
+    bytes: int  # on this process
     device: str
     sharded: bool
 
@@ -227,7 +227,7 @@ class ModelSummary:
 
 
 def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary:
-    """Return what was opened."""
+    """Return a summary of the loaded model."""
     parameters = list(model.parameters())
     return ModelSummary(
         path=config.path,
@@ -243,7 +243,7 @@ def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary
 
 
 def device() -> torch.device:
-    """Return the device that this process computes on: the GPU of its local rank, unless DeepSpeed is told not."""
+    """Return this process's device: the GPU of its local rank, unless DeepSpeed is configured for another."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
@@ -255,7 +255,7 @@ def _find_files(config: ModelConfig) -> ModelFiles:
 
 
 def _quantization(config: ModelConfig, files: ModelFiles, *, sharded: bool) -> Any:
-    """Return transformers' configuration of bitsandbytes, or None."""
+    """Return transformers' bitsandbytes configuration, or None."""
     if files.gguf and (sharded or config.quantize != "none"):
         raise UserError(
             f"model {config.path!r} is a GGUF file, which is opened dequantised and whole: `quantize` and ZeRO-3 need "
@@ -281,7 +281,7 @@ def _bitsandbytes(config: ModelConfig) -> Any:
 
 
 def _spare_token(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
-    """Return a token to pad with: within the embedding's rows, and neither start nor end."""
+    """Return a token to pad with: within the embedding's rows, and neither BOS nor EOS."""
     taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     free = [token for token, number in vocabulary if number not in taken and number < rows]

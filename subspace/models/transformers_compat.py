@@ -1,6 +1,6 @@
-"""The one file that uses what transformers does not promise to keep: private names, internals, one replaced function.
+"""All uses of transformers' private names and internals, and the one function of it that is replaced.
 
-Everything else of the package uses transformers' public interface, and calls these functions for the rest. Each line of
+The rest of the package uses transformers' public interface, and calls these functions for everything else. Each line of
 the table has a canary in `tests/models/test_transformers_compat.py`, which fails with the reason below when an upstream
 release changes the name.
 
@@ -38,25 +38,25 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-#: Held while transformers' reader of files is replaced: two threads would restore each other's replacement.
+#: Lock held while transformers' file reader is replaced: two threads would restore each other's replacement.
 _READER = threading.RLock()
-#: What has to live as long as a model; beside it, so that nothing is planted on a user's model.
+#: Objects to keep alive as long as a model; held here, so that no attribute is set on a user's model.
 _KEPT_ALIVE: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def attention_kernel(config: PreTrainedConfig | Any) -> str:
-    """Return the attention that a model runs with: ``sdpa``, ``eager``, ``flash_attention_2``, or a registered one."""
+    """Return a model's attention implementation: ``sdpa``, ``eager``, ``flash_attention_2``, or a registered one."""
     kernel: str = config._attn_implementation
     return kernel
 
 
 def register_attention(name: str, attention: Callable[..., Any]) -> None:
-    """Offer an attention to every model under a name of our own; ``model.set_attn_implementation(name)`` takes it.
+    """Register an attention function under a name for ``model.set_attn_implementation(name)``.
 
     Args:
-        name: none that transformers uses: nothing may be replaced for other code in this process.
-        attention: what transformers calls, after transformers' own for sdpa, which it is handed as a fallback. Masks
-            are made as for sdpa.
+        name: must not be one that transformers uses, so that other code in this process is unaffected.
+        attention: the function, whose first argument is transformers' sdpa attention as a fallback. Masks are made as
+            for sdpa.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -68,10 +68,10 @@ def register_attention(name: str, attention: Callable[..., Any]) -> None:
 
 @contextmanager
 def reading_files_with(open_file: Callable[..., Any], folder: Path) -> Iterator[None]:
-    """Read the safetensors files of one folder by ``open_file`` where transformers loads a model inside the block.
+    """Inside the block, make transformers read the safetensors files of one folder by ``open_file``.
 
     The name is replaced in transformers' module, so for all threads of the process, for as long as the block runs.
-    Files of other folders are opened as ever, and a second thread that enters waits.
+    Files of other folders are opened as usual, and a second thread that enters waits.
     """
     from transformers import modeling_utils
 
@@ -87,12 +87,12 @@ def reading_files_with(open_file: Callable[..., Any], folder: Path) -> Iterator[
 
 
 def zero3_loading(engine: Mapping[str, Any] | None) -> Any:
-    """Make the next ``from_pretrained`` shard weights as they load (ZeRO-3), or, with None, make it not do so.
+    """Make the next ``from_pretrained`` shard weights as they load (ZeRO-3), or, with None, not shard.
 
     transformers reads that from a global, a weak reference which an earlier model may have left set.
 
     Returns:
-        What keeps the global alive. ``generate`` reads it again: hand it to :func:`keep_alive_with` with the model.
+        The object that keeps the global alive. ``generate`` reads it again: pass it to :func:`keep_alive_with`.
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -101,7 +101,7 @@ def zero3_loading(engine: Mapping[str, Any] | None) -> Any:
 
 
 def keep_alive_with(model: nn.Module, thing: Any) -> None:
-    """Keep something alive as long as the model."""
+    """Keep an object alive as long as the model."""
     if thing is not None:
         _KEPT_ALIVE[model] = thing
 
@@ -114,7 +114,7 @@ def is_causal_lm(model_type: str) -> bool:
 
 
 def is_masked_lm(model_type: str) -> bool:
-    """Return True if models of this type are trained to fill gaps, looking both ways, as BERT is."""
+    """Return True if this is a bidirectional masked language model, such as BERT."""
     from transformers.models.auto import modeling_auto
 
     return model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -126,13 +126,13 @@ def is_quantized(model: Any) -> bool:
 
 
 def mark_unquantized(model: Any) -> None:
-    """Make a model that came dequantised out of a GGUF file savable: its weights are plain, and it says otherwise."""
+    """Mark a model that was loaded dequantised from a GGUF file as unquantised, so that it can be saved."""
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
 
 
 def replace_linears(model: nn.Module, quantization: Any) -> None:
-    """Put bitsandbytes' linear layers where loading with this quantisation would put them, on the meta device."""
+    """Replace linear layers by bitsandbytes' on the meta device, as loading with this quantisation would."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
@@ -140,17 +140,17 @@ def replace_linears(model: nn.Module, quantization: Any) -> None:
 
 
 def layer_number(attention: Any) -> int:
-    """Return the place of an attention's layer in the key-value cache."""
+    """Return an attention layer's index in the key-value cache."""
     number: int = attention.layer_idx
     return number
 
 
 def embedding_gain(embedding: nn.Module) -> float:
-    """Return what the embedding multiplies its rows by: 1 but for Gemma, whose class has a factor of its own."""
+    """Return the factor on the embedding's rows: 1 except for Gemma, whose embedding class has its own."""
     return float(getattr(embedding, "scalar_embed_scale", 1.0))
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the model's decoder layers, or none where it does not say what they are."""
+    """Return the model's decoder layers; empty if the model does not declare them."""
     classes = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in classes]

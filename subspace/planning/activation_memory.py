@@ -1,9 +1,9 @@
 """Activation-memory estimation on the meta device.
 
-The model's own code runs forward and backward on tensors that have shapes and no values, and a tracker sees each one
-come and go. So what is kept for the backward pass is what the model, its adapters, gradient checkpointing and the loss
-really keep, of any architecture and method, and not what a formula says. What a kernel takes for itself inside is not
-seen.
+The model's own code runs forward and backward on tensors that have shapes but no values, and a tracker records their
+allocation and release. So the estimate contains exactly the tensors that the model, its adapters, gradient
+checkpointing and the loss save for the backward pass, for any architecture and method. Workspace that a kernel
+allocates internally is not seen.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes beyond those of the model and its adapters.
+    """Activation memory in bytes, beyond the model and its adapters.
 
     Attributes:
-        activations: kept for the backward pass when the output head begins.
-        head: taken by head and loss on top of that.
-        backward: taken in the backward pass on top of both, as for what checkpointing computes again.
-        peak: the most at any moment, with the gradients that were there by then.
-        left: what remains after the backward pass: gradients.
+        activations: saved for the backward pass when the output head starts.
+        head: additional memory of head and loss.
+        backward: additional memory of the backward pass, such as recomputed activations.
+        peak: the maximum, with the gradients that exist by then.
+        left: memory remaining after the backward pass: gradients.
     """
 
     activations: int
@@ -55,7 +55,7 @@ class ActivationMemory:
     left: int
 
     def parts(self) -> tuple[MemoryItem, ...]:
-        """Return the parts of which the peak consists, for a report."""
+        """Return the components of the peak, for a report."""
         return (
             MemoryItem("activations kept for the backward pass", self.activations),
             MemoryItem("output head and loss", self.head),
@@ -64,16 +64,16 @@ class ActivationMemory:
 
 
 def trace_activation_memory(model: Any, batch: BatchShape, *, accumulated: bool = False) -> ActivationMemory:
-    """Run forward and backward of a model on the meta device and count.
+    """Return the activation memory of a forward and backward pass of a model on the meta device.
 
-    With ``accumulated``, gradients of an earlier micro-batch are there already, and are not counted.
+    With ``accumulated``, gradients of an earlier micro-batch exist already and are not counted.
     """
     assert next(model.parameters()).is_meta
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if accumulated and parameter.requires_grad else None
     with torch.device("meta"):
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
-        # As it reaches attention; a mask of padding would be looked at on the way there.
+        # In the form that reaches attention; a padding mask's values would be read on the way there.
         mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
         columns = torch.zeros(batch.columns, dtype=torch.int64)
         targets = torch.zeros(batch.rows * batch.columns, dtype=torch.int64)
@@ -100,7 +100,7 @@ def trace_activation_memory(model: Any, batch: BatchShape, *, accumulated: bool 
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that were made inside it and are still held."""
+    """Dispatch mode that counts the bytes of tensors allocated inside it and still alive."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -142,7 +142,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Run the fused attention that CPU and GPU run, where the meta device would run the plain one."""
+    """Run fused attention, as on CPU and GPU; the meta device would choose the unfused one."""
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -154,14 +154,14 @@ def _attention(
 
 
 def _dropped_indices(count: int, p: float) -> Tensor:
-    """Return as many indices as sparse dropout, which a CPU trains with, draws and keeps for the backward pass."""
+    """Return as many indices as sparse dropout, used on CPU, draws and saves for the backward pass."""
     return torch.empty(dropout.indices_drawn(count, p), dtype=torch.int64, device="meta")
 
 
 @contextlib.contextmanager
 def _kernels() -> Iterator[None]:
     """Patch kernels so that the same operations are traced as training runs."""
-    # No mode of torch, which the thread that computes activations again would not have.
+    # Not a torch dispatch mode, which the thread that recomputes activations would not inherit.
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(nn.functional, "scaled_dot_product_attention", _attention))
         if not torch.cuda.is_available():

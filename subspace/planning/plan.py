@@ -1,8 +1,8 @@
-"""Estimate before anything is loaded what a run will take: memory by part, disk, steps, time.
+"""Estimate of a run's memory by part, disk, steps and time before anything is loaded.
 
 No figure is fitted to a run. Weights are counted on the meta device (:mod:`subspace.planning.static_memory`),
-activations by tracing a step there (:mod:`subspace.planning.activation_memory`), and what is there besides tensors by
-the resident memory of this process, which by then has imported what the run will, opened the rows, built model and
+activations by tracing a step there (:mod:`subspace.planning.activation_memory`), and memory besides tensors as the
+resident memory of this process, which by then has imported the run's libraries, opened the rows, built model and
 adapters, and traced a step.
 """
 
@@ -39,21 +39,21 @@ from subspace.planning.static_memory import MemoryItem, StaticMemory
 from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan
 from subspace.training.config import STATE_BYTES
 
-#: Tokens of an answer and its end, where the data is not there to be looked at.
+#: Assumed tokens of an answer with its EOS, where the data is not prepared.
 ANSWER = 16
-#: The slowest step over the time of its matrix products alone: how far the estimated range reaches.
+#: Upper end of the estimated time range, as a multiple of the time of the matrix products alone.
 SLOWEST = 5.0
 VERIFIED_STEPS = 3
 
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """What the model is fed: the longest micro-batch, and how many steps and tokens there are.
+    """The training workload: the longest micro-batch, and the numbers of steps and tokens.
 
     Attributes:
-        data: the rows, where they are encoded already. They stay open as the run will have them, because what was
-            read of their files counts as held.
-        micro_batches: which rows each micro-batch of the first process has.
+        data: the rows, if they are tokenised already. They stay open, as in the run, because the file pages read count
+            as resident memory.
+        micro_batches: the rows of each micro-batch of rank 0.
     """
 
     batch: BatchShape
@@ -65,7 +65,7 @@ class TrainingWork:
 
     @classmethod
     def of(cls, config: RunConfig, layout: BatchLayout) -> TrainingWork:
-        """Look at the data where it is encoded already; else take the longest rows that the run allows."""
+        """Return the workload of the data if it is tokenised already, else that of the longest rows allowed."""
         try:
             tokenizer = open_tokenizer(config.model)
             draw = step_draw(config, layout)
@@ -95,7 +95,7 @@ class TrainingWork:
         return cls(longest, "the heaviest of the data", len(steps), tokens, data, micro_batches)
 
     def heaviest(self, footprint: ActivationMemory) -> BatchShape:
-        """Return the micro-batch that takes the most memory, going by what tokens and labels take of the longest."""
+        """Return the micro-batch with the most memory, estimated from the longest one's memory per token and label."""
         if self.data is None or self.micro_batches is None:
             return self.batch
         lengths = self.data.train.lengths[self.micro_batches]
@@ -106,7 +106,7 @@ class TrainingWork:
 
 
 def _fed(data: Data, micro_batches: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the tokens of each micro-batch: with padding, or as many as its rows have where they are packed."""
+    """Return the tokens of each micro-batch: padding included, or those of its rows if packed."""
     lengths = data.train.lengths[micro_batches]
     counts: npt.NDArray[np.int64] = lengths.sum(axis=1) if data.packing else lengths.max(axis=1) * lengths.shape[1]
     return counts
@@ -121,7 +121,7 @@ def _shape(data: Data, rows: Sequence[int]) -> BatchShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. Bytes are per device, or per process on a CPU."""
+    """The estimated requirements of a run. Bytes are per device, or per process on a CPU."""
 
     model: str
     method: str
@@ -174,15 +174,15 @@ class Plan:
 
 
 def build_plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> Plan:
-    """Return what a run takes. No weight is read and no process started.
+    """Return the estimate of a run. No weights are read and no processes started.
 
     Args:
         config: the run.
-        processes: how many it will have.
-        memory: bytes of a device into which the largest micro-batch is to fit.
+        processes: the number of processes of the run.
+        memory: memory of a device in bytes, for which to find the largest micro-batch.
 
     Raises:
-        UserError: what training would refuse before it loads anything.
+        UserError: settings that training would reject before loading anything.
     """
     run = resolve_run(config, processes, device())
     work = TrainingWork.of(config, run.layout)
@@ -215,7 +215,7 @@ def build_plan(config: RunConfig, *, processes: int = 1, memory: int | None = No
 
 
 def _shape_with_adapters(run: ResolvedRun) -> tuple[Any, ResolvedRun]:
-    """Return the model with adapters on the meta device, and the run with the engine's settings for them."""
+    """Return the model with adapters on the meta device, and the run with its final engine settings."""
     config = run.config
     model: Any = open_shape(config.model)
     for part in config.method:
@@ -229,15 +229,15 @@ def _shape_with_adapters(run: ResolvedRun) -> tuple[Any, ResolvedRun]:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a step takes on one device, or of one process on a CPU, in bytes.
+    """The memory of a step in bytes, per device, or per process on a CPU.
 
     Attributes:
-        batch: the micro-batch that takes the most.
-        activations: what it takes beyond what is held between two steps.
-        accumulated: whether gradients of an earlier micro-batch are there already.
-        program: what Python, the libraries and the rows take on a CPU; 0 on a GPU.
-        fixed: what is held between two steps.
-        gpu: whether that is on a GPU, where parts in the host's memory do not count.
+        batch: the micro-batch with the most memory.
+        activations: its activation memory.
+        accumulated: whether gradients of an earlier micro-batch exist already.
+        program: memory of Python, libraries and rows on a CPU; 0 on a GPU.
+        fixed: static memory, in use between two steps.
+        gpu: whether the device is a GPU, so that parts in CPU memory do not count.
     """
 
     batch: BatchShape
@@ -251,7 +251,7 @@ class MemoryEstimate:
     def of(cls, run: ResolvedRun, model: Any, work: TrainingWork, static: StaticMemory) -> MemoryEstimate:
         """Trace forward and backward passes of the model on the meta device."""
         accumulated = run.layout.accumulate > 1
-        # Which micro-batch takes the most depends on what a token and a label take, which the longest one tells.
+        # The micro-batch with the most memory depends on the memory per token and label, measured on the longest one.
         batch = work.heaviest(trace_activation_memory(model, work.batch, accumulated=accumulated))
         activations = trace_activation_memory(model, batch, accumulated=accumulated)
         program = 0 if run.on_gpu else _program(run.config)
@@ -259,19 +259,19 @@ class MemoryEstimate:
         return cls(batch, activations, accumulated, program, (*own, *static.parts()), run.on_gpu)
 
     def peak(self, activations: ActivationMemory) -> int:
-        """Return the most that is held at any moment of a step."""
+        """Return the peak memory of a step."""
         held = sum(part.bytes for part in self.fixed if not (part.host and self.gpu))
         gradients = sum(part.bytes for part in self.fixed if part.name == "gradients")
-        # Gradients come as activations go: the trace counts both, unless the gradients were there before.
+        # Gradients are allocated as activations are freed: the trace counts both, unless the gradients existed before.
         return max(held, held + activations.peak - (0 if self.accumulated else gradients))
 
     def largest_micro_batch(self, model: Any, memory: int) -> int:
-        """Return how many rows fit into so many bytes, 0 where not even one does."""
+        """Return the largest micro-batch, in rows, that fits into so many bytes; 0 if none does."""
         one, two = (
             self.peak(trace_activation_memory(model, _of_rows(self.batch, rows), accumulated=self.accumulated))
             for rows in (1, 2)
         )
-        # Every further row takes as much as the second one.
+        # Every further row needs as much memory as the second one.
         return 0 if one > memory else 1 + int((memory - one) // max(1, two - one))
 
 
@@ -280,9 +280,9 @@ def _of_rows(batch: BatchShape, rows: int) -> BatchShape:
 
 
 def _program(config: RunConfig) -> int:
-    """Return the resident memory of this process, which has no weights, after importing all that the run will."""
+    """Return the resident memory of this process, without weights, after importing all of the run's libraries."""
     names = ["subspace.run", "deepspeed", "transformers.modeling_utils", "accelerate"]
-    names += ["torch._inductor.lowering"]  # which DeepSpeed imports as its engine starts
+    names += ["torch._inductor.lowering"]  # imported by DeepSpeed when its engine starts
     names += ["bitsandbytes"] if config.model.quantize != "none" else []
     names += ["torch.utils.tensorboard"] if "tensorboard" in config.train.trackers else []
     for name in names:
@@ -291,10 +291,10 @@ def _program(config: RunConfig) -> int:
 
 
 def _seconds(model: Any, config: RunConfig, tokens: int, processes: int) -> tuple[float, float]:
-    """Return a range of the run's time on this machine, from the time of its matrix products alone."""
+    """Return the estimated range of the run's time on this machine, from a timing of its matrix products."""
     where, dtype = device(), getattr(torch, config.model.dtype)
     linears = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
-    # Forward, the gradient of the input, and once more forward where activations are computed again.
+    # Forward, the gradient of the input, and a second forward if activations are recomputed.
     work = 2.0 * linears * tokens * (3 if config.model.gradient_checkpointing else 2)
     width = 1024
     a, b = (torch.randn(width, width, device=where).to(dtype) for _ in "ab")
@@ -308,7 +308,7 @@ def _seconds(model: Any, config: RunConfig, tokens: int, processes: int) -> tupl
 
 @dataclass(frozen=True)
 class VerifiedPlan:
-    """The estimate for three steps, and what three steps took."""
+    """The estimate for three steps beside the measured values."""
 
     plan: Plan
     peak: int
@@ -339,7 +339,7 @@ class VerifiedPlan:
 
 
 def verify_plan(file: str, settings: Sequence[str], *, processes: int = 1) -> VerifiedPlan:
-    """Run three steps of a run in fresh processes, and return them beside their plan."""
+    """Run three steps of a run in new processes and return the measurements beside the estimate."""
     with tempfile.TemporaryDirectory(prefix="subspace-plan-") as folder:
         few = [*settings, f"train.steps={VERIFIED_STEPS}", f"runs={folder}", "name=verify"]
         plan = build_plan(read_config(file, few), processes=processes)
@@ -356,7 +356,7 @@ def verify_plan(file: str, settings: Sequence[str], *, processes: int = 1) -> Ve
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that ``24GB`` or ``80 GiB`` stand for."""
+    """Return the number of bytes in a size such as ``24GB`` or ``80 GiB``."""
     number = text.lower().rstrip("gib ").strip()
     try:
         return int(float(number) * (2**30 if "i" in text.lower() else 10**9))

@@ -1,6 +1,6 @@
 """Static memory per process: weights, adapters, optimizer state, ZeRO buffers.
 
-Counted on a model of the meta device; stages divide and copy tensors as those of DeepSpeed 0.19 do.
+Counted on a meta-device model; ZeRO stages shard and copy tensors as in DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from subspace.adapters.inject import adapters, trained_parameters
 from subspace.distributed.deepspeed_config import OFFLOAD
 from subspace.models.bitsandbytes_compat import scale_tensors, storage_format
 
-#: Bytes that bitsandbytes takes on a CPU for each number of a matrix that it quantises: the matrix, a float32 copy,
-#: and places in the code book as int64. On a GPU it is one kernel.
+#: Bytes that bitsandbytes needs on a CPU for each element of a matrix that it quantises: the matrix, a float32 copy,
+#: and code book indices as int64. On a GPU it is one kernel.
 QUANTISING = 14
 
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """What one thing takes on each device, or in the host's memory for each process."""
+    """Memory of one item, on each device or in CPU memory for each process."""
 
     name: str
     bytes: int
@@ -30,13 +30,13 @@ class MemoryItem:
 
 
 class StaticMemory:
-    """What a model with adapters takes on each of some processes under an engine's configuration."""
+    """Static memory of each process for a model with adapters under an engine configuration."""
 
     def __init__(self, model: nn.Module, engine: Mapping[str, Any], ranks: int, state: float, *, gpu: bool) -> None:
         self.zero, self.ranks, self.gpu = engine["zero_optimization"], ranks, gpu
         self.stage: int = self.zero["stage"]
         self.trained = sum(tensor.numel() for tensor in trained_parameters(model).values())
-        self.state = round(state * self.trained)  # the optimizer's, whole
+        self.state = round(state * self.trained)  # the full optimizer state
         self.whole, self.spread, self.scales, self.own, self.largest = 0, 0, 0, 0, 0
         mine = {id(t) for adapter in adapters(model).values() for t in adapter.own_tensors().values()}
         threshold = self.zero.get("stage3_param_persistence_threshold", 0) if self.stage == 3 else None
@@ -58,7 +58,7 @@ class StaticMemory:
         self.tensors = [t.nbytes for t in model.parameters() if id(t) not in mine]
 
     def parts(self) -> Iterator[MemoryItem]:
-        """Yield what is held between two steps."""
+        """Yield the items in use between two steps."""
         frozen_away = bool(self.zero.get("offload_param"))
         states_away = bool(self.zero.get(OFFLOAD))
         yield MemoryItem("frozen weights" + (" (this process's share)" if self.spread else ""), self.share, frozen_away)
@@ -70,26 +70,26 @@ class StaticMemory:
         yield MemoryItem("gradients", self._gradients())
         yield MemoryItem("state of the optimizer", -(-self.state // self.ranks), states_away)
         if self.stage:
-            # A float32 copy for the optimizer, and the flat gradients that it is given in a step.
+            # The optimizer's float32 copy, and its flat gradients in a step.
             yield MemoryItem("ZeRO's copies of the adapters", 2 * 4 * -(-self.trained // self.ranks), states_away)
             yield MemoryItem("ZeRO's buckets", self._buckets())
 
     @property
     def share(self) -> int:
-        """Bytes of the frozen weights that a process holds."""
+        """Bytes of frozen weights on each process."""
         return self.whole + -(-self.spread // self.ranks)
 
     def loading(self) -> int:
-        """Return the most that is held while the model loads."""
+        """Return the peak memory while the model loads."""
         if self.largest:
-            # It is quantised tensor by tensor.
+            # The model is quantised tensor by tensor.
             return self.whole + self.spread + self.scales + self.largest * (2 if self.gpu else QUANTISING)
         if self.stage == 3:
             return self.share + 2 * max(self.tensors)
         return self.share
 
     def _gathered(self) -> int:
-        """Return the bytes of other ranks' shards that ZeRO-3 keeps gathered because they are soon used again."""
+        """Return the bytes of other ranks' shards that ZeRO-3 keeps gathered for reuse."""
         soon = self.zero.get("stage3_max_reuse_distance", 10**9) / 2 + self.zero.get("stage3_prefetch_bucket_size", 5e7)
         numbers = min(float(self.zero.get("stage3_max_live_parameters", 10**9)), soon)
         each = max(2, self.spread // max(1, sum(self.tensors)) * 2)
@@ -101,5 +101,5 @@ class StaticMemory:
     def _buckets(self) -> int:
         bucket = self.zero.get("reduce_bucket_size", 500_000_000)
         if not self.gpu:
-            bucket = min(bucket, self.trained)  # the system gives memory where it is written to
+            bucket = min(bucket, self.trained)  # the system allocates only pages that are written to
         return 4 * int(bucket) * (2 if self.zero.get("overlap_comm") else 1)

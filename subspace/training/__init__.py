@@ -1,1 +1,1 @@
-"""One training loop for every method: steps, optimizers, checkpoints, resume, logging, health checks."""
+"""Training: one loop for every method, optimizers, checkpoints, resume, logging, health checks."""

@@ -1,6 +1,6 @@
-"""Optional accelerations: compiled layers, Liger's kernels, activations in the host's memory.
+"""Optional accelerations: compiled layers, Liger kernels, activations offloaded to CPU memory.
 
-They change numbers by rounding only.
+They change results by rounding only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from subspace.errors import UserError
 from subspace.models.transformers_compat import decoder_layers
 
-SMALL = 1024  # numbers; smaller tensors are not worth moving
+SMALL = 1024  # elements; smaller tensors are not worth moving
 
 
 def check_accelerations(*, compiled: bool, liger: bool, gpu: bool) -> None:
@@ -36,10 +36,10 @@ def check_accelerations(*, compiled: bool, liger: bool, gpu: bool) -> None:
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer, at its first pass.
+    """Compile each decoder layer at its first forward pass.
 
-    Not the whole model, as DeepSpeed's ``engine.compile`` does: it would compile again for every length of a batch,
-    and layers that are alike share what was compiled for one of them.
+    Not the whole model, as DeepSpeed's ``engine.compile`` does: that would recompile for every batch
+    length, while identical layers share one compilation.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -49,7 +49,7 @@ def compile_layers(model: Any) -> None:
 
 
 def offload_activations() -> torch.autograd.graph.saved_tensors_hooks:
-    """Return a context that keeps in the host's memory what forward passes save for backward, except weights."""
+    """Return a context that offloads tensors saved for the backward pass, except weights, to CPU memory."""
     return torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host)
 
 
@@ -62,7 +62,7 @@ def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
     if tensor.device.type == "cpu" or tensor.numel() < SMALL or is_weight(tensor):
         return tensor.device, tensor
     copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return tensor.device, copy.copy_(tensor, non_blocking=True)  # in the order of the stream, so before it is read
+    return tensor.device, copy.copy_(tensor, non_blocking=True)  # ordered by the stream, so complete before it is read
 
 
 def _from_host(packed: tuple[torch.device, Tensor]) -> Tensor:

@@ -1,9 +1,8 @@
 """Atomic checkpoint directories verified by a SHA-256 manifest.
 
-A run keeps them as ``checkpoints/step-000120``. One is filled under another name, flushed to the disk, read back, and
-renamed, so that a process killed at any moment leaves the older ones as they were. ``manifest.json`` has the size and
-SHA-256 of each file, and of itself; nothing of a folder is opened before the manifest is found true. No file is a
-pickle.
+They are named ``checkpoints/step-000120``. One is written under another name, fsynced, read back and renamed, so that
+a process killed at any moment leaves the older ones unchanged. ``manifest.json`` has the size and SHA-256 of each
+file, and of itself; no file is opened before the manifest is verified. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ DAMAGED = ".damaged"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run's folder, oldest first."""
+    """Return the checkpoint folders of a run, oldest first."""
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return where the checkpoint of a step belongs."""
+    """Return the path of a step's checkpoint."""
     return folder / "checkpoints" / f"step-{step:06d}"
 
 
 def begin_checkpoint(target: Path) -> Path:
-    """Return an empty folder for a checkpoint's files; :func:`finish_checkpoint` gives it its name."""
+    """Return an empty folder for a checkpoint's files, to be renamed by :func:`finish_checkpoint`."""
     return begin_folder(target)
 
 
@@ -54,7 +53,7 @@ def finish_checkpoint(unfinished: Path, target: Path) -> None:
 
 
 def find_corruption(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None where every file is as it was written."""
+    """Return a description of a checkpoint's damage; None if every file is as written."""
     try:
         text = (checkpoint / MANIFEST).read_bytes()
         files = json.loads(text)["files"]
@@ -81,19 +80,19 @@ def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
         if problem is None:
             return path, passed_over
         passed_over.append(f"the checkpoint {path.name} cannot be used: {problem}")
-        # Under its own name it would count among those that are kept.
+        # Under its own name it would count as one of the checkpoints to keep.
         move_folder(path, path.with_name(path.name + DAMAGED))
     return None, passed_over
 
 
 def last_checkpoint_hint(folder: Path) -> str:
-    """Return a sentence on what a run that must stop leaves behind."""
+    """Return a sentence that names a stopped run's last checkpoint."""
     saved = checkpoints(folder)
     return f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint was saved before (train.save_every)"
 
 
 def prune_checkpoints(folder: Path, keep: int, also: Collection[int] = ()) -> None:
-    """Remove all but the last ``keep`` checkpoints and those of the steps ``also``, and what was never finished."""
+    """Remove all but the last ``keep`` checkpoints and those of the steps ``also``, and unfinished ones."""
     found = checkpoints(folder)
     kept = {*found[-keep:], *(checkpoint_path(folder, step) for step in also)}
     for path in set(found) - kept:
@@ -104,6 +103,6 @@ def prune_checkpoints(folder: Path, keep: int, also: Collection[int] = ()) -> No
 
 
 def _manifest(files: dict[str, Any]) -> bytes:
-    """Return a manifest's only valid bytes; they include its own checksum, so that no change goes unnoticed."""
+    """Return a manifest's canonical bytes, its own checksum included, so that any change is detected."""
     seal = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return (json.dumps({"format": 1, "files": files, "seal": seal}, indent=1) + "\n").encode()

@@ -1,4 +1,4 @@
-"""When a run saves what, and what it continues from."""
+"""Saving of checkpoints and the final adapter during a run, and resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from subspace.training.resume import ADAPTER, Checkpoint, restore_checkpoint, sa
 
 @dataclass
 class TrainState:
-    """How far a training is, and its results so far."""
+    """The progress of a training run, and its results so far."""
 
     steps: int = 0
     loss: float = math.nan  # of the last step
@@ -35,34 +35,34 @@ class TrainState:
     validations_since_best: int = 0
 
     def add_validation(self, loss: float) -> None:
-        """Take in a loss on the held-out rows."""
+        """Record a validation loss."""
         self.validations_since_best += 1
         if loss < self.best_validation:
             self.best_validation, self.best_step, self.validations_since_best = loss, self.steps, 0
 
 
 class ConsumedSamples:
-    """A checksum of all rows that were trained on so far, in order: a checkpoint's place in the data."""
+    """A checksum of all rows trained on so far, in order, which verifies the data order on resume."""
 
     def __init__(self, data: Data, plan: StepPlan) -> None:
         self.keys, self.plan, self.hash = data.train.keys, plan, hashlib.sha256()
 
     def add(self, step: int) -> None:
-        """Take in the rows of a step, the first being 1."""
+        """Add the rows of a step, counted from 1, to the checksum."""
         self.hash.update(self.keys[self.plan[step - 1]].tobytes())
 
     def checksum(self) -> str:
-        """Return the checksum of what was taken in."""
+        """Return the checksum of all rows added so far."""
         return self.hash.hexdigest()
 
     def verify(self, steps: int, checksum: str) -> None:
-        """Take in the first steps; raise UserError where their rows are not those that the checksum stands for."""
+        """Add the rows of the first steps; raise UserError if the result differs from the checksum."""
         for step in range(1, min(steps, len(self.plan)) + 1):
             self.add(step)
         if self.checksum() != checksum:
             raise UserError(
-                f"the run cannot be resumed: its first {steps} steps were fed other rows than they would be now. Has "
-                "the data changed, or train.steps or train.epochs? Take that back, or give this run another name"
+                f"the run cannot be resumed: its first {steps} steps used other rows than they would now. Has "
+                "the data changed, or train.steps or train.epochs? Undo that change, or give this run another name"
             )
 
 
@@ -73,12 +73,12 @@ class Checkpointer:
     Attributes:
         engine: DeepSpeed's.
         folder: the run's.
-        config: how to train.
-        health: refuses an adapter that did not change.
-        consumed: the rows trained on.
-        logger: flushed before a checkpoint that it belongs to.
-        settings: stored in checkpoints, to be compared with those of a run that continues from one.
-        about: for ``adapter.json``.
+        config: the training settings.
+        health: rejects an adapter that did not change.
+        consumed: the checksum of the rows trained on.
+        logger: flushed before each checkpoint.
+        settings: stored in checkpoints, to be compared with those of a resumed run.
+        about: metadata for ``adapter.json``.
         saved_step: the step of the last checkpoint, saved or restored.
     """
 
@@ -93,7 +93,7 @@ class Checkpointer:
     saved_step: int = 0
 
     def restore(self, checkpoint: Checkpoint) -> TrainState:
-        """Set the engine, the adapters and the place in the data to a checkpoint's; return its state."""
+        """Restore engine, adapters and data position from a checkpoint; return its state."""
         state = TrainState(**checkpoint.facts["outcome"])
         self.consumed.verify(state.steps, checkpoint.facts["fed"])
         restore_checkpoint(self.engine, checkpoint, self.config.seed)
@@ -101,14 +101,14 @@ class Checkpointer:
         return state
 
     def save_if_due(self, state: TrainState, last_step: int) -> None:
-        """Save every so many steps, at the last one, and after the best validation."""
+        """Save a checkpoint every ``save_every`` steps, at the last step, and after the best validation."""
         every = self.config.save_every
         due = every and (state.steps % every == 0 or state.steps == last_step)
         if due or state.best_step == state.steps:
             self.save(state)
 
     def save(self, state: TrainState) -> None:
-        """Save a checkpoint, unless this step has one, which is not to be risked; remove those that are too many."""
+        """Save a checkpoint unless this step has one, which must not be put at risk; prune old ones."""
         if self.saved_step == state.steps:
             return
         best = {"validation": state.best_validation} if state.best_step == state.steps else {}
@@ -138,16 +138,16 @@ class Checkpointer:
         self.saved_step = state.steps
 
     def save_and_stop(self, state: TrainState) -> RunStopped:
-        """Save what there is, and return the error that ends the run."""
+        """Save a checkpoint and return the error that ends the run."""
         if not state.steps:
             return RunStopped("before the first step, by a signal. The same command with --resume starts it")
         self.save(state)
         return RunStopped(
-            f"after step {state.steps}, by a signal. Its checkpoint is saved; the same command with --resume goes on"
+            f"after step {state.steps}, by a signal. Its checkpoint is saved; repeat the command with --resume"
         )
 
     def save_final(self, state: TrainState) -> None:
-        """Leave the last or the best adapter in the run's folder."""
+        """Save the last or the best adapter in the run's folder."""
         if self.config.save_final == "best" and state.best_step:
             self._promote(state.best_step)
         else:
@@ -155,7 +155,7 @@ class Checkpointer:
         self.health.check_file(self.folder / ADAPTER)
 
     def _promote(self, step: int) -> None:
-        """Make a checkpoint's adapter the run's."""
+        """Copy a checkpoint's adapter to the run's folder."""
         best = checkpoint_path(self.folder, step)
         if problem := broadcast_object(find_corruption(best) if is_main() else None):
             hint = last_checkpoint_hint(self.folder)

@@ -1,7 +1,7 @@
-"""Detect incompatible settings of model, methods and engine before anything is loaded.
+"""Detection of incompatible model, method and engine settings before anything is loaded.
 
-Some combinations never work (:func:`find_incompatibility`), some only not on this machine
-(:func:`find_missing_requirement`). ``tests/long/MATRIX.md`` shows what was trained and what was refused.
+Some combinations never work (:func:`find_incompatibility`), others not on this machine
+(:func:`find_missing_requirement`). ``tests/long/MATRIX.md`` lists the combinations trained and rejected.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ STORAGE = {"nf4": "4bit", "fp4": "4bit", "int8": "int8"}
 def check_compatibility(
     model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json
 ) -> None:
-    """Raise UserError for settings that are incompatible, on this machine or on any."""
+    """Raise UserError for settings that are incompatible, on this machine or in general."""
     if reason := find_incompatibility(model, methods, engine) or find_missing_requirement(model, engine):
         raise UserError(reason)
 
 
 def check_packing(methods: Sequence[type[Adapter]]) -> None:
-    """Raise UserError if rows are to share a sequence and a method would reach only the first of them."""
+    """Raise UserError if packing is on and a method would affect only the first row of a sequence."""
     for method in methods:
         if method.site == "embedding":
             raise UserError(
                 f"data.packing puts several rows into a sequence, but method {method.name} puts its vectors before the "
-                "first one only. Set data.packing=false, or take prefix, whose vectors every row sees"
+                "first one only. Set data.packing=false, or use prefix, whose vectors every row attends to"
             )
 
 
 def find_incompatibility(
     model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json
 ) -> str | None:
-    """Return which settings are incompatible on any machine, and what works instead; None where all is compatible.
+    """Return a message on incompatible settings, with an alternative that works; None if all are compatible.
 
     Args:
-        model: the base.
+        model: the base model's settings.
         methods: the classes of adapters and their settings.
         engine: DeepSpeed's resolved configuration.
     """
@@ -57,7 +57,7 @@ def find_incompatibility(
     if weights and stage != 3:
         return f"the engine offloads the weights at ZeRO stage {stage}, which stage 3 alone can. Set stage 3"
     if weights == "nvme":
-        # DeepSpeed reads them back as numbers of the engine's dtype, whatever they were.
+        # DeepSpeed reads them back in the engine's dtype, whatever their own.
         dtype = next(
             (f for f, name in (("float16", "fp16"), ("bfloat16", "bf16")) if engine[name]["enabled"]), "float32"
         )
@@ -79,7 +79,7 @@ def find_incompatibility(
 
 
 def find_missing_requirement(model: ModelConfig, engine: Json) -> str | None:
-    """Return what this machine lacks for the settings, and what works instead; None where it lacks nothing."""
+    """Return a message on a missing requirement of this machine, with an alternative; None if nothing is missing."""
     if model.dtype == "float16" and not fp16_supported():
         return "model.dtype is float16, which this device cannot compute in. Use model.dtype=bfloat16 or float32"
     if "nvme" not in (_offloaded(engine, "offload_param"), _offloaded(engine, "offload_optimizer")):
@@ -90,7 +90,7 @@ def find_missing_requirement(model: ModelConfig, engine: Json) -> str | None:
             "Install it (apt-get install libaio-dev), or offload to cpu"
         )
     for library in NVME_LIBRARIES:
-        # A build that was killed leaves its lock behind, and the next one waits for it for ever.
+        # A killed build leaves its lock file behind, and the next one waits for it for ever.
         if (lock := build_lock(library)).exists():
             return (
                 f"the engine offloads to NVMe, for which DeepSpeed compiles a library, and {lock} says that another "

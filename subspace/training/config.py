@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from subspace.common.settings import Settings, setting
 
-#: The bytes of state for each trained number: two float32 values, or two of 8 bits with a float32 scale for 256.
+#: Bytes of optimizer state per trainable parameter: two float32 values, or two of 8 bits with a float32 scale per 256.
 STATE_BYTES: Mapping[str, float] = {
     "adamw": 8,
     "adamw8bit": 2 + 2 * 4 / 256,
@@ -18,47 +18,51 @@ STATE_BYTES: Mapping[str, float] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """How to train."""
+    """Settings of training."""
 
     epochs: float = setting(3.0, "passes over the data", min=0)
-    steps: int | None = setting(None, "optimizer steps; where given, it replaces epochs", min=1)
+    steps: int | None = setting(None, "optimizer steps; overrides epochs", min=1)
     batch_size: int = setting(
-        16, "rows of an optimizer step, over all processes and micro-batches", min=1, formerly="batch"
+        16, "rows per optimizer step, over all processes and micro-batches", min=1, formerly="batch"
     )
     micro_batch_size: int | None = setting(
-        None, "rows that a process feeds at once; none is its whole share", min=1, formerly="micro_batch"
+        None, "rows per forward pass of a process; null for its whole share", min=1, formerly="micro_batch"
     )
     optimizer: str = setting(
         "adamw",
-        "8bit keeps its state in a quarter of the room; paged moves it to the host when a GPU is full",
+        "8bit stores its state in a quarter of the memory; paged moves it to CPU memory when a GPU is full",
         choices=tuple(STATE_BYTES),
     )
     compile: bool = setting(False, "compile the model's layers at the first step; needs a C++ compiler")
-    liger: bool = setting(False, "on a GPU, Liger's kernels for norms, rotary embedding and MLP")
-    offload_activations: bool = setting(False, "on a GPU, hold in the host's memory what the backward pass needs")
+    liger: bool = setting(False, "on a GPU, use Liger kernels for norms, rotary embedding and MLP")
+    offload_activations: bool = setting(False, "on a GPU, offload saved activations to CPU memory")
     keep_memory: bool = setting(
         False,
-        "on a CPU, keep what a step frees for the next: a quarter to twice as fast, a quarter to half more memory",
+        "on a CPU, reuse a step's freed memory in the next: 1.25 to 2 times as fast, 1.25 to 1.5 times the memory",
     )
     learning_rate: float = setting(2e-4, "peak learning rate", min=0)
-    schedule: str = setting("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
+    schedule: str = setting("linear", "learning rate schedule after warm-up", choices=("linear", "cosine", "constant"))
     warmup_steps: int = setting(100, "optimizer steps of linear warm-up", min=0)
-    weight_decay: float = setting(0.0, "AdamW's decay, of factors only, never of scales, biases or prompts", min=0)
+    weight_decay: float = setting(
+        0.0, "AdamW's weight decay, on factors only, never on scales, biases or prompts", min=0
+    )
     lora_plus_lr_ratio: float = setting(
-        1.0, "learning rate of up factors over that of the others (LoRA+)", min=0, formerly="lora_plus"
+        1.0, "learning rate ratio of up factors to the other parameters (LoRA+)", min=0, formerly="lora_plus"
     )
     lora_plus_rule: str = setting(
         "role",
-        "what lora_plus_lr_ratio speeds up: up factors, or as HF PEFT also 1-d scales and biases",
+        "parameters that lora_plus_lr_ratio applies to: up factors, or as in HF PEFT also 1-d scales and biases",
         choices=("role", "peft"),
     )
-    max_grad_norm: float = setting(1.0, "largest norm of the whole gradient; 0 is no clipping", min=0, formerly="clip")
-    seed: int = setting(0, "of the adapters' start, the data's order and dropout", min=0)
-    log_every: int = setting(10, "optimizer steps from one line of log.jsonl to the next", min=1)
-    validate_every: int = setting(0, "optimizer steps between losses on the held-out rows; 0 is never", min=0)
-    patience: int = setting(0, "stop after so many validations without a better loss; 0 is never", min=0)
-    save_every: int = setting(200, "optimizer steps between checkpoints; 0 is none but of the best", min=0)
-    keep_checkpoints: int = setting(2, "how many of the last checkpoints stay, besides the best", min=1)
-    hang_minutes: float = setting(30.0, "minutes without a sign of life that end the run; 0 is never", min=0)
-    save_final: str = setting("last", "the adapter that the run ends with", choices=("last", "best"), formerly="keep")
-    trackers: list[str] = setting(["tensorboard"], "where the log goes besides log.jsonl: tensorboard, wandb")
+    max_grad_norm: float = setting(1.0, "maximum gradient norm; 0 disables clipping", min=0, formerly="clip")
+    seed: int = setting(0, "random seed of adapter initialisation, data order and dropout", min=0)
+    log_every: int = setting(10, "optimizer steps between lines of log.jsonl", min=1)
+    validate_every: int = setting(0, "optimizer steps between validations on the held-out rows; 0 disables them", min=0)
+    patience: int = setting(0, "stop after so many validations without a better loss; 0 disables early stopping", min=0)
+    save_every: int = setting(200, "optimizer steps between checkpoints; 0 saves only the best", min=0)
+    keep_checkpoints: int = setting(2, "number of last checkpoints to keep, besides the best", min=1)
+    hang_minutes: float = setting(
+        30.0, "minutes without progress after which the run is ended; 0 disables the watchdog", min=0
+    )
+    save_final: str = setting("last", "the adapter to save at the end", choices=("last", "best"), formerly="keep")
+    trackers: list[str] = setting(["tensorboard"], "trackers to log to besides log.jsonl: tensorboard, wandb")

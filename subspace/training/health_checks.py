@@ -1,4 +1,4 @@
-"""Checks for non-finite values and for trained tensors that never change."""
+"""Checks for non-finite values and for trainable tensors that never change."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from subspace.training.steps import StepStats
 #: Steps after which every trained tensor must have changed. One is not enough: where one factor starts at zero, the
 #: other's first gradient is zero too.
 MAX_STEPS_UNCHANGED = 2
-#: Steps in a row that float16 may skip before the run is given up.
+#: Consecutive steps that float16 may skip before the run fails.
 MAX_SKIPPED_STEPS = 50
 
 
 class TrainingHealthCheck:
-    """Knows the trained tensors' first values, and checks that they change and that numbers stay finite.
+    """Checks that trained tensors change from their initial values, and that loss and gradients stay finite.
 
     Args:
         model: with adapters.
-        access: to their gradients and values.
-        start: a checksum of each trained tensor's first values, of a run that continues; None takes those of now.
-        folder: the run's, whose last checkpoint is named where the run must end.
+        access: to its gradients and values.
+        start: checksums of the trained tensors' initial values, for a resumed run; None computes them now.
+        folder: the run's, whose last checkpoint is named in errors.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class TrainingHealthCheck:
     def check_finite(self, step: int, stats: StepStats, engine: Any) -> None:
         """Raise RunFailed for a loss or a gradient that is not finite. Between last backward pass and step; collective.
 
-        In float16 a gradient may overflow: the engine then skips the step and takes a smaller loss scale. That is an
-        error only where it happens too often, or where no smaller scale is left.
+        In float16 a gradient may overflow: the engine then skips the step and reduces the loss scale. That is an error
+        only if it happens too often, or if the scale is at its minimum.
         """
         if not torch.isfinite(stats.loss):
             raise self._failure(step, f"the loss is {stats.loss.item()}")
@@ -66,7 +66,7 @@ class TrainingHealthCheck:
             raise self._failure(step, f"{what} (try model.dtype=bfloat16)")
 
     def check_changed(self, taken: int) -> None:
-        """Raise RunFailed if a tensor has its first values still, after so many steps. Collective over ranks."""
+        """Raise RunFailed if a tensor still has its initial values after so many steps. Collective over ranks."""
         if taken != MAX_STEPS_UNCHANGED:
             return
         expected = {name: p for name, p in self.parameters.items() if name not in self.late}
@@ -78,7 +78,7 @@ class TrainingHealthCheck:
             )
 
     def check_file(self, folder: Path) -> None:
-        """Raise RunFailed for an adapter's folder that holds only first values. Collective over ranks."""
+        """Raise RunFailed if a saved adapter has only initial values. Collective over ranks."""
         tensors = read_adapter(folder)[1] if is_main() else {}
         changed = broadcast_object(
             any(checksum(tensors[name]) != start for name, start in self.start.items() if is_main())
@@ -87,7 +87,7 @@ class TrainingHealthCheck:
             raise RunFailed(f"the adapter in {folder} holds the values that training began with: nothing was learnt")
 
     def _failure(self, step: int, what: str) -> RunFailed:
-        """Return an error that names the first tensor that is not finite, and the last checkpoint. Collective."""
+        """Return an error that names the first non-finite tensor and the last checkpoint. Collective."""
         values = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.value(p)).all()]
         gradients = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.grad(p)).all()]
         where = (
@@ -101,6 +101,6 @@ class TrainingHealthCheck:
 
 
 def checksum(tensor: Tensor) -> str:
-    """Return a checksum of the values, which is the same in any dtype that holds them exactly."""
+    """Return a checksum of the values, equal for every dtype that represents them exactly."""
     content = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
     return hashlib.blake2b(content.tobytes(), digest_size=12).hexdigest()

@@ -36,16 +36,16 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def peak_memory() -> int:
-    """Return the most bytes this process has held: on the GPU where there is one, else resident."""
+    """Return this process's peak memory in bytes: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resident_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class TrainLogger:
-    """Records a run's steps. On ranks other than the first it is silent.
+    """Log of a run's steps; silent on ranks other than 0.
 
-    A run that goes on has ``done`` steps behind it, which took ``seconds``: the log continues after them.
+    A resumed run has ``done`` steps already, which took ``seconds``; the log continues after them.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TrainLogger:
             tracker.close()
 
     def step(self, step: int, *, loss: float, learning_rate: float, norm: Any, tokens: int) -> None:
-        """Record an optimizer step; ``tokens`` were read in it, over all ranks."""
+        """Record an optimizer step; ``tokens`` is the number it processed, over all ranks."""
         self.tokens += tokens
         self.all_tokens += tokens
         if not self.active:
@@ -110,22 +110,22 @@ class TrainLogger:
             self._write(line)
 
     def seconds(self) -> float:
-        """Return how long the run has trained."""
+        """Return the run's training time so far."""
         return self.earlier + time.perf_counter() - self.began
 
     def flush(self) -> None:
-        """Bring the log to the disk, before a checkpoint that it belongs to."""
+        """Flush the log to disk, before a checkpoint is saved."""
         if self.active and (log := self.folder / LOG_FILE).exists():
             fsync_path(log)
 
     def validation(self, step: int, loss: float) -> None:
-        """Record the loss on the held-out rows."""
+        """Record a validation loss."""
         if self.active:
             self._write({"step": step, "validation_loss": loss})
             self.note(f"step {step}: validation loss {loss:.4f}")
 
     def note(self, text: str) -> None:
-        """Tell the user something that is worth a line."""
+        """Log a message for the user."""
         if self.active:
             logger.info(text)
 
@@ -165,7 +165,7 @@ class _Wandb:
 
 
 def truncate_log(log: Path, done: int) -> None:
-    """Drop from a log what is after the step ``done``, which will come again, and a line that was never finished."""
+    """Remove from a log all lines after the step ``done``, which will be repeated, and incomplete lines."""
     if not log.exists():
         return
     kept = []

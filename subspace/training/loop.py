@@ -1,10 +1,10 @@
 """The training loop.
 
-The loss of a step is the mean over all its labelled tokens, on every rank and in every micro-batch, so that how a
-batch is divided changes nothing but memory and time.
+The loss of a step is the mean over all its labelled tokens, on every rank and in every micro-batch, so that the
+division of a batch affects only memory and time.
 
-A run can be stopped and killed. Between two steps a checkpoint holds all that the loop has, and the loop continues from
-one as if it had never stopped, to the bit on the same number of processes.
+A run can be stopped or killed at any time. A checkpoint, saved between two steps, has the loop's full state, and a
+resumed run gives bitwise the same results on the same number of processes.
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ def train(
     about: Mapping[str, Any],
     resumed: Checkpoint | None = None,
 ) -> TrainState:
-    """Train the engine's adapters by the plan; leave the adapter in ``folder/adapter``. All ranks call it.
+    """Train the engine's adapters on the planned steps and save them in ``folder/adapter``. Collective over ranks.
 
     Args:
         engine: DeepSpeed's, with the model and its adapters.
         data: the rows.
-        plan: which of them each step takes.
-        config: how to train.
+        plan: the rows of each step.
+        config: the training settings.
         layout: how a step's rows are distributed over ranks and micro-batches.
         folder: the run's.
-        logger: is given every step.
-        settings: stored in checkpoints, to be compared with those of a run that continues from one.
-        about: for ``adapter.json``.
+        logger: records every step.
+        settings: stored in checkpoints, to be compared with those of a resumed run.
+        about: metadata for ``adapter.json``.
         resumed: the checkpoint to continue from.
 
     Raises:
-        RunFailed: a number is not finite, or a trained tensor does not change. The last checkpoint stays.
-        RunStopped: a signal asked for it. There is a checkpoint of the last step.
+        RunFailed: a loss or gradient is not finite, or a trained tensor never changes. The last checkpoint stays.
+        RunStopped: a signal stopped the run; its last step is saved in a checkpoint.
     """
     groups, access = adapter_groups(engine.module), DeepSpeedOptimizerAccess(engine)
     health = TrainingHealthCheck(engine.module, access, resumed.facts["start"] if resumed else None, folder)
@@ -118,7 +118,7 @@ def train(
 def validation_loss(
     engine: Any, summed_loss: SummedLoss, data: Data, layout: BatchLayout, watchdog: Watchdog, step: int
 ) -> float:
-    """Return the mean loss over the held-out rows' labelled tokens. Ranks run equally many forward passes."""
+    """Return the mean loss over the held-out rows' labelled tokens. All ranks run the same number of forward passes."""
     engine.eval()
     total = torch.zeros(2, device=engine.device, dtype=torch.float64)
     with torch.no_grad():

@@ -26,9 +26,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedOptimizerAccess:
-    """What the loop offers to a method's schedule; see :class:`subspace.adapters.base.OptimizerAccess`.
+    """The training loop's access for a method's schedule; see :class:`subspace.adapters.base.OptimizerAccess`.
 
-    All ranks make the same calls. Without an engine, a plain optimizer or none at all serves tests.
+    All ranks make the same calls. Without an engine it works on a plain optimizer or none, for tests.
     """
 
     def __init__(self, engine: Any = None, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -36,7 +36,7 @@ class DeepSpeedOptimizerAccess:
         self.optimizer = optimizer
 
     def grad(self, parameter: nn.Parameter) -> Tensor:
-        """Return the whole gradient, averaged over ranks, without the loss scale of float16.
+        """Return the full gradient, averaged over ranks, without the loss scale of float16.
 
         Valid between the last backward pass and the step.
         """
@@ -47,18 +47,18 @@ class DeepSpeedOptimizerAccess:
         return gradient.detach() / loss_scale(self.engine) if scaled else gradient.detach()
 
     def value(self, parameter: nn.Parameter) -> Tensor:
-        """Return the whole parameter."""
+        """Return the full parameter."""
         if not is_sharded(parameter):
             return parameter.detach()
         with gathered([parameter]):
             return parameter.detach().clone()
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set the whole parameter, in the model and in the optimizer's float32 copy."""
+        """Set the full parameter, in the model and in the optimizer's float32 copy."""
         write_parameter(parameter, value)
 
     def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor) -> None:
-        """Set Adam's moments of the values where ``where`` is true to zero."""
+        """Set Adam's moments to zero where ``where`` is true."""
         if has_zero_optimizer(parameter):
             for key in MOMENTS:
                 clear_moment(parameter, key, where)
@@ -70,5 +70,5 @@ class DeepSpeedOptimizerAccess:
                 state[key].masked_fill_(where.to(state[key].device), 0)
 
     def for_each_weight(self, adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None]) -> None:
-        """Call ``look(adapter, W)`` for each adapter on one process; see :func:`initialize_distributed`."""
+        """Call ``look(adapter, W)`` for each adapter on one rank; see :func:`initialize_distributed`."""
         initialize_distributed(adapters, look, show_progress if is_main() and self.engine is not None else no_progress)

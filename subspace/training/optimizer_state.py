@@ -1,11 +1,11 @@
-"""Gather and restore optimizer state by parameter name, independent of ZeRO stage and number of processes.
+"""Gathering and restoring of optimizer state by parameter name, independent of ZeRO stage and number of processes.
 
 DeepSpeed's own checkpoints are pickles, are bound to a number of processes and a stage, and are matched by position: a
 checkpoint of other layers with the same shapes loads without an error. Here every value is stored under the name of the
 trained tensor that it belongs to, in that tensor's own order, so that it fits any layout and can only go where its name
 says.
 
-How ZeRO lays values out, and the words for it here:
+ZeRO's memory layout, and the terms used here:
 
 - A *slice* (:class:`OptimizerSlice`) is the part of one trained tensor that this process's optimizer updates. Without
   ZeRO it is the whole tensor. At stages 1 and 2 all tensors of a parameter group are concatenated and the result is cut
@@ -44,7 +44,7 @@ STEP, BLOCK = "step", "block"
 
 @dataclass(frozen=True)
 class _NamedSlice:
-    """A slice and the name of the trained tensor that it is of."""
+    """A slice and the name of its trained tensor."""
 
     name: str
     at: OptimizerSlice
@@ -59,12 +59,12 @@ class _NamedSlice:
 
 
 def can_gather_optimizer_state(engine: Any) -> bool:
-    """Return True if the optimizer's state is in memory; offloaded to NVMe, it is in DeepSpeed's own swap files."""
+    """Return True if the optimizer state is in memory, not in DeepSpeed's swap files on NVMe."""
     return not optimizer_state_on_nvme(engine)
 
 
 def gather_optimizer_state(engine: Any) -> dict[str, Tensor]:
-    """Return the optimizer's state on the CPU as ``{"exp_avg/NAME": ...}``, flat. Collective over ranks.
+    """Return the optimizer state as flat CPU tensors, ``{"exp_avg/NAME": ...}``. Collective over ranks.
 
     Before the first step there is none. Adam's step count is a scalar. State in blocks cannot be cut at a tensor's
     ends; it is returned as each process has it, as ``{"block/RANK/NUMBER/KEY": ...}``.
@@ -76,15 +76,15 @@ def gather_optimizer_state(engine: Any) -> dict[str, Tensor]:
     for piece in _slices(engine):
         for kind, value in {} if blocks else state.get(piece.at.key, {}).items():
             if kind == STEP:
-                scalars[f"{kind}/{piece.name}"] = torch.as_tensor(value).cpu().clone()  # a file takes no views
+                scalars[f"{kind}/{piece.name}"] = torch.as_tensor(value).cpu().clone()  # safetensors cannot save views
             else:
                 slices.setdefault(kind, []).append((piece, piece.read(value)))
         if parameters[piece.name].dtype != torch.float32:
             slices.setdefault(MASTER, []).append((piece, piece.read(piece.at.key)))
 
     gathered = {name: value for own in gather_objects({**scalars, **blocks}) for name, value in own.items()}
-    # Ranks differ in what they have: a rank whose part of a group holds no slice knows neither kind nor name. All
-    # must make the same calls below, so they first agree on which kinds and tensors there are.
+    # Ranks have different slices, and a rank without any knows neither kinds nor names. All ranks must make the same
+    # calls below, so they first agree on the kinds and tensors.
     names_by_rank = gather_objects({kind: [piece.name for piece, _ in values] for kind, values in slices.items()})
     for kind in sorted({kind for names in names_by_rank for kind in names}):
         present = {name for names in names_by_rank for name in names.get(kind, ())}
@@ -119,18 +119,18 @@ def restore_optimizer_state(engine: Any, saved: dict[str, Tensor]) -> None:
             if kind == STEP:
                 state[kind] = _step_count(optimizer, value, key.device)
             else:
-                # Of a key that holds many slices, the first one makes the moment and each fills in its own part.
+                # For a key with many slices, the first one allocates the moment and each fills in its own part.
                 if kind not in state:
                     state[kind] = torch.zeros_like(key, requires_grad=False)
                 piece.read(state[kind]).copy_(piece.cut(value))
     _restore_blocks(engine, {name: value for name, value in saved.items() if name.startswith(f"{BLOCK}/")})
-    # ZeRO-1 and -2 look their state up through links that they make after their first step.
+    # ZeRO-1 and -2 find their state through links that DeepSpeed creates after the first step.
     if optimizer.state:
         link_optimizer_state(engine)
 
 
 def _step_count(optimizer: torch.optim.Optimizer, value: Tensor, device: torch.device) -> Tensor | int:
-    """Return a step count as the optimizer stores it: bitsandbytes' as an int, torch's as a tensor."""
+    """Return a step count in the optimizer's own type: int for bitsandbytes, tensor for torch."""
     if not value.is_floating_point():
         return int(value)
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
@@ -138,22 +138,22 @@ def _step_count(optimizer: torch.optim.Optimizer, value: Tensor, device: torch.d
 
 
 def _slices(engine: Any) -> Iterator[_NamedSlice]:
-    """Yield what this process's optimizer has of the trained tensors, in the model's order."""
+    """Yield this rank's slices of the trained tensors, in the model's order."""
     for name, parameter in trained_parameters(engine.module).items():
         if (at := optimizer_slice(engine, parameter)) is not None:
             yield _NamedSlice(name, at)
 
 
 def _model_values(parameter: nn.Parameter, piece: _NamedSlice) -> Tensor:
-    """Return the values of a slice as the model has them on this process."""
-    shard = local_shard(parameter)  # at stage 3, flat: it begins where the slice does, and ends with padding
+    """Return the values of a slice from the model's parameters on this rank."""
+    shard = local_shard(parameter)  # at stage 3, flat: it begins with the slice and ends with padding
     return piece.cut(parameter.detach().reshape(-1)) if shard is None else shard.detach().view(-1)[: piece.at.length]
 
 
 def _merge_slices(
     slices: list[tuple[_NamedSlice, Tensor]], sizes: dict[str, int], device: torch.device, *, sharded: bool
 ) -> dict[str, Tensor]:
-    """Return the whole tensors, flat and on the CPU, of the slices of all ranks. Collective over ranks.
+    """Return the full tensors, flat and on the CPU, from the slices of all ranks. Collective over ranks.
 
     Every rank writes its slices into zeros as long as all tensors together, and the ranks add these up. No two write to
     the same place, but a sum of floats would still turn -0.0 into 0.0: the bits are added as integers, which is exact.
@@ -174,12 +174,12 @@ def _merge_slices(
 
 
 def _keys(engine: Any) -> list[Tensor]:
-    """Return the tensors that this process's optimizer updates, each once, in the model's order."""
+    """Return the tensors that this rank's optimizer updates, each once, in the model's order."""
     return list({id(piece.at.key): piece.at.key for piece in _slices(engine)}.values())
 
 
 def _own_blocks(engine: Any) -> dict[str, Tensor]:
-    """Return this process's state as it is if that of any process is in blocks, else nothing. Collective."""
+    """Return this rank's unmodified state if any rank's is in blocks, else an empty mapping. Collective."""
     states = [basic_optimizer(engine).state.get(key, {}) for key in _keys(engine)]
     in_blocks = any(torch.is_tensor(v) and v.dtype == torch.uint8 for state in states for v in state.values())
     if not any(gather_objects(in_blocks)):
@@ -192,7 +192,7 @@ def _own_blocks(engine: Any) -> dict[str, Tensor]:
 
 
 def _restore_blocks(engine: Any, blocks: dict[str, Tensor]) -> None:
-    """Restore state in blocks, which must fit this process's keys as they are. Collective."""
+    """Restore state in blocks, which must match this rank's keys. Collective."""
     if not blocks:
         return
     keys, optimizer = _keys(engine), basic_optimizer(engine)
@@ -209,7 +209,7 @@ def _restore_blocks(engine: Any, blocks: dict[str, Tensor]) -> None:
     fits = len(ranks) == world_size() and all(
         "state1" in state and state["state1"].numel() == key.numel() for key, state in zip(keys, states, strict=True)
     )
-    # One rank's misfit is every rank's: they must refuse together.
+    # All ranks must raise together if the state of any does not fit.
     if not all(gather_objects(fits)):
         raise UserError(
             "the checkpoint's optimizer state is in blocks of 8 bits, which fit only the number of processes and the "

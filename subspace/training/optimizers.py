@@ -1,4 +1,4 @@
-"""Optimizers (torch's AdamW; bitsandbytes' with 8-bit or paged state), parameter groups and learning rates."""
+"""Optimizers (torch's AdamW; bitsandbytes' with 8-bit or paged state), parameter groups and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ DECAYED_ROLES = ("down", "up", "core", "weight")  # decay towards zero would pul
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return AdamW's groups of the trained tensors by role: which decay, and which have LoRA+'s learning rate."""
+    """Return AdamW's parameter groups by role: those with weight decay, and those with LoRA+'s learning rate."""
     roles = parameter_roles(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained_parameters(model).items():
         decay = config.weight_decay if roles[name] in DECAYED_ROLES else 0.0
-        # PEFT goes by names and dimensions; its diagonal cores are not 1-d.
+        # PEFT decides by name and dimension; its diagonal cores are not 1-d.
         as_peft = config.lora_plus_rule == "peft" and roles[name] != "core" and len(full_shape(parameter)) == 1
         rate = config.learning_rate * (config.lora_plus_lr_ratio if roles[name] == "up" or as_peft else 1.0)
         groups.setdefault((rate, decay), []).append(parameter)
@@ -57,7 +57,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
 
 def lr_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the factor on the learning rate for optimizer step ``step``, the first being 0."""
+    """Return the learning rate factor of optimizer step ``step``, counted from 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     passed = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))

@@ -1,4 +1,4 @@
-"""Save and restore the full training state for exact resume.
+"""Saving and restoring of the full training state, for exact resume.
 
 A checkpoint folder holds ``adapter/`` (an ordinary adapter folder), ``training.safetensors`` (the optimizer's state
 and that of the methods' schedules) and ``training.json`` (step, outcome, schedule position, loss scale, random states
@@ -38,7 +38,7 @@ from subspace.training import checkpoint, optimizer_state
 
 ADAPTER, TENSORS, FACTS = "adapter", "training.safetensors", "training.json"
 HISTORY = "history"
-#: Settings that must be those of the checkpoint, or its numbers would mean something else; and exceptions.
+#: Settings that must equal the checkpoint's, because they determine its numbers; and exceptions.
 FIXED_KEYS = ("model.", "method", "targets", "data.", "train.batch_size", "train.seed", "train.optimizer")
 MUTABLE_KEYS = ("model.attention", "model.gradient_checkpointing", "model.trust_remote_code")
 UNREPORTED_KEYS = (
@@ -67,17 +67,17 @@ def save_checkpoint(
     about: Mapping[str, Any],
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint. Collective over ranks.
+    """Save a checkpoint. Collective over ranks.
 
     Args:
         engine: DeepSpeed's, between two steps.
-        target: the checkpoint's folder, which appears when all is written.
-        facts: what the loop needs to continue, fit for JSON.
-        about: goes into ``adapter.json``.
-        check: raises for an adapter's folder that must not be kept; collective.
+        target: the checkpoint's folder, created atomically.
+        facts: the loop's state, JSON-serialisable.
+        about: metadata for ``adapter.json``.
+        check: raises for an invalid adapter folder; collective.
 
     Raises:
-        UserError: the disk cannot hold it, or ``check`` raises. Older checkpoints are as they were.
+        UserError: the disk cannot hold it, or ``check`` raises. Older checkpoints stay unchanged.
     """
     readable = optimizer_state.can_gather_optimizer_state(engine)
     tensors = optimizer_state.gather_optimizer_state(engine) if readable else {}
@@ -130,7 +130,7 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         contents.append({name: broadcast_object(content.get(name)) for name in names})
     if not facts["optimizer"]:
         raise UserError(
-            f"{path} holds adapters only, because the optimizer was offloaded to NVMe: there is nothing to go on from. "
+            f"{path} holds adapters only, because the optimizer was offloaded to NVMe: it cannot be resumed from. "
             "Evaluate or merge its adapter, or train again with the optimizer on the CPU"
         )
     return Checkpoint(path, facts, *contents), notices
@@ -142,13 +142,13 @@ def compare_with_checkpoint(
     """Return the settings that differ from the checkpoint's, as ``train.max_grad_norm: 1.0 -> 0.5``.
 
     Raises:
-        UserError: a change that would make the checkpoint's numbers mean something else.
+        UserError: a changed setting that determines the checkpoint's numbers.
     """
     changed = _changes(saved.facts["config"], config)
     refused = [c for key, c in changed.items() if key.startswith(FIXED_KEYS) and not key.startswith(MUTABLE_KEYS)]
     if refused:
         raise UserError(
-            f"{saved.path.parent.parent} was trained with other settings, which cannot change on the way: "
+            f"{saved.path.parent.parent} was trained with other settings, which cannot change during a run: "
             f"{', '.join(refused)}. Resume with the settings of its config.yaml, or give this run another name"
         )
     reported = [c for key, c in changed.items() if not key.startswith(UNREPORTED_KEYS)]
@@ -160,9 +160,9 @@ def compare_with_checkpoint(
 
 
 def restore_checkpoint(engine: Any, saved: Checkpoint, seed: int) -> None:
-    """Set engine, adapters and random generators to their state in the checkpoint. Collective over ranks.
+    """Restore engine, adapters and random generators from a checkpoint. Collective over ranks.
 
-    On another number of processes the random generators are seeded anew, from ``seed``, the step and the rank.
+    On another number of processes the random generators are re-seeded from ``seed``, the step and the rank.
     """
     own = {f"{s}.{n}": t for s, adapter in adapters(engine.module).items() for n, t in adapter.own_tensors().items()}
     expected = {name: tensor.shape for name, tensor in saved.adapter.items()}

@@ -1,4 +1,4 @@
-"""The parts of one optimizer step: its micro-batches, what the ranks agree on, gradients, schedules, the update."""
+"""The parts of one optimizer step: micro-batches, token counts over ranks, gradients, schedules, update."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Sums over all ranks, which each rank knows before it computes anything.
+    """Sums over all ranks, computed before the step's first forward pass.
 
     Attributes:
         labelled: tokens that carry loss, by which the step's loss is divided.
-        read: tokens that are fed, without padding.
+        read: input tokens, without padding.
         stop_requests: ranks that a signal has asked to stop. Signals reach ranks at different times, or only one of
-            them, and a rank that stopped alone would leave the others waiting in their next collective. So nobody acts
-            on a signal by itself: the request travels with the counts, which the ranks sum anyway, and all of them see
-            the same number between the same two steps.
+            them, and a rank that stopped alone would leave the others waiting in their next collective. So no rank
+            acts on a signal alone: the request is summed with the counts, and all ranks see the same number between the
+            same two steps.
     """
 
     labelled: int
@@ -44,12 +44,12 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What came out of a step's forward and backward passes, over all ranks.
+    """Results of a step's forward and backward passes, over all ranks.
 
     Attributes:
         loss: the mean over the step's labelled tokens; a scalar.
-        max_gradient: the sum over ranks of the largest magnitude among each one's gradients, a scalar: finite only
-            where every gradient is.
+        max_gradient: the sum over ranks of each one's largest absolute gradient, a scalar: finite only if every
+            gradient is.
     """
 
     loss: Tensor
@@ -62,12 +62,12 @@ def micro_batches(data: Data, rows: Sequence[int], layout: BatchLayout, device: 
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to where the model computes."""
+    """Copy a batch to the model's device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:
-    """Return how many tokens carry loss, and how many are read."""
+    """Return the numbers of tokens with loss and of input tokens."""
     labelled = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
     return labelled, sum(int(batch["attention_mask"].sum()) for batch in batches)
 
@@ -89,10 +89,10 @@ def accumulate_gradients(
 ) -> StepStats:
     """Run forward and backward over a step's micro-batches; the gradients stay with the engine. Collective.
 
-    With ``offload``, activations wait for the backward pass in the host's memory.
+    With ``offload``, saved activations are in CPU memory until the backward pass.
     """
-    # DeepSpeed averages over micro-batches and ranks. The mean over all labelled tokens wants a sum, so each loss is
-    # multiplied by as much as DeepSpeed will divide by.
+    # DeepSpeed averages over micro-batches and ranks. The mean over all labelled tokens needs a sum, so each loss is
+    # multiplied by the factor that DeepSpeed divides by.
     weight = layout.accumulate * layout.ranks / counts.labelled
     loss = torch.zeros((), device=engine.device)
     for number, batch in enumerate(batches):
@@ -114,16 +114,16 @@ def run_schedules(
     progress: TrainProgress,
     access: OptimizerAccess,
 ) -> None:
-    """Call the methods' schedules: before the update, with gradients to be read, or after it. Collective."""
+    """Call the methods' schedules, before the update, when gradients are available, or after it. Collective."""
     for group in groups:
         getattr(type(group[0]), when)(group, progress, access)
         if when == "after_step":
             for adapter in group:
-                adapter.clear_cache()  # computed from values that have now moved
+                adapter.clear_cache()  # computed from values that have changed
 
 
 def optimizer_step(engine: Any) -> float | None:
-    """Update the trained tensors and return the gradient's norm before clipping. Collective."""
+    """Update the trainable parameters and return the gradient norm before clipping. Collective."""
     norm = gradient_norm(engine)  # the step frees the gradients
     engine.step()
     if norm is None:

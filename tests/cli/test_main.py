@@ -86,7 +86,7 @@ def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
         (["methods", "lora", "rank=4"], "method lora has no setting 'rank'"),
         (["methods", "rnak=4"], "no method has a setting 'rnak'"),
         (["methods", "lora", "r=0"], "sets r to 0, but it must lie in"),
-        (["methods", "lora", "--targets", "q_proj"], "they need a model to count in: --shape llama-7b"),
+        (["methods", "lora", "--targets", "q_proj"], "need a model to count parameters in, such as --shape llama-7b"),
         (["methods", "lora", "--shape", "lama-7b"], "Did you mean 'llama-7b'?"),
         (["methods", "ssl", "--shape", "llama-7b", "--budget", "9"], "the size of method ssl cannot be chosen"),
         (["methods", "lora", "--shape", "llama-7b", "--targets", "q_prj"], "Did you mean 'q_proj'?"),
@@ -282,5 +282,5 @@ def test_a_recipe_is_copied_and_stands_alone(
     before = Path("mine.yaml").read_text()
     assert before.startswith("# LLaMA-7B, DoRA r 32")
     assert cli.main(["recipes", "llama-7b-dora-r8", "--copy", "mine.yaml"]) == 2
-    assert "mine.yaml is there already" in capsys.readouterr().err
+    assert "mine.yaml already exists" in capsys.readouterr().err
     assert Path("mine.yaml").read_text() == before

@@ -124,5 +124,5 @@ def test_a_packed_run_learns_what_a_padded_one_does(material: Path, tmp_path: Pa
 
 def test_vectors_before_the_text_are_refused(material: Path) -> None:
     config = config_module.read_config(material, ["method=prompt", "data.packing=true"])
-    with pytest.raises(UserError, match=r"method prompt puts its vectors before the first one only. .*or take prefix"):
+    with pytest.raises(UserError, match=r"method prompt puts its vectors before the first one only. .*or use prefix"):
         train_run(config)

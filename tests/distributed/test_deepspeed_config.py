@@ -47,7 +47,7 @@ def test_batch_that_the_processes_cannot_share() -> None:
 
 
 def test_micro_batch_that_does_not_divide() -> None:
-    with pytest.raises(UserError, match=r"does not divide the 8 rows .* Take one of 1, 2, 4, 8"):
+    with pytest.raises(UserError, match=r"does not divide the 8 rows .* Use one of 1, 2, 4, 8"):
         compute_batch_layout(16, 3, 2)
 
 
@@ -142,8 +142,8 @@ def test_a_given_threshold_stays() -> None:
     ("engine", "dtype", "message"),
     [
         ({"train_batch_size": 32}, "bfloat16", r"sets train_batch_size to 32, but train\.batch_size is 16"),
-        ({"gradient_clipping": 5.0}, "bfloat16", r"gradient_clipping to 5\.0, but train\.clip is 1\.0"),
-        ({"optimizer": {"type": "AdamW"}}, "bfloat16", "section 'optimizer', which the run's `train` settings decide"),
+        ({"gradient_clipping": 5.0}, "bfloat16", r"gradient_clipping to 5\.0, but train\.max_grad_norm is 1\.0"),
+        ({"optimizer": {"type": "AdamW"}}, "bfloat16", "section 'optimizer', which the run's `train` settings replace"),
         ({"bf16": {"enabled": True}}, "float32", "enables bf16, but model.dtype is float32"),
         ({"fp16": {"enabled": False}}, "float16", "disables fp16, but model.dtype is float16"),
         ({"zero_optimization": {"stage": 4}}, "bfloat16", "stage to 4. There are 0, 1, 2, 3"),

@@ -191,7 +191,7 @@ def test_every_visible_device_gets_a_process(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "visible_devices", lambda: ["0"])
-    with pytest.raises(UserError, match=r"3 processes .* shows 1\. Use --processes 1"):
+    with pytest.raises(UserError, match=r"3 processes .* has 1\. Use --processes 1"):
         launcher.build_launch(["train", "x.yaml"], processes=3)
 
 

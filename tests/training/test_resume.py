@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_passed_over(material: Path, whole: Path, capsys
     said = capsys.readouterr().err
     assert "checkpoint step-000005 cannot be used: training.safetensors has 0 bytes instead of" in said
     assert "checkpoint step-000004 cannot be used: manifest.json is missing or damaged" in said
-    assert "goes on after step 3" in said
+    assert "resumes after step 3" in said
 
 
 def test_without_a_checkpoint_it_starts_at_the_beginning(
@@ -209,7 +209,7 @@ def test_early_stopping_is_remembered(material: Path, tmp_path: Path) -> None:
 )
 def test_a_change_that_would_be_wrong_is_refused(material: Path, whole: Path, change: str, complaint: str) -> None:
     folder = killed(whole, change.replace("=", "-"), 3)
-    with pytest.raises(UserError, match=f"other settings, which cannot change on the way: {complaint}"):
+    with pytest.raises(UserError, match=f"other settings, which cannot change during a run: {complaint}"):
         train(material, whole.parent, folder.name, *DROPOUT, change, resume=True)
     assert [path.name for path in checkpoints(folder)] == [f"step-{n:06d}" for n in (1, 2, 3)]
 
@@ -230,7 +230,7 @@ def test_other_rows_are_refused(material: Path, whole: Path) -> None:
     folder = killed(whole, "other-rows", 3)
     try:
         (material.parent / "data.jsonl").write_text(text.replace("soap", "book"))
-        with pytest.raises(UserError, match="its first 3 steps were fed other rows"):
+        with pytest.raises(UserError, match="its first 3 steps used other rows"):
             train(material, whole.parent, folder.name, *DROPOUT, "train.validate_every=3", resume=True)
     finally:
         (material.parent / "data.jsonl").write_text(text)
@@ -244,7 +244,7 @@ def test_a_finished_run_can_be_made_longer_and_is_known(material: Path, whole: P
     longer = config_module.read_config(material, [*settings, "train.steps=12"])
     assert not is_finished(longer)
     # With rows grouped by length over all steps there are, more steps deal out other rows.
-    with pytest.raises(UserError, match="were fed other rows"):
+    with pytest.raises(UserError, match="steps used other rows"):
         train_run(longer, resume=True)
 
 

@@ -1,1 +1,1 @@
-"""See the package's README."""
+"""One module for each command of ``subspace``: its options, its help text and the function that runs it."""

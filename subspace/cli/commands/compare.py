@@ -1,4 +1,4 @@
-"""``subspace compare``: whether runs differ."""
+"""``subspace compare``: paired tests between runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _show_published(folders: list[Path], options: argparse.Namespace) -> int:
     from subspace.reporting.published import compare_with_published
 
     if options.items:
-        raise UserError("--items lists what flipped between two runs; of published scores there are no items")
+        raise UserError("--items lists what flipped between two runs; published scores come without items")
     found = compare_with_published(folders, options.protocol)
     if options.json:
         print(json.dumps([one.as_dict() for one in found], indent=2))
@@ -53,10 +53,10 @@ def _show_published(folders: list[Path], options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "compare",
-    "tell whether runs differ: paired tests, intervals, and the items that flipped",
+    "compare runs: paired significance tests, confidence intervals, and the items that flipped",
     """examples:
   subspace compare runs/lora runs/dora
-  subspace compare runs/lora runs/dora runs/pissa          each with the first, corrected for their number
+  subspace compare runs/lora runs/dora runs/pissa          each with the first, corrected for multiple tests
   subspace compare runs/lora runs/dora --items
   subspace compare runs/llama-7b-dora-r32 --published      with the literature's scores""",
     _arguments,

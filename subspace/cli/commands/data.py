@@ -1,4 +1,4 @@
-"""``subspace data``: what a run would train on."""
+"""``subspace data``: statistics of a run's training and test data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from subspace.cli.command import Command, count, json_argument, settings_manual
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="CONFIG", help="a run's configuration; or a mixture, a task or a data file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
-    parser.add_argument("--ngram", type=count, default=13, metavar="N", help="words in a row that make a match: 13")
+    parser.add_argument(
+        "--ngram", type=count, default=13, metavar="N", help="consecutive words that count as a match; default: 13"
+    )
     parser.add_argument("--items", action="store_true", help="list the test items that are in the training text")
     parser.add_argument("--markdown", action="store_true", help="for a document")
     json_argument(parser)
@@ -44,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "data",
-    "count what a run would train on and be scored on: repeats, cuts, contamination",
+    "report on a run's training and test data: size, duplicates, truncation, contamination",
     """examples:
   subspace data commonsense
   subspace data launch/recipes/quickstart.yaml data.max_length=400

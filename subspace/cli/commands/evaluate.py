@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     what = "a run's folder; a configuration, for its base model; or a model's name or path"
     parser.add_argument("subjects", nargs="+", metavar="RUN", help=f"{what}; and settings as key=value")
-    parser.add_argument("--limit", type=count, metavar="N", help="items of each task: short for evaluate.limit=N")
+    parser.add_argument(
+        "--limit", type=count, metavar="N", help="score only N items of each task: short for evaluate.limit=N"
+    )
     launch_arguments(parser)
     json_argument(parser)
 
@@ -66,7 +68,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _say_what_shows(jobs: Sequence[Job]) -> None:
-    """Say before the scoring how large a difference between two runs these items can show."""
+    """Print, before scoring starts, how large a difference between two runs these items can resolve."""
     from subspace.reporting.statistics import power_statement
 
     print(power_statement({job.sample.task.title: len(job.sample.items) for job in jobs}), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``subspace merge``: one plain model of base and adapter."""
+"""``subspace merge``: export base model and adapter as one plain model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the run's"
     )
-    parser.add_argument("--as-trained", action="store_true", help="into a quantised base's rounded weights")
+    parser.add_argument(
+        "--as-trained", action="store_true", help="merge into the dequantised weights of a quantised base"
+    )
     json_argument(parser)
 
 
@@ -38,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "merge",
-    "write base model and adapter as one plain Hugging Face folder, proved equal",
+    "write base model and adapter as one plain Hugging Face folder, verified to give equal outputs",
     """examples:
   subspace merge runs/quickstart --out merged
   subspace merge runs/quickstart --out merged --dtype float32""",

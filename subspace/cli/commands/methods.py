@@ -1,4 +1,4 @@
-"""``subspace methods``: what methods there are."""
+"""``subspace methods``: list and describe the fine-tuning methods."""
 
 from __future__ import annotations
 
@@ -17,10 +17,22 @@ if TYPE_CHECKING:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("words", nargs="*", metavar="METHOD|FILE|key=value", help="all about one method; settings of it, or of all")
-    add("--shape", metavar="NAME", help="count what is trained in llama-7b, llama3-8b, ..., or any model or folder")
+    add(
+        "words",
+        nargs="*",
+        metavar="METHOD|FILE|key=value",
+        help="a method to describe; settings of it, or of all methods",
+    )
+    add(
+        "--shape", metavar="NAME", help="count trainable parameters in llama-7b, llama3-8b, ..., or any model or folder"
+    )
     add("--targets", nargs="+", metavar="TARGET", help="with --shape: the layers that get an adapter")
-    add("--budget", type=count, metavar="N", help="with --shape: in that size of a method which trains nearest to N")
+    add(
+        "--budget",
+        type=count,
+        metavar="N",
+        help="with --shape: each method in the size that trains closest to N parameters",
+    )
     add("--r", type=count, metavar="N", help="short for r=N")
     add("--markdown", action="store_true", help="the table of subspace/methods/README.md")
     add("--short", action="store_true", help="with --markdown: one line a family, the table of README.md")
@@ -32,9 +44,9 @@ def _run(options: argparse.Namespace) -> int:
     names = [word for word in options.words if "=" not in word and word not in files]
     names += [name for file in files for name in _load(file)]
     if len(names) > 1:
-        raise UserError(f"subspace methods tells about one method or lists all, but was given {', '.join(names)}")
+        raise UserError(f"subspace methods describes one method or lists all, but was given {', '.join(names)}")
     if not options.shape and (options.targets or options.budget):
-        raise UserError("--targets and --budget count, so they need a model to count in: --shape llama-7b, say")
+        raise UserError("--targets and --budget need a model to count parameters in, such as --shape llama-7b")
     if options.markdown:
         from subspace.adapters.catalog import methods_table, short_methods_table
 
@@ -45,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _load(file: str) -> list[str]:
-    """Load a method file of the user's, and return the names of its methods."""
+    """Load a user's method file and return the names of its methods."""
     from subspace.adapters.registry import load_method_file
 
     return list(load_method_file(file).methods)
@@ -68,7 +80,7 @@ def _list(overrides: Sequence[str], options: argparse.Namespace) -> int:
 
 
 def _show(name: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
-    """Tell all about one method."""
+    """Print the description of one method."""
     from subspace.adapters.catalog import method_info, method_page
     from subspace.adapters.registry import resolve_method
 
@@ -79,7 +91,7 @@ def _show(name: str, overrides: Sequence[str], options: argparse.Namespace) -> i
 
 
 def _counted(found: list[MethodInfo], options: argparse.Namespace) -> list[MethodInfo]:
-    """Add how much each method trains in the model that ``--shape`` names."""
+    """Add each method's number of trainable parameters in the model that ``--shape`` names."""
     if not options.shape:
         return found
     from subspace.adapters.catalog import with_param_count
@@ -92,9 +104,9 @@ def _counted(found: list[MethodInfo], options: argparse.Namespace) -> list[Metho
 
 
 def method_settings(name: str | None, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return a method's settings by its name, or those of all methods, from ``key=value`` each and what an alias says.
+    """Return settings by method name, for one method or for all, from ``key=value`` overrides and an alias's presets.
 
-    What only some of all methods have is set in those.
+    A setting that only some methods have is set in those.
     """
     from subspace.adapters.registry import list_methods, resolve_method
     from subspace.common.layers import COMMAND_LINE, parse_override
@@ -116,12 +128,12 @@ def method_settings(name: str | None, overrides: Sequence[str]) -> dict[str, dic
 
 COMMAND = Command(
     "methods",
-    "list the methods, or tell all about one",
+    "list the methods, or describe one",
     """examples:
   subspace methods
   subspace methods lora+mpc-o
   subspace methods my_method.py                            one of your own, in a file that registers it
-  subspace methods --shape llama-7b --r 32                 what each num_params, on the usual layers
+  subspace methods --shape llama-7b --r 32                 trainable parameters of each, on its default layers
   subspace methods dora --shape llama3-8b --targets q_proj v_proj --r 8 alpha=16
   subspace methods houlsby --shape llama-7b --budget 56098816""",
     _arguments,

@@ -1,4 +1,4 @@
-"""``subspace plan``: what a run takes, before it runs."""
+"""``subspace plan``: estimate a run's memory, disk and time before it starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
     parser.add_argument(
-        "--processes", type=count, default=1, metavar="N", help="how many the run will have; default: 1"
+        "--processes", type=count, default=1, metavar="N", help="number of processes of the run; default: 1"
     )
-    parser.add_argument("--memory", metavar="SIZE", help="tell the largest micro-batch that fits a device of 24GB, say")
-    parser.add_argument("--verify", action="store_true", help="train three steps and show what was told beside it")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="also find the largest micro-batch that fits a device of this size, such as 24GB",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="train three steps and show the measured values beside the estimate"
+    )
     json_argument(parser)
 
 
@@ -36,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "plan",
-    "tell before anything is loaded what a run takes: memory by part, disk, steps, time",
+    "estimate a run before loading anything: memory by part, disk, steps, time",
     """examples:
   subspace plan launch/recipes/quickstart.yaml
   subspace plan launch/recipes/llama-7b-lora-r32.yaml model.quantize=nf4 --memory 24GB

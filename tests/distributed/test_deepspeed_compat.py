@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import re
 import subprocess
@@ -217,17 +217,31 @@ def test_the_lock_of_a_build_that_was_killed_does_not_hang(tmp_path: Path) -> No
     assert lock.exists()
 
 
-def test_deepspeeds_logger_is_silenced_by_the_command_line_only(caplog: pytest.LogCaptureFixture) -> None:
-    init_distributed()
+@pytest.mark.processes
+def test_deepspeeds_logger_is_silenced_by_the_command_line_only() -> None:
+    """In a process of its own: here, another test may have been the command line already."""
+    script = """
+import json, logging
+from subspace.distributed import collectives, engine, launcher
+
+def passed():
     logger = logging.getLogger("DeepSpeed")
-    assert compat._is_error not in logger.filters
-    assert logger.getEffectiveLevel() <= logging.WARNING
-    try:
-        compat.silence_deepspeed()
-        assert not logger.filter(logging.makeLogRecord({"levelno": logging.WARNING}))
-        assert logger.filter(logging.makeLogRecord({"levelno": logging.ERROR}))
-    finally:
-        logger.removeFilter(compat._is_error)
+    levels = (logging.WARNING, logging.ERROR)
+    return [logger.isEnabledFor(n) and bool(logger.filter(logging.makeLogRecord({"levelno": n}))) for n in levels]
+
+engine.init_distributed()
+as_a_library = passed()
+launcher.init_rank_env()
+print("passed:", json.dumps([as_a_library, passed()]))
+collectives.shutdown()
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["DS_ACCELERATOR"] = "cpu"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, timeout=300, capture_output=True, text=True
+    )
+    (passed,) = re.findall("^passed: (.*)$", done.stdout, re.MULTILINE)
+    assert json.loads(passed) == [[True, True], [False, True]]
 
 
 def test_builds_leave_their_locks_where_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

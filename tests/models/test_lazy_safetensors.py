@@ -38,7 +38,8 @@ def run(*command: str, **environment: str) -> str:
 def open_by_two(folder: Path) -> list[dict[str, Any]]:
     """Let two processes open the model that the folder holds, spread by ZeRO-3; return what they write, by rank."""
     tiny_llama(folder / "small")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/workers/load_model.py"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command.append(str(ROOT / "tests" / "workers" / "load_model.py"))
     run(*command, str(folder / "small"), str(folder / "model"), str(folder), PYTHONPATH=str(ROOT))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -1,1 +1,1 @@
-"""Tasks, mixtures and files of the user's own: prepared and verified, encoded, and dealt out to the steps of a run."""
+"""Tasks, mixtures and a user's own files: preparation, verification, tokenisation, and the batches of each step."""

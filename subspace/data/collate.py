@@ -1,4 +1,4 @@
-"""Rows of token ids to the tensors of a batch."""
+"""Padding and packing of token rows into the tensors of a batch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The label of a token that carries no loss."""
+"""Label of a token that carries no loss."""
 
 
 class TokenRow(NamedTuple):
-    """Token ids of prompt and answer, and where the answer starts."""
+    """Token ids of prompt and answer, and the index of the answer's first token."""
 
     input_ids: list[int]
     answer_start: int
@@ -22,10 +22,11 @@ class TokenRow(NamedTuple):
 def collate(
     batch: Sequence[TokenRow], pad_id: int, loss_on: str = "answer", pad_to_multiple: int = 8, room: int | None = None
 ) -> dict[str, Tensor]:
-    """Pad rows on the right into tensors (sequences, tokens). What is padding is told by position, whatever id it has.
+    """Return ``input_ids``, ``attention_mask`` and ``labels``, int64 ``(sequences, tokens)``, padded on the right.
 
-    With ``room``, a sequence of so many tokens takes as many rows as fit, one after another. Their positions, which
-    begin again with each row and with the padding, are then given, too.
+    Padding is masked by position, so ``pad_id`` may occur in the text too. With ``room``, rows are packed one after
+    another into sequences of at most that many tokens, and ``position_ids``, which restart with each row and with the
+    padding, are returned as well.
     """
     import torch
 
@@ -39,7 +40,7 @@ def collate(
         begin = 0
         for row in sequence:
             end = begin + len(row.input_ids)
-            # A row's first token follows none that it could be told from.
+            # A row's first token has none before it to be predicted from.
             start = begin + (1 if loss_on == "all" else row.answer_start)
             ids[i, begin:end] = torch.tensor(row.input_ids)
             mask[i, begin:end] = 1
@@ -52,7 +53,7 @@ def collate(
 
 
 def pack_rows(rows: Sequence[TokenRow], room: int) -> list[list[TokenRow]]:
-    """Put rows, the longest first, each into the first sequence that has room for it among so many tokens."""
+    """Return sequences of rows of at most ``room`` tokens: longest first, each in the first sequence it fits into."""
     sequences: list[list[TokenRow]] = []
     left: list[int] = []
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):

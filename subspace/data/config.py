@@ -1,4 +1,4 @@
-"""Settings of the data: what a run trains on, and which items it is scored on."""
+"""Data settings: what a run trains on, and which items it is scored on."""
 
 from __future__ import annotations
 

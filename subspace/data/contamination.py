@@ -1,8 +1,8 @@
-"""Which test items occur in training text, by definitions that are printed with the counts.
+"""Overlap between test items and training text, by definitions that are printed with the counts.
 
-A claim that so and so many test items are "in the training data" means nothing without its definition. What is compared
-is the text that training shows of an item: its question, with its topic and context where the prompt has them, and its
-choices, without the words of the template. Everything is hashed to 64 bits, and training text is read once, in pieces.
+The number of test items "in the training data" means nothing without a definition. What is compared is the text of an
+item that training shows: its question, with its topic and context where the prompt has them, and its choices, without
+the words of the template. All texts are hashed to 64 bits, and training text is read once, in chunks.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ KINDS = ("exact", "normalised", "question", "n-gram")
 
 _FIELDS: tuple[Literal["topic", "context", "question"], ...] = ("topic", "context", "question")
 _SIGNS = {"+": "plus", "-": "minus", "*": "times", "/": "over"}
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's hash is lost by multiplying
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication modulo 2^64 is invertible
 _WORDS_KEPT = 1_000_000
 
 
 def definitions(ngram: int = NGRAM) -> dict[str, str]:
-    """Return what each kind of match means."""
+    """Return the definition of each kind of match."""
     return {
         "exact": "question and choices, in their order, are a training row's, character for character",
         "normalised": "the same by letters and digits in lower case, whatever the order of the choices; tags as "
         "[title] left out",
-        "question": "the question alone is a training row's, normalised; the choices may be others",
+        "question": "the question alone is a training row's, normalised; the choices may differ",
         "n-gram": f"any {ngram} words in a row, normalised, of question and choices occur in a row's",
-        "too short": f"items of fewer than {ngram} words, which can have no such match",
+        "too short": f"items of fewer than {ngram} words, which cannot have an n-gram match",
     }
 
 
 class Text(NamedTuple):
-    """What is compared of an item or a row."""
+    """Compared text of an item or a row."""
 
     question: str
     choices: tuple[str, ...] = ()
 
 
 def question_text(task: Task) -> Callable[[Item], Text]:
-    """Return what finds the text that a task's training prompt shows of an item."""
-    # An item whose texts are marks shows which of them the prompt has.
+    """Return a function from an item to the text of it that the task's training prompt shows."""
+    # Rendering an item whose texts are markers shows which of them the prompt contains.
     texts = {"topic": "<topic>", "context": "<context>", "question": "<question>"}
     marked = make_item({**texts, "choices": ["<choice>"] * 26, "label": 0})
     prompt = task.instruction(marked)
@@ -61,7 +61,7 @@ def question_text(task: Task) -> Callable[[Item], Text]:
 
 
 class TextKeys(NamedTuple):
-    """A text's hashes: equal where two texts match by each definition."""
+    """Hashes of a text, one for each definition: equal if two texts match by it."""
 
     exact: int
     normalised: int
@@ -76,10 +76,10 @@ def text_keys(text: Text) -> TextKeys:
 
 
 class Matcher:
-    """Finds items in training text that is read past it: ``found[kind][i]`` is the row where item i was first found."""
+    """Search for items in training text: ``found[kind][i]`` names the first row that matches item i."""
 
     def __init__(self, items: Sequence[Text], ngram: int = NGRAM, prompts: Sequence[Text] | None = None) -> None:
-        """Take the items, and where training rows are known by their prompts alone, what the items' prompts are."""
+        """Index the items. ``prompts`` are their whole prompts, if training rows are known by their prompts only."""
         self.ngram = ngram
         self.found: dict[str, dict[int, str]] = {kind: {} for kind in KINDS}
         self._words: dict[str, int] = {}
@@ -93,7 +93,7 @@ class Matcher:
         self._sorted, self._owners = grams[order], owners[order]
 
     def read(self, rows: Sequence[Text], names: Sequence[str]) -> list[TextKeys]:
-        """Look for the items in some rows; return the rows' hashes."""
+        """Search these rows for the items; return the hashes of the rows."""
         hashes = [text_keys(row) for row in rows]
         for key, name in zip(hashes, names, strict=True):
             for kind, value in key._asdict().items():
@@ -107,7 +107,7 @@ class Matcher:
         return hashes
 
     def _grams(self, texts: Sequence[Text]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int32]]:
-        """Return the hashes of all n-grams, and which text each is of."""
+        """Return the hashes of all n-grams, and the index of the text that each belongs to."""
         if len(self._words) > _WORDS_KEPT:
             self._words.clear()
         counts, codes = [], []

@@ -1,13 +1,13 @@
-"""Tasks whose rows are read as they are: a user's own, from a small YAML file, and suites from their published files.
+"""Tasks read directly from files: custom tasks, declared by a small YAML file, and suites in their published files.
 
-A multiple-choice suite of one's own is two files and no code::
+A custom multiple-choice suite is two files and no code::
 
     title: Planets
     file: planets.jsonl                              # .json, .jsonl or .parquet, beside this file
-    item: {choices: options, label: "'ABCD'.index(answer)"}     # Jinja, where the records' fields are called otherwise
+    item: {choices: options, label: "'ABCD'.index(answer)"}     # Jinja, if the records' fields have other names
 
-It is scored by ``subspace evaluate RUN evaluate.tasks=planets.yaml``, by every protocol. All that a file in
-``data/tasks`` may say, this one may too: other texts, other answer words, several splits.
+``subspace evaluate RUN evaluate.tasks=planets.yaml`` scores it by any protocol. The file may set everything that a file
+in ``data/tasks`` may: other texts, other answer words, several splits.
 """
 
 from __future__ import annotations
@@ -53,40 +53,47 @@ LIKELIHOOD = {
 
 
 def custom_task(file: Path) -> Task:
-    """Return the task that a file of one's own declares; what it leaves out is as in ARC."""
+    """Return the task that a user's YAML file declares; omitted keys default to ARC's.
+
+    Raises:
+        UserError: the file is invalid, or has the name of a declared task.
+    """
     return _custom_task(file.resolve())
 
 
 @cache
 def _custom_task(file: Path) -> Task:
-    given = read_yaml(file)
+    declared = read_yaml(file)
     if file.stem in list_tasks(None):
-        raise UserError(f"{file} is called as a task that is there already. Give the file another name")
-    data = given.pop("file", None)
+        raise UserError(f"{file} has the name of a task that exists already. Give the file another name")
+    data = declared.pop("file", None)
     if data:
-        given["splits"] = {"test": {"official": "test", "file": {"path": data}}}
-    if not given.get("splits") or not all("file" in split for split in given["splits"].values()):
-        raise UserError(f"{file} should say where its rows lie: a line 'file: NAME.jsonl', beside it")
-    values = {**DEFAULTS, "title": file.stem, "folder": file.parent, **given}
-    values["item"] = {**ITEM, **given.get("item", {})}
-    values["likelihood"] = {**LIKELIHOOD, **given.get("likelihood", {})}
+        declared["splits"] = {"test": {"official": "test", "file": {"path": data}}}
+    if not declared.get("splits") or not all("file" in split for split in declared["splits"].values()):
+        raise UserError(f"{file} names no file of rows. Add a line 'file: NAME.jsonl', with a file beside it")
+    values = {**DEFAULTS, "title": file.stem, "folder": file.parent, **declared}
+    values["item"] = {**ITEM, **declared.get("item", {})}
+    values["likelihood"] = {**LIKELIHOOD, **declared.get("likelihood", {})}
     return build_task(file, values)
 
 
 def read_local_items(task: Task, split: str, folder: str | None) -> list[Item]:
-    """Return a split's items from its file: beside a custom task's, or in a folder of published files, if one is given.
+    """Return a split's items from its file: beside a custom task's YAML file, or in ``folder`` of published files.
 
-    Nothing where the task's rows are to come from ``subspace prepare``.
+    The list is empty if the task's rows come from ``subspace prepare``.
+
+    Raises:
+        UserError: the split or its file is missing, or its rows are invalid.
     """
-    place = task.folder or (Path(folder) if folder else None)
+    base = task.folder or (Path(folder) if folder else None)
     if task.folder and split not in task.splits:
         raise UserError(f"{task.name} has no split {split!r}. {nearest(split, task.splits)}")
     declared = task.splits.get(split)
-    if place is None or declared is None or declared.file is None:
+    if base is None or declared is None or declared.file is None:
         return []
-    file = place / declared.file.path
+    file = base / declared.file.path
     if not file.is_file():
-        raise UserError(f"{task.name}/{split} was to be read from {file}, which is not there")
+        raise UserError(f"{task.name}/{split} was to be read from {file}, which does not exist")
     items: list[Item] = [task.make_item(record, n, split, file=True) for n, (_, record) in enumerate(records(file))]
     if declared.rows and len(items) != declared.rows:
         raise UserError(f"{file} has {len(items):,} rows where {task.name}/{split} has {declared.rows:,}")
@@ -95,7 +102,7 @@ def read_local_items(task: Task, split: str, folder: str | None) -> list[Item]:
         if not isinstance(item["choices"], list) or not isinstance(label, int) or not 0 <= label < len(item["choices"]):
             raise UserError(
                 f"{file}, item {item['id']}: label {label!r} of the choices {item['choices']!r}. A label counts the "
-                "choices from 0; say in the YAML file's 'item:' how it comes from the record"
+                "choices from 0; set in the YAML file's 'item:' how it follows from the record"
             )
     if not items:
         raise UserError(f"{file} has no rows")

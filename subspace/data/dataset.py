@@ -1,7 +1,7 @@
-"""The one place where data becomes batches: a mixture to rows, rows to token ids, token ids to tensors.
+"""Training data: from a mixture to rows, from rows to token ids, from token ids to batches of tensors.
 
-What a step trains on follows from the data and the seed alone, not from how many processes share the step. Which rows
-those are is known before any is encoded, so only the rows that a run's steps are fed and those that it holds out are.
+The rows of a step depend only on the data and the seed, not on the number of processes. They are known before any row
+is encoded, so only the rows that a run's steps use and the held-out rows are encoded.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Fed = Callable[[int], Integers]
-"""Of how many rows there are to train on, the numbers of those that a run's steps are fed; see ``draw_steps``."""
+"""Function from the number of training rows to the numbers of those that a run's steps use; see ``draw_steps``."""
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows of token ids, each at most ``max_length`` long: ``order`` says which row of the table is the i-th.
+    """Rows of token ids, each at most ``max_length`` long: row i is row ``order[i]`` of the table.
 
-    Reading a row that no step is fed raises LookupError, and its length is 0.
+    ``prefix`` is the number of tokens that the tokenizer puts before every text. Reading a row that was not encoded
+    raises LookupError, and its length is 0.
     """
 
     table: TokenTable
@@ -47,7 +48,7 @@ class Tokenized:
 
     def __getitem__(self, i: int) -> TokenRow:
         ids, start = self.table.read(int(self.order[i]))
-        # A long row loses the beginning of its prompt. Its answer, and what the tokenizer begins a text with, stay.
+        # A long row loses the beginning of its prompt, but keeps the tokenizer's prefix and its answer.
         excess = max(0, len(ids) - self.max_length)
         return TokenRow(ids[: self.prefix] + ids[self.prefix + excess :], start - excess)
 
@@ -58,25 +59,25 @@ class Tokenized:
 
     @property
     def uncut_lengths(self) -> Integers:
-        """The number of tokens of each row, before a long one is cut."""
+        """The number of tokens of each row before truncation."""
         return self.table.lengths(self.order)
 
     @property
     def answers(self) -> Integers:
-        """How many of each row's tokens are its answer's, with its end. Known of rows that are not encoded, too."""
+        """The number of answer tokens of each row, end token included; known of rows that are not encoded, too."""
         return self.table.answer_lengths[self.order]
 
     @property
     def keys(self) -> Integers:
-        """A number for each row's text: equal where the texts are. Known of rows that are not encoded, too."""
+        """A key of each row's text, equal for equal texts; known of rows that are not encoded, too."""
         return self.table.keys[self.order]
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and what it holds out; ``report`` counts, and ``notices`` say what a user should know.
+    """Training and held-out rows of a run; ``report`` has their counts, and ``notices`` messages to the user.
 
-    ``parts`` names each (task, split), or file, that the table of token ids is made of, and its first row there.
+    ``parts`` maps each (task, split), or file, in the table of token ids to its first row there.
     """
 
     train: Tokenized
@@ -89,20 +90,24 @@ class Data:
     packing: bool = False
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Return these rows of the training data as tensors."""
+        """Return these rows of the training data as tensors; see ``collate``."""
         rows = [self.train[number] for number in numbers]
         return collate(rows, self.pad_id, self.loss_on, room=self.train.max_length if self.packing else None)
 
     def validation_batches(self, micro_batch: int, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
-        """Yield this rank's part of the held-out rows. All ranks get equally many batches, maybe without labels."""
+        """Yield this rank's batches of held-out rows. All ranks get the same number; a surplus one has no labels.
+
+        Raises:
+            UserError: there are no held-out rows.
+        """
         if not len(self.validation):
             raise UserError("a loss on held-out rows was asked for, but data.validation is 0: no rows are held out")
         longest_first = np.argsort(-self.validation.lengths, kind="stable")
         for start in range(0, len(longest_first), micro_batch * ranks):
-            together = longest_first[start : start + micro_batch * ranks]
-            mine = [self.validation[i] for i in together[rank::ranks]]
-            batch = collate(mine or [self.validation[int(together[0])]], self.pad_id, self.loss_on)
-            if not mine:
+            group = longest_first[start : start + micro_batch * ranks]
+            rows = [self.validation[i] for i in group[rank::ranks]]
+            batch = collate(rows or [self.validation[int(group[0])]], self.pad_id, self.loss_on)
+            if not rows:
                 batch["labels"].fill_(IGNORE_INDEX)
             yield batch
 
@@ -114,17 +119,17 @@ def open_data(
     progress: Progress = no_progress,
     fed: Fed | None = None,
 ) -> Data:
-    """Open the mixture as token ids, encoding what is needed and not in the cache. Safe to call concurrently.
+    """Return the mixture's data as token ids, encoding rows that are not in the cache. Safe to call concurrently.
 
     Args:
-        config: what to train on.
+        config: the training data settings.
         tokenizer: the model's.
-        seed: decides which rows are held out, and which are drawn where a mixture or ``limit`` takes a part of them.
-        progress: where the encoding is shown.
-        fed: which of the rows will be read, as ``partial(draw_steps, batch=16, steps=12)``; None for all.
+        seed: decides which rows are held out, and which are drawn if a mixture or ``limit`` takes a part of them.
+        progress: progress display of the encoding.
+        fed: the rows that will be read, as ``partial(draw_steps, batch=16, steps=12)``; None for all.
 
     Raises:
-        UserError: a mixture, task or file that is not there, or of which no row fits into ``max_length``.
+        UserError: a mixture, task or file does not exist, or has no row that fits into ``max_length``.
     """
     mixture, parts, absent = _concatenate_parts(config, tokenizer, progress)
     rows = _select_rows(mixture, parts, config, tokenizer, seed)
@@ -148,7 +153,7 @@ def open_data(
 
 
 def is_encoded(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, fed: Fed | None = None) -> bool:
-    """Return True if ``open_data`` would find everything in the cache of token ids."""
+    """Return True if the cache has all token ids that ``open_data`` would need."""
     mixture, parts, _ = _concatenate_parts(config, tokenizer, no_progress)
     if not all(part.is_indexed for part in parts.values()):
         return False
@@ -157,27 +162,28 @@ def is_encoded(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 
 
 Parts = dict[tuple[str, str], PartCache]
-"""What of a mixture is prepared, by task and split, or a file: each once, its rows numbered on from the one before."""
+"""Prepared parts of a mixture by (task, split), or file: each once, with rows numbered consecutively through all."""
 
 
 def _concatenate_parts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[Mixture, Parts, list[str]]:
-    """Return the mixture, what of it is prepared, and the names of what is not."""
+    """Return the mixture, its prepared parts, and the names of the parts that are not prepared."""
     template = prompt_template(config.prompt)
-    found: dict[tuple[str, str], TextRows] = {}
+    prepared: dict[tuple[str, str], TextRows] = {}
     if config.mixture.endswith(FILES):
-        own = file_rows(Path(config.mixture), template, tokenizer)
-        mixture, found[own.name, "train"] = Mixture(config.mixture, (MixturePart(own.name),)), own
+        rows = file_rows(Path(config.mixture), template, tokenizer)
+        mixture = Mixture(config.mixture, (MixturePart(rows.name),))
+        prepared[rows.name, "train"] = rows
     else:
         mixture = find_mixture(config.mixture)
         for name in dict.fromkeys((part.task, part.split) for part in mixture.parts):
-            if rows := task_rows(*name, template):
-                found[name] = rows
-    absent = [f"{part.task}/{part.split}" for part in mixture.parts if (part.task, part.split) not in found]
-    if not found:
+            if task_part := task_rows(*name, template):
+                prepared[name] = task_part
+    absent = [f"{part.task}/{part.split}" for part in mixture.parts if (part.task, part.split) not in prepared]
+    if not prepared:
         raise UserError(f"nothing of {mixture.name} is in the source it was prepared from: {', '.join(absent)}")
-    return mixture, {name: PartCache(rows, tokenizer, progress) for name, rows in found.items()}, absent
+    return mixture, {name: PartCache(rows, tokenizer, progress) for name, rows in prepared.items()}, absent
 
 
 def _begins(parts: Parts) -> list[int]:
@@ -187,9 +193,10 @@ def _begins(parts: Parts) -> list[int]:
 
 @dataclass(frozen=True)
 class _Selection:
-    """Rows by their numbers in all parts: of each part of the mixture, and of them those to train on and to hold out.
+    """Rows to train on and to hold out, numbered through all parts, and counts of rows.
 
-    ``total`` is how many the mixture has, ``dropped`` those of them whose answers do not fit.
+    ``by_part`` counts the rows of each part of the mixture, ``total`` all of them, and ``dropped`` those whose answers
+    do not fit.
     """
 
     by_part: dict[str, int]
@@ -199,18 +206,18 @@ class _Selection:
     validation: Integers
 
     def fed(self, fed: Fed | None) -> Integers:
-        """Return the rows that the steps are fed, each as often as it is in the mixture."""
+        """Return the training rows that the steps use, each as often as the mixture has it."""
         return self.train if fed is None else self.train[np.unique(fed(len(self.train)))]
 
     def encoded(self, fed: Fed | None) -> Integers:
-        """Return the rows that have to be encoded, each once."""
+        """Return the rows that must be encoded, each once."""
         return np.union1d(self.fed(fed), self.validation)
 
 
 def _select_rows(
     mixture: Mixture, parts: Parts, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> _Selection:
-    """Return which rows to train on and to hold out. It takes their texts and the lengths of their answers alone."""
+    """Return the rows to train on and to hold out, by the keys of their texts and the lengths of their answers."""
     draw = np.random.default_rng(seed)
     begins = dict(zip(parts, _begins(parts), strict=True))
     taken = {
@@ -237,7 +244,7 @@ def _select_rows(
 
 
 def _report(mixture: Mixture, absent: list[str], rows: _Selection, train: Tokenized, fed: Tokenized) -> dict[str, Any]:
-    """Count the rows; of those that the steps are ``fed`` the tokens, too."""
+    """Return counts of the rows, and of the tokens of the rows that the steps use (``fed``)."""
     return {
         "mixture": mixture.name,
         "rows": rows.total,
@@ -256,11 +263,11 @@ def _report(mixture: Mixture, absent: list[str], rows: _Selection, train: Tokeni
 
 
 def _notices(report: dict[str, Any], max_length: int, fed: Tokenized) -> Iterator[str]:
-    """Yield what a user should know of the data."""
+    """Yield messages about absent, truncated and dropped rows."""
     if report["absent"]:
-        whole = f" of {report['expected']:,}" if report["expected"] else ""
+        expected = f" of {report['expected']:,}" if report["expected"] else ""
         absent = ", ".join(report["absent"])
-        yield f"{report['mixture']} has {report['rows']:,}{whole} rows: {absent} is not in the data's source"
+        yield f"{report['mixture']} has {report['rows']:,}{expected} rows: {absent} is not in the data's source"
     if report["cut"]:
         yield (
             f"{report['cut']:,} of {report['fed']:,} rows are longer than data.max_length={max_length} tokens and lose "
@@ -271,26 +278,26 @@ def _notices(report: dict[str, Any], max_length: int, fed: Tokenized) -> Iterato
 
 
 def _take(available: int, part: MixturePart, draw: np.random.Generator) -> Integers:
-    """Return the rows that a mixture takes of a part: all, as often as they fit whole, and a draw for the rest."""
+    """Return the rows that a mixture takes of a part: whole repetitions, and a random draw for the remainder."""
     first = np.arange(available)[: part.first]
     wanted = round(part.weight * len(first)) if part.rows is None else part.rows
-    whole, rest = divmod(wanted, len(first)) if len(first) else (0, 0)
-    return np.concatenate([*[first] * whole, np.sort(draw.permutation(first)[:rest])]).astype(np.int64)
+    repetitions, rest = divmod(wanted, len(first)) if len(first) else (0, 0)
+    return np.concatenate([*[first] * repetitions, np.sort(draw.permutation(first)[:rest])]).astype(np.int64)
 
 
 def _hold_out(
     order: Integers, keys: Integers, count: int, name: str, draw: np.random.Generator
 ) -> tuple[Integers, Integers]:
-    """Split into rows to train on and to hold out: never one that is there twice, for it would be trained on, too."""
+    """Return the rows to train on and to hold out; duplicates are never held out, since a copy would be trained on."""
     _, inverse, times = np.unique(keys[order], return_inverse=True, return_counts=True)
     once = np.flatnonzero(times[inverse] == 1)
     if count > len(once) or count >= len(order):
         raise UserError(
             f"data.validation={count} rows were to be held out of {name}, but of its {len(order):,} rows {len(once):,} "
-            "are there only once, and some must be left to train on. Make data.validation smaller"
+            "occur only once, and some must remain to train on. Make data.validation smaller"
         )
-    held = np.sort(draw.permutation(once)[:count])
-    return np.delete(order, held), order[held]
+    held_out = np.sort(draw.permutation(once)[:count])
+    return np.delete(order, held_out), order[held_out]
 
 
 def _name(part: MixturePart) -> str:

@@ -1,4 +1,4 @@
-"""The neutral item: one question of any task, whatever its source calls the fields."""
+"""The neutral item: one question of any task, independent of its source's field names."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ ITEM_FIELDS: tuple[ItemField, ...] = ("id", "topic", "context", "question", "cho
 
 
 class Item(TypedDict):
-    """One question. A text that its task does not have is empty.
+    """One question. Texts that its task does not have are empty.
 
-    ``label`` is the index of the right choice, from 0. A task without choices (the math suites) has the right answer as
-    its only one.
+    ``label`` is the index of the right choice, from 0. In a task without choices (the math suites) the right answer is
+    the only choice.
     """
 
     id: str
@@ -25,18 +25,18 @@ class Item(TypedDict):
 
 
 def make_item(values: Mapping[str, Any]) -> Item:
-    """Return the item of these values, in the order of the fields; a text that is not given is empty.
+    """Return an item with these values, in the order of the fields; missing texts are empty.
 
-    What a task of one's own has besides stays, for its templates.
+    Further fields, which a custom task may have, are kept for its templates.
     """
     return cast(Item, {**dict.fromkeys(ITEM_FIELDS, ""), **values})
 
 
 def relabel(item: Item, label: int) -> Item:
-    """Return the item as if another of its choices were the right one."""
+    """Return a copy of the item with ``label`` as the right choice."""
     return {**item, "label": label}
 
 
 def item_content(item: Item) -> list[Any]:
-    """Return all of an item but its id: equal where two items ask the same."""
+    """Return all fields of an item but its id: equal for duplicates."""
     return [item[field] for field in ITEM_FIELDS if field != "id"]

@@ -1,7 +1,7 @@
-"""Whether a run is trained on items that it is scored on: a notice when training starts, an error when it is scored.
+"""Overlap between a run's training rows and the items to score: a notice when training starts, an error when scoring.
 
-The commonsense suites and their own mixtures are left out: what those share is known, and little. An item is seen if
-its question, letters and digits compared, is a training row's.
+The commonsense suites with their own mixtures are left out: their overlap is known and small. An item overlaps if its
+question equals a training row's, compared by letters and digits.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from subspace.data.tasks import Task, find_mixture
 from subspace.errors import UserError
 
 MAX_OVERLAP = 0.01
-"""What share of a suite's items a run may have been trained on before its score says nothing."""
+"""Maximum share of a suite's items in the training rows; above it the score is meaningless."""
 
 
 def find_overlap(mixture: str, samples: Iterable[Sample]) -> dict[str, tuple[int, int]]:
-    """Return, by task, how many of its items are in a mixture's rows, and of how many; only where some are."""
+    """Return for each task with overlap the number of its items in the mixture's rows, and of all its items."""
     compared = [sample for sample in samples if _is_compared(sample.task, mixture)]
     trained = set(map(_key, _questions(mixture))) if compared and mixture else set()
-    found = {}
+    overlap = {}
     for sample in compared:
         asked = [{_key(sample.task.instruction(item)), _key(item["question"])} for item in sample.items]
         if seen := sum(not trained.isdisjoint(texts) for texts in asked):
-            found[sample.task.name] = seen, len(asked)
-    return found
+            overlap[sample.task.name] = seen, len(asked)
+    return overlap
 
 
 def overlap_notices(mixture: str, selection: TaskSelection) -> list[str]:
-    """Return a notice for each task of a run's scoring that has items in the rows that it is about to be trained on.
+    """Return a notice for each selected task that has items in the rows of the mixture.
 
-    A suite whose items are not on this machine is passed over: it is looked at again when it is scored.
+    A suite whose items are not on this machine is skipped: it is checked again when it is scored.
     """
     samples = []
     for task in find_tasks(selection.tasks):

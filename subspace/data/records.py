@@ -1,8 +1,8 @@
-"""The texts to train on: a prompt and its answer, from a task's prepared items or from a file of the user's own.
+"""Training texts, pairs of prompt and answer, from a task's prepared items or from a user's own file.
 
-A file is JSON (a list of objects), JSON lines, or Parquet. Its rows have ``instruction``, ``output`` and, where they
-like, ``input``; or ``messages``, a conversation that ends with the assistant's turn, which the tokenizer's own chat
-template writes.
+A file is JSON (a list of objects), JSON lines, or Parquet. Its rows have ``instruction``, ``output`` and optionally
+``input``; or ``messages``, a conversation that ends with the assistant's turn, which is rendered by the tokenizer's own
+chat template.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Texts = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows that are read when they are needed. ``fingerprint_inputs`` is all that decides what their texts are."""
+    """Rows that are read on demand. ``fingerprint_inputs`` are all inputs that determine their texts."""
 
     name: str
     fingerprint_inputs: tuple[str, ...]
@@ -36,7 +36,7 @@ class TextRows:
 
 
 def task_rows(name: str, split: str, prompt: str) -> TextRows | None:
-    """Return a task's rows, or None where its source does not have the split. ``prompt`` is a template."""
+    """Return a task's rows, or None if its source does not have the split. ``prompt`` is a template."""
     checksum, declared = task_checksum(name, split), find_task(name)
     if checksum is None:
         return None
@@ -52,7 +52,16 @@ def task_rows(name: str, split: str, prompt: str) -> TextRows | None:
 
 
 def file_rows(path: Path, prompt: str, tokenizer: PreTrainedTokenizerBase) -> TextRows:
-    """Return the rows of a user's file. A chat's texts are the tokenizer's, so ``prompt`` plays no part in them."""
+    """Return the rows of a user's file.
+
+    Args:
+        path: a file with one of the suffixes ``FILES``.
+        prompt: the prompt template; not used for chats.
+        tokenizer: the model's, for its chat template.
+
+    Raises:
+        UserError: the file is missing, empty or damaged. Other rows are checked when they are read.
+    """
     if not path.is_file():
         beside = [file.name for file in path.parent.glob("*") if file.suffix in FILES] if path.parent.is_dir() else []
         hint = nearest(path.name, beside) if beside else f"Nothing with {', '.join(FILES)} lies there"
@@ -99,14 +108,14 @@ def _chat_texts(record: Mapping[str, Any], where: str, tokenizer: PreTrainedToke
         )
     try:
         prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template may raise what it likes over what it does not like
+        conversation = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template may raise any exception
         raise UserError(f"{where}: the tokenizer's chat template refuses the conversation: {error}") from None
-    if not whole.startswith(prompt):
+    if not conversation.startswith(prompt):
         raise UserError(
-            f"{where}: the tokenizer's chat template writes this conversation otherwise once it is answered"
+            f"{where}: the tokenizer's chat template writes this conversation differently once it is answered"
         )
-    return prompt, whole[len(prompt) :].rstrip()
+    return prompt, conversation[len(prompt) :].rstrip()
 
 
 def _messages(record: Mapping[str, Any], where: str) -> list[dict[str, str]]:
@@ -124,10 +133,14 @@ def _messages(record: Mapping[str, Any], where: str) -> list[dict[str, str]]:
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each record and where it stands, in words."""
+    """Yield the location of each record, such as ``rows.jsonl, line 3``, and the record.
+
+    Raises:
+        UserError: the suffix is unknown, or the file is damaged.
+    """
     read = {".json": _json, ".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix)
     if read is None:
-        raise UserError(f"{path} is a data file of no known kind. There are: {', '.join(FILES)}")
+        raise UserError(f"{path} is not a data file of a known kind: {', '.join(FILES)}")
     for where, record in read(path):
         if not isinstance(record, dict):
             raise UserError(f"{path}, {where}: a row should be an object, not {type(record).__name__}")

@@ -1,4 +1,4 @@
-"""Which rows each optimizer step trains on, and which of them a process computes."""
+"""Sampling of the rows of each optimizer step, and their assignment to ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from subspace.errors import UserError
 
-GROUPED_STEPS = 64  # steps whose rows are sorted by length together: more pads less, fewer shuffles better
+GROUPED_STEPS = 64  # steps whose rows are sorted by length together: more reduces padding, fewer shuffles better
 
 Integers = npt.NDArray[np.int64]
 
@@ -17,16 +17,16 @@ Integers = npt.NDArray[np.int64]
 def draw_steps(num_rows: int, *, batch: int, epochs: float = 1.0, steps: int | None = None, seed: int = 0) -> Integers:
     """Return the rows that a run's steps take from the shuffled data, in the order of the shuffle: ``(steps, batch)``.
 
-    Every epoch is a fresh shuffle of all rows, and the epochs follow one another without a seam: a step that begins in
-    one may end in the next. So every step has exactly ``batch`` rows, every epoch has every row once, and only what
-    does not fill a step at the very end is left over. This is known before any row is encoded.
+    Every epoch is a new shuffle of all rows, and the epochs are concatenated, so a step may span two of them. Every
+    step has exactly ``batch`` rows, every epoch has every row once, and only rows that do not fill a last step are left
+    over. The result is known before any row is encoded.
 
     Args:
-        num_rows: rows to train on.
+        num_rows: number of rows to train on.
         batch: rows of a step, over all processes.
-        epochs: how often every row is fed, where ``steps`` is None.
-        steps: how many steps, whatever the epochs.
-        seed: of the shuffles.
+        epochs: passes over all rows, used if ``steps`` is None.
+        steps: number of steps, whatever the epochs.
+        seed: seed of the shuffles.
 
     Raises:
         UserError: there are no rows.
@@ -40,10 +40,10 @@ def draw_steps(num_rows: int, *, batch: int, epochs: float = 1.0, steps: int | N
 
 
 class StepPlan:
-    """Which rows each optimizer step trains on: ``plan[k]`` are those of step k, longest first, over all processes.
+    """Rows of each optimizer step: ``plan[k]`` has those of step k, longest first, over all processes.
 
-    The rows are those of ``draw_steps``. With ``group_by_length``, the rows of 64 successive steps are dealt out to
-    these steps by length. Only the lengths of rows that a step takes matter.
+    The rows are those of ``draw_steps``. With ``group_by_length``, the rows of 64 successive steps are regrouped by
+    length among these steps. Only the lengths of rows that a step takes matter.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class StepPlan:
         drawn = draw_steps(len(lengths), batch=batch, epochs=epochs, steps=steps, seed=seed)
         if group_by_length:
             groups = range(0, len(drawn), GROUPED_STEPS)
-            drawn = np.concatenate([_deal(drawn[at : at + GROUPED_STEPS], lengths, (seed, at, 0)) for at in groups])
+            drawn = np.concatenate([_regroup(drawn[at : at + GROUPED_STEPS], lengths, (seed, at, 0)) for at in groups])
         longest_first = np.argsort(-lengths[drawn], axis=1, kind="stable")
         self._rows = np.take_along_axis(drawn, longest_first, axis=1)
 
@@ -70,10 +70,10 @@ class StepPlan:
         return [int(row) for row in self._rows[step]]
 
 
-def _deal(steps: Integers, lengths: npt.NDArray[np.int64], seed: tuple[int, int, int]) -> Integers:
-    """Return the same rows in steps of rows of like length, the steps in a random order.
+def _regroup(steps: Integers, lengths: npt.NDArray[np.int64], seed: tuple[int, int, int]) -> Integers:
+    """Return the same rows regrouped into steps of similar length, with the steps in random order.
 
-    ``seed`` is three numbers, so that this is never the draw of an epoch, which has two.
+    ``seed`` has three numbers, so that it never equals the seed of an epoch, which has two.
     """
     rows = steps.ravel()
     by_length = rows[np.argsort(lengths[rows], kind="stable")].reshape(steps.shape)
@@ -83,7 +83,11 @@ def _deal(steps: Integers, lengths: npt.NDArray[np.int64], seed: tuple[int, int,
 def shard_batch(numbers: Sequence[int], rank: int, ranks: int, accumulate: int) -> list[list[int]]:
     """Return this rank's micro-batches of a step's rows.
 
-    The rows come longest first. Rows of like length are fed at the same time, so that no rank waits for another.
+    ``numbers`` are sorted by length, longest first. Ranks process rows of similar length at the same time, so that none
+    waits for another.
+
+    Raises:
+        UserError: there are fewer rows than micro-batches.
     """
     if len(numbers) < ranks * accumulate:
         raise UserError(

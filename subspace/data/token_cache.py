@@ -1,9 +1,9 @@
-"""The cache of token ids: for each split (or file), prompt and tokenizer, the rows that some run was fed so far.
+"""Cache of token ids: for each split (or file), prompt and tokenizer, the rows that any run has needed so far.
 
-On the disk a part has a folder ``tokens/NAME-KEY.index`` with two numbers for every row: a key of the text and how many
-tokens the answer has. That is all that decides which rows a run trains on, and it takes no encoding of the prompts.
-Token ids lie beside it in folders ``NAME-KEY.rows-HASH``, each with the rows that a run needed and none had before. A
-folder ``NAME-KEY``, in which an earlier version kept index and token ids of all rows, is read as it is.
+On disk a part has a folder ``tokens/NAME-KEY.index`` with two numbers for every row: a key of its text and its number
+of answer tokens. These determine the rows that a run trains on, without encoding the prompts. Token ids are stored
+beside it in folders ``NAME-KEY.rows-HASH``, each with the rows that one run needed and no earlier one had encoded. A
+folder ``NAME-KEY``, in which an earlier version stored index and token ids of all rows, is read too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # of the cache; another one is encoded again
+FORMAT = 1  # of the cache; rows in another format are encoded again
 ENCODED_AT_ONCE = 4096  # rows
 
 Integers = npt.NDArray[np.int64]
@@ -38,13 +38,13 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Rows of token ids by their numbers in all parts, one part after another. Not every row need be encoded.
+    """Token ids of rows that are numbered consecutively through all parts. Not every row is encoded.
 
     Attributes:
-        keys: of every row a number that is equal where the texts are.
-        answer_lengths: of every row how many tokens its answer has, with its end.
+        keys: a key of every row's text, equal for equal texts.
+        answer_lengths: the number of every row's answer tokens, end token included.
         ids: the encoded rows.
-        position: of every row its place in ``ids``, or -1.
+        position: the index of every row in ``ids``, or -1 if it is not encoded.
     """
 
     keys: Integers
@@ -53,22 +53,26 @@ class TokenTable:
     position: Integers
 
     def lengths(self, rows: Integers) -> Integers:
-        """Return how many tokens these rows have; 0 where a row is not encoded."""
+        """Return the number of tokens of each of these rows; 0 if it is not encoded."""
         lengths = column(self.ids, "length")
         at = self.position[rows]
         return np.where(at >= 0, lengths[at], 0) if len(lengths) else np.zeros(len(rows), dtype=np.int64)
 
     def read(self, row: int) -> tuple[list[int], int]:
-        """Return a row's token ids, and how many of them are the prompt's."""
+        """Return a row's token ids, and the number of the prompt's.
+
+        Raises:
+            LookupError: the row is not encoded.
+        """
         at = int(self.position[row])
         if at < 0:
-            raise LookupError(f"row {row} was not asked for when the data was opened")
-        found = self.ids[at]
-        return found["input_ids"], found["answer_start"]
+            raise LookupError(f"row {row} is not encoded: it was not requested when the data was opened")
+        columns = self.ids[at]
+        return columns["input_ids"], columns["answer_start"]
 
 
 class PartCache:
-    """The cache of one part's token ids."""
+    """Cache of the token ids of one part."""
 
     def __init__(self, part: TextRows, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
         self.part, self.tokenizer, self.progress = part, tokenizer, progress
@@ -88,12 +92,12 @@ class PartCache:
 
     @property
     def is_indexed(self) -> bool:
-        """Whether the index is there, so that opening it takes no time."""
+        """True if the index is in the cache."""
         return _is_good(self.folder) or _is_good(self._beside("index"))
 
     @cached_property
     def index(self) -> tuple[Integers, Integers]:
-        """For every row the key of its text, and the number of its answer's tokens."""
+        """The key of every row's text, and the number of its answer's tokens."""
         if _is_good(self.folder):
             table = _load(self.folder)
             return column(table, "key"), column(table, "length") - column(table, "answer_start")
@@ -109,14 +113,14 @@ class PartCache:
         return self.folder.with_name(f"{self.folder.name}.{suffix}")
 
     def missing(self, rows: Integers) -> Integers:
-        """Return which of these rows are not encoded yet, in ascending order."""
+        """Return those of these rows that are not encoded yet, in ascending order."""
         return np.setdiff1d(rows, self._encoded()[0])
 
     def encode(self, rows: Integers) -> tuple[Integers, datasets.Dataset]:
-        """Encode those of the rows that are not yet; return all that is encoded: row numbers, and their token ids."""
+        """Encode those of the rows that are not encoded yet; return the numbers and token ids of all encoded rows."""
         missing = self.missing(rows)
         if len(missing):
-            # Processes of one run miss the same rows: the first one encodes them, the others wait for it.
+            # All processes of a run need the same rows: the first encodes them, and the others wait.
             folder = self._beside(f"rows-{hashlib.sha256(missing.tobytes()).hexdigest()[:16]}")
             build_dir_atomically(folder, _is_good, lambda work: self._build_rows(work, missing))
         return self._encoded()
@@ -149,21 +153,21 @@ class PartCache:
         return self._save(columns, _token_features(), work)
 
     def _encode(self, texts: Texts) -> dict[str, list[Any]]:
-        """Encode texts, and end every answer."""
+        """Return the columns of the encoded texts, with an end token after every answer."""
         columns: dict[str, list[Any]] = {"input_ids": [], "answer_start": [], "length": []}
         with self.progress(f"encoding {self.part.name}", len(texts), "rows") as at:
             for begin in range(0, len(texts), ENCODED_AT_ONCE):
-                some = texts[begin : begin + ENCODED_AT_ONCE]
-                for ids, start in tokenization.encode_rows(self.tokenizer, some, special=not self.part.chat):
+                chunk = texts[begin : begin + ENCODED_AT_ONCE]
+                for ids, start in tokenization.encode_rows(self.tokenizer, chunk, special=not self.part.chat):
                     ended = self._ended(ids)
                     columns["input_ids"].append(np.asarray(ended, dtype=np.int32))
                     columns["answer_start"].append(start)
                     columns["length"].append(len(ended))
-                at(begin + len(some))
+                at(begin + len(chunk))
         return columns
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Return the ids with an end; a chat template has mostly written one itself."""
+        """Return the ids with an end token, which most chat templates have written already."""
         # By id: as text, an end would have to be recognised again, which not every tokenizer does.
         return ids if ids and ids[-1] in self._own_ends else [*ids, self.tokenizer.eos_token_id]
 
@@ -194,15 +198,15 @@ def _token_features() -> datasets.Features:
 
 
 def open_table(parts: Sequence[PartCache], rows: Integers) -> TokenTable:
-    """Encode rows, numbered through all parts, that are not yet, and return the table of them."""
+    """Return the table of these rows, numbered through all parts, encoding those that are not encoded yet."""
     import datasets
 
     keys, answer_lengths, tables = [], [], []
     position = np.full(sum(map(len, parts)), -1)
     encoded = 0
     for part, begin, numbers in split_by_part(parts, rows):
-        found, table = part.encode(numbers)
-        position[begin + found] = encoded + np.arange(len(table))
+        encoded_rows, table = part.encode(numbers)
+        position[begin + encoded_rows] = encoded + np.arange(len(table))
         encoded += len(table)
         tables.append(table)
         keys.append(part.index[0])
@@ -213,7 +217,7 @@ def open_table(parts: Sequence[PartCache], rows: Integers) -> TokenTable:
 
 
 def split_by_part(parts: Sequence[PartCache], rows: Integers) -> Iterator[tuple[PartCache, int, Integers]]:
-    """Yield each part, the number of its first row in all parts, and those of the rows that are its, by its numbers."""
+    """Yield each part, the number of its first row, and those of ``rows`` in it, numbered within the part."""
     begin = 0
     for part in parts:
         end = begin + len(part)
@@ -222,7 +226,7 @@ def split_by_part(parts: Sequence[PartCache], rows: Integers) -> Iterator[tuple[
 
 
 def column(table: datasets.Dataset, name: str) -> Integers:
-    """Return a column of numbers."""
+    """Return an integer column of a table."""
     return np.asarray(table.data.column(name).to_numpy(), dtype=np.int64)
 
 

@@ -1,8 +1,8 @@
-"""Text to token ids, cut where the context ends. The one place for it: training and every form of scoring come here.
+"""Tokenisation of a context and its continuation, shared by training and all scoring protocols.
 
-The rule is lm-evaluation-harness's. White space at the end of the context goes to the continuation, the whole text is
-encoded at once, and the context's share is as many tokens as the context has when it is encoded alone. A tokenizer that
-glues a space to the word after it then never sees a context that ends in a foreign token.
+The rule is lm-evaluation-harness's. White space at the end of the context is moved to the continuation, the whole text
+is encoded at once, and the context's share is the number of tokens of the context encoded alone. A tokenizer that
+attaches a space to the following word then never sees a context that ends in a separate token for the space.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], int]:
-    """Return the ids of context and continuation together, and how many of them are the context's."""
+    """Return the ids of context and continuation together, and the number of the context's."""
     return encode_pairs(tokenizer, [(context, continuation)])[0]
 
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> list[tuple[list[int], int]]:
-    """Return ``encode_pair`` of every (context, continuation). Texts that occur more than once are encoded once."""
+    """Return ``encode_pair`` of every (context, continuation). Repeated texts are encoded once."""
     cut = [_cut(context, continuation) for context, continuation in pairs]
     ids = _encode(tokenizer, (text for context, continuation in cut for text in (context, context + continuation)))
 
     start, lone = bos_prefix(tokenizer), _beginning(tokenizer)
     encoded = []
     for context, continuation in cut:
-        # The first predicted token needs one before it, also where there is no context.
+        # The first predicted token needs one before it, even without a context.
         begin = start if start or ids[context] else lone
         encoded.append((begin + ids[context + continuation], len(begin) + len(ids[context])))
     return encoded
@@ -39,14 +39,14 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, 
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]], *, special: bool = True
 ) -> list[tuple[list[int], int]]:
-    """Return the ids of every (prompt, answer) to train on, and how many of them are the prompt's.
+    """Return for every (prompt, answer) to train on its ids, and the number of the prompt's.
 
-    The prompt's ids are exactly those that ``encode_prompt`` gives, and the answer's are ``encode_answers``.
+    The prompt's ids equal those of ``encode_prompt``, and the answer's those of ``encode_answers``.
 
     Args:
         tokenizer: the model's.
         rows: (prompt, answer) texts.
-        special: begin as the tokenizer itself begins a text; a chat template has done so already.
+        special: begin with the tokenizer's prefix (BOS); False for chat templates, which contain it already.
     """
     prompts = [_cut(prompt, answer)[0] for prompt, answer in rows]
     ids = _encode(tokenizer, prompts)
@@ -59,11 +59,11 @@ def encode_rows(
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, str]]) -> list[list[int]]:
-    r"""Return the ids of every row's answer: those that it has after the last line of its prompt.
+    r"""Return the ids of every row's answer, as encoded after the last line of its prompt.
 
-    Mostly that is what ``encode_pair`` gives. But some tokenizers have tokens that cross the cut (LLaMA-3's ``:\n``),
-    and a prompt trained with such a token is another one than a model is asked to go on from. No more of a prompt than
-    its last line is encoded, so this takes no time where many rows end in the same line and have one of a few answers.
+    They mostly equal those of ``encode_pair``. But some tokenizers have tokens that cross the boundary (LLaMA-3's
+    ``:\n``), and a prompt trained with such a token differs from the prompt given in generation. Only the last line of
+    a prompt is encoded, so this is fast where many rows share that line and a few answers.
     """
     cut = (_cut(prompt, answer) for prompt, answer in rows)
     lines = [(prompt[prompt.rfind("\n") + 1 :], answer) for prompt, answer in cut]
@@ -74,15 +74,15 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str,
     )
 
     def ids(line: str, answer: str) -> list[int]:
-        whole, before = joined[line + answer], joined[line]
-        return whole[len(before) :] if _begins(whole, before) else apart[answer]
+        both, prompt_ids = joined[line + answer], joined[line]
+        return both[len(prompt_ids) :] if _begins(both, prompt_ids) else apart[answer]
 
     encoded = {pair: ids(*pair) for pair in distinct}
     return [encoded[pair] for pair in lines]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the ids that a model generates from: exactly those that training put before the answer's."""
+    """Return the ids that a model generates from: exactly those that precede the answer in training."""
     return encode_pair(tokenizer, prompt.rstrip(), "")[0]
 
 
@@ -93,7 +93,7 @@ def common_prefix_length(sequences: Sequence[Sequence[object]]) -> int:
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer puts before every text: the beginning-of-text token, or none."""
+    """Return the ids that the tokenizer puts before every text: the beginning-of-sequence token, or none."""
     marked = tokenizer("a", add_special_tokens=True)["input_ids"]
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     start = next(i for i in range(len(marked)) if marked[i : i + len(bare)] == bare)
@@ -101,7 +101,7 @@ def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a checksum of all that decides how the tokenizer encodes a text."""
+    """Return a checksum of everything that determines how the tokenizer encodes a text."""
     state: dict[str, object] = {
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -112,7 +112,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is None:
         state["vocabulary"] = sorted(tokenizer.get_vocab().items())
     else:
-        # Whoever called the tokenizer last left its padding and truncation in here; neither is the tokenizer's own.
+        # Padding and truncation are left over from the last call, and are not part of the tokenizer.
         state["backend"] = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     return hash_json(state)
 

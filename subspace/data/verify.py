@@ -1,7 +1,7 @@
-"""Check a task's rows against what is declared: how many, how often each label, and every byte of their text.
+"""Verification of a task's rows against its declaration: row counts, label counts, and every byte of their text.
 
-The text is proved by writing the published LLM-Adapters files again from the neutral rows: git names a file by a
-checksum of its content, so an equal blob id is an equal file, without having that file.
+The text is verified by rebuilding the published LLM-Adapters files from the neutral rows: a git blob id is a checksum
+of a file's content, so an equal id means an equal file, without having that file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ Rows = Sequence[Item]
 
 @dataclass(frozen=True)
 class SplitVerification:
-    """What is known of a prepared split.
+    """Result of verifying a prepared split.
 
-    ``proved`` is None where there is nothing to prove it by. ``expected`` is False where it should have been equal.
+    ``proved`` is None if there is nothing to compare with. ``expected`` is False if the text differs from the published
+    file although its source does not declare a difference.
     """
 
     rows: int
@@ -35,10 +36,10 @@ class SplitVerification:
 
 
 def verify_splits(task: Task, splits: Mapping[str, Rows], source: str) -> dict[str, SplitVerification]:
-    """Count the rows, and prove each split by the published file that it is in.
+    """Return the verification of each split, by its counts and by the published file that contains it.
 
     Raises:
-        UserError: the counts are not the declared ones. A text that is not the published one is told, not refused.
+        UserError: the counts differ from the declared ones. A text that differs is reported, not refused.
     """
     facts = {split: SplitVerification(*_count(task, split, rows, source)) for split, rows in splits.items()}
     for name, published in task.published.items():
@@ -49,7 +50,7 @@ def verify_splits(task: Task, splits: Mapping[str, Rows], source: str) -> dict[s
 
 
 def published_file(task: Task, items: Iterable[Item]) -> bytes:
-    """Write items as LLM-Adapters publishes them."""
+    """Return the content of a file in which LLM-Adapters would publish these items."""
     records = [
         {"instruction": task.instruction(item), "input": "", "output": task.output(item), "answer": task.answer(item)}
         for item in items
@@ -58,7 +59,7 @@ def published_file(task: Task, items: Iterable[Item]) -> bytes:
 
 
 def git_blob_id(content: bytes) -> str:
-    """Return the name that git gives to a file with this content."""
+    """Return the git blob id of a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 

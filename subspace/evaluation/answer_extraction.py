@@ -1,4 +1,4 @@
-"""Find the answer in a text that a model wrote, as the published evaluators do."""
+"""Extraction of the answer from generated text, as in the published evaluators."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from subspace.evaluation.records import ItemRecord, make_record
 
 
 def answer_record(extractor: Extractor, task: Task, item: Item, prompt_hash: str, text: str) -> ItemRecord:
-    """Return the record of an item that a model answered with this text."""
+    """Return the record of an item for which the model generated ``text``."""
     prediction, label = extractor.find(text), task.answer(item)
     correct = {"acc": extractor.same(prediction, label)}
     return make_record(item, prompt_hash, {"text": text}, prediction, label, correct)
 
 
 class Extractor(Protocol):
-    """Finds an answer in a text; ``str()`` says how."""
+    """Interface of an answer extractor; ``str()`` describes it for the fingerprint."""
 
     def find(self, text: str) -> str:
-        """Return the answer, or nothing."""
+        """Return the answer, or an empty string."""
 
     def is_final(self, text: str) -> bool:
-        """Return True if the answer is there and stays what it is whatever is written behind it."""
+        """Return True if the answer is present and no further text can change it."""
 
     def same(self, prediction: str, label: str) -> bool:
-        """Return True if what was found is the right answer."""
+        """Return True if the prediction is the right answer."""
 
 
 def extractor(task: Task) -> Extractor:
-    """Return what finds a task's answers, as the published evaluators do."""
+    """Return the extractor that the published evaluators use for a task."""
     return LastNumber() if task.extraction == "last-number" else AnswerWords(task.answer_words)
 
 
 class AnswerWords:
-    """Finds the first answer word in a text, as the published evaluator does: case counts, parts of words match too."""
+    """Extractor of the first answer word, as published: case-sensitive, and parts of longer words match too."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = words
         self.pattern = re.compile("|".join(map(re.escape, words)))
-        # A word that is part of another ("answer1" of "answer10") may yet turn out to be that one.
+        # A word that is part of another ("answer1" of "answer10") may still grow into it.
         self.final = {word for word in words if not any(word in other for other in words if other != word)}
 
     def __str__(self) -> str:
         return f"first of {'|'.join(self.words)}"
 
     def find(self, text: str) -> str:
-        """Return the first answer word, or nothing."""
-        found = self.pattern.search(text)
-        return found[0] if found else ""
+        """Return the first answer word, or an empty string."""
+        match = self.pattern.search(text)
+        return match[0] if match else ""
 
     def is_final(self, text: str) -> bool:
-        """Return True if the first answer word is there and stays what it is whatever is written behind it."""
+        """Return True if an answer word is present and no further text can change which is the first."""
         return self.find(text) in self.final
 
     def same(self, prediction: str, label: str) -> bool:
@@ -63,9 +63,9 @@ class AnswerWords:
 
 
 class LastNumber:
-    """Finds the last number in a text, as the published evaluator of the math suites does: commas are taken out first.
+    """Extractor of the last number, as in the published evaluator of the math suites: commas are removed first.
 
-    It is right within 0.001. It is known only when nothing more is written, so no row ends early.
+    It is right within 0.001. It is known only when generation ends, so no row ends early.
     """
 
     TOLERANCE = 0.001
@@ -74,9 +74,9 @@ class LastNumber:
         return f"last number, within {self.TOLERANCE}"
 
     def find(self, text: str) -> str:
-        """Return the last number as it is written, or nothing."""
-        found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
-        return str(found[-1]) if found else ""
+        """Return the last number as it is written, or an empty string."""
+        numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+        return str(numbers[-1]) if numbers else ""
 
     def is_final(self, text: str) -> bool:
         """Return False: a further number may follow."""

@@ -1,4 +1,4 @@
-"""How items become batches, how many tokens a batch has, and what happens when one does not fit into memory."""
+"""Batching, memory budgets and out-of-memory recovery for scoring."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from subspace.errors import RunFailed
 
 Batch = list[int]
 Sizes = Sequence[tuple[int, int]]
-"""For each item how many rows it is in a batch, and how many tokens its longest row has."""
+"""For each item the number of its rows in a batch, and the number of tokens of its longest row."""
 
 Records = list[Any]
 
 MEMORY_SHARE = 0.6
-"""How much of a device's free memory one batch may fill by the estimate below."""
+"""Fraction of a device's free memory that one batch may fill, by the estimate in ``token_budget``."""
 
 MOST_TOKENS, FEWEST_TOKENS = 65536, 256
 
 
 def plan_batches(sizes: Sizes, budget: int) -> list[Batch]:
-    """Cut items into batches of at most ``budget`` tokens, longest items first; an item that is larger comes alone.
+    """Return batches of at most ``budget`` tokens, longest items first; a larger item is a batch by itself.
 
-    A batch that has an eighth of the budget takes no items that would be padded by more than a fifth.
+    A batch that has reached an eighth of the budget takes no items that would be padded by more than a fifth.
 
     Args:
-        sizes: of the items.
+        sizes: rows and tokens of the items.
         budget: tokens, padding included.
     """
     plan: list[Batch] = []
@@ -46,30 +46,30 @@ def plan_batches(sizes: Sizes, budget: int) -> list[Batch]:
 
 
 def count_tokens(sizes: Sizes, batch: Batch) -> int:
-    """Return the tokens of a batch, padding included."""
+    """Return the number of tokens of a batch, padding included."""
     return sum(sizes[number][0] for number in batch) * max(sizes[number][1] for number in batch)
 
 
 def assign_to_ranks(plan: Sequence[Batch]) -> Iterator[list[Batch]]:
-    """Deal the batches out, one for each rank at a time. The last one goes to all ranks that would have none.
+    """Yield one batch for each rank at a time. In the last round, ranks left without a batch repeat the last one.
 
-    So each rank makes equally many forward passes, which ZeRO-3 needs: every one of them gathers the weights together.
+    So all ranks make the same number of forward passes, as ZeRO-3 needs: each pass gathers the weights collectively.
     """
     ranks = world_size()
     for first in range(0, len(plan), ranks):
-        yield [plan[min(first + other, len(plan) - 1)] for other in range(ranks)]
+        yield [plan[min(first + offset, len(plan) - 1)] for offset in range(ranks)]
 
 
 def token_budget(model: Any, *, writes: bool) -> int:
-    """Return how many tokens a batch may have, padding included.
+    """Return the number of tokens that a batch may have, padding included.
 
-    On a GPU, what fits by a generous estimate; :class:`OOMSplitter` takes care of what the estimate does not see. Small
-    batches stay in a CPU's caches and have less padding. But where tokens are written one by one, each reads all
-    weights for however few rows, so there more rows are cheaper.
+    On a GPU it follows from an estimate of the memory needed; :class:`OOMSplitter` handles what the estimate misses.
+    On a CPU small batches stay in the caches and have less padding; but where tokens are generated one by one, every
+    step reads all weights whatever the number of rows, so larger batches are cheaper.
 
     Args:
-        model: the model.
-        writes: whether the protocol lets it write.
+        model: the model, on its device.
+        writes: whether the protocol generates text.
     """
     device = next(model.parameters()).device
     if device.type != "cuda":
@@ -77,7 +77,7 @@ def token_budget(model: Any, *, writes: bool) -> int:
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + cached
     c, width = model.config, model.dtype.itemsize
-    # What one layer holds at once, besides the residual stream; logits are there in float32 too.
+    # Activations of one layer besides the residual stream; logits exist in float32 as well.
     layer = width * (8 * c.hidden_size + 4 * c.intermediate_size)
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     cache = width * 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim
@@ -86,9 +86,9 @@ def token_budget(model: Any, *, writes: bool) -> int:
 
 
 class OOMSplitter:
-    """Scores batches; one that does not fit into memory is cut in two, and so are all later ones of its size.
+    """Scorer of batches that splits one that does not fit into memory in two, and all later ones of its size.
 
-    What is scored does not depend on the batch it is in, so the results stay what they are.
+    The score of an item does not depend on its batch, so results do not change.
     """
 
     def __init__(self, model: nn.Module, score: Callable[[Batch], Records], sizes: Sizes) -> None:
@@ -104,26 +104,26 @@ class OOMSplitter:
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                self._refuse(batch, tokens)
+                self._raise_if_final(batch, tokens)
                 self.limit = tokens // 2
-            # Outside the handler nothing holds the failed pass's tensors any longer.
+            # Outside the handler the tensors of the failed pass are no longer referenced.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         half = len(batch) // 2
         return self.score(batch[:half]) + self.score(batch[half:])
 
-    def _refuse(self, batch: Batch, tokens: int) -> None:
-        """End the run where a smaller batch cannot help, or where the other ranks wait inside the failed pass."""
+    def _raise_if_final(self, batch: Batch, tokens: int) -> None:
+        """Raise RunFailed if a smaller batch cannot help, or if the other ranks wait inside the failed pass."""
         sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
         if sharded:
             raise RunFailed(
                 f"a batch of {tokens} tokens did not fit into memory under ZeRO-3, where one process alone cannot try "
-                f"a smaller one. Score again with evaluate.batch_tokens={tokens // 2}: it goes on where it was"
+                f"a smaller one. Score again with evaluate.batch_tokens={tokens // 2}; it resumes where it stopped"
             ) from None
         if len(batch) == 1:
             raise RunFailed(
                 f"one item of {tokens} tokens does not fit into memory by itself. Free some memory, or quantise the "
-                "base (model.quantize=nf4); scoring again goes on where it was"
+                "base (model.quantize=nf4); scoring again resumes where it stopped"
             ) from None
 
 

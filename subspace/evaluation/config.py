@@ -20,22 +20,22 @@ LLM_ADAPTERS_PUBLISHED = "llm-adapters-published"
 PROTOCOLS = (LIKELIHOOD, LLM_ADAPTERS, ANSWER_WORD, LLM_ADAPTERS_PUBLISHED)
 
 PUBLISHED_DEFECTS = {
-    "unequal_prompts": "the prompt has other white space than in training, and ends in 16 spaces that are a token",
-    "no_attention_mask": "padding is read like text, so answers depend on what else is in the batch",
-    "pad_is_zero": "padding is token 0, whatever that is to the model: '!' to LLaMA-3",
-    "dropout_active": "the model is scored in training mode, adapters' dropout included",
-    "last_response": "the text after the last marker counts, as in DoRA's copy, not that after the first",
+    "unequal_prompts": "the prompt's white space differs from training, and it ends in 16 spaces, which form a token",
+    "no_attention_mask": "padding is attended to like text, so answers depend on the rest of the batch",
+    "pad_is_zero": "padding is token 0, which may be any text: '!' for LLaMA-3",
+    "dropout_active": "the model is scored in training mode, with the adapters' dropout active",
+    "last_response": "the text after the last marker is used, as in DoRA's copy, instead of that after the first",
 }
-"""The defects of the published evaluator, each of which can be switched on."""
+"""Defects of the published evaluator, with descriptions; each can be switched on."""
 
 DEFAULT_DEFECTS = ("unequal_prompts",)
-"""The defects that the published evaluator has at its batch size, one."""
+"""Defects that the published evaluator shows at its batch size of one."""
 NO_DEFECTS = "none"
 
 
 @pydantic.with_config(strict=True)
 class PublishedScores(TypedDict, total=False, extra_items=float):  # type: ignore[call-arg]
-    """Scores of the literature in percent, by the tasks' names, and where they stand."""
+    """Published scores in per cent by task name, and their source."""
 
     source: Required[str]
     average: float
@@ -47,10 +47,10 @@ class EvaluationSubject:
 
     model: ModelConfig
     evaluate: EvaluateConfig
-    folder: Path  # where the results go
+    folder: Path  # that the results are written to
     adapter: Path | None = None
     method: str = ""
-    mixture: str = ""  # that the adapters were trained on
+    mixture: str = ""  # data.mixture of the adapters' training run
 
 
 @dataclass(frozen=True, kw_only=True)

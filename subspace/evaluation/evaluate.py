@@ -1,8 +1,8 @@
-"""Score a model, as it is or with adapters, on the suites; by any number of processes.
+"""Evaluation of a model, with or without adapters, on tasks, by any number of processes.
 
-Each protocol knows how to lay out a task's items and how to score a batch of them; everything else is here. Batches are
-cut from the items sorted by length, the same on every process, and dealt out to them. So a score does not depend on the
-number of processes, each makes equally many forward passes (which ZeRO-3 needs), and each returns all results.
+Each protocol encodes a task's items and scores batches of them; everything else is here. Batches are cut from the items
+sorted by length, identically on every process, and assigned to the ranks. So a score does not depend on the number of
+processes, each makes the same number of forward passes (as ZeRO-3 needs), and each returns all results.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One task by one protocol, laid out. It serves every model that has this tokenizer and this configuration."""
+    """One task encoded for one protocol. It serves every model with this tokenizer and model configuration."""
 
     sample: Sample
     scorer: Scorer
@@ -56,7 +56,7 @@ class Job:
 def build_jobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, progress: Progress = no_progress
 ) -> list[Job]:
-    """Lay every task out by every protocol. What is missing is an error here, before anything is scored."""
+    """Return a job for every protocol and task. Missing data raises UserError here, before anything is scored."""
     samples = select_samples(config.selection)
     wanted = [(protocol, sample) for protocol in config.protocols for sample in samples]
     encoded_by = tokenizer_fingerprint(tokenizer)[:12]
@@ -81,19 +81,22 @@ def evaluate(
     jobs: Sequence[Job] | None = None,
     checksum: str = "",
 ) -> list[TaskResult]:
-    """Score a model on the tasks. All ranks call it, and each returns all results.
+    """Score a model on the tasks. Collective: all ranks call it, and each returns all results.
 
     Args:
         model: with or without adapters; under ZeRO-3 the engine's ``module``.
         tokenizer: the model's.
-        config: what to score, and how.
-        folder: the run's folder, where items and ``results.json`` are written as each task is done; or none. What it
-            holds of this very model, whole or in part, is not scored again.
-        model_name: what the results call the base model.
-        adapter: what the results call the adapters; nothing for the base model.
-        progress: what is told how far it is, on the first process.
-        jobs: what ``build_jobs`` made of this configuration for a model of the same base.
-        checksum: of base and adapters, where the model holds those of several subjects.
+        config: the evaluation settings.
+        folder: the run's folder, where items and ``results.json`` are written after each task; None writes nothing.
+            Results that it already has of this very model, complete or partial, are not computed again.
+        model_name: name of the base model in the results.
+        adapter: name of the adapters in the results; empty for the base model.
+        progress: progress display, used on the first process.
+        jobs: result of ``build_jobs`` for these settings and a model of the same base; None builds them.
+        checksum: checksum of base and adapters, needed if the model has adapters of several subjects.
+
+    Returns:
+        One result for each protocol and task, in the order of the jobs.
     """
     jobs = build_jobs(model, tokenizer, config, progress) if jobs is None else jobs
     subject = checksum or (weights_checksum(model) if folder else "")
@@ -102,7 +105,7 @@ def evaluate(
     title = f"score {adapter or model_name or 'the model'} by {', '.join(config.protocols)}"
     with _scoring(model), (progress if is_main() else no_progress)(title, total, "tokens") as at:
 
-        def tell(tokens: int, detail: str) -> None:
+        def advance(tokens: int, detail: str) -> None:
             nonlocal done
             done += tokens
             at(min(done, total), detail)
@@ -111,7 +114,7 @@ def evaluate(
             file = items_file(folder, job.scorer.name, job.sample.task.name) if folder else None
             result = None if config.overwrite else _scored_before(folder, job, subject)
             if result:
-                tell(_work(job.scorer, range(len(job.sample.items))), f"{job.sample.task.title}, scored before")
+                advance(_work(job.scorer, range(len(job.sample.items))), f"{job.sample.task.title}, scored before")
                 results.append(result)
                 continue
             began = time.perf_counter()
@@ -119,7 +122,7 @@ def evaluate(
             with ResumableResults(
                 file, digest([subject, dict(job.fingerprint_fields)]), config.batch_tokens, default
             ) as partial:
-                records = _score(model, job, partial, tell)
+                records = _score(model, job, partial, advance)
                 result = TaskResult(
                     model=model_name,
                     adapter=adapter,
@@ -144,36 +147,38 @@ def evaluate(
 
 
 def _scored_before(folder: Path | None, job: Job, subject: str) -> TaskResult | None:
-    """Return what a folder holds of this task, this protocol and this very model, on every rank."""
-    found = None
+    """Return, on every rank, the folder's result for this task, protocol and model, or None."""
+    result = None
     if folder and is_main():
-        found = find_result(folder, job.scorer.name, job.sample.task.name)
-        if found and (found.subject, found.fingerprint) != (subject, digest(dict(job.fingerprint_fields))):
-            found = None
-    return broadcast_object(found) if folder else None
+        result = find_result(folder, job.scorer.name, job.sample.task.name)
+        if result and (result.subject, result.fingerprint) != (subject, digest(dict(job.fingerprint_fields))):
+            result = None
+    return broadcast_object(result) if folder else None
 
 
-def _score(model: nn.Module, job: Job, partial: ResumableResults, tell: Callable[[int, str], None]) -> list[ItemRecord]:
-    """Return the record of every item, on every rank; each scores its share of the batches that are left."""
+def _score(
+    model: nn.Module, job: Job, partial: ResumableResults, advance: Callable[[int, str], None]
+) -> list[ItemRecord]:
+    """Return the records of all items on every rank; each rank scores its share of the remaining batches."""
     scorer, began, scored = job.scorer, time.perf_counter(), 0
-    halving = OOMSplitter(model, lambda batch: scorer.score(model, batch), scorer.sizes)
+    splitter = OOMSplitter(model, lambda batch: scorer.score(model, batch), scorer.sizes)
     plan = plan_batches(scorer.sizes, partial.budget)
-    left = [batch for batch in plan if not partial.records.keys() >= set(batch)]
-    before = set(range(len(scorer.sizes))).difference(*left)
-    tell(_work(scorer, before), f"{job.sample.task.title}, {len(before)} items scored before")
-    with scorer.shared_prefix(model) if left else nullcontext():
-        for turn in assign_to_ranks(left):
-            mine = turn[rank()]
-            partial.add(mine, halving.score(mine))
+    remaining = [batch for batch in plan if not partial.records.keys() >= set(batch)]
+    before = set(range(len(scorer.sizes))).difference(*remaining)
+    advance(_work(scorer, before), f"{job.sample.task.title}, {len(before)} items scored before")
+    with scorer.shared_prefix(model) if remaining else nullcontext():
+        for turn in assign_to_ranks(remaining):
+            own_batch = turn[rank()]
+            partial.add(own_batch, splitter.score(own_batch))
             scored += len({number for batch in turn for number in batch})
             speed = scored / (time.perf_counter() - began)
-            tell(sum(_work(scorer, batch) for batch in turn), f"{job.sample.task.title}, {speed:.1f} items/s")
+            advance(sum(_work(scorer, batch) for batch in turn), f"{job.sample.task.title}, {speed:.1f} items/s")
     partial.gather()
     return [partial.records[number] for number in range(len(scorer.sizes))]
 
 
 def _work(scorer: Scorer, numbers: Iterable[int]) -> int:
-    """Return the tokens of items, without padding."""
+    """Return the number of tokens of items, without padding."""
     return sum(rows * length for rows, length in (scorer.sizes[number] for number in numbers))
 
 
@@ -190,10 +195,11 @@ def _fingerprint_fields(scorer: Scorer, sample: Sample, tokenizer: str) -> dict[
 
 @contextmanager
 def _scoring(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode, without gradients, and afterwards back into the mode it was in.
+    """Put the model into eval mode without gradients, and restore its mode afterwards.
 
-    What a pass frees the next one wants again. Loading the model had it returned to the system, which clears each page
-    that it gives back: a fifth to a third of the time, for a tenth less memory.
+    The memory that one pass frees is allocated again by the next. Malloc trimming, which loading the model switches on,
+    returns it to the system, which zeroes every page that it hands out: a fifth to a third of the time, for a tenth
+    less memory.
     """
     training = model.training
     set_malloc_trim(False)

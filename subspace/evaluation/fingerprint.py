@@ -1,4 +1,4 @@
-"""A checksum of a model's weights and adapters: whether what was scored before is what is to be scored now."""
+"""Checksum of a model's weights and adapters, by which stored results are matched to the model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def weights_checksum(model: Any) -> str:
-    """Return twelve hexadecimal digits of every tensor and of the adapters' settings. Collective under ZeRO-3.
+    """Return a checksum (12 hexadecimal digits) of all tensors and of the adapters' settings. Collective under ZeRO-3.
 
-    A tensor enters by the sum of its bits as integers, which is exact, fast on any device, and the same however the
-    tensor is spread over ranks.
+    A tensor enters as the sum of its bits read as integers, which is exact, fast on any device, and independent of how
+    the tensor is sharded over ranks.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     parts = []

@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch, with as few passes over as few tokens as give the same text."""
+"""Greedy decoding of a batch, with a shared prefix cache and speculative decoding of a fixed draft."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from subspace.models.lm_head import lm_head_on_positions
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """What prompts begin with, ``ids``, and a model's keys and values of it in one row."""
+    """Common token prefix of prompts, ``ids``, and its key-value cache with one row."""
 
     ids: list[int]
     cache: Any
 
     def rows(self, count: int) -> Any:
-        """Return keys and values for so many rows to go on from."""
+        """Return a copy of the cache, repeated for ``count`` rows."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(count)
         return cache
 
 
 def prefill_shared_prefix(model: nn.Module, prompts: Sequence[Sequence[int]]) -> SharedPrefix | None:
-    """Let a model read what all prompts begin with; None where nothing is to be gained.
+    """Return the prefilled common prefix of all prompts, or None if that saves nothing.
 
-    Under ZeRO-3 a pass gathers all weights, which costs more than it saves.
+    Under ZeRO-3 it does not: a pass gathers all weights, which costs more than the prefix saves.
     """
     count = min(common_prefix_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     if not count or requires_synchronized_forward(model):
         return None
     ids = torch.tensor([prompts[0][:count]], device=next(model.parameters()).device)
-    return SharedPrefix([*prompts[0][:count]], _read(model, ids, torch.ones_like(ids), None, 1)[1])
+    return SharedPrefix([*prompts[0][:count]], _forward(model, ids, torch.ones_like(ids), None, 1)[1])
 
 
 def decode_greedily(
@@ -52,24 +52,25 @@ def decode_greedily(
     draft: Sequence[int] = (),
     fixed: bool = False,
 ) -> list[list[int]]:
-    """Return what the model writes after each prompt. The prompts are one batch, padded on the left.
+    """Return the token ids that the model generates after each prompt. The prompts are one batch, padded on the left.
 
-    A draft is read behind each prompt, in the same pass, and a row keeps as much of it as the model writes there
-    itself: all of it at the price of one token, and the same text as without (Leviathan et al., arXiv:2211.17192, for a
-    greedy model). Under ZeRO-3 every process makes as many passes as the one that has most to write.
+    The draft is appended to each prompt in the first pass, and a row accepts the part of it that greedy decoding
+    generates as well: up to the whole draft for the price of one pass, and the same text as without it (Leviathan et
+    al., arXiv:2211.17192, for greedy decoding). Under ZeRO-3 every process makes as many passes as the one that
+    generates longest.
 
     Args:
-        model: the model.
-        prompts: token ids.
-        finished: tells by what a row has written, the last token included, whether it is at its end.
-        max_new_tokens: where a row ends at the latest.
-        prefix: what this model, as it is now, has read of all prompts.
-        draft: token ids that an answer may well begin with.
-        fixed: whether a row's place in the batch means something, as where rows are several subjects'. Then none leaves
-            before the end.
+        model: a causal language model.
+        prompts: the token ids of each prompt.
+        finished: returns True if a row is complete, given the tokens generated so far.
+        max_new_tokens: the maximum number of generated tokens a row.
+        prefix: result of ``prefill_shared_prefix`` for this model, unchanged since, and these prompts.
+        draft: token ids that an answer is likely to begin with.
+        fixed: keep finished rows in the batch until the end, because the model treats rows by their index (adapters of
+            several subjects).
     """
     device = next(model.parameters()).device
-    together = requires_synchronized_forward(model)
+    synchronized = requires_synchronized_forward(model)
     cache, shared = (prefix.rows(len(prompts)), len(prefix.ids)) if prefix else (None, 0)
     texts = [[*prompt[shared:], *draft] for prompt in prompts]
     padding = [max(map(len, texts)) - len(text) for text in texts]
@@ -79,41 +80,43 @@ def decode_greedily(
     )
     guess = torch.tensor(draft, dtype=torch.long, device=device)
     written: list[list[int]] = [[] for _ in prompts]
-    rows, over = list(range(len(prompts))), set[int]()
+    rows, complete = list(range(len(prompts))), set[int]()
 
     while True:
-        tokens, cache = _read(model, ids, mask, cache, len(guess) + 1)
-        right = (tokens[:, :-1] == guess).cumprod(1)
-        mask[:, mask.shape[1] - len(guess) :] *= right  # what was guessed wrong is never looked at
-        for row, several, kept in zip(rows, tokens.tolist(), right.sum(1).tolist(), strict=True):
-            for token in several[: kept + 1]:
-                if row not in over:
+        tokens, cache = _forward(model, ids, mask, cache, len(guess) + 1)
+        accepted = (tokens[:, :-1] == guess).cumprod(1)
+        mask[:, mask.shape[1] - len(guess) :] *= accepted  # rejected draft tokens are never attended to
+        for row, new_tokens, num_accepted in zip(rows, tokens.tolist(), accepted.sum(1).tolist(), strict=True):
+            for token in new_tokens[: num_accepted + 1]:
+                if row not in complete:
                     written[row].append(token)
                     if finished(written[row]) or len(written[row]) == max_new_tokens:
-                        over.add(row)
+                        complete.add(row)
 
-        going_on = [i for i, row in enumerate(rows) if row not in over]
-        left = len(going_on) if not together else int(all_reduce_sum(torch.tensor(len(going_on), device=device)))
-        if not left:
+        active = [i for i, row in enumerate(rows) if row not in complete]
+        num_active = len(active)
+        if synchronized:
+            num_active = int(all_reduce_sum(torch.tensor(num_active, device=device)))
+        if not num_active:
             return written
-        ids = tokens.gather(1, right.sum(1, keepdim=True))
+        ids = tokens.gather(1, accepted.sum(1, keepdim=True))
         guess = guess[:0]
-        if not fixed and 0 < len(going_on) < len(rows):
-            rows = [rows[i] for i in going_on]
-            stay = torch.tensor(going_on, device=device)
-            ids, mask = ids[stay], mask[stay]
-            cache.batch_select_indices(stay)
+        if not fixed and 0 < len(active) < len(rows):
+            rows = [rows[i] for i in active]
+            indices = torch.tensor(active, device=device)
+            ids, mask = ids[indices], mask[indices]
+            cache.batch_select_indices(indices)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 
 
-def _read(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int) -> tuple[Tensor, Any]:
-    """Let the model read on; return which token it holds for likeliest after each of the last ones, and the cache.
+def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int) -> tuple[Tensor, Any]:
+    """Return the argmax token after each of the last ``last`` positions, and the extended cache.
 
-    ``ids`` are ``(rows, tokens)``, ``mask`` ``(rows, tokens read before + tokens)``; returned are ``(rows, last)``.
+    Shapes: ``ids`` ``(rows, tokens)``, ``mask`` ``(rows, cached tokens + tokens)``, result ``(rows, last)``.
     """
     rows, width = ids.shape
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-    places = torch.arange(rows * width, device=ids.device).view(rows, width)[:, -last:].flatten()
-    with lm_head_on_positions(model, places):
+    indices = torch.arange(rows * width, device=ids.device).view(rows, width)[:, -last:].flatten()
+    with lm_head_on_positions(model, indices):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     return out.logits[0].argmax(-1).view(rows, last), out.past_key_values

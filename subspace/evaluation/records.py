@@ -1,4 +1,4 @@
-"""What is kept of every scored item: one line of ``evaluation/PROTOCOL/TASK.jsonl``."""
+"""Records of scored items: one line each in ``evaluation/PROTOCOL/TASK.jsonl``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from subspace.data.items import Item
 
 
 class ItemRecord(TypedDict):
-    """How one item was scored. Which of the optional fields are there depends on the protocol.
+    """Result of scoring one item. Which of the optional fields are present depends on the protocol.
 
     Attributes:
-        id: the item's.
-        prompt: a hash of everything that the model was given to read.
+        id: the item's identifier.
+        prompt: a hash of the whole input of the model.
         scores: the log-probability of each choice, in nats.
-        characters: how many characters each choice has.
-        text: what the model wrote.
-        prediction: the choice taken by each metric, counted from 0; or the answer's word or number.
-        label: the right choice, or the right answer.
-        correct: by each metric, whether the prediction is right.
+        characters: the number of characters of each choice.
+        text: the text that the model generated.
+        prediction: for each metric the index of the predicted choice, from 0; or the predicted word or number.
+        label: the index of the right choice, or the right answer.
+        correct: for each metric, whether the prediction is right.
     """
 
     id: str
@@ -33,7 +33,7 @@ class ItemRecord(TypedDict):
 
 
 class Evidence(TypedDict, total=False):
-    """What a prediction rests on: those of a record's fields that are a protocol's own."""
+    """Fields of a record that only some protocols have, from which the prediction follows."""
 
     scores: list[float]
     characters: list[int]
@@ -48,6 +48,6 @@ def make_record(
     label: int | str,
     correct: Mapping[str, bool],
 ) -> ItemRecord:
-    """Return an item's record, its fields in the order of the file."""
-    after = {"prediction": prediction, "label": label, "correct": dict(correct)}
-    return cast(ItemRecord, {"id": item["id"], "prompt": prompt, **evidence, **after})
+    """Return an item's record, with its fields in the order of the file."""
+    outcome = {"prediction": prediction, "label": label, "correct": dict(correct)}
+    return cast(ItemRecord, {"id": item["id"], "prompt": prompt, **evidence, **outcome})

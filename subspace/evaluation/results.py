@@ -1,8 +1,8 @@
-"""What a scoring leaves behind: a line an item in ``evaluation/PROTOCOL/TASK.jsonl``, a row a task in ``results.json``.
+"""Evaluation results on disk: a line an item in ``evaluation/PROTOCOL/TASK.jsonl``, a row a task in ``results.json``.
 
-A row says what its numbers mean: the fingerprint fields, called *ingredients* in the file (protocol and its version,
-task version, templates, items, decoding, metrics, tokenizer), and a fingerprint of them. Two numbers can be compared
-exactly when their fingerprints are equal.
+A row states what its numbers depend on: the fingerprint fields, called *ingredients* in the file (protocol and its
+version, task version, templates, items, decoding, metrics, tokenizer), and a fingerprint of them. Two numbers are
+comparable if and only if their fingerprints are equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESULTS = "results.json"
 
 
 class Score(NamedTuple):
-    """A share of items, between 0 and 1, and its standard error."""
+    """Accuracy between 0 and 1, and its standard error."""
 
     value: float
     error: float
@@ -33,7 +33,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task scored by one protocol. ``metrics`` has the metric that is usually reported first."""
+    """Result of scoring one task by one protocol. The first of ``metrics`` is the one that is usually reported."""
 
     model: str
     adapter: str
@@ -47,11 +47,11 @@ class TaskResult:
     seconds: float
     fingerprint_fields: Mapping[str, str]
     items: Path | None = field(default=None, compare=False)
-    subject: str = ""  # a checksum of the weights that were scored; nothing where it was not taken
+    subject: str = ""  # checksum of the scored weights; empty if none was computed
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that are equal where the fingerprint fields are."""
+        """Checksum of the fingerprint fields, as 12 hexadecimal digits."""
         return digest(dict(self.fingerprint_fields))
 
     @property
@@ -61,34 +61,38 @@ class TaskResult:
 
 
 def digest(value: Any) -> str:
-    """Return twelve hexadecimal digits of a value that JSON can hold. The order of a mapping's keys does not matter."""
+    """Return a checksum of a JSON value, as 12 hexadecimal digits. The order of a mapping's keys does not matter."""
     return hash_json(value)[:12]
 
 
 def accuracy(correct: Sequence[bool]) -> Score:
-    """Return the share of items that are right, with its binomial standard error, sqrt(p (1 - p) / n)."""
+    """Return the share of correct items p, with its binomial standard error, sqrt(p (1 - p) / n)."""
     p = sum(correct) / len(correct)
     return Score(p, math.sqrt(p * (1 - p) / len(correct)))
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """Return the unweighted mean of independent scores: its variance is the sum of theirs over k squared."""
+    """Return the unweighted mean of k independent scores; its variance is the sum of theirs over k squared."""
     k = len(scores)
     return Score(sum(score.value for score in scores) / k, math.sqrt(sum(score.error**2 for score in scores)) / k)
 
 
 def items_file(folder: Path, protocol: str, task: str) -> Path:
-    """Return where a run's folder keeps a task's items."""
+    """Return the path of a task's items in a run's folder."""
     return folder / "evaluation" / protocol / f"{task}.jsonl"
 
 
 def write_items(file: Path, records: Iterable[ItemRecord]) -> None:
-    """Write one line an item; the file is there whole or not at all."""
+    """Write one line an item, atomically."""
     write_file(file, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
 
 
 def read_items(file: Path) -> list[ItemRecord]:
-    """Read the items back."""
+    """Return the records of an items file.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not JSON.
+    """
     try:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
@@ -105,32 +109,36 @@ def read_items(file: Path) -> list[ItemRecord]:
 
 
 def read_correct(file: Path, metric: str) -> list[bool]:
-    """Return for each item of a file whether it was right by a metric."""
+    """Return for each item of a file whether it is correct by a metric."""
     return [bool(record["correct"][metric]) for record in read_items(file)]
 
 
 def write_results(folder: Path, results: Iterable[TaskResult]) -> None:
-    """Put results into a run's ``results.json``. What it holds of other protocols and tasks stays."""
+    """Merge results into a run's ``results.json``; rows of other protocols and tasks are kept."""
     file = folder / RESULTS
-    kept = {(row.protocol, row.task): row for row in (read_results(folder) if file.exists() else [])}
-    kept.update({(row.protocol, row.task): row for row in results})
-    write_file(file, json.dumps([_row(kept[key], folder) for key in sorted(kept)], indent=2, ensure_ascii=False) + "\n")
+    rows = {(row.protocol, row.task): row for row in (read_results(folder) if file.exists() else [])}
+    rows.update({(row.protocol, row.task): row for row in results})
+    write_file(file, json.dumps([_row(rows[key], folder) for key in sorted(rows)], indent=2, ensure_ascii=False) + "\n")
 
 
 def find_result(folder: Path, protocol: str, task: str) -> TaskResult | None:
-    """Return the result that a run's folder holds of a task and protocol, if its items are there too, and whole."""
+    """Return a run's result for a task and protocol, or None if it or its complete items file is missing."""
     if not (folder / RESULTS).exists():
         return None
-    found = [row for row in read_results(folder) if (row.protocol, row.task) == (protocol, task)]
+    rows = [row for row in read_results(folder) if (row.protocol, row.task) == (protocol, task)]
     try:
-        whole = found and found[0].items and len(read_items(found[0].items)) == found[0].n
+        complete = rows and rows[0].items and len(read_items(rows[0].items)) == rows[0].n
     except UserError:
-        whole = False
-    return found[0] if whole else None
+        complete = False
+    return rows[0] if complete else None
 
 
 def read_results(folder: Path) -> list[TaskResult]:
-    """Read a run's results."""
+    """Return the results in a run's folder.
+
+    Raises:
+        UserError: the run was not scored, or its ``results.json`` is damaged.
+    """
     file = folder / RESULTS
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
@@ -146,7 +154,7 @@ def read_results(folder: Path) -> list[TaskResult]:
 
 
 _IN_FILE = {"fingerprint_fields": "ingredients"}
-"""Fields that ``results.json`` calls otherwise."""
+"""Fields that have another name in ``results.json``."""
 
 
 def _row(result: TaskResult, folder: Path) -> dict[str, Any]:

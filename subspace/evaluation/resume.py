@@ -1,8 +1,8 @@
-"""What of a task is scored already, so that a scoring that was killed goes on where it was.
+"""Partial results on disk, from which an interrupted scoring resumes.
 
 Each process appends the batches that it has scored to a file of its own next to the task's, and the next scoring reads
-all of them, whichever processes wrote them and however many there are now. A line that the kill tore is thrown away.
-Batches are kept whole and are cut as they were, so the file of items at the end is the one of an undisturbed scoring.
+all of these files, whatever the number of processes then and now. An incomplete last line is discarded. Only complete
+batches are stored, and batches are planned as before, so the final file equals that of an uninterrupted scoring.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ from subspace.evaluation.records import ItemRecord
 
 
 class ResumableResults:
-    """The items of a task that are scored, in files next to ``file`` (None: nowhere). All ranks use it alike.
+    """Scored items of a task, stored in files next to ``file``. Collective: all ranks use it alike.
 
     Args:
-        file: where the task's items will be when all are scored.
-        key: of everything that the records depend on; what was kept under another one is thrown away.
-        budget: tokens of a batch, or None for those of what was kept, else ``default``.
-        default: tokens of a batch where nothing else says how many.
+        file: path of the task's final items file; None stores nothing.
+        key: checksum of everything that the records depend on; stored records with another key are discarded.
+        budget: tokens of a batch; None for the budget of the stored records, or else ``default``.
+        default: tokens of a batch if there are no stored records.
     """
 
     def __init__(self, file: Path | None, key: str, budget: int | None, default: int) -> None:
         self.file = file
         self.handle: IO[str] | None = None
         self.records: dict[int, ItemRecord] = {}
-        kept = list(self._read(key, budget)) if file else []
-        found = [one for ranks in gather_objects(kept) for one in ranks]
-        wanted = budget or (found[0][0] if found else default)
-        self.budget: int = broadcast_object(wanted)
-        for size, records in found:
-            if size == self.budget:
+        readable = list(self._read(key, budget)) if file else []
+        stored = [part for parts in gather_objects(readable) for part in parts]
+        self.budget: int = broadcast_object(budget or (stored[0][0] if stored else default))
+        for stored_budget, records in stored:
+            if stored_budget == self.budget:
                 self.records.update(records)
         if file:
             self._start(key)
@@ -51,7 +50,7 @@ class ResumableResults:
             self.handle.close()
 
     def add(self, numbers: Sequence[int], records: Iterable[ItemRecord]) -> None:
-        """Keep a batch that this process has scored."""
+        """Store the records of a batch that this process has scored."""
         new = dict(zip(numbers, records, strict=True))
         self.records.update(new)
         if self.handle:
@@ -59,19 +58,19 @@ class ResumableResults:
             self.handle.flush()
 
     def gather(self) -> None:
-        """Bring what all processes have scored together, on each of them."""
+        """Merge the records of all processes on each of them."""
         for others in gather_objects(self.records):
             self.records.update(others)
 
     def remove(self) -> None:
-        """Take the files away, once the task's own file is written."""
+        """Delete the partial files, once the task's items file is written."""
         if self.handle:
             self.handle.close()
             barrier()
         if not self.file:
             return
-        # The first process takes away what others left, too: an earlier scoring may have had more processes.
-        for file in self._files() if is_main() else [_own(self.file, rank())]:
+        # The first process deletes all of them: an earlier scoring may have had more processes.
+        for file in self._files() if is_main() else [_rank_file(self.file, rank())]:
             file.unlink(missing_ok=True)
 
     def _read(self, key: str, budget: int | None) -> Iterator[tuple[int, dict[int, ItemRecord]]]:
@@ -81,25 +80,25 @@ class ResumableResults:
                 yield head["budget"], dict(lines)
 
     def _start(self, key: str) -> None:
-        """Begin this process's file anew, without torn lines. The first process's takes over what all files held."""
+        """Rewrite this process's file without incomplete lines; the first process's takes over the records of all."""
         assert self.file
-        own = _own(self.file, rank())
+        path = _rank_file(self.file, rank())
         known = self.records if is_main() else {}
         text = "".join(map(_line, [{"key": key, "budget": self.budget}, *known.items()]))
         if is_main():
-            write_file(own, text)
-            for file in {*self._files()} - {_own(self.file, other) for other in range(world_size())}:
+            write_file(path, text)
+            for file in {*self._files()} - {_rank_file(self.file, number) for number in range(world_size())}:
                 file.unlink(missing_ok=True)
         barrier()
-        if not is_main():  # only now: the first process has on the disk what this file held
-            write_file(own, text)
-        self.handle = own.open("a", encoding="utf-8")
+        if not is_main():  # only after the first process has saved the records of this file
+            write_file(path, text)
+        self.handle = path.open("a", encoding="utf-8")
 
     def _files(self) -> list[Path]:
         return sorted(self.file.parent.glob(f"{self.file.name}.partial-*")) if self.file else []
 
 
-def _own(file: Path, number: int) -> Path:
+def _rank_file(file: Path, number: int) -> Path:
     return file.with_name(f"{file.name}.partial-{number}")
 
 
@@ -108,7 +107,7 @@ def _line(value: Any) -> str:
 
 
 def _lines(file: Path) -> Iterator[Any]:
-    """Yield what a file's whole lines hold, and None for one that is torn."""
+    """Yield the value of each complete line of a file, and None for an incomplete one."""
     with contextlib.suppress(OSError):
         for line in file.read_bytes().split(b"\n"):
             try:

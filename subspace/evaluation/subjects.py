@@ -1,9 +1,9 @@
-"""Score several subjects in one go: each base model is opened once, and adapters are put in and taken out again.
+"""Scoring of several subjects: each base model is loaded once, and adapters are injected and removed in turn.
 
-A subject is a base model as it is, or a run's adapters on it. Subjects of one base may have adapters of any methods.
-The tasks are laid out once for all subjects that are scored alike. With ``evaluate.batch_adapters`` those of them whose
-adapters can be mixed are scored in the same batches. With ``evaluate.engine`` the base is spread over the processes
-(ZeRO-3), and is opened anew for each subject: DeepSpeed takes hold of base and adapters together.
+A subject is a base model alone, or with a run's adapters. Subjects of one base may have adapters of any methods. The
+tasks are encoded once for all subjects with the same settings. With ``evaluate.batch_adapters``, subjects whose
+adapters can be batched share their batches. With ``evaluate.engine`` the base is sharded over the processes (ZeRO-3)
+and loaded again for each subject, because DeepSpeed's engine wraps base and adapters together.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ logger = logging.getLogger(__name__)
 def evaluate_subjects(
     subjects: Sequence[EvaluationSubject],
     progress: Progress = no_progress,
-    tell: Callable[[list[Job]], None] | None = None,
+    on_jobs: Callable[[list[Job]], None] | None = None,
 ) -> list[list[TaskResult]]:
-    """Score the subjects, and return the results of each. All ranks call it.
+    """Score the subjects and return the results of each. Collective: all ranks call it.
 
-    ``tell`` is told what is about to be scored, before it is.
+    ``on_jobs`` is called with the jobs of each group of subjects before they are scored.
     """
     results: dict[int, list[TaskResult]] = {}
     bases: dict[tuple[ModelConfig, int | None], dict[str, list[int]]] = {}
     for number, subject in enumerate(subjects):
-        own = number if subject.evaluate.engine else None
-        bases.setdefault((subject.model, own), {}).setdefault(str(subject.evaluate), []).append(number)
-    for (base, own), groups in bases.items():
-        file = None if own is None else subjects[own].evaluate.engine
+        sharded = number if subject.evaluate.engine else None  # a base of its own
+        bases.setdefault((subject.model, sharded), {}).setdefault(str(subject.evaluate), []).append(number)
+    for (base, sharded), groups in bases.items():
+        file = None if sharded is None else subjects[sharded].evaluate.engine
         zero3 = resolve_deepspeed_config_for_inference(file, base.dtype) if file else None
         opened = open_model(base, zero3), open_tokenizer(base)
         for numbers in groups.values():
-            alike = [subjects[number] for number in numbers]
-            jobs = build_jobs(*opened, alike[0].evaluate, progress)
-            if tell:
-                tell(jobs)
-            results.update(zip(numbers, _score_alike(*opened, alike, jobs, progress, zero3), strict=True))
+            group = [subjects[number] for number in numbers]
+            jobs = build_jobs(*opened, group[0].evaluate, progress)
+            if on_jobs:
+                on_jobs(jobs)
+            results.update(zip(numbers, _score_group(*opened, group, jobs, progress, zero3), strict=True))
     return [results[number] for number in range(len(subjects))]
 
 
-def _score_alike(
+def _score_group(
     model: Any,
     tokenizer: Any,
     subjects: Sequence[EvaluationSubject],
@@ -71,78 +71,84 @@ def _score_alike(
     progress: Progress,
     zero3: dict[str, Any] | None,
 ) -> list[list[TaskResult]]:
-    """Score subjects of one base and one configuration."""
+    """Return the results of subjects that have the same base and evaluation settings."""
     results: dict[int, list[TaskResult]] = {}
     deferred: dict[int, tuple[AdaptersBySite, str]] = {}
 
     def score(number: int, jobs: Sequence[Job], checksum: str = "") -> None:
-        one = subjects[number]
-        told = {"model_name": one.model.path, "adapter": one.method, "checksum": checksum}
-        results[number] = evaluate(model, tokenizer, one.evaluate, one.folder, jobs=jobs, progress=progress, **told)
+        subject = subjects[number]
+        labels = {"model_name": subject.model.path, "adapter": subject.method, "checksum": checksum}
+        results[number] = evaluate(
+            model, tokenizer, subject.evaluate, subject.folder, jobs=jobs, progress=progress, **labels
+        )
 
-    for number, one in enumerate(subjects):
-        check_contamination(one, [job.sample for job in jobs])
-        if one.adapter:
-            load_adapter(model, one.adapter)
+    for number, subject in enumerate(subjects):
+        check_contamination(subject, [job.sample for job in jobs])
+        if subject.adapter:
+            load_adapter(model, subject.adapter)
         if zero3:
             engine = init_inference_engine(model.requires_grad_(False), zero3)
             score(number, jobs)
             engine.destroy()
             break
-        # The published evaluator runs adapters in training mode on demand, which is no form of W + B A.
-        can_join = LLM_ADAPTERS_PUBLISHED not in one.evaluate.protocols and can_batch_adapters(model)
-        if one.evaluate.batch_adapters and can_join:
+        # The published evaluator may run adapters in training mode (dropout), which is not of the form W + B A.
+        can_join = LLM_ADAPTERS_PUBLISHED not in subject.evaluate.protocols and can_batch_adapters(model)
+        if subject.evaluate.batch_adapters and can_join:
             deferred[number] = adapters(model), weights_checksum(model)
         else:
             score(number, jobs)
         remove_adapters(model)
 
     shared = [MultiAdapterScorer(job.scorer, len(deferred)) for job in jobs]
-    with batch_adapters(model, [found for found, _ in deferred.values()]):
+    with batch_adapters(model, [by_site for by_site, _ in deferred.values()]):
         for index, (number, (_, checksum)) in enumerate(deferred.items()):
             for scorer in shared:
                 scorer.index = index
-            score(number, [replace(job, scorer=one) for job, one in zip(jobs, shared, strict=True)], checksum)
+            score(number, [replace(job, scorer=scorer) for job, scorer in zip(jobs, shared, strict=True)], checksum)
     return [results[number] for number in range(len(subjects))]
 
 
 class MultiAdapterScorer:
-    """A scorer for subjects that are mixed: the first one's batches are scored for all, and the others find theirs.
+    """Scorer of subjects that share batches: scoring a batch for the first subject stores the records of all others.
 
-    A batch that a killed scoring left to the later ones alone is scored for all again, so that it is the very same.
+    If an interrupted scoring left a batch to the later subjects only, it is scored for all again, so that the batch has
+    the same composition.
     """
 
     def __init__(self, scorer: Scorer, count: int) -> None:
         self.scorer, self.count = scorer, count
-        self.index = 0  # whose turn it is
+        self.index = 0  # of the subject whose records are returned
         self.name, self.metrics = scorer.name, scorer.metrics
         self.writes, self.truncated = scorer.writes, scorer.truncated
         self.fingerprint_fields = scorer.fingerprint_fields
         self.sizes = [(count * rows, length) for rows, length in scorer.sizes]
-        self.found: list[dict[int, ItemRecord]] = [{} for _ in range(count)]
+        self.records: list[dict[int, ItemRecord]] = [{} for _ in range(count)]
 
     def shared_prefix(self, model: Any) -> AbstractContextManager[None]:
-        """Read nothing ahead: each subject would read it differently."""
+        """Prefill nothing: the keys and values of a prefix differ between subjects."""
         return nullcontext()
 
     def score(self, model: Any, batch: Sequence[int]) -> list[ItemRecord]:
-        """Return what the subject whose turn it is has for the items of these numbers."""
-        mine = self.found[self.index]
-        if not mine.keys() >= set(batch):
-            records = self.scorer.score(model, [*batch] * self.count)
-            for index, found in enumerate(self.found):
-                found.update(zip(batch, records[index * len(batch) :], strict=False))
-        return [mine[number] for number in batch]
+        """Return the current subject's records of the items with these numbers."""
+        current = self.records[self.index]
+        if not current.keys() >= set(batch):
+            scored = self.scorer.score(model, [*batch] * self.count)
+            for index, records in enumerate(self.records):
+                records.update(zip(batch, scored[index * len(batch) :], strict=False))
+        return [current[number] for number in batch]
 
 
 def check_contamination(subject: EvaluationSubject, samples: Iterable[Sample]) -> None:
-    """Raise UserError where a run was trained on many of the items; print a note where they are few."""
+    """Raise UserError if a run was trained on more than ``MAX_OVERLAP`` of a task's items; log a note if on fewer.
+
+    With ``evaluate.on_contamination=warn`` a note is logged in either case.
+    """
     for name, (seen, of) in find_overlap(subject.mixture, samples).items():
-        told = f"{subject.folder} was trained on {subject.mixture}, which holds {seen} of {of} items of {name}"
+        finding = f"{subject.folder} was trained on {subject.mixture}, which holds {seen} of {of} items of {name}"
         if seen > MAX_OVERLAP * of and subject.evaluate.on_contamination == "error":
             raise UserError(
-                f"{told}: its score would say nothing. Score other suites (evaluate.tasks=...), or this one with "
+                f"{finding}: its score would be meaningless. Score other suites (evaluate.tasks=...), or this one with "
                 "evaluate.on_contamination=warn"
             )
         if is_main():
-            logger.warning("note: %s", told)
+            logger.warning("note: %s", finding)

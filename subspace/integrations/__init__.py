@@ -1,1 +1,1 @@
-"""Other projects' entry points to a run's model."""
+"""Interfaces of other projects to a run's model."""

@@ -1,14 +1,15 @@
-"""Run any task of lm-evaluation-harness on a run's adapters: its model type ``subspace``.
+"""Model type ``subspace`` for lm-evaluation-harness, which runs any of its tasks on a run's adapters.
 
-The harness finds a model type once the module that registers it is imported. From the command line this module does
-that and goes on as the harness's own command, with all of its options::
+The harness knows a model type once the module that registers it is imported. On the command line this module does so
+and continues as the harness's own command, with all of its options::
 
     python -m subspace.integrations.lm_eval --model subspace --model_args run=runs/quickstart --tasks lambada_openai
 
 From Python, ``import subspace.integrations.lm_eval`` and ``lm_eval.simple_evaluate(model="subspace", model_args=...)``.
 
 ``run`` is what ``subspace evaluate`` takes: a run's folder, a configuration (then its base model), or a model's name.
-Other arguments are settings of ``model``, such as ``dtype=float32``. Nothing else of this package imports the harness.
+Other arguments are settings of ``model``, such as ``dtype=float32``. No other module of ``subspace`` imports the
+harness.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from subspace.models.loading import open_model, open_tokenizer
 
 @register_model("subspace")
 class SubspaceLM(HFLM):  # type: ignore[misc]
-    """A run's model with its adapters, as the harness runs any model of transformers."""
+    """Model of a run, with its adapters, as a transformers model of the harness."""
 
     def __init__(
         self, run: str, batch_size: int | str = 1, max_batch_size: int | None = 64, device: Any = None, **settings: Any

@@ -1,1 +1,1 @@
-"""Reading of results: tables with intervals, paired comparisons, plots, and the report on a mixture's data."""
+"""Result tables with intervals, paired comparisons, plots, and the report on a mixture's data."""

@@ -1,4 +1,4 @@
-"""How often the protocols ``answer-word`` and ``llm-adapters`` give the same answer."""
+"""Agreement between the answers of the protocols ``answer-word`` and ``llm-adapters``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from subspace.evaluation.results import Score, accuracy, read_items, read_result
 
 
 def agreement(folder: Path) -> dict[str, Score]:
-    """Return for each task the share of items that ``answer-word`` and ``llm-adapters`` answered alike for one model.
+    """Return for each task the share of items to which both protocols give the same answer, for one model.
 
-    A task that a folder does not hold by both, of the same items, prompts and weights, is left out.
+    Tasks that were not scored by both on the same items, prompts and weights are left out.
     """
     by_key = {(result.protocol, result.task): result for result in read_results(folder)}
-    found = {}
+    shares = {}
     for (protocol, task), scored in by_key.items():
         written = by_key.get((LLM_ADAPTERS, task))
         if protocol != ANSWER_WORD or not (written and written.items and scored.items):
@@ -26,5 +26,5 @@ def agreement(folder: Path) -> dict[str, Score]:
             for file in (scored.items, written.items)
         ]
         if answers[0].keys() == answers[1].keys():
-            found[task] = accuracy([answers[1][item] == word for item, word in answers[0].items()])
-    return found
+            shares[task] = accuracy([answers[1][item] == word for item, word in answers[0].items()])
+    return shares

@@ -1,4 +1,4 @@
-"""``subspace compare``: whether methods differ from a first one on the same items, by tests paired by item."""
+"""``subspace compare``: paired tests of whether methods differ from a first one on the same items."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from subspace.reporting.statistics import ALPHA, POWER, Difference
 from subspace.reporting.tables import interval
 
 HEAD = ("task", "items", "before", "after", "lost", "gained", "difference", "p", "p (Holm)", "detectable")
-FEW_FLIPS = 10  # below, a bootstrap of what flipped has too little to draw from
+FEW_FLIPS = 10  # with fewer, a bootstrap of the flipped items is unreliable
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One task, or the mean: ``before`` and ``after`` are shares, ``detectable`` the smallest difference to be seen."""
+    """One task, or a mean: accuracies before and after; ``detectable`` is the smallest detectable difference."""
 
     task: str
     metric: str
@@ -36,7 +36,7 @@ class ComparisonRow:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The line as text."""
+        """The cells of the row as text."""
         d = self.difference
         shares = (f"{100 * self.before:.1f}", f"{100 * self.after:.1f}", f"{d.lost:.4g}", f"{d.gained:.4g}")
         difference = f"{100 * d.value:+.1f} {interval(d.low, d.high, sign='+')}"
@@ -45,7 +45,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Flip:
-    """An item that only one of two methods got right; shares are over seeds."""
+    """Item that only one of two methods answered correctly; ``before`` and ``after`` are their predictions."""
 
     task: str
     id: str
@@ -57,7 +57,10 @@ class Flip:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against the first one, by one protocol. ``means`` has one line for each suite."""
+    """Comparison of a method with the first one by one protocol. ``means`` has one row for each suite.
+
+    ``others`` is the number of methods that are compared with the first.
+    """
 
     protocol: str
     first: Column
@@ -76,7 +79,7 @@ class Comparison:
             f"after: {self.other.about}",
             f"p: {test}; p (Holm): corrected over {self.others * len(self.tasks)} tests of tasks, "
             f"means over {self.others} of methods",
-            f"detectable: the smallest true difference that these items show with a probability of {100 * POWER:.0f} %",
+            f"detectable: the smallest true difference detected on these items with probability {100 * POWER:.0f} %",
         ]
         if few := [
             title(line.task) for line in self.tasks if 0 < line.difference.lost + line.difference.gained < FEW_FLIPS
@@ -85,60 +88,65 @@ class Comparison:
         named = {line.task for line in self.tasks}
         means = [line for line in self.means if line.task not in named]  # the mean of one task repeats its row
         rows = tuple(line.texts for line in (*self.tasks, *means))
-        heading = f"{self.protocol}: {self.other.name} less {self.first.name}, in points [95 % interval]"
+        heading = f"{self.protocol}: {self.other.name} minus {self.first.name}, in points [95 % interval]"
         return Grid(heading, HEAD, rows, tuple(notes), left=1, last=len(means))
 
     @property
     def verdict(self) -> str:
-        """What it comes to, in words."""
+        """The conclusion in words, one line for each mean."""
         return "\n".join(self._verdict(line) for line in self.means)
 
     def _verdict(self, line: ComparisonRow) -> str:
         d, names = line.difference, f"{self.other.name} and {self.first.name}"
-        found = f"{100 * d.value:+.1f} points {interval(d.low, d.high, sign='+')}, p {_p(line.corrected, equal=True)}"
+        result = f"{100 * d.value:+.1f} points {interval(d.low, d.high, sign='+')}, p {_p(line.corrected, equal=True)}"
         if line.corrected < ALPHA:
             word = "better" if d.value > 0 else "worse"
-            return f"{title(line.task)}: {self.other.name} is {word} than {self.first.name}: {found}"
+            return f"{title(line.task)}: {self.other.name} is {word} than {self.first.name}: {result}"
         smallest = f"the smallest detectable difference is {_points(line.detectable)} points"
-        return f"{title(line.task)}: {names} are not told apart with these items: {found}; {smallest}"
+        return f"{title(line.task)}: {names} do not differ significantly on these items: {result}; {smallest}"
 
     @property
     def flips(self) -> list[Flip]:
-        """The items that only one of the two got right, or over seeds at least every other seed of it."""
-        found = []
+        """The items that only one of the two answered correctly; over seeds, in at least half more of its seeds."""
+        flips = []
         for line in self.tasks:
             before, after = (column.marks(line.task, line.metric).mean(0) for column in (self.first, self.other))
             numbers = [i for i, change in enumerate(after - before) if abs(change) >= 0.5]
-            said = [self._said(column, line) for column in (self.first, self.other)]
+            predictions = [self._predictions(column, line) for column in (self.first, self.other)]
             for i in numbers:
-                label, ids = said[0][i][1], self.first.runs[0].marks(line.task).ids
-                found.append(Flip(line.task, ids[i], label, said[0][i][0], said[1][i][0], bool(after[i] > before[i])))
-        return found
+                label, ids = predictions[0][i][1], self.first.runs[0].marks(line.task).ids
+                first, other = predictions[0][i][0], predictions[1][i][0]
+                flips.append(Flip(line.task, ids[i], label, first, other, bool(after[i] > before[i])))
+        return flips
 
     @staticmethod
-    def _said(column: Column, line: ComparisonRow) -> list[tuple[Any, Any]]:
-        """Return what a method's first run predicted for each item, and what was right."""
+    def _predictions(column: Column, line: ComparisonRow) -> list[tuple[Any, Any]]:
+        """Return the prediction and the label of each item, from a method's first run."""
         file = column.runs[0].results[line.task].items
         assert file
-        found = []
+        pairs = []
         for record in read_items(file):
-            said = record.get("prediction")
-            found.append((said.get(line.metric) if isinstance(said, dict) else said, record.get("label")))
-        return found
+            prediction = record.get("prediction")
+            if isinstance(prediction, dict):
+                prediction = prediction.get(line.metric)
+            pairs.append((prediction, record.get("label")))
+        return pairs
 
     @property
     def flipped(self) -> Grid:
-        """The items that flipped, as a table."""
+        """The flipped items as a table."""
         rows = tuple(
             (title(f.task), f.id, "gained" if f.gained else "lost", str(f.label), str(f.before), str(f.after))
             for f in self.flips
         )
         head = ("task", "item", "change", "label", self.first.name, self.other.name)
-        note = ("what was predicted is the first seed's",) if len(self.first.runs) + len(self.other.runs) > 2 else ()
+        note = (
+            ("the predictions are those of the first seed",) if len(self.first.runs) + len(self.other.runs) > 2 else ()
+        )
         return Grid(f"{len(rows)} items flipped", head, rows, note, left=len(head))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the comparison for machines; shares lie between 0 and 1."""
+        """Return the comparison as JSON values; accuracies lie between 0 and 1."""
 
         def plain(line: ComparisonRow) -> dict[str, Any]:
             return {**dataclasses.asdict(line), "difference": line.difference._asdict()}
@@ -155,19 +163,29 @@ class Comparison:
 
 
 def compare_runs(folders: Sequence[Path], protocol: str | None = None) -> list[Comparison]:
-    """Compare each method with the first one, by every protocol that all were scored by, or by the one named."""
-    found = []
+    """Return comparisons of each method with the first one, by the named protocol or by all that they share.
+
+    Raises:
+        UserError: there is only one method, or the runs are not comparable.
+    """
+    comparisons = []
     for columns in load_runs(folders, protocol):
         if len(columns) < 2:
-            given = ", ".join(map(str, folders))
+            names = ", ".join(map(str, folders))
             hint = " They are seeds of one method." if len(folders) > 1 else ""
-            raise UserError(f"{given} was to be compared, but with what?{hint} Name the run of another method as well")
-        found += compare_columns(columns)
-    return found
+            raise UserError(
+                f"{names} cannot be compared: there is no second method.{hint} Name the run of another one as well"
+            )
+        comparisons += compare_columns(columns)
+    return comparisons
 
 
 def compare_columns(columns: Sequence[Column]) -> list[Comparison]:
-    """Compare each method with the first one. Holm corrects over the tests of tasks together, and over the means."""
+    """Return comparisons of each method with the first one, Holm-corrected over all task tests and over all means.
+
+    Raises:
+        UserError: the columns are not comparable, or have no task in common.
+    """
     ensure_comparable([run for column in columns for run in column.runs])
     first, *others = columns
     tasks = [task for task in list_tasks(None) if all(column.result(task) for column in columns)]
@@ -214,8 +232,8 @@ def _line(first: Column, other: Column, name: str, tasks: Sequence[str]) -> Comp
 
 
 def _corrected(lines: Sequence[Sequence[ComparisonRow]]) -> list[list[ComparisonRow]]:
-    p_values = iter(statistics.holm([line.difference.p for several in lines for line in several]))
-    return [[dataclasses.replace(line, corrected=next(p_values)) for line in several] for several in lines]
+    p_values = iter(statistics.holm([line.difference.p for group in lines for line in group]))
+    return [[dataclasses.replace(line, corrected=next(p_values)) for line in group] for group in lines]
 
 
 def _points(share: float | None) -> str:

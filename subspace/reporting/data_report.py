@@ -1,7 +1,7 @@
-"""``subspace data``: what a run would train on and be scored on, counted before it is.
+"""``subspace data``: statistics of a run's training text and test items, before the run.
 
-Of the training text: rows, repeats, what is cut, which answers are how frequent. Of each task: items, the baseline of
-always giving the most frequent answer, what is cut, repeats, and how many items occur in the training text.
+For the training text: rows, repeats, truncated rows, answer frequencies. For each task: items, the majority baseline
+(always giving the most frequent answer), truncated items, repeats, and items that occur in the training text.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from subspace.models.prepare import model_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AT_ONCE = 2000  # rows
-MOST_CHOICES = 8  # more kinds of answers are free text
+CHUNK_ROWS = 2000
+MOST_CHOICES = 8  # with more different answers, they count as free text
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the training text. ``cut`` rows lose the beginning of their prompt to ``data.max_length``.
+    """Statistics of a part of the training text. ``cut`` rows are longer than ``data.max_length`` and are truncated.
 
-    ``repeats`` have the same prompt and answer as a row before them; ``alike`` is how many of the different ones have
-    the question and choices of another, by letters and digits, in any order.
+    ``repeats`` have the same prompt and answer as an earlier row; ``alike`` is the number of distinct rows whose
+    question and choices equal another's, compared by letters and digits, in any order.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Suite:
-    """The items of a task. ``found`` has for each kind of match the ids of the items, and a training row of each.
+    """Statistics of a task's items. For each kind of match, ``found`` maps item ids to the first matching training row.
 
-    ``cut`` items are longer than ``data.max_length`` with their answer, as training would have them; ``beyond`` are
-    longer than the model reads, by the likelihood protocol or the prompt.
+    ``cut`` items, with their answer, are longer than ``data.max_length``; ``beyond`` items exceed the model's window,
+    either in the likelihood protocol or as a prompt.
     """
 
     task: str
@@ -86,7 +86,7 @@ class Suite:
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to know about a mixture and the tasks before a run."""
+    """Statistics of a mixture and of the tasks."""
 
     mixture: str
     max_length: int
@@ -108,7 +108,7 @@ class Report:
             ("part", "rows", "repeats", "alike", f"over {self.max_length}", "longest", "answers in %"),
             tuple(rows),
             (
-                "repeats: rows whose prompt and answer were there before; alike: of the others, those with the "
+                "repeats: rows whose prompt and answer occurred before; alike: of the others, those with the "
                 "question and choices of another, normalised",
                 f"over {self.max_length}: rows that are longer, in tokens, and lose the beginning of their prompt",
                 *self.notices,
@@ -135,7 +135,7 @@ class Report:
             (
                 "majority: the score of always giving the most frequent answer, in %",
                 f"over {self.max_length}: items that training would cut, with their answer; over window: items that "
-                "are longer than the model reads",
+                "exceed the model's window",
                 *(f"{grams if name == 'n-gram' else name}: {text}" for name, text in definitions(self.ngram).items()),
             ),
         )
@@ -143,17 +143,19 @@ class Report:
 
     @property
     def items(self) -> Grid:
-        """The items that were found, each with the training row that it was first found in, by the strictest match."""
+        """The matched items, each with the first training row that it matches, by the strictest kind of match."""
         rows = []
         for suite in self.suites:
-            said: set[str] = set()
+            listed: set[str] = set()
             for kind in KINDS:
-                rows += [(suite.title, item, kind, row) for item, row in suite.found[kind].items() if item not in said]
-                said |= suite.found[kind].keys()
+                rows += [
+                    (suite.title, item, kind, row) for item, row in suite.found[kind].items() if item not in listed
+                ]
+                listed |= suite.found[kind].keys()
         return Grid("test items in the training text", ("task", "item", "match", "training row"), tuple(rows), left=4)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report for machines."""
+        """Return the report as JSON values."""
         return {**asdict(self), "definitions": definitions(self.ngram)}
 
 
@@ -167,16 +169,16 @@ def build_report(
     ngram: int = NGRAM,
     progress: Progress = no_progress,
 ) -> Report:
-    """Count what a run with these settings would train on, and the items that it would be scored on.
+    """Return statistics of the training text and the test items of a run with these settings.
 
     Args:
-        data: what it would train on.
-        evaluate: which tasks it would be scored on.
-        model: the model's name or path.
+        data: the training data settings.
+        evaluate: the evaluation settings, for the tasks.
+        model: name or path of the model.
         tokenizer: the model's.
-        seed: the run's, which decides what rows are held out or drawn.
-        ngram: how many words in a row make a match.
-        progress: what is told how far it is.
+        seed: the run's seed, which decides which rows are held out or drawn.
+        ngram: number of consecutive words that make a match.
+        progress: progress display.
     """
     opened = open_data(data, tokenizer, seed, progress)
     template = prompt_template(data.prompt)
@@ -190,12 +192,12 @@ def build_report(
             texts.append(list(map(question_text(task), samples[-1].items)))
             at(len(samples), task.title)
     prompts = [Text(prompt) for s in samples for prompt, _ in _rows(s.task, s.items, template)] if from_file else None
-    matcher = Matcher([text for several in texts for text in several], ngram, prompts)
-    parts = list(_read_past(matcher, opened, data, tokenizer, template, progress))
+    matcher = Matcher([text for task_texts in texts for text in task_texts], ngram, prompts)
+    parts = list(_match_parts(matcher, opened, data, tokenizer, template, progress))
 
     suites, begin = [], 0
     with progress("count the test items", len(tasks), "tasks") as at:
-        for sample, several in zip(samples, texts, strict=True):
+        for sample, task_texts in zip(samples, texts, strict=True):
             task, ids, end = sample.task, [item["id"] for item in sample.items], begin + len(sample.items)
             trained, read = _lengths(task, sample.items, template, tokenizer)
             suites.append(
@@ -205,13 +207,13 @@ def build_report(
                     items=len(ids),
                     majority=sample.majority,
                     answers=_answers(task, sample.items),
-                    repeats=count_duplicates(text_keys(text).normalised for text in several),
+                    repeats=count_duplicates(text_keys(text).normalised for text in task_texts),
                     cut=sum(length > data.max_length for length in trained),
                     beyond=sum(length > window for length in read) if window else 0,
                     longest=max(trained),
                     too_short=sum(begin <= n < end for n in matcher.too_short),
                     found={
-                        kind: {ids[n - begin]: where for n, where in sorted(rows.items()) if begin <= n < end}
+                        kind: {ids[n - begin]: row for n, row in sorted(rows.items()) if begin <= n < end}
                         for kind, rows in matcher.found.items()
                     },
                 )
@@ -224,7 +226,7 @@ def build_report(
     return Report(opened.report["mixture"], data.max_length, ngram, tuple(parts), tuple(suites), tuple(notices))
 
 
-def _read_past(
+def _match_parts(
     matcher: Matcher,
     opened: Data,
     data: DataConfig,
@@ -232,35 +234,35 @@ def _read_past(
     template: str,
     progress: Progress,
 ) -> Iterator[Part]:
-    """Let the matcher read the training text, part by part, each row once; count the parts."""
+    """Search the training text, each row once, for the matcher's items; yield the statistics of each part."""
     order, row_keys = opened.train.order, opened.train.keys
     lengths = opened.train.uncut_lengths
     ends = [*list(opened.parts.values())[1:], len(opened.train.table.keys)]
     done = 0
     with progress("read the training text", len(np.unique(order)), "rows") as at:
         for (name, begin), end in zip(opened.parts.items(), ends, strict=True):
-            mine = (order >= begin) & (order < end)
-            numbers, times = np.unique(order[mine] - begin, return_counts=True)
+            in_part = (order >= begin) & (order < end)
+            numbers, times = np.unique(order[in_part] - begin, return_counts=True)
             label = name[0] if data.mixture.endswith(FILES) else "/".join(name)
-            several = _file_texts(data, tokenizer, template) if data.mixture.endswith(FILES) else _task_texts(*name)
+            read = _file_texts(data, tokenizer, template) if data.mixture.endswith(FILES) else _task_texts(*name)
             alike: set[int] = set()
             answers: Counter[str] = Counter()
-            for first in range(0, len(numbers), AT_ONCE):
-                some = numbers[first : first + AT_ONCE]
-                texts, said = several(some)
-                alike.update(key.normalised for key in matcher.read(texts, [f"{label} row {n}" for n in some]))
-                for answer, count in zip(said, times[first : first + AT_ONCE], strict=True):
+            for first in range(0, len(numbers), CHUNK_ROWS):
+                chunk = numbers[first : first + CHUNK_ROWS]
+                texts, chunk_answers = read(chunk)
+                alike.update(key.normalised for key in matcher.read(texts, [f"{label} row {n}" for n in chunk]))
+                for answer, count in zip(chunk_answers, times[first : first + CHUNK_ROWS], strict=True):
                     answers[answer] += int(count)
-                done += len(some)
+                done += len(chunk)
                 at(done, label)
-            distinct = len(np.unique(row_keys[mine]))
+            distinct = len(np.unique(row_keys[in_part]))
             yield Part(
                 name=label,
-                rows=int(mine.sum()),
-                repeats=int(mine.sum()) - distinct,
+                rows=int(in_part.sum()),
+                repeats=int(in_part.sum()) - distinct,
                 alike=distinct - len(alike),
-                cut=int((lengths[mine] > data.max_length).sum()),
-                longest=int(lengths[mine].max(initial=0)),
+                cut=int((lengths[in_part] > data.max_length).sum()),
+                longest=int(lengths[in_part].max(initial=0)),
                 answers=dict(sorted(answers.items())),
             )
 
@@ -269,7 +271,7 @@ Read = Callable[[npt.NDArray[np.int64]], tuple[list[Text], list[str]]]
 
 
 def _task_texts(name: str, split: str) -> Read:
-    """Return what reads rows of a task, by their numbers: their texts and answers."""
+    """Return a function from row numbers of a task to the rows' texts and answers."""
     task, rows = find_task(name), task_items(name, split)
     text = question_text(task)
 
@@ -281,7 +283,7 @@ def _task_texts(name: str, split: str) -> Read:
 
 
 def _file_texts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, template: str) -> Read:
-    """Return what reads rows of a user's file, which are known by their prompts alone."""
+    """Return a function from row numbers of a user's file to the rows' texts (whole prompts) and answers."""
     rows = file_rows(Path(data.mixture), template, tokenizer).read()
 
     def read(numbers: npt.NDArray[np.int64]) -> tuple[list[Text], list[str]]:
@@ -291,14 +293,14 @@ def _file_texts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, template: 
 
 
 def _rows(task: Task, items: Sequence[Item], template: str) -> list[tuple[str, str]]:
-    """Return the prompts and answers of items, as training would have them."""
+    """Return the prompts and answers of items, as in training."""
     return [(render(template, {"instruction": task.instruction(i), "input": ""}), task.output(i)) for i in items]
 
 
 def _lengths(
     task: Task, items: Sequence[Item], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Return the tokens of each item: with its answer and its end as training has them, and at most in a scoring."""
+    """Return the number of tokens of each item: in training, with answer and end token; and its maximum in scoring."""
     encoded = encode_rows(tokenizer, _rows(task, items, template))
     read = [start for _, start in encoded]
     if task.extraction == "first-word":
@@ -309,14 +311,14 @@ def _lengths(
 
 
 def _window(model: str) -> int | None:
-    """Return how many tokens a model reads at once, as its files say."""
+    """Return a model's maximum number of input tokens, from its ``config.json``; None if that does not state it."""
     about = json.loads((model_folder(model) / "config.json").read_text(encoding="utf-8"))
     window: int | None = about.get("max_position_embeddings")
     return window
 
 
 def _answer(task: Task, item: Item) -> str:
-    """Return which choice is right, counted from 1; or the answer, where there is nothing to choose."""
+    """Return the number of the right choice, from 1; or the answer, if there are no choices."""
     return str(item["label"] + 1) if task.extraction == "first-word" else str(item["choices"][0])
 
 
@@ -325,7 +327,7 @@ def _answers(task: Task, items: Sequence[Item]) -> dict[str, int]:
 
 
 def _balance(answers: dict[str, int]) -> str:
-    """Return how frequent each answer is, in per cent; of free text, how many there are."""
+    """Return the frequency of each answer in per cent; for free text, the number of different answers."""
     total = sum(answers.values())
     if len(answers) > MOST_CHOICES:
         return f"{len(answers):,} different"

@@ -1,4 +1,4 @@
-"""Tables as pictures, for those who would rather look than read: a panel a task, a dot a method, with its interval."""
+"""Plots of result tables: one panel a task, one marker a method, with its interval."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ if TYPE_CHECKING:
 
 KINDS = (".png", ".svg", ".pdf")
 PANELS_ACROSS = 5
-BEST, TIED, WORSE = "#0b6e4f", "#5aa9e6", "#8d8d8d"  # told apart in grey as well: the dot's shape says the same
+BEST, TIED, WORSE = "#0b6e4f", "#5aa9e6", "#8d8d8d"  # the marker's shape distinguishes them in greyscale
 
 
-def plot(found: Sequence[Table], file: Path) -> list[Path]:
-    """Draw tables, each in a file: the one that is named, or with more than one, that name and the protocol's."""
+def plot(tables: Sequence[Table], file: Path) -> list[Path]:
+    """Draw each table into a file, and return the files: ``file``, or with several tables its name plus the protocol.
+
+    Raises:
+        UserError: the suffix of ``file`` is not one of ``KINDS``.
+    """
     if file.suffix not in KINDS:
         raise UserError(
             f"a plot was to be drawn as {file}, but is one of: {', '.join(KINDS)}. {nearest(file.suffix, KINDS)}"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    files = [file if len(found) == 1 else file.with_stem(f"{file.stem}-{table.protocol}") for table in found]
-    for table, target in zip(found, files, strict=True):
+    files = [file if len(tables) == 1 else file.with_stem(f"{file.stem}-{table.protocol}") for table in tables]
+    for table, target in zip(tables, files, strict=True):
         _draw(table, target)
     return files
 
@@ -56,7 +60,8 @@ def _draw(table: Table, file: Path) -> None:
         panels[0].set_ylim(len(names) - 0.5, -0.5)
         note = "dotted: always the most frequent answer"
         if len(names) > 1:
-            note = f"diamond: best; circle: not told apart from it (p ≥ {ALPHA} after Holm); cross: worse; {note}"
+            tied = f"not significantly different from it (p ≥ {ALPHA} after Holm)"
+            note = f"diamond: best; circle: {tied}; cross: worse; {note}"
         figure.supxlabel(note, fontsize=8, color="#555555")
         figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
 

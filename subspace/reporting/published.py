@@ -1,4 +1,4 @@
-"""``subspace compare --published``: whether a run gives the scores that the literature has for its settings."""
+"""``subspace compare --published``: comparison of a run's scores with the published ones for its settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDING = 0.0005  # published scores are percentages with one digit after the p
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One task, or the average: shares between 0 and 1, ``ours`` None where the task was not scored."""
+    """One task, or the average: accuracies between 0 and 1; ``ours`` is None if the task was not scored."""
 
     task: str
     n: int
@@ -31,14 +31,14 @@ class PublishedRow:
 
     @property
     def inside(self) -> bool | None:
-        """Whether the published score lies in the interval of ours, as far as its digits go; None without ours."""
+        """True if the published score, within its rounding, lies in the interval of ours; None without ours."""
         if self.ours is None:
             return None
         return self.ours.low - ROUNDING <= self.published <= self.ours.high + ROUNDING
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The row as text."""
+        """The cells of the row as text."""
         published = f"{100 * self.published:.1f}"
         if self.ours is None:
             return title(self.task), NONE, NONE, published, NONE, NONE
@@ -49,7 +49,7 @@ class PublishedRow:
 
 @dataclass(frozen=True)
 class PublishedComparison:
-    """A method's scores by one protocol beside those of the literature."""
+    """Comparison of a method's scores by one protocol with the published ones."""
 
     protocol: str
     column: Column
@@ -75,7 +75,7 @@ class PublishedComparison:
         return Grid(heading, HEAD, rows, notes, left=1, last=1 if self.average else 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the comparison for machines; shares lie between 0 and 1."""
+        """Return the comparison as JSON values; accuracies lie between 0 and 1."""
 
         def plain(row: PublishedRow) -> dict[str, Any]:
             return {**dataclasses.asdict(row), "ours": row.ours and row.ours._asdict(), "inside": row.inside}
@@ -91,7 +91,7 @@ class PublishedComparison:
 
 
 def compare_with_published(folders: Sequence[Path], protocol: str | None = None) -> list[PublishedComparison]:
-    """Compare scored runs with the ``published`` scores of their configurations; seeds of one method together.
+    """Return comparisons of scored runs with the ``published`` scores of their configurations, grouped over seeds.
 
     Raises:
         UserError: a run whose configuration has no published scores, or that was scored on none of their tasks.
@@ -126,7 +126,7 @@ def _compare(column: Column) -> PublishedComparison:
     )
     average = None
     if "average" in declared:
-        whole = statistics.estimate(list(marks.values())) if len(results) == len(scores) else None
-        average = PublishedRow("average", sum(row.n for row in tasks), whole, declared["average"] / 100)
+        ours = statistics.estimate(list(marks.values())) if len(results) == len(scores) else None
+        average = PublishedRow("average", sum(row.n for row in tasks), ours, declared["average"] / 100)
     protocol = next(iter(results.values())).protocol
     return PublishedComparison(protocol, column, str(declared.get("source", "")), tasks, average)

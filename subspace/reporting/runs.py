@@ -1,4 +1,4 @@
-"""Scored runs, as tables and comparisons take them: seeds of one method together, and what is unlike refused."""
+"""Scored runs, grouped by method over seeds, and checks that they are comparable."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from subspace.errors import UserError, nearest
 from subspace.evaluation.results import TaskResult, read_items, read_results
 from subspace.reporting.statistics import Array
 
-# How two runs are made alike in an ingredient of their fingerprints.
+# How to make two runs agree in a field of their fingerprints.
 REMEDIES = {
     "items": "score both with the same evaluate.limit and evaluate.split",
     "template": "score both with the same evaluate.prompt and the same declarations",
     "tokenizer": "use one base model: another tokenizer cuts the texts differently",
 }
 IGNORED_KEYS = ("name", "runs", "evaluate", "published")
-"""Settings in which runs of one method may differ besides the seed: they change nothing that is learnt."""
+"""Settings besides the seed in which runs of one method may differ: they do not affect training."""
 
 
 class Correctness(NamedTuple):
-    """The ids of a task's items, and by metric which of them are right."""
+    """Ids of a task's items, and for each metric whether they are correct."""
 
     ids: tuple[str, ...]
     right: dict[str, npt.NDArray[np.bool_]]
@@ -38,7 +38,7 @@ class Correctness(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """One run's name, folder, configuration (nothing for a base model), and its results by task, of one protocol."""
+    """Results of one run by one protocol, by task; ``config`` is empty for a base model."""
 
     name: str
     folder: Path
@@ -48,31 +48,32 @@ class ScoredRun:
 
     @property
     def about(self) -> str:
-        """Which model was scored, with which adapters, in which precision."""
-        one = next(iter(self.results.values()))
-        return f"{one.model or 'a model'}{f' with {one.adapter}' if one.adapter else ''}, {one.dtype}"
+        """Description of the scored model: its name, adapters and precision."""
+        result = next(iter(self.results.values()))
+        adapter = f" with {result.adapter}" if result.adapter else ""
+        return f"{result.model or 'a model'}{adapter}, {result.dtype}"
 
     @property
     def seed(self) -> int | None:
-        """The seed it was trained with."""
+        """The training seed; None for a base model."""
         seed: int | None = self.config.get("train", {}).get("seed")
         return seed
 
     @property
     def config_without_seed(self) -> str:
-        """What was trained, whatever the seed: equal for runs that are one method's."""
+        """The training configuration without its seed, as JSON: equal for runs of one method."""
         if self.seed is None:
             return self.name
         kept = {name: value for name, value in self.config.items() if name not in IGNORED_KEYS}
         return json.dumps({**kept, "train": {**kept["train"], "seed": None}}, sort_keys=True, default=str)
 
     def marks(self, task: str) -> Correctness:
-        """Return which items of a task are right, by metric. They are read once."""
+        """Return the correctness of a task's items, read once."""
         if task not in self._read:
             result = self.results[task]
             if result.items is None:
                 raise UserError(
-                    f"{self.name} kept no items of {title(task)}. Score it again: subspace evaluate {self.folder}"
+                    f"{self.name} has no stored items of {title(task)}. Score it again: subspace evaluate {self.folder}"
                 )
             records = read_items(result.items)
             ids = tuple(str(record["id"]) for record in records)
@@ -83,31 +84,39 @@ class ScoredRun:
 
 @dataclass(frozen=True)
 class Column:
-    """One method: a run, or several that differ in their seeds."""
+    """One method: a run, or several runs that differ only in their seeds."""
 
     name: str
     runs: tuple[ScoredRun, ...]
 
     @property
     def about(self) -> str:
-        """What it is, in words."""
+        """Description of the method's model and seeds."""
         if len(self.runs) == 1:
             return self.runs[0].about
         seeds = ", ".join(f"{run.name} (seed {run.seed})" for run in self.runs)
         return f"{self.runs[0].about}; {len(self.runs)} seeds: {seeds}"
 
     def result(self, task: str) -> TaskResult | None:
-        """The first run's result of a task, if every run has one."""
-        found = [run.results.get(task) for run in self.runs]
-        return found[0] if all(found) else None
+        """Return the first run's result of a task, or None unless every run has one."""
+        results = [run.results.get(task) for run in self.runs]
+        return results[0] if all(results) else None
 
     def marks(self, task: str, metric: str) -> Array:
-        """Which items each seed got right: ``(seeds, items)``, as 0 and 1."""
+        """Return the correctness of each item for each seed: ``(seeds, items)``, as 0 and 1."""
         return np.array([run.marks(task).right[metric] for run in self.runs], dtype=float)
 
 
 def load_runs(folders: Sequence[Path], protocol: str | None = None) -> list[list[Column]]:
-    """Read these runs' results, those of different seeds together: by the named protocol, or by all that they share."""
+    """Return the runs' columns for each protocol, seeds of one method together.
+
+    Args:
+        folders: the runs' folders.
+        protocol: the protocol to read; None for all that every run was scored by.
+
+    Raises:
+        UserError: a run has no or damaged results, or was not scored by the protocol.
+    """
     folders = list(dict.fromkeys(folders))
     names = _names(folders)
     scored: dict[str, dict[str, ScoredRun]] = {}  # by protocol, then by name
@@ -124,68 +133,70 @@ def load_runs(folders: Sequence[Path], protocol: str | None = None) -> list[list
     for name in wanted or scored:
         if lacking := [str(folder) for run, folder in zip(names, folders, strict=True) if run not in scored[name]]:
             raise UserError(
-                f"{', '.join(names)} cannot be put side by side: {lacking[0]} was not scored by {name}. "
+                f"{', '.join(names)} cannot be compared: {lacking[0]} was not scored by {name}. "
                 f"Run: subspace evaluate {lacking[0]} evaluate.protocol={name}"
             )
     return [_columns(scored[name].values()) for name in wanted]
 
 
 def _columns(runs: Iterable[ScoredRun]) -> list[Column]:
-    """Put runs of different seeds together. A seed that is there again is another column: it is no new evidence."""
+    """Group runs of different seeds. A repeated seed goes into another column: it adds no evidence."""
     together: dict[tuple[str, int], list[ScoredRun]] = {}
     for run in runs:
-        again = 0
-        while any(run.seed == other.seed for other in together.get((run.config_without_seed, again), [])):
-            again += 1
-        together.setdefault((run.config_without_seed, again), []).append(run)
-    return [Column(_column_name([run.name for run in several]), tuple(several)) for several in together.values()]
+        repeat = 0
+        while any(run.seed == earlier.seed for earlier in together.get((run.config_without_seed, repeat), [])):
+            repeat += 1
+        together.setdefault((run.config_without_seed, repeat), []).append(run)
+    return [Column(_column_name([run.name for run in group]), tuple(group)) for group in together.values()]
 
 
 def _column_name(names: Sequence[str]) -> str:
-    """Return what seeds of one method are called: ``dora ×3`` of ``dora-seed0``, ``dora-seed1``, ``dora-seed2``."""
+    """Return the name of a group of seeds: ``dora ×3`` for ``dora-seed0``, ``dora-seed1``, ``dora-seed2``."""
     if len(names) == 1:
         return names[0]
-    alike = names[0][: common_prefix_length(names)]
-    name = re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", alike)  # without what stands before the seed's number
+    prefix = names[0][: common_prefix_length(names)]
+    name = re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", prefix)  # without "-seed" before the number
     return f"{name or names[0]} ×{len(names)}"
 
 
 def ensure_comparable(runs: Sequence[ScoredRun]) -> None:
-    """Refuse runs that differ in what they were asked, with what makes them alike."""
+    """Raise UserError if runs differ in a fingerprint or their items; it names settings that make them comparable."""
     first: dict[str, ScoredRun] = {}
     for run in runs:
-        for task, other in run.results.items():
-            name, one = (known := first.setdefault(task, run)).name, known.results[task]
-            if one.fingerprint == other.fingerprint:
-                if known.marks(task).ids != run.marks(task).ids:
+        for task, result in run.results.items():
+            reference = first.setdefault(task, run)
+            expected = reference.results[task]
+            problem = f"{reference.name} and {run.name} cannot be compared:"
+            if expected.fingerprint == result.fingerprint:
+                if reference.marks(task).ids != run.marks(task).ids:
                     raise UserError(
-                        f"{name} and {run.name} cannot be put side by side: the items of {title(task)} in {one.items} "
-                        f"and {other.items} are not the same ones. Score both again: subspace evaluate"
+                        f"{problem} the items of {title(task)} in {expected.items} and {result.items} differ. "
+                        "Score both again: subspace evaluate"
                     )
                 continue
-            parts = dict.fromkeys([*one.fingerprint_fields, *other.fingerprint_fields])
-            unlike = [part for part in parts if one.fingerprint_fields.get(part) != other.fingerprint_fields.get(part)]
-            remedy = REMEDIES.get(unlike[0], "score both with the same version of subspace and its declarations")
+            before, after = expected.fingerprint_fields, result.fingerprint_fields
+            differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+            remedy = REMEDIES.get(differing[0], "score both with the same version of subspace and its declarations")
             raise UserError(
-                f"{name} and {run.name} cannot be put side by side: in {title(task)} they differ in "
-                f"{', '.join(unlike)} ({one.n} items, fingerprint {one.fingerprint}; {other.n} items, fingerprint "
-                f"{other.fingerprint}). To compare them, {remedy}"
+                f"{problem} in {title(task)} they differ in {', '.join(differing)} ({expected.n} items, fingerprint "
+                f"{expected.fingerprint}; {result.n} items, fingerprint {result.fingerprint}). "
+                f"To compare them, {remedy}"
             )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Call each run by its folder's name, or by its whole path where two have the same."""
+    """Return each run's name: its folder's, or its path if two folders have the same name."""
     last = [folder.resolve().name for folder in folders]
     return [name if last.count(name) == 1 else str(folder) for name, folder in zip(last, folders, strict=True)]
 
 
 def title(task: str) -> str:
-    """Return what a task is called in a table."""
+    """Return the title of a task in tables."""
     known = list_tasks(None)
     return known[task].title if task in known else task
 
 
 def suite(task: str) -> str:
-    """Return the suite that a task belongs to; a mean is over one."""
+    """Return the suite that a task belongs to; means are taken over a suite."""
     known = list_tasks(None)
     return known[task].suite if task in known else "other"

@@ -1,9 +1,9 @@
 """Confidence intervals, paired significance tests and power analysis of scores.
 
-Runs are scored on the same items, so everything between runs is paired by item. A *run* is a list with one array of 0
-and 1 a task, ``(seeds, items)``: what each seed got right. Several seeds share their items, so seeds and items are
-crossed, not nested: an item that is hard is hard for every seed, and drawing items anew for each seed would count the
-same item several times. Tasks are strata: each keeps its number of items, and a mean over tasks weighs them alike.
+Runs are scored on the same items, so all comparisons of runs are paired by item. A *run* is a list with one array of 0
+and 1 a task, ``(seeds, items)``: whether each seed's answer is correct. The seeds share their items, so seeds and items
+are crossed, not nested: a hard item is hard for every seed, and resampling items separately for each seed would count
+the same item repeatedly. Tasks are strata: each keeps its number of items, and a mean weighs all tasks equally.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 LEVEL, POWER, ALPHA = 0.95, 0.8, 0.05
 DRAWS = 20_000
-# What share of items two runs answer differently (one right, one wrong), before that is known.
+# Share of items that only one of two runs answers correctly, assumed before it is known.
 ASSUMED_DISCORDANCE = 0.15
 
 Array = npt.NDArray[np.float64]
@@ -35,28 +35,28 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How much more one run got right than another, and the p-value of there being no difference."""
+    """Difference of the accuracies of two runs, its standard error, interval, and p-value (null: no difference)."""
 
     value: float
     error: float
     low: float
     high: float
     p: float
-    lost: float  # items, on average over seeds, that only the first run got right
-    gained: float
+    lost: float  # number of items that only the first run answered correctly, averaged over seeds
+    gained: float  # the same for the second run
 
 
 def estimate(run: Run) -> Estimate:
-    """Return the unweighted mean over tasks of the share of items that are right.
+    """Return the accuracy, as an unweighted mean over tasks, with its standard error and interval.
 
     One seed: the standard error is the stratified binomial one, sqrt(sum(p (1 - p) / n)) / k, and the interval Wilson's
     at the number of items of equal standard error (E. Korn, B. Graubard (1998), Survey Methodology 24:193, with the
-    score interval). For one task that is Wilson's own. Several seeds: the hierarchical bootstrap's, which is about the
-    method, not about these seeds.
+    score interval). For one task that is Wilson's own. Several seeds: the hierarchical bootstrap's, which holds for the
+    method, not only for these seeds.
     """
     if len(run[0]) > 1:
-        found = _hierarchical([(run, 1)])
-        return Estimate(found.value, found.error, max(0.0, found.low), min(1.0, found.high))
+        bootstrap = _hierarchical([(run, 1)])
+        return Estimate(bootstrap.value, bootstrap.error, max(0.0, bootstrap.low), min(1.0, bootstrap.high))
     shares, k = [float(task.mean()) for task in run], len(run)
     value = sum(shares) / k
     variance = sum(p * (1 - p) / task.size for p, task in zip(shares, run, strict=True)) / k**2
@@ -81,22 +81,23 @@ def seed_spread(run: Run) -> float | None:
 
 
 def difference(before: Run, after: Run, draws: int = DRAWS) -> Difference:
-    """Return by how much the mean over tasks differs between two runs on the same items.
+    """Return the difference (``after`` - ``before``) of the mean over tasks of two runs on the same items.
 
     One seed each: the paired bootstrap's interval; the p-value is McNemar's, over several tasks its stratified form.
     More seeds in either: the hierarchical bootstrap's interval, and Student's t by its standard error.
     """
-    found = _hierarchical([(before, -1), (after, 1)], draws)
-    pairs = [(one.mean(0), other.mean(0)) for one, other in zip(before, after, strict=True)]
-    lost = [float((one * (1 - other)).sum()) for one, other in pairs]
-    gained = [float(((1 - one) * other).sum()) for one, other in pairs]
+    bootstrap = _hierarchical([(before, -1), (after, 1)], draws)
+    pairs = [(first.mean(0), second.mean(0)) for first, second in zip(before, after, strict=True)]
+    lost = [float((first * (1 - second)).sum()) for first, second in pairs]
+    gained = [float(((1 - first) * second).sum()) for first, second in pairs]
     if len(before[0]) > 1 or len(after[0]) > 1:
-        p = _student(found)
+        p = _student(bootstrap)
     elif len(pairs) == 1:
         p = mcnemar(round(lost[0]), round(gained[0]))
     else:
-        p = _flips([round(n) for n in lost], [round(n) for n in gained], [len(one) for one, _ in pairs])
-    return Difference(found.value, found.error, found.low, found.high, p, sum(lost), sum(gained))
+        p = _stratified_mcnemar([round(n) for n in lost], [round(n) for n in gained], [len(a) for a, _ in pairs])
+    value, error, low, high, _ = bootstrap
+    return Difference(value, error, low, high, p, sum(lost), sum(gained))
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -109,11 +110,11 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
 
 
-def _flips(lost: Sequence[int], gained: Sequence[int], items: Sequence[int]) -> float:
-    """Return the p-value of the mean over tasks by randomization: McNemar's test, in strata.
+def _stratified_mcnemar(lost: Sequence[int], gained: Sequence[int], items: Sequence[int]) -> float:
+    """Return the p-value of the mean over tasks by a randomisation test: McNemar's test, in strata.
 
-    Where two runs are alike, whichever of them got a discordant item right might as well have been the other (R. Fisher
-    (1935), The Design of Experiments, section 21). A draw goes through all discordant items of all tasks.
+    If two runs are equally good, either is equally likely to be the one that answers a discordant item correctly (R.
+    Fisher (1935), The Design of Experiments, section 21). A draw reassigns all discordant items of all tasks.
     """
     random = np.random.default_rng(0)
     drawn, observed = np.zeros(DRAWS), 0.0
@@ -139,7 +140,7 @@ def detectable_difference(
     power: float = POWER,
     alpha: float = ALPHA,
 ) -> float | None:
-    """Return the smallest true difference of the mean over tasks that two runs on these items show with this power.
+    """Return the smallest true difference of the mean over tasks that is detected on these items with this power.
 
     R. Connor (1987), Biometrics 43:207, solved for the difference d: for one task of n items, of which the runs answer
     a share psi differently, sqrt(n) d = z_alpha sqrt(psi) + z_power sqrt(psi - d^2). Over k tasks, psi / n becomes
@@ -147,13 +148,13 @@ def detectable_difference(
     than psi, psi is d.
 
     Args:
-        items: how many items each task has.
-        discordance: the share of items that the runs answer differently, for each task or for all.
-        power: the probability of telling the runs apart.
-        alpha: the probability of telling runs apart that are alike, two-sided.
+        items: number of items of each task.
+        discordance: share of items that only one of the runs answers correctly, for each task or for all.
+        power: probability of detecting the difference.
+        alpha: significance level of the two-sided test.
 
     Returns:
-        The difference as a share; None where no difference would be seen.
+        The difference, between 0 and 1; None if no difference would be detected.
     """
     k = len(items)
     psi = [discordance] * k if isinstance(discordance, int | float) else list(discordance)
@@ -164,22 +165,22 @@ def detectable_difference(
         root = a**2 * variance - (1 + b**2 * weight) * (a**2 - b**2) * variance
         return (a * math.sqrt(variance) + math.sqrt(max(root, 0.0))) / (1 + b**2 * weight)
 
-    found = solve(sum(share / n for share, n in zip(psi, items, strict=True)) / k**2)
-    if found > sum(psi) / k:
+    smallest = solve(sum(share / n for share, n in zip(psi, items, strict=True)) / k**2)
+    if smallest > sum(psi) / k:
         # psi = d in the equation above gives sqrt(d / weight) = a + b sqrt(1 - d): the right side falls with d.
         low, high = 0.0, 1.0
         for _ in range(60):
-            found = (low + high) / 2
-            low, high = (found, high) if math.sqrt(found / weight) < a + b * math.sqrt(1 - found) else (low, found)
-    return found if found < 1 - 1e-9 else None
+            middle = smallest = (low + high) / 2
+            low, high = (middle, high) if math.sqrt(middle / weight) < a + b * math.sqrt(1 - middle) else (low, middle)
+    return smallest if smallest < 1 - 1e-9 else None
 
 
 def power_statement(items: Mapping[str, int]) -> str:
-    """Say before a scoring what it will be able to tell apart; ``items`` is how many each task has, by its title."""
-    found = {name: detectable_difference([n]) for name, n in items.items()}
+    """Return a sentence on the differences that a scoring will detect; ``items`` maps task titles to item counts."""
+    smallest = {name: detectable_difference([n]) for name, n in items.items()}
     if len(items) > 1:
-        found["their mean"] = detectable_difference(list(items.values()))
-    each = ", ".join(f"{name} {'none' if share is None else f'{100 * share:.1f}'}" for name, share in found.items())
+        smallest["their mean"] = detectable_difference(list(items.values()))
+    each = ", ".join(f"{name} {'none' if share is None else f'{100 * share:.1f}'}" for name, share in smallest.items())
     return (
         f"smallest true difference between two runs that shows on these items, in points: {each} (paired, power "
         f"{100 * POWER:.0f} %, alpha {100 * ALPHA:.0f} %, if {100 * ASSUMED_DISCORDANCE:.0f} % of the answers differ)"
@@ -187,19 +188,19 @@ def power_statement(items: Mapping[str, int]) -> str:
 
 
 def detectable_between(before: Run, after: Run) -> float | None:
-    """Return the smallest true difference that these two runs would show, at the discordance that they have."""
+    """Return the smallest detectable difference of these two runs, at their observed discordance."""
     if len(before[0]) == len(after[0]) == 1:
         pairs = zip(before, after, strict=True)
         return detectable_difference(
-            [task.size for task in before], [float((one != other).mean()) for one, other in pairs]
+            [task.size for task in before], [float((first != second).mean()) for first, second in pairs]
         )
     from scipy.special import stdtrit
 
-    found = _hierarchical([(before, -1), (after, 1)])
-    return float((stdtrit(found.df, 1 - ALPHA / 2) + stdtrit(found.df, POWER)) * found.error)
+    bootstrap = _hierarchical([(before, -1), (after, 1)])
+    return float((stdtrit(bootstrap.df, 1 - ALPHA / 2) + stdtrit(bootstrap.df, POWER)) * bootstrap.error)
 
 
-class _Found(NamedTuple):
+class _Bootstrap(NamedTuple):
     value: float
     error: float
     low: float
@@ -207,17 +208,17 @@ class _Found(NamedTuple):
     df: float
 
 
-def _hierarchical(runs: Sequence[tuple[Run, int]], draws: int = DRAWS) -> _Found:
-    """Bootstrap the signed sum of runs' means over tasks: first seeds, then items, which all runs and seeds share.
+def _hierarchical(runs: Sequence[tuple[Run, int]], draws: int = DRAWS) -> _Bootstrap:
+    """Return the bootstrap of the signed sum of runs' means, over seeds and over items, which runs and seeds share.
 
-    Drawing both as they are would count the part of the variance that is neither a seed's nor an item's three times
-    (A. Owen (2007), Annals of Applied Statistics 1:386). So what is drawn of a seed is its deviation from the mean,
+    Resampling both directly would count the residual variance, which is neither the seeds' nor the items', three times
+    (A. Owen (2007), Annals of Applied Statistics 1:386). So a drawn seed contributes its deviation from the mean,
     rescaled to the variance of the seeds alone (J. Carpenter, H. Goldstein, J. Rasbash (2003), Applied Statistics
-    52:431), which the two-way analysis of variance gives; what is drawn of an item is its mean over seeds, which
-    carries the rest.
+    52:431), which the two-way analysis of variance gives; a drawn item contributes its mean over seeds, which includes
+    the residual.
 
-    With one seed in every run the interval is the bootstrap's percentiles. A few seeds are too few for percentiles:
-    there it is Student's t with the bootstrap's standard error and the degrees of freedom of F. Satterthwaite (1946),
+    With one seed in every run the interval is the bootstrap's percentiles. With a few seeds percentiles are unreliable,
+    so it is Student's t with the bootstrap's standard error and the degrees of freedom of F. Satterthwaite (1946),
     Biometrics Bulletin 2:110.
     """
     k = len(runs[0][0])
@@ -229,11 +230,11 @@ def _hierarchical(runs: Sequence[tuple[Run, int]], draws: int = DRAWS) -> _Found
         means = np.sum([sign * run[task].mean(0) for run, sign in runs], axis=0)
         n = len(means)
         item_variance += float(means.var()) / n / k**2
-        # A mean over few seeds has few values: how often each is drawn is all that a draw of n items comes to.
+        # A mean over few seeds has few distinct values, so a draw of n items reduces to the count of each value.
         values, counts = np.unique(means, return_counts=True)
         drawn += (random.multinomial(n, counts / n, size=draws) @ values / n - means.mean()) / k
 
-    # The parts of the variance, with their degrees of freedom.
+    # The components of the variance, with their degrees of freedom.
     parts = [(item_variance, max(1, sum(task.shape[1] - 1 for task in runs[0][0])))]
     for run, sign in runs:
         seeds = len(run[0])
@@ -244,26 +245,28 @@ def _hierarchical(runs: Sequence[tuple[Run, int]], draws: int = DRAWS) -> _Found
             if alone > 1e-12:
                 deviations *= math.sqrt(alone / float(deviations.var()))
                 drawn += sign * deviations[random.integers(seeds, size=(draws, seeds))].mean(1)
-            # Simulation covers 95 % by neither: as observed the seeds get too much weight, alone too little.
+            # In simulation neither variance gives 95 % coverage: the observed one weighs the seeds too much, their own
+            # too little. Hence the geometric mean.
             parts.append((math.sqrt(observed * max(alone, 0.0)) / seeds, seeds - 1))
 
     error = float(drawn.std())
     if len(parts) == 1:
         low, high = np.quantile(value + drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return _Found(value, error, float(low), float(high), math.inf)
+        return _Bootstrap(value, error, float(low), float(high), math.inf)
     from scipy.special import stdtrit
 
     if error == 0:
-        return _Found(value, error, value, value, math.inf)
+        return _Bootstrap(value, error, value, value, math.inf)
     df = error**4 / sum(variance**2 / freedom for variance, freedom in parts)
     half = float(stdtrit(df, (1 + LEVEL) / 2)) * error
-    return _Found(value, error, value - half, value + half, df)
+    return _Bootstrap(value, error, value - half, value + half, df)
 
 
-def _student(found: _Found) -> float:
+def _student(b: _Bootstrap) -> float:
+    """Return the two-sided p-value of Student's t test by the bootstrap's standard error."""
     from scipy.special import stdtr
 
-    return 2 * float(stdtr(found.df, -abs(found.value) / found.error)) if found.error else float(found.value == 0)
+    return 2 * float(stdtr(b.df, -abs(b.value) / b.error)) if b.error else float(b.value == 0)
 
 
 def _seed_means(run: Run) -> Array:
@@ -271,7 +274,7 @@ def _seed_means(run: Run) -> Array:
 
 
 def _interaction(task: Array) -> float:
-    """Return the mean square of what is neither the seed's nor the item's, of the two-way analysis of variance."""
+    """Return the residual (seed by item) mean square of the two-way analysis of variance."""
     seeds, items = task.shape
     rest = task - task.mean(0) - task.mean(1, keepdims=True) + task.mean()
     return float((rest**2).sum() / (max(seeds - 1, 1) * max(items - 1, 1)))

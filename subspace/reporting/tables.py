@@ -1,7 +1,7 @@
-"""The one place where results become tables: tasks down, methods across, accuracy in per cent with its 95 % interval.
+"""Result tables: a row for each task, a column for each method, accuracy in per cent with its 95 % interval.
 
-Numbers stand side by side only where their fingerprints agree (see ``results.py``). Runs that differ in their seed
-alone are one column: their mean and standard deviation. What cannot be told apart from the best of its row is marked.
+Numbers are put side by side only if their fingerprints agree (see ``results.py``). Runs that differ only in their seed
+are one column, with mean and standard deviation. Cells not significantly different from the best of the row are marked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Cell:
-    """One method's score: shares between 0 and 1. ``p`` is of its difference from the row's best, after Holm."""
+    """One method's accuracy, between 0 and 1; ``p`` of its difference from the row's best, Holm-corrected."""
 
     value: float
     error: float
@@ -47,7 +47,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one task, or a mean: a cell for each method, None where it has none."""
+    """One metric of one task, or a mean: a cell for each method, None if the method was not scored."""
 
     task: str
     metric: str
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The row as text, the difference last."""
+        """The cells of the row as text, the difference last."""
         metric = self.metric if self.in_mean else f"({self.metric})"
         cells = [NONE if cell is None else str(cell) for cell in self.cells]
         d = self.difference
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The results of some methods by one protocol. ``means`` has one row for each suite."""
+    """Results of methods by one protocol. ``means`` has one row for each suite."""
 
     protocol: str
     columns: tuple[Column, ...]
@@ -80,7 +80,7 @@ class Table:
 
     @property
     def grid(self) -> Grid:
-        """The table as text."""
+        """The table as text cells."""
         difference = ["difference"] if len(self.columns) == 2 else []
         head = (*HEAD, *(column.name for column in self.columns), *difference)
         rows = tuple(row.texts[: len(head)] for row in (*self.rows, *self.means))
@@ -88,11 +88,11 @@ class Table:
         return Grid(heading, head, rows, self.notes, left=2, last=len(self.means))
 
     def markdown(self) -> str:
-        """Return the table in Markdown, its notes below."""
+        """Return the table in Markdown, with its notes below."""
         return self.grid.markdown()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the table for machines; shares lie between 0 and 1."""
+        """Return the table as JSON values; accuracies lie between 0 and 1."""
         names = [column.name for column in self.columns]
 
         def values(row: Row) -> dict[str, Any]:
@@ -110,22 +110,22 @@ class Table:
         }
 
 
-def write(found: Sequence[Table], form: str, *, transposed: bool = False) -> str:
-    """Return tables as text in one of ``formats.FORMATS`` but the terminal's."""
+def write(tables: Sequence[Table], form: str, *, transposed: bool = False) -> str:
+    """Return tables as text: JSON, CSV, or a format of ``render_grids``; ``transposed`` swaps rows and columns."""
     if form == "json":
-        return json.dumps([table.as_dict() for table in found], indent=2)
+        return json.dumps([table.as_dict() for table in tables], indent=2)
     if form == "csv":
-        return _csv(found)
-    return render_grids([table.grid.transposed() if transposed else table.grid for table in found], form)
+        return _csv(tables)
+    return render_grids([table.grid.transposed() if transposed else table.grid for table in tables], form)
 
 
-def _csv(found: Sequence[Table]) -> str:
-    """One line for each task, metric and method."""
+def _csv(tables: Sequence[Table]) -> str:
+    """Return CSV with one line for each task, metric and method."""
     text = io.StringIO()
     fields = [f.name for f in dataclasses.fields(Cell)]
     out = csv.writer(text, lineterminator="\n")
     out.writerow(["protocol", "task", "metric", "items", "majority", "in_mean", "method", *fields, "fingerprint"])
-    for table in found:
+    for table in tables:
         for row in (*table.rows, *table.means):
             for column, cell in zip(table.columns, row.cells, strict=True):
                 if cell:
@@ -135,35 +135,39 @@ def _csv(found: Sequence[Table]) -> str:
 
 
 def build_tables(folders: Sequence[Path], protocol: str | None = None) -> list[Table]:
-    """Return the tables of these runs: one for each protocol that all were scored by, or for the one that is named."""
-    return [build_table(found) for found in load_runs(folders, protocol)]
+    """Return the tables of these runs: one for the named protocol, or for each that all were scored by."""
+    return [build_table(columns) for columns in load_runs(folders, protocol)]
 
 
 def build_table(columns: Sequence[Column]) -> Table:
-    """Put methods of one protocol side by side; UserError where a fingerprint differs."""
+    """Return the table of methods that were scored by one protocol.
+
+    Raises:
+        UserError: fingerprints or items of a task differ between runs.
+    """
     runs = [run for column in columns for run in column.runs]
     ensure_comparable(runs)
-    somewhere = {task for run in runs for task in run.results}
-    order = [*list_tasks(None), *sorted(somewhere)]
+    scored_tasks = {task for run in runs for task in run.results}
+    order = [*list_tasks(None), *sorted(scored_tasks)]
     rows: list[Row] = []
     suites: dict[str, list[Row]] = {}
-    for task in sorted(somewhere, key=order.index):
+    for task in sorted(scored_tasks, key=order.index):
         results = [column.result(task) for column in columns]
-        one = next((result for result in results if result), None)
-        for i, metric in enumerate(one.metrics if one else ()):
-            # A task's metrics begin with the one that is usually reported.
-            rows.append(_row(columns, [task], [metric], one, in_mean=i == 0 and all(results)))
+        result = next((result for result in results if result), None)
+        for i, metric in enumerate(result.metrics if result else ()):
+            # The first metric of a task is the one that is usually reported.
+            rows.append(_row(columns, [task], [metric], result, in_mean=i == 0 and all(results)))
             if rows[-1].in_mean:
                 suites.setdefault(suite(task), []).append(rows[-1])
     means = []
-    for name, several in suites.items():
+    for name, suite_rows in suites.items():
         if len({row.task for row in rows if suite(row.task) == name}) == 1:
             continue  # the mean of one task repeats its row
-        name = f"mean of {len(several)}" + (f" {name}" if len(suites) > 1 else "")
-        mean = _row(columns, [row.task for row in several], [row.metric for row in several], None, in_mean=True)
-        majority = sum(row.majority for row in several) / len(several)
+        name = f"mean of {len(suite_rows)}" + (f" {name}" if len(suites) > 1 else "")
+        mean = _row(columns, [row.task for row in suite_rows], [row.metric for row in suite_rows], None, in_mean=True)
+        majority = sum(row.majority for row in suite_rows) / len(suite_rows)
         means.append(
-            dataclasses.replace(mean, task=name, metric="", n=sum(row.n for row in several), majority=majority)
+            dataclasses.replace(mean, task=name, metric="", n=sum(row.n for row in suite_rows), majority=majority)
         )
     return Table(
         protocol=next(iter(runs[0].results.values())).protocol,
@@ -175,9 +179,9 @@ def build_table(columns: Sequence[Column]) -> Table:
 
 
 def _row(
-    columns: Sequence[Column], tasks: Sequence[str], metrics: Sequence[str], one: TaskResult | None, *, in_mean: bool
+    columns: Sequence[Column], tasks: Sequence[str], metrics: Sequence[str], result: TaskResult | None, *, in_mean: bool
 ) -> Row:
-    """Return a row about one task, or about the mean of several."""
+    """Return the row of one task, or of the mean over tasks (``result`` is None)."""
     marks = [
         [column.marks(task, metric) for task, metric in zip(tasks, metrics, strict=True)]
         if all(column.result(task) for task in tasks)
@@ -185,9 +189,9 @@ def _row(
         for column in columns
     ]
     cells = [
-        Cell(*statistics.estimate(some), statistics.seed_spread(some), len(some[0])) if some else None for some in marks
+        Cell(*statistics.estimate(run), statistics.seed_spread(run), len(run[0])) if run else None for run in marks
     ]
-    scored = {i: (cell, some) for i, (cell, some) in enumerate(zip(cells, marks, strict=True)) if cell and some}
+    scored = {i: (cell, run) for i, (cell, run) in enumerate(zip(cells, marks, strict=True)) if cell and run}
     if len(scored) > 1:
         best = max(scored, key=lambda i: scored[i][0].value)
         others = [i for i in scored if i != best]
@@ -198,36 +202,36 @@ def _row(
     return Row(
         task=tasks[0],
         metric=metrics[0],
-        n=one.n if one else 0,
-        majority=one.majority if one else 0.0,
+        n=result.n if result else 0,
+        majority=result.majority if result else 0.0,
         cells=tuple(cells),
         difference=statistics.difference(scored[0][1], scored[1][1]) if len(scored) == len(columns) == 2 else None,
         in_mean=in_mean,
-        fingerprint=one.fingerprint if one else "",
+        fingerprint=result.fingerprint if result else "",
     )
 
 
 def _notes(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
     notes = [f"{column.name}: {column.about}" for column in columns]
     if len(columns) > 1:
-        notes.append(f"{BEST} best, {TIED} not told apart from it (p ≥ {ALPHA} after Holm)")
+        notes.append(f"{BEST} best, {TIED} not significantly different from the best (p ≥ {ALPHA} after Holm)")
     if any(len(column.runs) > 1 for column in columns):
-        notes.append("± standard deviation over seeds; these intervals are about the method, over seeds and items")
+        notes.append("± standard deviation over seeds; these intervals hold for the method, over seeds and items")
     lone = [column for column in columns if len(column.runs) == 1 and column.runs[0].seed is not None]
     if lone and len(columns) > 1:
         notes.append(
-            f"one seed only: {', '.join(c.name for c in lone)}. Their numbers are about these runs, not methods"
+            f"one seed only: {', '.join(c.name for c in lone)}. These numbers hold for the runs, not for the methods"
         )
     if len(columns) == 2:
-        notes.append(f"difference: {columns[1].name} less {columns[0].name}, over the same items")
+        notes.append(f"difference: {columns[1].name} minus {columns[0].name}, over the same items")
     if any(not row.in_mean for row in rows):
         notes.append("rows in brackets are not in the mean")
     for run in (run for column in columns for run in column.runs):
         if truncated := sum(result.truncated for result in run.results.values()):
-            notes.append(f"{run.name}: {truncated} items were longer than the model reads and lost their beginning")
+            notes.append(f"{run.name}: {truncated} items exceeded the model's window and lost their beginning")
     return notes
 
 
 def interval(low: float, high: float, sign: str = "") -> str:
-    """Return an interval in per cent."""
+    """Return an interval as text, in per cent."""
     return f"[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"

@@ -80,8 +80,8 @@ def test_it_stands_beside_the_declared_ones(planets: Path) -> None:
 @pytest.mark.parametrize(
     ("yaml", "complaint"),
     [
-        ("title: x\n", "should say where its rows lie: a line 'file: NAME.jsonl'"),
-        ("file: gone.jsonl\n", "planets/test was to be read from .*gone.jsonl, which is not there"),
+        ("title: x\n", "names no file of rows. Add a line 'file: NAME.jsonl'"),
+        ("file: gone.jsonl\n", "planets/test was to be read from .*gone.jsonl, which does not exist"),
         ("file: planets.jsonl\n", "planets/test, record 0: 'choices' was to be choices, but .*has question, options"),
         ("file: planets.jsonl\nitem: {choices: options, label: answer}\n", "label 'B' of the choices.*counts the"),
         ("file: planets.jsonl\nitem: {choices: options, label: '7'}\n", "label 7 of the choices"),
@@ -95,7 +95,7 @@ def test_what_a_file_lacks_is_told(planets: Path, yaml: str, complaint: str) -> 
 
 
 def test_a_declared_task_s_name_is_not_taken(planets: Path) -> None:
-    with pytest.raises(UserError, match="boolq.yaml is called as a task that is there already"):
+    with pytest.raises(UserError, match="boolq.yaml has the name of a task that exists already"):
         custom_task(planets.rename(planets.with_name("boolq.yaml")))
 
 

@@ -201,7 +201,10 @@ def test_a_template_without_an_end_gets_one(tmp_path: Path) -> None:
     [
         (None, "tokenizer has none"),
         ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
-        ("{{ messages | length }}{% if add_generation_prompt %}assistant{% endif %}", "otherwise once it is answered"),
+        (
+            "{{ messages | length }}{% if add_generation_prompt %}assistant{% endif %}",
+            "differently once it is answered",
+        ),
     ],
 )
 def test_a_chat_that_cannot_be_written(template: str | None, says: str, tmp_path: Path) -> None:
@@ -314,7 +317,7 @@ def test_held_out_rows_stay_when_fewer_are_trained_on(prepared: Path, tokenizer:
 def test_more_rows_than_there_are_cannot_be_held_out(
     count: int, prepared: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    with pytest.raises(UserError, match=f"data.validation={count} rows .* 45 rows 35 are there only once"):
+    with pytest.raises(UserError, match=f"data.validation={count} rows .* 45 rows 35 occur only once"):
         open_data(settings("nested", validation=count), tokenizer)
 
 

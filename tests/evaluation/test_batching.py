@@ -76,7 +76,7 @@ def test_what_did_not_fit_once_is_not_tried_again() -> None:
 
 
 def test_an_item_that_does_not_fit_alone_ends_the_run_with_what_helps() -> None:
-    with pytest.raises(RunFailed, match="one item of 200 tokens does not fit into memory by itself.*goes on where"):
+    with pytest.raises(RunFailed, match="one item of 200 tokens does not fit into memory by itself.*resumes where"):
         OOMSplitter(tiny_llama(), Scarce(100, MemoryError()), SIZES).score([8])
 
 

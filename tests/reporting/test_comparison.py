@@ -55,7 +55,7 @@ def test_the_verdict_is_in_words(folders: list[Path]) -> None:
     same, more = compare_runs(folders)
     assert more.verdict.startswith("mean of 2: more is better than first: +35.0 points [+28.5, +41.5], p ")
     assert same.verdict == (
-        "mean of 2: same and first are not told apart with these items: +0.0 points [-2.0, +2.0], p = 1; "
+        "mean of 2: same and first do not differ significantly on these items: +0.0 points [-2.0, +2.0], p = 1; "
         "the smallest detectable difference is 3.9 points"
     )
     (worse,) = compare_runs([folders[2], folders[0]])
@@ -99,7 +99,9 @@ def test_seeds_are_compared_as_methods(tmp_path: Path) -> None:
 
 
 def test_one_method_cannot_be_compared(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="but with what. They are seeds of one method. Name the run of another"):
+    with pytest.raises(
+        UserError, match="there is no second method. They are seeds of one method. Name the run of another"
+    ):
         compare_runs(seeded(tmp_path, "lora", 0))
 
 
@@ -111,7 +113,7 @@ def test_no_task_in_common_is_refused(tmp_path: Path) -> None:
 
 def test_unlike_runs_are_refused(folders: list[Path], tmp_path: Path) -> None:
     other = run(tmp_path / "other", {"boolq": {"acc": FIRST}}, ingredients={"template": "another"})
-    with pytest.raises(UserError, match="first and other cannot be put side by side: in BoolQ they differ in template"):
+    with pytest.raises(UserError, match="first and other cannot be compared: in BoolQ they differ in template"):
         compare_runs([folders[0], other])
 
 
@@ -119,7 +121,7 @@ def test_the_command(folders: list[Path], capsys: pytest.CaptureFixture[str]) ->
     names = list(map(str, folders))
     assert main(["compare", *names, "--items"]) == 0
     shown = capsys.readouterr().out
-    assert "same less first" in shown
+    assert "same minus first" in shown
     assert "more is better than first" in shown
     assert "4 items flipped" in shown
 
@@ -130,7 +132,7 @@ def test_the_command(folders: list[Path], capsys: pytest.CaptureFixture[str]) ->
     assert len(plain[0]["flips"]) == 4
 
     assert main(["compare", names[0]]) == 2
-    assert "was to be compared, but with what? Name the run of another" in capsys.readouterr().err
+    assert "cannot be compared: there is no second method. Name the run of another" in capsys.readouterr().err
 
 
 def test_the_table_command(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,8 +92,8 @@ def test_before_and_after(before: Path, after: Path) -> None:
 
 - base: tiny, float32
 - tuned: tiny with lora, float32
-- ◆ best, ◇ not told apart from it (p ≥ 0.05 after Holm)
-- difference: tuned less base, over the same items
+- ◆ best, ◇ not significantly different from the best (p ≥ 0.05 after Holm)
+- difference: tuned minus base, over the same items
 - rows in brackets are not in the mean"""
     )
 
@@ -203,7 +203,7 @@ def test_an_unknown_protocol_names_the_nearest(before: Path) -> None:
 def test_unlike_numbers_are_refused(before: Path, tmp_path: Path, part: str, remedy: str) -> None:
     other = run(tmp_path / "other", {"boolq": BOOLQ}, ingredients={part: "another"})
     with pytest.raises(
-        UserError, match=f"base and other cannot be put side by side: in BoolQ they differ in {part} .*{remedy}"
+        UserError, match=f"base and other cannot be compared: in BoolQ they differ in {part} .*{remedy}"
     ):
         build_tables([before, other])
 
@@ -216,7 +216,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def test_truncated_items_are_told(tmp_path: Path) -> None:
     (table,) = build_tables([run(tmp_path / "base", {"boolq": BOOLQ, "piqa": PIQA}, truncated=3)])
-    assert "base: 6 items were longer than the model reads and lost their beginning" in table.notes
+    assert "base: 6 items exceeded the model's window and lost their beginning" in table.notes
 
 
 # Seeds of one method.
@@ -254,7 +254,7 @@ def test_a_seed_twice_is_no_new_evidence(seeds: list[Path], tmp_path: Path) -> N
 
 def test_one_seed_is_said_to_be_one(seeds: list[Path], before: Path) -> None:
     (table,) = build_tables([*seeds[:2], trained(seeds[0].parent / "dora", RIGHT[0], seed=0, method={"name": "dora"})])
-    assert "one seed only: dora. Their numbers are about these runs, not methods" in table.notes
+    assert "one seed only: dora. These numbers hold for the runs, not for the methods" in table.notes
 
 
 def test_a_task_that_one_seed_lacks_is_not_there(seeds: list[Path]) -> None:
@@ -289,7 +289,7 @@ def test_holm_corrects_over_the_methods_of_a_row(tmp_path: Path) -> None:
 def test_other_items_under_one_fingerprint_are_refused(before: Path, after: Path) -> None:
     file = items_file(after, "likelihood", "boolq")
     file.write_text(file.read_text().replace('"id": 3', '"id": 4'))
-    with pytest.raises(UserError, match="the items of BoolQ in .* are not the same ones"):
+    with pytest.raises(UserError, match="the items of BoolQ in .* differ"):
         build_tables([before, after])
 
 

@@ -1,4 +1,4 @@
-"""The protocols, a module each: how a task's items are laid out, how a batch is scored, what is kept of an item."""
+"""Scoring protocols, one module each: encoding of a task's items, scoring of batches, records of the items."""
 
 from subspace.evaluation.protocols.answer_word import AnswerWord
 from subspace.evaluation.protocols.base import ProtocolScorer

@@ -1,9 +1,9 @@
-"""Protocol ``answer-word``: the prompt of ``llm-adapters``, answered by the likeliest of the item's answers.
+"""Protocol ``answer-word``: the prompt of ``llm-adapters``, answered by the most probable of the item's answers.
 
-Nothing is written. Each answer that the model was trained to give ("the correct answer is answer3") is scored by its
-log-probability after the prompt, and the likeliest counts. The answers of an item share their beginning, so this is one
-row of tokens an item and one forward pass a batch, and it works under ZeRO-3. There is always an answer: a model that
-does not know the form of one may do better here than where it has to write.
+Nothing is generated. Each answer that the model was trained to give ("the correct answer is answer3") is scored by its
+log-probability after the prompt, and the most probable counts. The answers of an item share a prefix, so this takes one
+row an item and one forward pass a batch, and it works under ZeRO-3. There is always an answer: a model that has not
+learnt the form of the answer may score better here than where it has to generate it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class AnswerWord(ChoiceScorer):
-    """The items of a task, ready to be scored by this protocol."""
+    """Items of a task, encoded for the protocol ``answer-word``."""
 
     name = ANSWER_WORD
 
@@ -39,36 +39,36 @@ class AnswerWord(ChoiceScorer):
     ) -> None:
         if task.extraction != "first-word":
             raise UserError(
-                f"protocol {self.name} was asked for {task.name}, whose answers are no words of a short list. "
+                f"protocol {self.name} was asked for {task.name}, whose answers are not words from a fixed list. "
                 f"Use evaluate.protocol={LLM_ADAPTERS}"
             )
         self.task, self.items, self.template = task, items, prompt_template(prompt_name)
         texts = render_prompts(self.template, task, items)
         self.hashes = [digest(text) for text in texts]
-        # The right answer in the place of every label in turn.
+        # Each item with every label in turn as the right one.
         possible = [[relabel(item, label) for label in range(len(item["choices"]))] for item in items]
-        self.words = [[task.answer(item) for item in several] for several in possible]
-        outputs = [[task.output(item) for item in several] for several in possible]
-        pairs = [(text, output) for text, several in zip(texts, outputs, strict=True) for output in several]
+        self.words = [[task.answer(item) for item in variants] for variants in possible]
+        outputs = [[task.output(item) for item in variants] for variants in possible]
+        pairs = [(text, output) for text, answers in zip(texts, outputs, strict=True) for output in answers]
         encoded = iter(encode_rows(tokenizer, pairs))
-        super().__init__(model, [[next(encoded) for _ in several] for several in outputs])
+        super().__init__(model, [[next(encoded) for _ in answers] for answers in outputs])
 
     @classmethod
     def build(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
     ) -> Self:
-        """Lay out the items of a task as a configuration wants them."""
+        """Return a scorer of a task's items with these evaluation settings."""
         return cls(model, tokenizer, sample.task, sample.items, config.prompt)
 
     @property
     def template_texts(self) -> list[str]:
-        """The templates that the prompts and the answers are made from."""
+        """The templates of the prompts and the answers."""
         task = self.task
         return [self.template, task.instruction_template, task.answer_template, task.output_template]
 
     @property
     def decoding(self) -> str:
-        """How an answer is got out of the model, in words."""
+        """Description of how the model is queried for an answer, for the fingerprint."""
         return "none: log-probabilities of the answers"
 
     def record(self, number: int, scores: list[float]) -> ItemRecord:

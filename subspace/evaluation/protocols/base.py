@@ -1,4 +1,4 @@
-"""What every protocol has in common, and what those have that score choices."""
+"""Base classes of the scoring protocols."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Scorer(Protocol):
-    """A protocol with the items of a task, ready to be scored.
+    """Interface of a protocol with the encoded items of a task.
 
     Attributes:
-        name: the protocol's.
-        metrics: the one that is usually reported first.
-        writes: whether the model writes tokens, one by one.
-        sizes: for each item how many rows it is in a batch, and how many tokens the longest of them has at most.
-        truncated: how many items lost their beginning, because the model does not read as much.
+        name: the protocol's name.
+        metrics: names of the metrics; the first is the one that is usually reported.
+        writes: whether the model generates tokens one by one.
+        sizes: for each item the number of its rows in a batch, and the maximum number of tokens of the longest.
+        truncated: the number of items that lost their beginning because they exceed the model's window.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Scorer(Protocol):
 
     @property
     def fingerprint_fields(self) -> dict[str, str]:
-        """What the protocol's numbers depend on besides task, items and tokenizer."""
+        """Inputs that the protocol's scores depend on besides task, items and tokenizer."""
 
     def shared_prefix(self, model: Any) -> AbstractContextManager[None]:
-        """Read what all items begin with, once for the batches scored inside, where the model stays as it is."""
+        """Prefill the common prefix of all items for the batches scored inside; the model must not change there."""
 
     def score(self, model: Any, batch: Sequence[int]) -> list[ItemRecord]:
-        """Score the items of these numbers together; return the record of each."""
+        """Return the record of each of the items with these numbers, scored as one batch."""
 
 
 class ProtocolScorer(ABC):
-    """Base of the protocols. ``version`` is raised when the same items would get other scores."""
+    """Base class of the protocols. ``version`` is raised when scores of the same items change."""
 
     name: str
     version: str = "1"
@@ -63,21 +63,21 @@ class ProtocolScorer(ABC):
     def build(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
     ) -> Self:
-        """Lay out the items of a task as a configuration wants them."""
+        """Return a scorer of a task's items with these evaluation settings."""
 
     @property
     @abstractmethod
     def template_texts(self) -> list[str]:
-        """The templates that the prompts are made from."""
+        """The templates of the prompts."""
 
     @property
     @abstractmethod
     def decoding(self) -> str:
-        """How an answer is got out of the model, in words."""
+        """Description of how the model is queried for an answer, for the fingerprint."""
 
     @property
     def fingerprint_fields(self) -> dict[str, str]:
-        """What the protocol's numbers depend on besides task, items and tokenizer."""
+        """Inputs that the protocol's scores depend on besides task, items and tokenizer."""
         return {
             "protocol": f"{self.name} {self.version}",
             "template": digest(self.template_texts),
@@ -85,28 +85,28 @@ class ProtocolScorer(ABC):
         }
 
     def shared_prefix(self, model: Any) -> AbstractContextManager[None]:
-        """Read nothing ahead."""
+        """Prefill nothing."""
         return nullcontext()
 
     @abstractmethod
     def score(self, model: Any, batch: Sequence[int]) -> list[ItemRecord]:
-        """Score the items of these numbers together; return the record of each."""
+        """Return the record of each of the items with these numbers, scored as one batch."""
 
 
 class ChoiceScorer(ProtocolScorer):
-    """Base of the protocols that score the choices of an item by their log-probability. Nothing is written."""
+    """Base class of the protocols that score an item's choices by log-probability, without generation."""
 
     writes = False
 
     def __init__(self, model: Any, choices: Sequence[Sequence[tuple[list[int], int]]]) -> None:
-        """Lay out the items' choices, each as its token ids and how many of them are the context's."""
+        """Encode the items' choices, each given as its token ids and the number of context tokens."""
         self.choices = Choices(model, choices)
         self.truncated, self.sizes = self.choices.truncated, self.choices.sizes
 
     def score(self, model: Any, batch: Sequence[int]) -> list[ItemRecord]:
-        """Score the items of these numbers together, in one forward pass; return the record of each."""
-        found = self.choices.scores(model, batch)
-        return [self.record(number, scores) for number, scores in zip(batch, found, strict=True)]
+        """Return the record of each of the items with these numbers, scored by one forward pass."""
+        all_scores = self.choices.scores(model, batch)
+        return [self.record(number, scores) for number, scores in zip(batch, all_scores, strict=True)]
 
     @abstractmethod
     def record(self, number: int, scores: list[float]) -> ItemRecord:

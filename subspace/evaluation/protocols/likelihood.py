@@ -1,8 +1,8 @@
-"""Protocol ``likelihood``: the choice whose text is likeliest after the context, as lm-evaluation-harness defines it.
+"""Protocol ``likelihood``: the choice with the highest log-likelihood given the context, as in lm-evaluation-harness.
 
-``acc`` takes the choice with the largest log-probability, ``acc_norm`` that with the largest for each of its
-characters, ``acc_bytes`` for each of its bytes (lm_eval 0.4.13, api/task.py). How it is computed, and why it is the
-same, stands in ``choice_scoring.py``.
+``acc`` takes the choice with the highest log-probability, ``acc_norm`` that with the highest per character, and
+``acc_bytes`` that with the highest per byte (lm_eval 0.4.13, api/task.py). ``choice_scoring.py`` explains the
+computation, and why it is equivalent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXAMPLES_SEED = 1234  # the harness's
 
 
 class Likelihood(ChoiceScorer):
-    """The items of a task, ready to be scored by this protocol."""
+    """Items of a task, encoded for the protocol ``likelihood``."""
 
     name = LIKELIHOOD
 
@@ -59,10 +59,10 @@ class Likelihood(ChoiceScorer):
         self.num_examples = len(examples[0]) if examples else 0
         requests = [task.likelihood.requests(item) for item in items]
         if examples:
-            begins = ["".join(map(self._example, several)) for several in examples]
+            prefixes = ["".join(map(self._example, shots)) for shots in examples]
             requests = [
-                [(begin + context, choice) for context, choice in pairs]
-                for begin, pairs in zip(begins, requests, strict=True)
+                [(prefix + context, choice) for context, choice in pairs]
+                for prefix, pairs in zip(prefixes, requests, strict=True)
             ]
         self.requests = requests
         self.prompts = [digest(pairs) for pairs in requests]
@@ -73,39 +73,39 @@ class Likelihood(ChoiceScorer):
     def build(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
     ) -> Self:
-        """Lay out the items of a task as a configuration wants them."""
+        """Return a scorer of a task's items with these evaluation settings."""
         examples: list[list[Item]] = []
         if config.examples:
             pool = split_items(sample.task, "train", config.data)
-            own = sample.task.splits[config.split].official == "test"
-            examples = draw_examples(pool, sample.items, sample.positions, config.examples, own_test_split=own)
+            has_test = sample.task.splits[config.split].official == "test"
+            examples = draw_examples(pool, sample.items, sample.positions, config.examples, own_test_split=has_test)
         return cls(model, tokenizer, sample.task, sample.items, examples=examples, by_bytes=config.by_bytes)
 
     @property
     def template_texts(self) -> list[str]:
-        """The templates that contexts and choices are made from."""
+        """The templates of contexts and choices."""
         return [self.task.likelihood.context, self.task.likelihood.choice]
 
     @property
     def decoding(self) -> str:
-        """How an answer is got out of the model, in words."""
+        """Description of how the model is queried for an answer, for the fingerprint."""
         return "none: log-probabilities of the choices"
 
     @property
     def fingerprint_fields(self) -> dict[str, str]:
-        """What the protocol's numbers depend on besides task, items and tokenizer."""
+        """Inputs that the protocol's scores depend on besides task, items and tokenizer."""
         examples = {"examples": f"{self.num_examples} of train, seed {EXAMPLES_SEED}"} if self.num_examples else {}
         return super().fingerprint_fields | examples
 
     def _example(self, item: Item) -> str:
-        """Return an item with its right answer, to stand before a question."""
+        """Return the text of an item with its right answer, as a few-shot example."""
         return f"{''.join(self.task.likelihood.requests(item)[item['label']])}\n\n"
 
     def record(self, number: int, scores: list[float]) -> ItemRecord:
         """Return the record of an item whose choices have these scores."""
         item = self.items[number]
         characters = self.task.likelihood.normalizers(item)
-        # Without a character a choice cannot win by acc_norm: the harness divides by zero, which gives minus infinity.
+        # An empty choice cannot win by acc_norm: the harness divides by zero, which gives minus infinity.
         per_character = [score / n if n else -math.inf for score, n in zip(scores, characters, strict=True)]
         by_metric = {"acc": scores, "acc_norm": per_character}
         if "acc_bytes" in self.metrics:
@@ -120,23 +120,23 @@ class Likelihood(ChoiceScorer):
 def draw_examples(
     pool: Sequence[Item], items: Sequence[Item], positions: Sequence[int], count: int, *, own_test_split: bool
 ) -> list[list[Item]]:
-    """Return the examples that the harness, in one process, puts before these items of a split.
+    """Return for each item the few-shot examples that the harness, in one process, puts before it.
 
     Args:
         pool: the items to draw from.
-        items: those that are asked.
-        positions: where each of them stands in its split.
-        count: how many examples each has.
-        own_test_split: whether the task has a test split with labels. Where it has none, the harness draws one example
-            more, leaves out what equals the item itself, and takes the first ``count``.
+        items: the items to be scored.
+        positions: the index of each of them in its split.
+        count: the number of examples for each item.
+        own_test_split: whether the task has a test split with labels. If not, the harness draws one example more, drops
+            any that equals the item itself, and takes the first ``count``.
     """
     draw, more = random.Random(EXAMPLES_SEED), 0 if own_test_split else 1
-    # One generator for the whole split: an item's examples depend on where it stands, not on which others are asked.
+    # One generator for the split: the examples of an item depend on its index, not on which others are scored.
     drawn = [draw.sample(range(len(pool)), count + more) for _ in range(max(positions) + 1)]
-    found = []
+    chosen = []
     for item, position in zip(items, positions, strict=True):
         examples = [pool[number] for number in drawn[position]]
         if not own_test_split:
             examples = [example for example in examples if item_content(example) != item_content(item)]
-        found.append(examples[:count])
-    return found
+        chosen.append(examples[:count])
+    return chosen

@@ -1,14 +1,14 @@
-"""Protocol ``llm-adapters``: the model answers the prompt it was trained with; the first answer word it writes counts.
+"""Protocol ``llm-adapters``: greedy generation from the training prompt; the first answer word generated counts.
 
-It is the published LLM-Adapters protocol without its defects: one prompt in training and in scoring, an attention mask,
-eval mode, and so an answer that does not depend on what else is in the batch. Text without an answer word is wrong.
+It is the published LLM-Adapters protocol without its defects: the same prompt in training and scoring, an attention
+mask, eval mode, and so an answer that does not depend on the rest of the batch. Text without an answer word is wrong.
 
-Decoding is greedy, where the published evaluator searches with four beams. That costs four times as much, and a model
-that was trained on one short form of answer is sure of every token but the one that decides, and that one is the
-likeliest either way.
+Decoding is greedy, where the published evaluator uses a beam search with four beams, at four times the cost. A model
+trained on one short form of answer is certain of every token but the one that decides, and both methods take the most
+probable token there.
 
-A row ends at its end token, after 32 tokens, or with its first answer word, since what follows that never counts. The
-math suites have an explanation written first, up to 256 tokens; there the last number counts.
+A row ends at its end token, after 32 tokens, or with its first answer word, since later text never counts. For the math
+suites the model generates an explanation first, up to 256 tokens, and the last number counts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class LLMAdapters(ProtocolScorer):
-    """The items of a task, ready to be scored by this protocol."""
+    """Items of a task, encoded for the protocol ``llm-adapters``."""
 
     name = LLM_ADAPTERS
     writes = True
@@ -65,22 +65,22 @@ class LLMAdapters(ProtocolScorer):
     def build(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
     ) -> Self:
-        """Lay out the items of a task as a configuration wants them."""
+        """Return a scorer of a task's items with these evaluation settings."""
         return cls(model, tokenizer, sample.task, sample.items, config.prompt)
 
     @property
     def template_texts(self) -> list[str]:
-        """The templates that the prompts and the right answers are made from."""
+        """The templates of the prompts and the right answers."""
         return [self.template, self.task.instruction_template, self.task.answer_template]
 
     @property
     def decoding(self) -> str:
-        """How an answer is got out of the model, in words."""
+        """Description of how the model is queried for an answer, for the fingerprint."""
         return f"greedy, {self.task.max_new_tokens} tokens, {self.extractor}"
 
     @contextmanager
     def shared_prefix(self, model: nn.Module) -> Iterator[None]:
-        """Read what all prompts begin with, once for all batches scored inside, where the model stays as it is."""
+        """Prefill the common prefix of all prompts for the batches scored inside; the model must not change there."""
         self.prefix = prefill_shared_prefix(model, self.prompts)
         try:
             yield
@@ -88,11 +88,11 @@ class LLMAdapters(ProtocolScorer):
             self.prefix = None
 
     def score(self, model: nn.Module, batch: Sequence[int]) -> list[ItemRecord]:
-        """Let the model answer the items of these numbers together; return the record of each."""
+        """Return the record of each of the items with these numbers, answered as one batch."""
         prompts = [self.prompts[number] for number in batch]
         mixed = len(set(batch)) < len(batch)  # an item has a row for each of several subjects
-        how: Any = {"prefix": self.prefix, "draft": self.draft, "fixed": mixed}
-        written = decode_greedily(model, prompts, self._finished, self.task.max_new_tokens, **how)
+        options: Any = {"prefix": self.prefix, "draft": self.draft, "fixed": mixed}
+        written = decode_greedily(model, prompts, self._finished, self.task.max_new_tokens, **options)
         return [self._record(number, tokens) for number, tokens in zip(batch, written, strict=True)]
 
     def _finished(self, tokens: list[int]) -> bool:
@@ -106,18 +106,18 @@ class LLMAdapters(ProtocolScorer):
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens that end an answer: the model's and the tokenizer's."""
+    """Return the ids of the tokens that end an answer, the model's and the tokenizer's."""
     declared = model.generation_config.eos_token_id
-    several = declared if isinstance(declared, list) else [declared]
-    return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
+    ids = declared if isinstance(declared, list) else [declared]
+    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
 
 
 def answer_prefix_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, template: str, item: Item) -> list[int]:
-    """Return the tokens that every answer a model was trained to give to a task begins with."""
+    """Return the common token prefix of all answers that a model is trained to give for a task."""
     if task.extraction != "first-word":
         return []
     text = render_prompts(template, task, [item])[0]
     answers = [task.output(relabel(item, label)) for label in range(len(item["choices"]))]
     rows = encode_rows(tokenizer, [(text, answer) for answer in answers])
-    begun = [ids[num_prompt:] for ids, num_prompt in rows]
-    return begun[0][: common_prefix_length(begun)]
+    outputs = [ids[num_prompt:] for ids, num_prompt in rows]
+    return outputs[0][: common_prefix_length(outputs)]

@@ -1,14 +1,14 @@
-"""Protocol ``llm-adapters-published``: the published evaluator as it is, each of its defects a switch.
+"""Protocol ``llm-adapters-published``: the published evaluator, with each of its defects as a switch.
 
-Beam search with four beams, 32 tokens, temperature and top-p given but without effect, the text between the first and
-the second "### Response:", stripped, its first answer word. It is slow, and is here so that published checkpoints give
-their published numbers; ``llm-adapters`` is the same protocol without the defects.
+Beam search with four beams and 32 new tokens; temperature and top-p are set but have no effect. The answer is the first
+answer word of the text between the first and the second "### Response:". The protocol is slow, and exists to reproduce
+published numbers from published checkpoints; ``llm-adapters`` is the same protocol without the defects.
 
 Source: AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py and evaluate.py. NVlabs/DoRA and
-Chongjie-Si/Subspace-Tuning run the former with the change that ``last_response`` names, on weights that were merged
-in float16 (here: ``subspace merge --dtype float16``, and score that folder). Everybody runs it one prompt at a time,
-where ``no_attention_mask`` and ``pad_is_zero`` have no effect; so they are off here. How the items are put into
-batches here changes nothing in any case: what stood in a batch of the published evaluator is imitated by its padding.
+Chongjie-Si/Subspace-Tuning run the former with the change that ``last_response`` names, on weights merged in float16
+(here: ``subspace merge --dtype float16``, and score that folder). All of them run it one prompt at a time, where
+``no_attention_mask`` and ``pad_is_zero`` have no effect, so these are off by default. Batching here never changes the
+results: the padding of the published evaluator's batches is added to each prompt.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MARKER = "### Response:"
 
 
 class LLMAdaptersPublished(ProtocolScorer):
-    """The items of a task, ready to be scored by this protocol."""
+    """Items of a task, encoded for the protocol ``llm-adapters-published``."""
 
     name = LLM_ADAPTERS_PUBLISHED
     writes = True
@@ -64,43 +64,43 @@ class LLMAdaptersPublished(ProtocolScorer):
         self.template = prompt_template("alpaca-indented-scoring" if unequal else "alpaca-indented")
         self.texts = render_prompts(self.template, task, items)
         self.hashes = [digest(text) for text in self.texts]
-        # The published evaluator encodes the text as it stands, the white space at its end included.
+        # The published evaluator encodes the text with its trailing white space.
         encode: Any = tokenizer
         self.prompts: list[list[int]] = [
             encode(text)["input_ids"] if unequal else encode_prompt(tokenizer, text) for text in self.texts
         ]
         self.pad = 0 if "pad_is_zero" in defects else tokenizer.pad_token_id or 0
         self.batch = batch if "no_attention_mask" in defects else 1
-        # All that the others in its published batch do to a prompt is to pad it to the longest, and that is read.
+        # The other prompts of a published batch affect a prompt only by its padding, which is attended to.
         for first in range(0, len(items), self.batch):
             longest = max(map(len, self.prompts[first : first + self.batch]))
             for number in range(first, min(first + self.batch, len(items))):
                 self.prompts[number] = [self.pad] * (longest - len(self.prompts[number])) + self.prompts[number]
         self.ends = sorted(end_tokens(model, tokenizer))
         self.truncated = 0
-        # Each beam is a row of its own.
+        # One row a beam.
         self.sizes = [(NUM_BEAMS, len(ids) + task.max_new_tokens) for ids in self.prompts]
 
     @classmethod
     def build(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
     ) -> Self:
-        """Lay out the items of a task as a configuration wants them."""
+        """Return a scorer of a task's items with these evaluation settings."""
         return cls(model, tokenizer, sample.task, sample.items, config.defect_names, batch=config.published_batch)
 
     @property
     def template_texts(self) -> list[str]:
-        """The templates that the prompts and the right answers are made from."""
+        """The templates of the prompts and the right answers."""
         return [self.template, self.task.instruction_template, self.task.answer_template]
 
     @property
     def decoding(self) -> str:
-        """How an answer is got out of the model, in words."""
+        """Description of how the model is queried for an answer, for the fingerprint."""
         search = f"{NUM_BEAMS} beams, {self.task.max_new_tokens} tokens, {self.extractor}"
         return f"{search}; defects: {', '.join(self.defects) or 'none'}; batches of {self.batch}"
 
     def score(self, model: Any, batch: Sequence[int]) -> list[ItemRecord]:
-        """Let the model answer the items of these numbers together; return the record of each."""
+        """Return the record of each of the items with these numbers, answered as one batch."""
         prompts = [self.prompts[number] for number in batch]
         length = max(map(len, prompts))
         device = next(model.parameters()).device
@@ -123,7 +123,7 @@ class LLMAdaptersPublished(ProtocolScorer):
         return [self._record(number, row[length:].tolist()) for number, row in zip(batch, written, strict=True)]
 
     def _record(self, number: int, tokens: list[int]) -> ItemRecord:
-        # What was read is in the decoded text too, and so a marker in an instruction would count.
+        # The decoded text includes the prompt, so a marker in an instruction counts too, as published.
         text = str(self.tokenizer.decode([*self.prompts[number], *tokens], skip_special_tokens=True))
         parts = text.split(MARKER)
         answer = parts[-1 if "last_response" in self.defects else 1].strip()
@@ -132,7 +132,7 @@ class LLMAdaptersPublished(ProtocolScorer):
 
 @contextmanager
 def _dropout(model: nn.Module, seed: Sequence[str], *, active: bool) -> Iterator[None]:
-    """Score in training mode, with random numbers that a repetition draws again."""
+    """If active, put the model into training mode with a seed from the prompts, so that scores are reproducible."""
     if not active:
         yield
         return

@@ -191,13 +191,13 @@ def check_settings(
     try:
         return dict(_validator(_key(cls)).validate_python(current))
     except pydantic.ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        fault = _nearest_fault(error)
         key = str(fault["loc"][0])
         by = f"{origins[key]} sets " if origins[key] else ""
         if fault["type"] == "extra_forbidden":
             start = f"{by}'{prefix}{key}', but " if by else ""
             raise UserError(start + no_such_setting(owner or section, key, declared)) from None
-        value = current[key]
+        value = fault["input"] if fault["type"] == "literal_error" else current[key]
         start = f"{by}{prefix}{key} to {value!r}" if by else f"{prefix}{key} is {value!r}"
         raise UserError(start + _complaint(declared[key], fault)) from None
 
@@ -214,6 +214,17 @@ def suggest_setting(name: str, known: Iterable[str]) -> str:
     same = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
     hint = f"Did you mean '{same[0]}'?" if same else nearest(name, {key.partition(".")[0] for key in known})
     return f"there is no such setting. {hint}"
+
+
+def _nearest_fault(error: pydantic.ValidationError) -> Mapping[str, Any]:
+    """Return the first setting's fault that says most: of ``str | list[str]``, that of the one wrong word in the list.
+
+    pydantic reports each member of a union in turn. A list is wrong as a whole for ``str``, which comes first.
+    """
+    faults = error.errors(include_url=False)
+    of_first = [fault for fault in faults if fault["loc"][0] == faults[0]["loc"][0]]
+    words = [fault for fault in of_first if fault["type"] == "literal_error" and isinstance(fault["loc"][-1], int)]
+    return [*words, *of_first][0]
 
 
 def _complaint(info: SettingInfo, fault: Mapping[str, Any]) -> str:

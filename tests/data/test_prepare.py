@@ -17,6 +17,7 @@ from subspace.data import tasks as tasks_module
 from subspace.data.prepare import PreparedSplit, task_checksum, task_items
 from subspace.data.verify import git_blob_id, published_file
 from subspace.errors import UserError
+from subspace.models import prepare as prepare_models_module
 from subspace.models.prepare import model_folder
 from tests.helpers.toy_benchmark import EXTRA, TASK, TEST, TRAIN, hub_rows, make_world, published, record
 
@@ -285,7 +286,9 @@ def test_a_local_folder_is_taken_as_it_is(folder: Path) -> None:
 
 
 def lose_a_shard(folder: Path) -> None:
-    shards = {"a": "model.safetensors", "b": "model-2.safetensors"}
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors").rename(folder / first)
+    shards = {"a": first, "b": second}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
@@ -294,7 +297,7 @@ def lose_a_shard(folder: Path) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
-        (lose_a_shard, "lacks 1 of its 2 weight files: model-2.safetensors"),
+        (lose_a_shard, "lacks 1 of the 2 weight files in its index, e.g. model-00002-of-00002.safetensors"),
     ],
 )
 def test_what_a_local_folder_lacks_is_said(damage: Callable[[Path], None], says: str, folder: Path) -> None:
@@ -309,21 +312,21 @@ def test_a_model_of_a_silent_hub(world: Callable[..., Path], monkeypatch: pytest
     def no_answer(*_: Any, **__: Any) -> Path:
         raise UserError("the hub was asked for the model org/name and did not answer (no route)")
 
-    monkeypatch.setattr(download_module, "hub_model", no_answer)
-    monkeypatch.setattr(download_module, "hub_model_here", lambda *_: None)
-    with pytest.raises(UserError, match="did not answer .* and any local folder"):
+    monkeypatch.setattr(prepare_models_module, "hub_model", no_answer)
+    monkeypatch.setattr(prepare_models_module, "hub_model_here", lambda *_: None)
+    with pytest.raises(UserError, match=r"did not answer \(no route\).* and any local folder"):
         prepare(["org/name"], [])
     with pytest.raises(UserError, match="Run: subspace prepare --models org/name"):
         model_folder("org/name")
 
 
 def test_a_model_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download_module, "hub_model", lambda *_, **__: folder)
-    monkeypatch.setattr(download_module, "hub_model_here", lambda *_: None)
+    monkeypatch.setattr(prepare_models_module, "hub_model", lambda *_, **__: folder)
+    monkeypatch.setattr(prepare_models_module, "hub_model_here", lambda *_: None)
     (prepared,) = prepare(["org/name"], []).models
     assert (prepared.folder, prepared.source, prepared.fresh) == (str(folder), "hub", True)
 
-    monkeypatch.setattr(download_module, "hub_model_here", lambda *_: folder)
+    monkeypatch.setattr(prepare_models_module, "hub_model_here", lambda *_: folder)
     assert model_folder("org/name") == folder
     assert not prepare(["org/name"], []).models[0].fresh
 

@@ -41,7 +41,7 @@ model: {path: smollm2-135m, dtype: float32}
 method: {name: METHOD, r: 8}
 targets: [q_proj, k_proj, v_proj, up_proj, down_proj]
 data: {mixture: commonsense, max_length: 256, loss_on: answer, validation: 8}
-train: {steps: 6, batch_size: 4, learning_rate: 1.0e-3, warmup_steps: 2, log_every: 1, save_every: 3, validate_every: 6,
+train: {steps: 6, batch: 4, learning_rate: 1.0e-3, warmup_steps: 2, log_every: 1, save_every: 3, validate_every: 6,
         keep_checkpoints: 3, schedule: linear, seed: 0, trackers: []}
 engine: ds_configs/zero2.json
 evaluate: {tasks: [arc_easy, openbookqa, boolq], limit: 8}

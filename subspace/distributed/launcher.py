@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import re
 import shlex
 import shutil
@@ -129,11 +130,15 @@ def _read_status(file: str | Path | None) -> int | None:
 
 
 def free_port() -> int:
-    """Return a free TCP port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a free TCP port below those that the system gives to whoever asks for any (32768 and up on Linux).
+
+    A run binds its port seconds later, when torch is imported. One of the system's own could be another's by then.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError("none of 100 TCP ports between 20000 and 32768 is free for the processes to meet at")
 
 
 def visible_devices() -> list[str]:

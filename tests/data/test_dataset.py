@@ -415,7 +415,7 @@ def test_only_rows_that_are_fed_or_held_out_are_encoded(
     assert counted == [3 * 4 + 5]
     assert (data.report["fed"], data.report["train"]) == (12, TRAIN - 5)
     unfed = next(i for i in range(len(data.train)) if i not in FED(len(data.train)))
-    with pytest.raises(LookupError, match="was not asked for"):
+    with pytest.raises(LookupError, match="was not requested"):
         data.train[unfed]
 
 

@@ -133,7 +133,9 @@ class PartCache:
         if _is_good(self.folder):
             tables.append(_load(self.folder))
             numbers.append(np.arange(len(tables[-1])))
-        for folder in filter(_is_good, sorted(self.folder.parent.glob(f"{self.folder.name}.rows-*"))):
+        # By the whole hash: what another process is just writing has a longer name, and soon another one.
+        pattern = f"{self.folder.name}.rows-{'[0-9a-f]' * 16}"
+        for folder in filter(_is_good, sorted(self.folder.parent.glob(pattern))):
             tables.append(_load(folder))
             numbers.append(column(tables[-1], "row"))
         tables = [table.select_columns(list(_NO_ROWS)) for table in tables]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from subspace.api import prepare
 from subspace.common.files import build_dir_atomically
+from subspace.common.paths import cache_folder
 from subspace.data import tokenization as tokenization_module
 from subspace.data.collate import IGNORE_INDEX, TokenRow, collate
 from subspace.data.config import DataConfig
@@ -396,6 +397,17 @@ def test_who_comes_at_the_same_time_encodes_once(
         thread.join()
     assert counted == [TRAIN]
     assert [opened[0].train[3]] * 3 == [data.train[3] for data in opened]
+
+
+def test_what_another_process_is_just_writing_is_not_read(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A finished folder under an unfinished one's name: in the moment before it is renamed, it has a manifest."""
+    first = open_data(settings("toy"), tokenizer)
+    (rows,) = (path for path in (cache_folder() / "tokens").glob("*.rows-*") if path.is_dir())
+    shutil.copytree(rows, rows.with_name(f"{rows.name}.partial"))
+    shutil.rmtree(rows)
+    again = open_data(settings("toy"), tokenizer)
+    assert rows.is_dir()  # so it was encoded anew
+    assert again.train[3] == first.train[3]
 
 
 # Only what is fed is encoded.

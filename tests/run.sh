@@ -40,6 +40,4 @@ supervise lint-imports --no-logo
 step "3/4 prepare the model and the data"
 supervise subspace prepare
 step "4/4 pytest"
-# One worker more than there are cores, because some tests wait for processes to hang, end or answer.
-workers=$(python -c 'import os; print((os.cpu_count() or 1) + 1)')
-supervise python -m pytest --durations=25 -n "$workers" --dist loadfile -m "not long and not gpu" "$@"
+supervise python -m pytest --durations=25 -n auto --dist loadfile -m "not long and not gpu" "$@"

@@ -115,7 +115,10 @@ def stopped_by(run: Run, number: signal.Signals) -> None:
     assert [path.name for path in checkpoints(run.folder)] == [f"step-{last:06d}"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGUSR1, id="SIGUSR1"), pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long)],
+)
 def test_a_signal_makes_a_checkpoint(start: Callable[..., Run], number: signal.Signals) -> None:
     stopped_by(start(number.name, 2), number)
 
@@ -140,7 +143,7 @@ def test_a_signal_to_a_run_of_one_process(start: Callable[..., Run]) -> None:
     assert find_corruption(checkpoints(run.folder)[-1]) is None
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_killed_rank_ends_all_with_one_message(start: Callable[..., Run], rank: int) -> None:
     run = start(f"killed-{rank}", 2)
     run.wait_for(5)

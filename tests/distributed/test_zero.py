@@ -1,7 +1,8 @@
 """The loop under DeepSpeed's engine: every method, ZeRO 0 to 3, one and two processes, one loss curve.
 
-Every method trains at stage 3 with every change, three that differ in what they ask of an engine (a schedule that moves
-values, weights of the model itself) at every stage; ``-m long`` adds the others.
+With every change, three methods that differ in what they ask of an engine (a schedule that moves values, weights of the
+model itself) train at every stage, and one of each kind of site, start and schedule at stage 3; ``-m long`` adds the
+others.
 """
 
 from __future__ import annotations
@@ -33,8 +34,14 @@ SLACK = {"lora-dash": 2}
 #: From there on, one value in a thousand may have a gradient so near zero that its steps are rounding.
 STRAY = {"lora-dash": 1e-3}
 EVERY_STAGE = {"lora", "adalora", "full"}
+#: Kinds of site (biases, sub-layers, attention, embedding), of starts (from W's singular directions or row norms), of
+#: schedules (growth, a launch); each of the others is built as one of these.
+AT_STAGE_3 = EVERY_STAGE | {
+    "bitfit", "dora", "flexlora", "houlsby", "ia3", "lora-dash", "pissa", "prefix", "prompt", "spectral", "svdiff",
+}  # fmt: skip
+LONG = pytest.mark.long
 CASES = [
-    pytest.param(stage, method, marks=[] if stage == 3 or method in EVERY_STAGE else pytest.mark.long)
+    pytest.param(stage, method, marks=[] if method in (AT_STAGE_3 if stage == 3 else EVERY_STAGE) else LONG)
     for stage in STAGES
     for method in list_methods()
 ]

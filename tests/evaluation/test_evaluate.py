@@ -346,7 +346,7 @@ def test_every_process_is_given_all_results(by_two: Path, way: str) -> None:
 
 @pytest.mark.processes
 def test_adapters_on_a_base_that_is_spread_answer_as_on_a_whole_one(tmp_path: Path) -> None:
-    base, names = tmp_path / "saved", ["lora", "dora", "houlsby", "prefix"]
+    base, names = tmp_path / "saved", ["lora", "houlsby", "prefix"]
     tiny_llama(base / "base")
     for name in names:
         model = tiny_llama()

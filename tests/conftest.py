@@ -24,12 +24,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "no-such-hub-cache")
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
 os.environ["DS_ENV_FILE"] = "no-such-deepspeed-env"  # in place of ~/.deepspeed_env
+# The device that everything asks for: see pytest_configure.
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from subspace.common import paths
 from subspace.common.progress import show_notices
@@ -54,7 +53,14 @@ LONGEST_FIRST = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the order of :data:`LONGEST_FIRST` when whole files are handed to workers."""
+    """Choose the device of this session, and keep the order of :data:`LONGEST_FIRST` where workers get whole files.
+
+    Every test but those that need a GPU runs on the CPU, whatever the machine has. Those have a session of their own,
+    since DeepSpeed chooses its device once in a process: ``-m gpu``.
+    """
+    marks = config.option.markexpr
+    if "gpu" in marks and "not gpu" not in marks:
+        os.environ["DS_ACCELERATOR"] = "cuda"
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
@@ -71,6 +77,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out what this machine cannot run; say how it could."""
     if "gpu" in item.keywords and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if "gpu" in item.keywords and os.environ["DS_ACCELERATOR"] != "cuda":
+        pytest.skip("needs a session on the GPU: -m gpu")
     if "model" in item.keywords and not (paths.cache_folder() / "models").is_dir():
         pytest.skip("needs the prepared model and data: subspace prepare")
 

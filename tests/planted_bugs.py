@@ -116,7 +116,7 @@ BUGS = [
         "(W * torch.exp(M) if exp else W)",
         "(torch.exp(M) if exp else 1)",
     ),
-    Bug("FlexLoRA prunes by the signed value", "methods/flexlora.py", "E.abs(), torch.inf", "E, torch.inf"),
+    Bug("FlexLoRA prunes by the signed value", "methods/flexlora.py", "own[i].abs(), torch.inf", "own[i], torch.inf"),
     Bug(
         "FlexLoRA keeps a new direction's moments",
         "methods/flexlora.py",

@@ -67,31 +67,42 @@ class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
         if not 0 < passed < 1 or progress.step % config.every:
             return
         E = [access.value(adapter.E) for adapter in adapters]
-        order = sorted(range(len(adapters)), key=lambda i: spectral_entropy(E[i][adapters[i].alive > 0]))
-        losing = [i for i in order if adapters[i].alive.sum() > 1]
-        gaining = [i for i in reversed(order) if 1 < adapters[i].alive.sum() < len(adapters[i].alive)]
+        # All decisions on the host, from one copy: on a GPU each read would wait for what was launched before.
+        sizes = [len(values) for values in E]
+        values = torch.split(torch.cat([*E, *(adapter.alive for adapter in adapters)]).cpu(), 2 * sizes)
+        own, alive = values[: len(E)], values[len(E) :]
+        living = [int(mask.sum()) for mask in alive]
+        order = sorted(range(len(adapters)), key=lambda i: spectral_entropy(own[i][alive[i] > 0]))
+        losing = [i for i in order if living[i] > 1]
+        gaining = [i for i in reversed(order) if 1 < living[i] < sizes[i]]
         count = min(moves(config, passed), len(losing), len(gaining), len(adapters) // 2)
         for i, j in zip(losing[:count], gaining[:count], strict=True):
-            adapters[i].drop(E[i], access)
-            adapters[j].grow(E[j], access, seed=progress.step * len(adapters) + j)
+            lost = int(torch.where(alive[i] > 0, own[i].abs(), torch.inf).argmin())
+            alive[i][lost] = 0
+            adapters[i].drop(lost, E[i], access)
+            new = int(alive[j].argmin())
+            alive[j][new] = 1
+            adapters[j].grow(new, access, seed=progress.step * len(adapters) + j)
 
-    def drop(self, E: Tensor, access: OptimizerAccess) -> None:
-        """Remove the direction with the smallest abs(E)."""
-        lost = torch.where(self.alive > 0, E.abs(), torch.inf).argmin()
+    def drop(self, lost: int, E: Tensor, access: OptimizerAccess) -> None:
+        """Remove a direction; E ``(R,)`` has its present values."""
         self.alive[lost] = 0
-        access.write(self.E, E.index_fill(0, lost, 0))
+        value = E.clone()
+        value[lost] = 0
+        access.write(self.E, value)
 
-    def grow(self, E: Tensor, access: OptimizerAccess, seed: int) -> None:
+    def grow(self, new: int, access: OptimizerAccess, seed: int) -> None:
         """Begin a direction afresh, with E zero, so that the output does not change."""
-        new, generator = self.alive.argmin(), torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         self.alive[new] = 1
         for parameter, axis in ((self.A, 0), (self.B, 1), (self.E, 0)):
             value = access.value(parameter).clone()
             where = torch.zeros_like(value, dtype=torch.bool)
+            where.select(axis, new).fill_(True)
             drawn = STD * torch.randn(value.select(axis, 0).shape, generator=generator)
-            value.select(axis, int(new)).copy_(drawn if parameter is not self.E else torch.zeros(()))
+            value.select(axis, new).copy_(drawn if parameter is not self.E else torch.zeros(()))
             access.write(parameter, value)
-            access.reset_optimizer_state(parameter, where.index_fill_(axis, new, True))
+            access.reset_optimizer_state(parameter, where)
 
 
 def moves(config: FlexLoRA.Config, passed: float) -> int:

@@ -1,0 +1,61 @@
+"""How often a training step waits for the GPU and how much it launches, at most: today's counts."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from subspace.adapters.registry import list_methods
+from tests.helpers.op_counts import LayerCounts, layer_launches, reads_per_step
+
+#: Reads a step by ZeRO stage, at two micro-batches and ``log_every`` 10, in bfloat16.
+READS = {0: 17, 1: 18, 2: 18}
+#: Kernel launches of a decoder layer above the frozen one's: of each micro-batch, forward and backward; once a step.
+LAUNCHES = {
+    "adalora": (250, 155),
+    "bitfit": (25, 0),
+    "dora": (115, 75),
+    "flexlora": (260, 0),
+    "flora": (100, 0),
+    "full": (38, 0),
+    "houlsby": (52, 0),
+    "ia3": (35, 0),
+    "liera": (145, 0),
+    "lora": (70, 0),
+    "lora-dash": (145, 0),
+    "milora": (125, 0),
+    "moslora": (100, 0),
+    "p-tuning": (0, 0),
+    "parallel": (32, 0),
+    "pfeiffer": (26, 0),
+    "pissa": (125, 0),
+    "prefix": (21, 0),
+    "prompt": (0, 0),
+    "sam-parser": (45, 0),
+    "series": (18, 0),
+    "spectral": (150, 0),
+    "ssb": (70, 0),
+    "ssl": (35, 0),
+    "svdiff": (60, 0),
+    "trilora": (105, 0),
+}
+
+
+@pytest.mark.parametrize("stage", READS)
+def test_a_step_reads_few_values_on_the_host(tmp_path: Path, stage: int) -> None:
+    reads = reads_per_step(tmp_path, stage)
+    assert sum(reads.values()) <= READS[stage], reads
+
+
+@functools.cache
+def frozen() -> LayerCounts:
+    return layer_launches(None)
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_a_layer_with_adapters_launches_few_kernels(method: str) -> None:
+    above, (micro_batch, step) = layer_launches(method) - frozen(), LAUNCHES[method]
+    assert above.micro_batch <= micro_batch, above
+    assert above.step <= step, above

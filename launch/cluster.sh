@@ -12,7 +12,11 @@ Runs `subspace` on every host of HOSTFILE (launch/hostfile.example shows one), w
 or N. --dry-run prints the exact command instead of running it.
 
 Needs pdsh on this machine, passwordless ssh to every host, and this folder, .venv and prepared data included, at the same
-path on each. Set environment variables for the hosts in ~/.deepspeed_env, one NAME=VALUE per line, as NCCL_SOCKET_IFNAME=eth0.
+path on each. Set environment variables for the hosts in ~/.deepspeed_env, one NAME=VALUE per line, as NCCL_SOCKET_IFNAME=eth0;
+values are taken as they are, without expanding $.
+
+Ctrl-C and SIGTERM make training save a checkpoint and exit with status 75; add --resume to continue. A second one ends all
+processes of this run on all hosts at once.
 
 examples:
   bash launch/cluster.sh hostfile train launch/recipes/commonsense-smollm2.yaml

@@ -10,8 +10,8 @@ usage: sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh tr
        sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh evaluate RUN [key=value ...]
 
 Submit it from the repository's root, or call it inside an allocation. Each task runs one process; the first node is the
-master. --dry-run prints the exact command instead of running it. Every task must see all GPUs of its node, so do not use
---gpus-per-task. The folder, .venv and prepared data included, must exist on every node.
+master. --dry-run prints the exact command instead of running it. Every task sees all GPUs of its node, or one of its own
+(--gpus-per-task 1). The folder, .venv and prepared data included, must exist on every node.
 
 Two minutes before the job's time limit, training saves a checkpoint and exits with status 75; add --resume to continue.
 

@@ -29,12 +29,13 @@ from subspace.data.dataset import Data, open_data
 from subspace.data.leakage import overlap_notices
 from subspace.data.sampler import StepPlan
 from subspace.distributed.collectives import barrier, gather_objects, is_main, rank, world_size
+from subspace.distributed.device import device, on_gpu
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.distributed.launcher import launched_rank, launched_world_size
 from subspace.errors import UserError
 from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.liger_compat import apply_liger
-from subspace.models.loading import device, open_model, open_tokenizer, summarize_model
+from subspace.models.loading import open_model, open_tokenizer, summarize_model
 from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan
 from subspace.training.acceleration import compile_layers
 from subspace.training.checkpoint import last_checkpoint_hint
@@ -244,7 +245,7 @@ def write_outcome(folder: Path, state: TrainState, seconds: float, weight_bytes:
 
 def describe_environment() -> dict[str, Any]:
     """Return library versions, git commit, devices, and numbers of processes and threads."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu() else []
     return {
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from subspace.distributed import peers
 from subspace.distributed.deepspeed_compat import forget_world_group
+from subspace.distributed.device import device
+
+#: The group that exchanges objects, with the world's group that it was made for. See :func:`object_group`.
+_object_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 def _active() -> bool:
@@ -32,15 +37,22 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait until every process reaches this call."""
-    if _active():
+    if not _active():
+        return
+    if dist.get_backend() == "nccl":
+        # Otherwise torch guesses the device, and warns that it does.
+        dist.barrier(device_ids=[device().index])
+    else:
         dist.barrier()
 
 
 def shutdown() -> None:
-    """Destroy the process group after a barrier: a rank that left earlier would break the others' communication."""
+    """Destroy the process groups after a barrier: a rank that left earlier would break the others' communication."""
     if _active():
-        dist.barrier()
+        barrier()
+        peers.stop()
         dist.destroy_process_group()
+        _object_groups.clear()
         forget_world_group()
 
 
@@ -64,7 +76,7 @@ def broadcast_object(value: Any) -> Any:
     if not _active():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=_object_device())
+    dist.broadcast_object_list(box, src=0, group=object_group())
     return box[0]
 
 
@@ -73,11 +85,20 @@ def gather_objects(value: Any) -> list[Any]:
     if not _active():
         return [value]
     box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=object_group())
     return box
 
 
-def _object_device() -> torch.device:
-    # NCCL communicates GPU tensors only; pickled objects must be staged on the GPU.
-    on_gpu = dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+def object_group(timeout: datetime.timedelta | None = None) -> dist.ProcessGroup | None:
+    """Return the group through which objects are exchanged: gloo's, in host memory. None for the world's group.
+
+    NCCL would take pickled records and checkpoints through GPU memory, on whichever device torch thinks is current.
+    The group is made once for a world, with its first ``timeout``. Collective over ranks.
+    """
+    world = dist.group.WORLD
+    if world is None or dist.get_backend() == "gloo":
+        return None
+    if world not in _object_groups:
+        _object_groups.clear()
+        _object_groups[world] = dist.new_group(backend="gloo", timeout=timeout)
+    return _object_groups[world]

@@ -35,6 +35,8 @@ deepspeed.ops.__compatible_ops__               start on a CPU           init_dis
 deepspeed.utils.groups._WORLD_GROUP            a second run in one      DeepSpeed keeps its clone of the world's group
                                                process                  when that is destroyed, and uses it again
 logger "DeepSpeed", FutureWarnings             nothing; noise           calls of collectives that torch has renamed
+launcher.multinode_runner.PDSHRunner, its      arguments that a shell   it quotes nothing, and ends other people's
+arguments, launcher.runner.PDSHRunner          reads, on several hosts  processes; see :mod:`subspace.distributed.hosts`
 torch.utils.cpp_extension._get_build_directory check for a stale lock   DeepSpeed's JIT builds wait for the lock there
 =============================================  =======================  ==============================================
 """
@@ -44,13 +46,15 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from subspace.distributed.hosts import pdsh, pdsh_environment, shell_line
 
 #: DeepSpeed's libraries for NVMe, compiled at their first use.
 NVME_LIBRARIES = ("async_io", "pin_memory")
@@ -217,6 +221,39 @@ def forget_world_group() -> None:
     """Drop DeepSpeed's clone of a process group that has been destroyed, so that the next engine makes one anew."""
     if groups := sys.modules.get("deepspeed.utils.groups"):
         groups._WORLD_GROUP = None  # type: ignore[attr-defined]
+
+
+def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str]) -> None:
+    """Run DeepSpeed's launcher for several hosts, with every word quoted; it ends with SystemExit where that failed.
+
+    Args:
+        arguments: the launcher's.
+        exports: variables for the hosts, besides those that DeepSpeed passes on.
+    """
+    from deepspeed.launcher import multinode_runner, runner
+
+    class QuotingRunner(multinode_runner.PDSHRunner):  # type: ignore[misc]
+        def add_export(self, key: str, var: str) -> None:
+            self.exports[key] = var
+
+        def parse_user_args(self) -> list[str]:
+            return list(self.args.user_args)
+
+        def get_cmd(
+            self, environment: dict[str, str], active_resources: Mapping[str, object]
+        ) -> tuple[list[str], list[str], dict[str, str]]:
+            given = self.args
+            words = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={self.world_info_base64}"]
+            words += ["--node_rank=%n", f"--master_addr={given.master_addr}", f"--master_port={given.master_port}"]
+            words += ["--module"] if given.module else []
+            words += ["--no_local_rank"] if given.no_local_rank else []
+            words += [f"--log_level={given.log_level}", self.user_script, *self.user_arguments]
+            line = shell_line(words, {**self.exports, **exports}, str(Path.cwd()))
+            # The last command is the one that would end whatever looks like this run. hosts.signal_command ends it.
+            return [*pdsh(list(active_resources)), line], ["true"], pdsh_environment(environment)
+
+    runner.PDSHRunner = QuotingRunner
+    runner.main(list(arguments))
 
 
 def silence_deepspeed() -> None:

@@ -4,27 +4,51 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
+import secrets
+import socket
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from subspace.distributed.collectives import world_size
+from subspace.distributed import peers
+from subspace.distributed.collectives import gather_objects, object_group, rank, world_size
 from subspace.distributed.deepspeed_compat import disable_shm_comm_op, local_gradients, skip_useless_allreduce
 from subspace.distributed.deepspeed_config import Json
+from subspace.distributed.device import device
 from subspace.distributed.launcher import set_rank_env
 
 
 def init_distributed(minutes: float = 30) -> None:
-    """Initialise the process group, also for a single process; a rank that waits longer than ``minutes`` fails."""
+    """Initialise the process groups, also for a single process; a rank that waits longer than ``minutes`` fails."""
     set_rank_env()
     import deepspeed
 
-    if not torch.cuda.is_available():
+    where, timeout = device(), datetime.timedelta(minutes=minutes)
+    if where.type == "cuda":
+        # Before the first collective: DeepSpeed does so only with its engine, and NCCL refuses tensors of a device that
+        # is not its process's own.
+        torch.cuda.set_device(where)
+        # DeepSpeed's own barriers say no device; with the current one set, torch guesses right.
+        warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    else:
         disable_shm_comm_op()
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
+        object_group(timeout)
+        if peers.several_launchers():
+            _connect_peers()
+
+
+def _connect_peers() -> None:
+    """Let each process notice the end of the others. Collective over ranks."""
+    listener = peers.open_listener() if rank() == 0 else None
+    own = (socket.gethostname(), secrets.token_hex(16), listener.getsockname()[1] if listener else 0)
+    hosts, (token, *_), (port, *_) = zip(*gather_objects(own), strict=True)
+    peers.start(rank(), hosts, token, listener or (os.environ["MASTER_ADDR"], port))
 
 
 def init_engine(

@@ -38,9 +38,11 @@ class SignalHandler:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        from subspace.distributed.peers import peer_lost
+
         if number == signal.SIGINT and self.stop_requested:
             raise KeyboardInterrupt  # the second Ctrl-C: at once
-        if number == signal.SIGTERM and any(not _alive(pid) for pid in local_rank_pids()):
+        if number == signal.SIGTERM and (peer_lost() or any(not _alive(pid) for pid in local_rank_pids())):
             os._exit(128 + number)
         self.stop_requested = True
 
@@ -55,6 +57,13 @@ def local_rank_pids(status_file: str | Path | None = None) -> list[int]:
     """Return the PIDs of the ranks that our launcher started on this machine and that have registered so far."""
     file = status_file or os.environ.get(STATUS_FILE)
     return [int(text) for path in Path(file).parent.glob("rank-*") if (text := path.read_text())] if file else []
+
+
+def read_status(file: str | Path | None) -> int | None:
+    """Return the run's status from the file that the launcher and the ranks share; None if there is none yet."""
+    if not file or not Path(file).exists():
+        return None
+    return int(Path(file).read_text() or 1)
 
 
 def _alive(pid: int) -> bool:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from subspace.common.paths import PACKAGE
+from subspace.distributed import peers
 
 #: Seconds from a process's report to its exit, so that all processes have reported before the first one exits.
 REPORT_GRACE_S = 5.0
@@ -66,6 +67,7 @@ class Watchdog:
                 return
 
     def _report(self) -> None:
+        peers.report_hang()
         stack = traceback.extract_stack(sys._current_frames()[self._watched])
         head = f"rank {self.rank} of {self.ranks} has been in step {self.step} for {self.seconds:g} s, here:\n"
         # One write, so that reports of several processes are not mixed.
@@ -78,10 +80,19 @@ class Watchdog:
         if self._ended.wait(REPORT_GRACE_S if self.rank == 0 else 2 * REPORT_GRACE_S):
             return  # the loop has ended meanwhile
         if self.rank == 0:
-            silent = [str(n) for n in range(self.ranks) if not (self.folder / f"rank-{n}.txt").exists()]
-            missing = f" No report from rank {', '.join(silent)}." if silent else ""
+            missing = f" No report from rank {', '.join(silent)}." if (silent := self._silent()) else ""
             os.write(2, f"error: step {self.step} hangs. The reports above say where each rank is.{missing}\n".encode())
+            peers.report_failure(1)
         os._exit(1)
+
+    def _silent(self) -> list[str]:
+        """Return the ranks that have not reported: by their connections, or else by files on this machine."""
+        reports = peers.hang_reports()
+        if reports is None:
+            if peers.several_launchers():
+                return []
+            reports = {n for n in range(self.ranks) if (self.folder / f"rank-{n}.txt").exists()}
+        return [str(n) for n in range(self.ranks) if n not in reports]
 
 
 def _select_frames(stack: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from subspace.distributed.collectives import world_size
+from subspace.distributed.device import on_gpu
 from subspace.distributed.zero import is_sharded
 from subspace.errors import RunFailed
 
@@ -107,7 +108,7 @@ class OOMSplitter:
                 self._raise_if_final(batch, tokens)
                 self.limit = tokens // 2
             # Outside the handler the tensors of the failed pass are no longer referenced.
-            if torch.cuda.is_available():
+            if on_gpu():
                 torch.cuda.empty_cache()
         half = len(batch) // 2
         return self.score(batch[:half]) + self.score(batch[half:])

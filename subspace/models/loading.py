@@ -11,7 +11,6 @@ Nothing is downloaded: several processes may load the same model at once, and on
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from subspace.distributed.device import device
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError, nearest
 from subspace.kernels.attention import ATTENTION_NAME, row_blocked_attention
@@ -240,13 +240,6 @@ def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary
         device=str(device()),
         sharded=any(is_sharded(parameter) for parameter in parameters),
     )
-
-
-def device() -> torch.device:
-    """Return this process's device: the GPU of its local rank, unless DeepSpeed is configured for another."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
 
 
 def _find_files(config: ModelConfig) -> ModelFiles:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from subspace.common.patching import patched
+from subspace.distributed.device import on_gpu
 from subspace.kernels import dropout, low_rank
 from subspace.models.bitsandbytes_compat import int8_products_on_meta
 from subspace.models.lm_head import SummedLoss
@@ -164,7 +165,7 @@ def _kernels() -> Iterator[None]:
     # Not a torch dispatch mode, which the thread that recomputes activations would not inherit.
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(nn.functional, "scaled_dot_product_attention", _attention))
-        if not torch.cuda.is_available():
+        if not on_gpu():
             with contextlib.suppress(ImportError):
                 stack.enter_context(int8_products_on_meta())
             for module in (dropout, low_rank):

@@ -32,8 +32,9 @@ from subspace.data.dataset import Data, is_encoded, open_data
 from subspace.data.sampler import shard_batch
 from subspace.data.tasks import find_mixture
 from subspace.distributed.deepspeed_config import BatchLayout
+from subspace.distributed.device import device
 from subspace.errors import RunFailed, UserError
-from subspace.models.loading import device, open_shape, open_tokenizer
+from subspace.models.loading import open_shape, open_tokenizer
 from subspace.planning.activation_memory import ActivationMemory, BatchShape, trace_activation_memory
 from subspace.planning.static_memory import MemoryItem, StaticMemory
 from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan

@@ -18,6 +18,7 @@ from subspace.common import progress
 from subspace.common.files import fsync_path, write_file
 from subspace.common.host_memory import resident_memory
 from subspace.distributed.collectives import is_main
+from subspace.distributed.device import on_gpu
 from subspace.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def peak_memory() -> int:
     """Return this process's peak memory in bytes: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.cuda.max_memory_allocated()
     return resident_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

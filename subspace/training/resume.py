@@ -32,6 +32,7 @@ from subspace.distributed.deepspeed_compat import (
     step_counters,
 )
 from subspace.distributed.deepspeed_config import flatten_dict
+from subspace.distributed.device import on_gpu
 from subspace.distributed.zero import full_shape, gathered
 from subspace.errors import UserError
 from subspace.training import checkpoint, optimizer_state
@@ -227,7 +228,7 @@ def _random_state() -> dict[str, Any]:
         "python": [version, list(state), gauss],
         "numpy": {**own, "state": {"key": own["state"]["key"].tolist(), "pos": int(own["state"]["pos"])}},
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else "",
+        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if on_gpu() else "",
     }
 
 
@@ -237,7 +238,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     own = dict(state["numpy"])
     np.random.set_state({**own, "state": {**own["state"], "key": np.array(own["state"]["key"], dtype=np.uint32)}})
     torch.set_rng_state(_bytes(state["torch"]))
-    if state["cuda"] and torch.cuda.is_available():
+    if state["cuda"] and on_gpu():
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
 
 

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from subspace.distributed import launcher
+from subspace.distributed import hosts, launcher, supervision
+from subspace.distributed.signals import STATUS_FILE
 from subspace.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +125,7 @@ def test_a_failure_of_one_rank_is_told_by_it(start: Callable[..., Run]) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", launcher.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", supervision.SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_all(start: Callable[..., Run], number: signal.Signals) -> None:
     run = start("waits")
     run.pids(0), run.pids(1)
@@ -177,20 +179,96 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _plan(processes=3).environment["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.parametrize(
+    ("bound_to", "on_node", "threads"),
+    [(8, "64", "8"), (64, "64", "8"), (1, "8", "1"), (4, "64", "4"), (16, None, "2"), (4, None, "1")],
+)
+def test_a_task_that_is_bound_to_cores_of_its_own_uses_them_all(
+    monkeypatch: pytest.MonkeyPatch, bound_to: int, on_node: str | None, threads: str
+) -> None:
+    """Eight tasks on a machine, with srun's variables or without."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(bound_to))
+    if on_node:
+        monkeypatch.setenv("SLURM_PROCID", "3")
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", on_node)
+    assert launcher._threads(8) == threads
+
+
 def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "visible_devices", list)
     assert launcher.build_launch(["train", "x.yaml"]) is None
     assert launcher.build_launch(["train", "x.yaml"], processes=1) is None
 
 
-def test_every_visible_device_gets_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "visible_devices", lambda: ["2", "3", "5"])
-    assert _plan().command[3:5] == ("--include", "localhost:2,3,5")
-    assert _plan(processes=2).command[3:5] == ("--include", "localhost:2,3")
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        ("2,3,5", ["2", "3", "5"]),
+        (
+            "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,GPU-0a1b,GPU-77",
+            ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "GPU-0a1b", "GPU-77"],
+        ),
+        ("MIG-1,MIG-GPU-2/0/1,MIG-3", ["MIG-1", "MIG-GPU-2/0/1", "MIG-3"]),
+        (" 7, 1 ,0,-1,4", ["7", "1", "0"]),  # CUDA reads up to what is no device
+        ("", None),
+        (None, None),
+    ],
+)
+def test_every_visible_device_gets_a_process_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, names: list[str] | None
+) -> None:
+    """Through the launcher's numbers to the ranks, which see the caller's own list again, as far as it is used."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if visible == "" else 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible == "":
+        assert launcher.build_launch(["train", "x.yaml"]) is None
+        return
+    for count in (2, 3):
+        launch = _plan(processes=count)
+        numbers = ",".join(map(str, range(count)))
+        assert launch.command[3:5] == ("--include", f"localhost:{numbers}")
+        environment = launcher._ranks_environment(launch, Path("status"))
+        assert "CUDA_VISIBLE_DEVICES" not in environment  # of which the launcher would speak on standard output
+        expected = (names or ["0", "1", "2"])[:count]
+        for rank in range(count):
+            seen = _devices_of_rank(monkeypatch, environment, rank, numbers)
+            assert seen == ([expected[rank]] if expected[0].startswith("MIG") else expected)
+
+
+def _devices_of_rank(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], rank: int, numbers: str
+) -> list[str]:
+    """Return the devices that a rank sees, whose launcher has set what DeepSpeed's sets."""
+    with monkeypatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setenv("CUDA_VISIBLE_DEVICES", numbers)
+        patch.setenv("RANK", str(rank))
+        patch.setenv("LOCAL_RANK", str(rank))
+        patch.setenv("WORLD_SIZE", "3")
+        patch.delenv(STATUS_FILE)
+        launcher.init_rank_env()
+        logging.getLogger("DeepSpeed").filters.clear()
+        assert launcher.DEVICES not in os.environ  # for whatever this rank starts
+        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+
+
+@pytest.mark.processes
+def test_visible_devices_are_not_spoken_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's launcher prints that it ignores the variable, on standard output, where --json prints."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "rank.py").write_text("from subspace.distributed import launcher; launcher.write_success_marker()")
+    (tmp_path / "wrapper.py").write_text(WRAPPER)
+    run = [sys.executable, str(tmp_path / "wrapper.py"), str(tmp_path / "rank.py")]
+    assert subprocess.run(run, capture_output=True, text=True, check=True, timeout=60).stdout == ""
 
 
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "visible_devices", lambda: ["0"])
+    monkeypatch.setattr(launcher, "visible_devices", lambda: ["GPU-8932f937"])
     with pytest.raises(UserError, match=r"3 processes .* has 1\. Use --processes 1"):
         launcher.build_launch(["train", "x.yaml"], processes=3)
 
@@ -200,6 +278,7 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
     [
         ("# nothing\n", "names no host"),
         ("node1 slots=2\nnode2\n", "line 2 is 'node2'"),
+        ("node1 slots=2\nnode1 slots=4\n", "line 2 names host 'node1' a second time"),
         (None, "No such file"),
     ],
 )
@@ -214,8 +293,8 @@ def test_a_bad_hostfile_is_refused(tmp_path: Path, text: str | None, complaint: 
 def test_the_example_of_a_hostfile_is_good() -> None:
     file = str(ROOT / "launch" / "hostfile.example")
     launch = _plan(hostfile=file, processes=4)
-    assert launch.command[3:7] == ("--hostfile", file, "--num_gpus", "4")
-    assert not launch.marked
+    assert launch.command[2:9] == (hosts.MODULE, "launch", "--hostfile", file, "--force_multi", "--num_gpus", "4")
+    assert launch.hosts == ("node01", "node02")
 
 
 def test_a_port_is_free() -> None:

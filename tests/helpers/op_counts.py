@@ -36,8 +36,8 @@ from subspace.adapters.penalties import with_penalties
 from subspace.adapters.registry import list_methods
 from subspace.common.patching import patched
 from subspace.common.paths import PACKAGE
+from subspace.distributed.device import device
 from subspace.distributed.watchdog import Watchdog
-from subspace.models.loading import device
 from subspace.run import train_run
 from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 from subspace.training.steps import run_schedules

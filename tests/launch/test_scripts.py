@@ -57,7 +57,7 @@ def test_the_quickstart_refuses_what_it_does_not_know() -> None:
 
 def test_several_machines() -> None:
     printed = bash("launch/cluster.sh", "launch/hostfile.example", "train", RECIPE, "--dry-run").stdout
-    assert "-m deepspeed.launcher.runner --hostfile launch/hostfile.example" in printed
+    assert "-m subspace.distributed.hosts launch --hostfile launch/hostfile.example" in printed
     assert printed.endswith(f"--module subspace train {RECIPE}\n")
 
 
@@ -89,6 +89,8 @@ def test_slurm_prints_its_command(tmp_path: Path, scontrol: str, nodes: str, fir
     printed = bash("launch/slurm.sh", "train", RECIPE, "--dry-run", **job).stdout
     assert printed.startswith(
         f"env MASTER_ADDR={first} MASTER_PORT=20007 LOCAL_SIZE=8 srun --nodes=2 --ntasks-per-node=8 "
+        # Otherwise srun ends the others at once, with a status of its own.
+        "--kill-on-bad-exit=0 --wait=60 "
     )
     assert printed.rstrip().endswith(f"-m subspace train {RECIPE}")
 

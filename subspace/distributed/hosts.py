@@ -1,0 +1,220 @@
+"""Launches on several hosts, which pdsh reaches by ssh.
+
+DeepSpeed's launcher starts them, with what it does badly replaced:
+
+- It gives words to the hosts' shells without quotes: a regular expression among the arguments is a syntax error or a
+  command, and a folder's name with a blank is two. Here every word arrives as it was given.
+- To end its processes it ends every process of any run on those hosts whose command line looks alike. Here the
+  processes of a launch carry a mark in their environment (:data:`MARK`), and those with another one are left alone.
+- It reads ``.deepspeed_env`` with a traceback for an empty line.
+- It starts a run on the only host of a hostfile on this machine, whatever the host's name.
+- It waits for ever for the other hosts when one has failed.
+
+``python -m subspace.distributed.hosts launch ...`` is that launcher; ``... signal MARK NUMBER`` is what it runs on each
+host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from subspace.errors import UserError
+
+MODULE = "subspace.distributed.hosts"
+#: In the environment of a launch's processes on all hosts: which launch it is.
+MARK = "SUBSPACE_LAUNCH"
+#: The same in the environment of the launcher, which is not one of them and may be on the same machine as some.
+MARK_TO_GIVE = "SUBSPACE_LAUNCHES"
+#: For ssh: a host that is gone is noticed after 30 seconds.
+SSH_OPTIONS = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+#: Seconds that the other hosts have to end by themselves when the processes of one have failed, or it cannot be
+#: reached.
+FAILED_GRACE_S, UNREACHABLE_GRACE_S = 30.0, 5.0
+#: ssh's exit status if it cannot connect, or the connection breaks.
+SSH_FAILED = 255
+
+
+# --- what the user has written ---
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """Return the number of processes for each host of a hostfile; raise UserError for a file that is not one."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text"
+        raise UserError(f"hostfile '{path}': {reason}. launch/hostfile.example shows one") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        found = re.match(r"(\S+)\s+slots=(\d+)", line)
+        if not found:
+            raise UserError(f"hostfile '{path}', line {number} is '{line}', but should be 'HOST slots=NUMBER'")
+        if found[1] in hosts:
+            raise UserError(f"hostfile '{path}', line {number} names host '{found[1]}' a second time")
+        hosts[found[1]] = int(found[2])
+    if not hosts:
+        raise UserError(f"hostfile '{path}' names no host. Its lines are 'HOST slots=NUMBER'")
+    return hosts
+
+
+def read_environment_files() -> dict[str, str]:
+    """Return the variables for all hosts from ``.deepspeed_env`` in the home folder and in this one.
+
+    Of two lines for a name the one in this folder counts. Empty lines and comments are passed over, and quotes around a
+    value; the rest of it is taken as it is.
+
+    Raises:
+        UserError: another line.
+    """
+    found: dict[str, str] = {}
+    for folder in (Path.home(), Path()):
+        file = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+        lines = file.read_text().splitlines() if file.is_file() else []
+        for number, line in enumerate(map(str.strip, lines), 1):
+            name, is_setting, value = (part.strip() for part in line.partition("="))
+            if not line or line.startswith("#"):
+                continue
+            if not is_setting or not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise UserError(f"'{file}', line {number} is '{line}', but should be NAME=VALUE")
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+            found[name] = value[1:-1] if quoted else value
+    return found
+
+
+# --- what pdsh is given ---
+
+
+def shell_line(words: Sequence[str], exports: Mapping[str, str], folder: str) -> str:
+    """Return the line for pdsh that makes a host's shell run exactly these words in a folder, with these variables.
+
+    ``%n`` as a value of its own, as in ``--node_rank=%n``, is left to pdsh, which puts the host's number there.
+    """
+    quoted = [word if re.fullmatch(r"--\w+=%n", word) else _quote(word) for word in words]
+    settings = [f"export {name}={_quote(value)};" for name, value in exports.items()]
+    return " ".join([*settings, f"cd {_quote(folder)};", *quoted])
+
+
+def pdsh(hosts: Sequence[str]) -> list[str]:
+    """Return pdsh's own words, for all hosts at once and with their highest exit status."""
+    return ["pdsh", "-S", "-f", str(len(hosts)), "-w", ",".join(hosts)]
+
+
+def pdsh_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for pdsh itself."""
+    options = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
+    return {**environment, "PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": options}
+
+
+def _quote(word: str) -> str:
+    # pdsh replaces %h, %u and %n in whatever it passes on.
+    return shlex.quote(word).replace("%", "%%")
+
+
+# --- the processes of a launch ---
+
+
+def signal_command(hosts: Sequence[str], mark: str, number: int, exports: Mapping[str, str]) -> list[str]:
+    """Return the command that sends a signal to a launch's processes on all its hosts; see :func:`signal_processes`."""
+    words = [sys.executable, "-m", MODULE, "signal", mark, str(int(number))]
+    return [*pdsh(hosts), shell_line(words, exports, str(Path.cwd()))]
+
+
+def signal_processes(mark: str, number: int) -> int:
+    """Send a signal to this machine's processes of a launch and return how many there were.
+
+    SIGKILL goes to all, any other signal to the ranks: the processes that have a rank, and not those that they have
+    started.
+    """
+    import psutil
+
+    family = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            environment = process.environ()
+            if environment.get(MARK) == mark and process.pid != os.getpid():
+                family[process.pid] = (process.ppid(), "RANK" in environment)
+    chosen = [
+        pid
+        for pid, (parent, has_rank) in family.items()
+        if number == signal.SIGKILL or (has_rank and not family.get(parent, (0, False))[1])
+    ]
+    for pid in chosen:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return len(chosen)
+
+
+class HostWatch:
+    """What a launcher's standard error says of its hosts; everything else is passed on.
+
+    Attributes:
+        host: the first host whose processes failed; None until then.
+        status: the exit status there.
+        told: whether a process of the run has told the user of a failure.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.host: str | None = None
+        self.status = 0
+        self.told = False
+        self._since = 0.0
+        self._thread = threading.Thread(target=self._read, args=(stream,), name="hosts", daemon=True)
+        self._thread.start()
+
+    def overdue(self) -> bool:
+        """Return True if the other hosts should have noticed by now that one has failed."""
+        grace = UNREACHABLE_GRACE_S if self.status == SSH_FAILED else FAILED_GRACE_S
+        return self.host is not None and time.monotonic() - self._since > grace
+
+    def finish(self) -> None:
+        """Wait for the last lines."""
+        self._thread.join(timeout=5)
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            if found := re.match(rb"pdsh@[^:]*: (\S+): ssh exited with exit code (\d+)", line):
+                if self.host is None:
+                    self._since, self.status, self.host = time.monotonic(), int(found[2]), found[1].decode()
+            else:
+                self.told = self.told or re.search(rb"\b(error|stopped): |^Traceback ", line) is not None
+                sys.stderr.buffer.write(line)
+                sys.stderr.flush()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Launch as DeepSpeed's launcher does with the same arguments, or send a signal on this host."""
+    command, *rest = arguments
+    if command == "signal":
+        signal_processes(rest[0], int(rest[1]))
+        return 0
+    from subspace.distributed.deepspeed_compat import run_pdsh_launcher
+
+    exports = read_environment_files()
+    if MARK_TO_GIVE in os.environ:
+        exports[MARK] = os.environ[MARK_TO_GIVE]
+    os.environ["DS_ENV_FILE"] = os.devnull  # no file: DeepSpeed reads nothing
+    try:
+        run_pdsh_launcher(rest, exports)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        unreachable = re.search(r"host=(\S+) was not reachable", str(error))
+        reason = f"`ssh {unreachable[1]} hostname` fails without a password" if unreachable else str(error)
+        print(f"error: the hosts of {rest[rest.index('--hostfile') + 1]}: {reason}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from subspace import __version__
 from subspace.cli.command import Command
-from subspace.cli.commands import compare, data, evaluate, merge, methods, plan, prepare, recipes, table, train
+from subspace.cli.commands import compare, data, doctor, evaluate, merge, methods, plan, prepare, recipes, table, train
 from subspace.common.files import is_disk_full
 from subspace.common.progress import show_notices
 from subspace.distributed import launcher
@@ -26,6 +26,7 @@ COMMANDS = [
     data.COMMAND,
     train.COMMAND,
     plan.COMMAND,
+    doctor.COMMAND,
     evaluate.COMMAND,
     table.COMMAND,
     compare.COMMAND,

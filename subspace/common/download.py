@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -161,6 +163,24 @@ def _questions(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 # The Hugging Face hub.
+
+
+def hub_endpoint() -> tuple[str, bool]:
+    """Return the hub's address (``HF_ENDPOINT``), and whether ``HF_HUB_OFFLINE`` forbids to ask it."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT, bool(constants.HF_HUB_OFFLINE)
+
+
+def ask_hub() -> str:
+    """Return ``answers``, or why the hub does not answer."""
+    try:
+        with urllib.request.urlopen(hub_endpoint()[0], timeout=HUB_SECONDS):
+            return "answers"
+    except urllib.error.HTTPError:  # an answer, too
+        return "answers"
+    except OSError as error:
+        return f"does not answer: {getattr(error, 'reason', error)}"
 
 
 def hub_revision(repo: str, kind: str) -> str:

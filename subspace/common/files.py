@@ -237,7 +237,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if is_disk_full(error):
-            free = shutil.disk_usage(_existing(path)).free
+            free = shutil.disk_usage(nearest_existing(path)).free
             raise UserError(
                 f"{path} was to be written, but the disk is full ({free / 1e6:,.0f} MB are free; model and data "
                 "need 1,500). Nothing half-written was kept. Free some space, or set SUBSPACE_CACHE to another disk"
@@ -254,5 +254,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
+def nearest_existing(path: Path) -> Path:
+    """Return the path if it exists, else the nearest folder above that does."""
+    return path if path.exists() else nearest_existing(path.parent)

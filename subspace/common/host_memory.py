@@ -51,3 +51,25 @@ def set_malloc_trim(trim: bool) -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(MMAP_THRESHOLD, LARGE if trim else LARGEST)
             libc.mallopt(TRIM_THRESHOLD, LARGE if trim else NEVER)
+
+
+def available_memory() -> tuple[int, int]:
+    """Return the memory in bytes that processes of this machine or container may still take, and that there is in all.
+
+    0 and 0 if /proc does not provide it.
+    """
+    found = {"MemAvailable": 0, "MemTotal": 0}
+    with contextlib.suppress(OSError):
+        for text in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = text.partition(":")
+            if name in found:
+                found[name] = int(value.split()[0]) * 1024
+    available, total = found["MemAvailable"], found["MemTotal"]
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; the file says "max" without one
+        limit = int((group / "memory.max").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Pages of files that are in memory count as used, but are given back when memory is short.
+        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
+        available, total = min(available, max(limit - used, 0)), min(total, limit)
+    return available, total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -92,8 +93,8 @@ class Grid:
         head = f"<caption>{html.escape(self.title)}</caption>\n<thead>{line(self.head, 'th')}</thead>"
         return "\n".join(["<table>", head, *bodies, "</table>", f"<ul>{notes}</ul>"])
 
-    def rich(self) -> rich.table.Table:
-        """Return the table for a terminal."""
+    def rich(self, *, wrapped: bool = False) -> rich.table.Table:
+        """Return the table for a terminal; its cells are lines, or wrapped if the terminal is narrow."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -105,7 +106,7 @@ class Grid:
         table.caption = Text("\n".join(self.notes)) if self.notes else None
         table.caption_justify = "left"
         for number, name in enumerate(self.head):
-            table.add_column(Text(name), justify="left" if number < self.left else "right", no_wrap=True)
+            table.add_column(Text(name), justify="left" if number < self.left else "right", no_wrap=not wrapped)
         for block in self.blocks:
             for row in block:
                 table.add_row(*(Text(text, style="bold" if BEST in text else "") for text in row))
@@ -127,12 +128,13 @@ def render_grids(grids: Sequence[Grid], form: str) -> str:
     return "\n\n".join(grid.markdown() if form == "markdown" else grid.latex() for grid in grids)
 
 
-def print_grid(grid: Grid) -> None:
-    """Print a table on standard output, never wrapped to the terminal's width."""
+def print_grid(grid: Grid, *, wrapped: bool = False) -> None:
+    """Print a table on standard output; a table of texts may be ``wrapped`` to the terminal's width."""
     from rich.console import Console
 
-    table = grid.rich()
-    Console(width=Console(width=1000).measure(table).maximum).print(table)
+    table = grid.rich(wrapped=wrapped)
+    widest = Console(width=10_000).measure(table).maximum
+    Console(width=min(widest, max(shutil.get_terminal_size((140, 0)).columns, 100)) if wrapped else widest).print(table)
 
 
 def _latex(text: str) -> str:

@@ -97,7 +97,7 @@ def set_rank_env() -> None:
 def write_success_marker() -> None:
     """Write the marker of a successful run; the last action of a command in each rank."""
     if os.environ["RANK"] == "0":
-        _write_status(0)
+        write_status(0)
 
 
 def should_report_error(status: int, *, at_once: bool = True) -> bool:
@@ -115,7 +115,7 @@ def should_report_error(status: int, *, at_once: bool = True) -> bool:
             if read_status(os.environ.get(STATUS_FILE)) is not None or peers.failure_reported():
                 return False
             time.sleep(0.1)
-    _write_status(status)
+    write_status(status)
     peers.report_failure(status)
     return True
 
@@ -126,7 +126,8 @@ def is_peer_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def _write_status(status: int) -> None:
+def write_status(status: int) -> None:
+    """Write the run's exit status where our launcher reads it."""
     if file := os.environ.get(STATUS_FILE):
         Path(file).write_text(str(status))
 

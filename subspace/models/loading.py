@@ -66,7 +66,7 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
     Raises:
         UserError: no such model, damaged or mismatched files, or an unsupported combination of settings.
     """
-    files = _find_files(config)
+    files = find_files(config)
     model, report = _load_weights(config, files, zero3)
     _check_report(report, config, type(model).__name__)
     if files.gguf:
@@ -153,7 +153,7 @@ def open_shape(config: ModelConfig) -> PreTrainedModel:
         architecture: Any = AutoConfig.for_model(**shapes[config.path].config)
     else:
         try:
-            architecture = _find_files(config).architecture(trust_remote_code=config.trust_remote_code)
+            architecture = find_files(config).architecture(trust_remote_code=config.trust_remote_code)
         except UserError as error:
             raise UserError(f"{error}. Without files: {nearest(config.path, shapes)}") from None
     with torch.device("meta"), as_user_error(f"cannot open model {config.path!r}"), suppress_library_logs():
@@ -183,7 +183,7 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    files = _find_files(config)
+    files = find_files(config)
     files.check_tokenizer()
     architecture = files.architecture(trust_remote_code=config.trust_remote_code)
     with as_user_error(f"cannot open the tokenizer of model {config.path!r}"), suppress_library_logs():
@@ -242,7 +242,8 @@ def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary
     )
 
 
-def _find_files(config: ModelConfig) -> ModelFiles:
+def find_files(config: ModelConfig) -> ModelFiles:
+    """Return the files of a model on this machine; raise UserError if there are none."""
     path = Path(config.path).expanduser()
     return ModelFiles.at(config.path, path if path.exists() else model_folder(config.path))
 

@@ -90,7 +90,10 @@ BUGS = [
         "from subspace.adapters.linalg import top_singular_triplets; return top_singular_triplets(",
     ),
     Bug(
-        "the spectral adapter forgets the product of both changes", "methods/spectral.py", "q + v, self.P", "v, self.P"
+        "the spectral adapter forgets the product of both changes",
+        "methods/spectral.py",
+        'q + v, self.in_dtype("P"',
+        'v, self.in_dtype("P"',
     ),
     Bug(
         "SVDiff lets singular values become negative",
@@ -101,8 +104,8 @@ BUGS = [
     Bug(
         "SSB scales outputs by the input's scale's inverse",
         "methods/ssb.py",
-        "self.l.to(x.dtype)",
-        "(1 / self.l).to(x.dtype)",
+        'self.in_dtype("l", x.dtype) *',
+        '1 / self.in_dtype("l", x.dtype) *',
     ),
     Bug(
         "IA3 leaves the bias unscaled",

@@ -23,6 +23,7 @@ from typing_extensions import TypeVar
 
 from subspace.adapters.penalties import LossTap, charge_penalty
 from subspace.common.settings import Settings
+from subspace.kernels.working_copies import WorkingCopies
 from subspace.models.frozen_weights import dequantized_weight, gather_weight_fp32
 
 Role = Literal["down", "up", "core", "scale", "bias", "prompt", "weight"]
@@ -39,6 +40,7 @@ ROLES: Mapping[Role, str] = {
     "prompt": "virtual tokens, keys or values",
     "weight": "a matrix of the model itself",
 }
+COPIED_ROLES: frozenset[Role] = frozenset({"down", "up", "core", "scale", "bias"})
 SITES: tuple[Site, ...] = get_args(Site)
 FAMILIES: tuple[Family, ...] = get_args(Family)
 WEIGHT_ACCESS: Mapping[WeightAccess, str] = {
@@ -109,6 +111,10 @@ class Adapter(nn.Module, Generic[C]):
     weight_access: ClassVar[WeightAccess] = "nothing"
     #: The setting that makes the method larger or smaller, if it has one.
     size_setting: ClassVar[str | None] = None
+    #: The tensor that multiplies the layer's input first, ``(r, in)``. Sites with the same input may share the product.
+    input_factor: ClassVar[str | None] = None
+    #: Buffers of a factor's size, which :meth:`in_dtype` is asked for.
+    copied_buffers: ClassVar[Sequence[str]] = ()
     #: Trained tensors whose first gradient comes with a later step of a schedule.
     delayed_grad_params: ClassVar[frozenset[str]] = frozenset()
 
@@ -124,6 +130,8 @@ class Adapter(nn.Module, Generic[C]):
         self.group = 0  # which injection made it, and so whose schedule it follows; set by inject
         self.num_siblings = 1  # adapters of that injection, itself included; set by inject
         self.loss_tap = LossTap()  # one for all adapters of the model; set by inject
+        self.copies = WorkingCopies()  # one for all adapters of the model; set by inject
+        self.ends_sublayer = False  # its input is not that of its module's other sites; set by inject
         #: What a schedule remembers from step to step. Saved with checkpoints; no buffer, because engines cast those.
         self.history: dict[str, Tensor] = {}
         #: The model's folder and W's name in it, where W is to be read there because the model holds it quantised.
@@ -202,6 +210,23 @@ class Adapter(nn.Module, Generic[C]):
     def trained(self) -> dict[str, nn.Parameter]:
         """Return this adapter's trained tensors by their names in the class."""
         return {name: p for name, p in self.named_parameters(recurse=False) if name in self.roles}
+
+    def in_dtype(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return an own tensor in the dtype of the layer's input: a cast, or where all are cast by one call, its."""
+        tensor: Tensor = getattr(self, name)
+        if tensor.dtype == dtype:
+            return tensor
+        copy = self.copies.get(self, name, tensor, dtype)
+        return tensor.to(dtype) if copy is None else copy
+
+    def copied_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that :meth:`in_dtype` is asked for in a forward pass, all small, by their names."""
+        trained = {name: p for name, p in self.trained().items() if self.roles[name] in COPIED_ROLES}
+        return {**trained, **{name: getattr(self, name) for name in self.copied_buffers}}
+
+    def input_dropout(self) -> float:
+        """Return the probability with which this site drops values of its input, by a mask of its own."""
+        return float(getattr(self.config, "dropout", 0.0)) if self.training else 0.0
 
     def cached(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         """Return what ``compute`` gives for the trained tensors' present values, from memory where that is safe."""

@@ -61,6 +61,6 @@ class BottleneckAdapter(SublayerAdapter[C]):
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.base(x)
-        c, e = (None if bias is None else bias.to(h.dtype) for bias in (self.c, self.e))
-        update = F.linear(self.f(F.linear(h, self.D.to(h.dtype), c)), self.U.to(h.dtype), e)
+        c, e = (None if getattr(self, name) is None else self.in_dtype(name, h.dtype) for name in ("c", "e"))
+        update = F.linear(self.f(F.linear(h, self.in_dtype("D", h.dtype), c)), self.in_dtype("U", h.dtype), e)
         return h + update * float(self.config.scale)

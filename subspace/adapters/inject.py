@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from subspace.adapters.base import Adapter, MethodConfig
 from subspace.adapters.penalties import LossTap
 from subspace.adapters.registry import configure, resolve_method
-from subspace.adapters.targets import find_target_modules, matches_target
+from subspace.adapters.targets import find_target_modules, layer_names, matches_target
 from subspace.common.progress import Progress, no_progress
 from subspace.common.settings import check_settings
 from subspace.distributed.collectives import broadcast_, rank, world_size
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
+from subspace.kernels.working_copies import WorkingCopies
 from subspace.models.bitsandbytes_compat import storage_format
 from subspace.models.frozen_weights import (
     find_weight_file,
@@ -121,12 +122,15 @@ def inject(
     created = {name: _build_adapter(cls, configs[name], name, site, seed) for name, site in sites.items()}
     before = list(adapters(model).values())
     group = 1 + max((adapter.group for adapter in before), default=-1)
-    loss_tap = before[0].loss_tap if before else LossTap()
+    loss_tap, copies = (before[0].loss_tap, before[0].copies) if before else (LossTap(), WorkingCopies())
+    ends = layer_names(model).ends
     for name, adapter in created.items():
         adapter.weight_source = checkpoints[name]
         adapter.group, adapter.num_siblings, adapter.loss_tap = group, len(created), loss_tap
+        adapter.copies, adapter.ends_sublayer = copies, name.rpartition(".")[2] in ends
         model.set_submodule(name, adapter)
         adapter.train(model.training)
+    copies.attach(model)
     for adapter in created.values():
         adapter.attach(model)
     _initialize(list(created.values()), progress, all_of_them=start)
@@ -176,6 +180,7 @@ def remove_adapters(model: nn.Module) -> None:
     """Replace the adapters by their frozen modules, which restores the model as it was before ``inject``."""
     for name, adapter in reversed(adapters(model).items()):  # an adapter may wrap a module that holds others
         adapter.detach()
+        adapter.copies.detach()
         model.set_submodule(name, adapter.base)
 
 

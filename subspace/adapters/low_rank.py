@@ -81,6 +81,7 @@ class LowRankAdapter(LinearAdapter[C]):
 
     size_setting: ClassVar = "r"
     roles: ClassVar = {"A": "down", "B": "up"}
+    input_factor: ClassVar[str | None] = "A"
 
     def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
@@ -108,13 +109,15 @@ class LowRankAdapter(LinearAdapter[C]):
 
     def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x for the frozen layer, and what stands between the factors, ``(..., in) -> (..., r)``."""
-        x, h = lora_down(x, self.A, self.config.dropout if self.training else 0.0)
+        p = self.input_dropout()
+        shared = None if p else self.copies.share(self, x)
+        x, h = lora_down(x, self.in_dtype("A", x.dtype), p) if shared is None else shared
         return x, self.core(torch.relu(h) if self.constraint == "nonlinear" else h)
 
     def forward(self, x: Tensor) -> Tensor:
         # B (A x) costs r * (in + out) per token; (B A) x would cost in * out.
         x, h = self.hidden(x)
-        return lora_up_add(self.frozen(x), h, self.B, self.scale)
+        return lora_up_add(self.frozen(x), h, self.in_dtype("B", x.dtype), self.scale)
 
     def penalty(self) -> Tensor | None:
         config: Any = self.config  # a ConstrainedConfig where a constraint is set
@@ -147,7 +150,7 @@ class TripletAdapter(LowRankAdapter[C]):
             nn.init.normal_(self.B, std=std)
 
     def core(self, h: Tensor) -> Tensor:
-        return h * self.E.to(h.dtype)
+        return h * self.in_dtype("E", h.dtype)
 
 
 class SVDInitAdapter(LowRankAdapter[C]):
@@ -158,6 +161,8 @@ class SVDInitAdapter(LowRankAdapter[C]):
 
     A0: Tensor
     B0: Tensor
+    input_factor: ClassVar[str | None] = None  # its products are all its own
+    copied_buffers: ClassVar = ("A0", "B0")
 
     def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
@@ -183,6 +188,7 @@ class SVDInitAdapter(LowRankAdapter[C]):
     def forward(self, x: Tensor) -> Tensor:
         dropped = dropout(x, self.config.dropout, self.training)
         now, before = (
-            F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype)) for A, B in ((self.A, self.B), (self.A0, self.B0))
+            F.linear(F.linear(dropped, self.in_dtype(A, x.dtype)), self.in_dtype(B, x.dtype))
+            for A, B in (("A", "B"), ("A0", "B0"))
         )
         return self.frozen(x) + self.scale * (now - before)

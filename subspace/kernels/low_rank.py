@@ -14,11 +14,15 @@ How a method uses it: ``x, h = lora_down(x, A)``; ``y = layer(x)``; ``y = lora_u
 that order: the frozen layer's gradient of x arrives at :func:`lora_down` as the gradient of its first output, a tensor
 with no other reference, and the branch's is added into it.
 
+Sites that read one input can share their products with it: :func:`lora_down_shared`, which
+:mod:`subspace.kernels.working_copies` uses where the factors are neighbours in memory.
+
 Shapes: (..., I) input features, (..., O) output features, (R) rank; n is the number of tokens, all leading dimensions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +48,21 @@ def lora_down(x: Tensor, A: Tensor, p: float = 0.0) -> tuple[Tensor, Tensor]:
     return out
 
 
+def lora_down_shared(x: Tensor, stacked: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return x for the frozen layers of several sites, its only readers, and ``A x``, ``(..., R)``, for each site.
+
+    One product forward and two backward, for however many sites. A site that nobody calls costs its share of them; its
+    factor then has no gradient.
+
+    Args:
+        x: ``(..., I)``, with a gradient.
+        stacked: ``(sum of R, I)``, the factors' values one after the other, in x's dtype, without gradient.
+        factors: ``(R, I)`` each, to which the gradients go.
+    """
+    through, *hidden = _LoraDownShared.apply(x, stacked, *factors)  # type: ignore[no-untyped-call]
+    return through, tuple(hidden)
+
+
 def lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """Return ``y + scale h B^T``, computed in place where that is safe; y must not be used afterwards.
 
@@ -57,6 +76,20 @@ def lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T, alpha=scale).view(y.shape)
     out: Tensor = _LoraUpAdd.apply(y, h, B, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def scale_rows(y: Tensor, m: Tensor, norm: Tensor) -> Tensor:
+    """Return ``diag(m / norm) y``, which gives the rows of a weight whose lengths are ``norm`` the lengths m.
+
+    Args:
+        y: ``(..., O)``, of any dtype; the quotient is rounded to it.
+        m: ``(O,)``, trained.
+        norm: ``(O,)``, in m's dtype.
+    """
+    if norm.requires_grad or torch.compiler.is_compiling():
+        return (m / norm).to(y.dtype) * y
+    out: Tensor = _ScaleRows.apply(y, m, norm)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -92,6 +125,35 @@ class _LoraDown(torch.autograd.Function):
         return total.view(grad_x.shape), grad_A, None
 
 
+class _LoraDownShared(torch.autograd.Function):
+    """Autograd function ``x -> (x, A_1 x, A_2 x, ...)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stacked: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, stacked)
+        ctx.ranks = [len(factor) for factor in factors]
+        return x.view_as(x), *torch.split(F.linear(x, stacked), ctx.ranks, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor | None, *grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, stacked = ctx.saved_tensors
+        tokens = x.reshape(-1, x.shape[-1])
+        if all(grad is None for grad in grad_hidden):
+            return grad_x, None, *grad_hidden
+        parts = (
+            tokens.new_zeros(len(tokens), rank) if grad is None else grad.reshape(-1, rank)
+            for grad, rank in zip(grad_hidden, ctx.ranks, strict=True)
+        )
+        rows = torch.cat(list(parts), dim=1)  # (n, sum of R)
+        # (n, I): the sum of the frozen layers' gradients, with no other reference. Autograd adds such sums up in place
+        # or into new tensors, and passes on a single one as it came, which is as in _LoraDown.
+        total = rows @ stacked if grad_x is None else grad_x.reshape(tokens.shape).addmm_(rows, stacked)
+        of_factors = torch.split(rows.T @ tokens, ctx.ranks)
+        wanted = zip(grad_hidden, of_factors, ctx.needs_input_grad[2:], strict=True)
+        return total.view(x.shape), None, *(part if n and grad is not None else None for grad, part, n in wanted)
+
+
 class _LoraUpAdd(torch.autograd.Function):
     """Autograd function ``(y, h) -> y + scale h B^T``, in place; y's gradient is the output's, without a copy."""
 
@@ -110,8 +172,39 @@ class _LoraUpAdd(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         h, B = ctx.saved_tensors
         rows = grad_y.reshape(-1, len(B))  # (n, O)
-        grad_h = (rows @ B).mul_(ctx.scale).view(h.shape)
-        # h^T grad_y, (R, O), and transposed: in this order the product reads both along their rows, which is half again
-        # as fast as grad_y^T h.
-        grad_B = (h.reshape(-1, B.shape[1]).T @ rows).mul_(ctx.scale).T if ctx.needs_input_grad[2] else None
-        return grad_y, grad_h, grad_B, None
+        grad_h = _scaled_product(rows, B, ctx.scale).view(h.shape)
+        if not ctx.needs_input_grad[2]:
+            return grad_y, grad_h, None, None
+        h = h.reshape(-1, B.shape[1])
+        if rows.is_cpu:
+            # h^T grad_y, (R, O), and transposed: in this order the product reads both along their rows, which is half
+            # again as fast as grad_y^T h.
+            return grad_y, grad_h, _scaled_product(h.T, rows, ctx.scale).T, None
+        # A GPU's products are as fast in either order, and what follows wants the gradient in B's own layout.
+        return grad_y, grad_h, _scaled_product(rows.T, h, ctx.scale), None
+
+
+class _ScaleRows(torch.autograd.Function):
+    """Autograd function ``(y, m) -> (m / norm) y``; the quotient is rounded by the call that computes it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, m: Tensor, norm: Tensor) -> Tensor:
+        g = torch.div(m, norm, out=y.new_empty(m.shape))
+        ctx.save_for_backward(y, m, norm, g)
+        return y * g
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (y, m, norm, g), (grad,) = ctx.saved_tensors, gradients
+        if torch.is_grad_enabled():  # for a second derivative
+            g = (m / norm).to(y.dtype)
+        if not ctx.needs_input_grad[1]:
+            return grad * g, None, None
+        return grad * g, (grad * y).reshape(-1, len(m)).sum(0, dtype=m.dtype) / norm, None
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return ``scale left right``, ``(m, k) (k, n) -> (m, n)``: in 16 bits by one call, and rounded once."""
+    if left.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled():
+        return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
+    return (left @ right).mul_(scale)  # in float32 as it has always been, to the last bit

@@ -54,4 +54,4 @@ class BitFit(LinearAdapter["BitFit.Config"]):
         return self.beta if b is None else b + self.beta
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.frozen(x) + self.beta.to(x.dtype)
+        return self.frozen(x) + self.in_dtype("beta", x.dtype)

@@ -30,7 +30,7 @@ from subspace.adapters.registry import register
 from subspace.common.settings import setting
 from subspace.errors import UserError
 from subspace.kernels.dropout import dropout
-from subspace.kernels.low_rank import lora_up_add
+from subspace.kernels.low_rank import lora_up_add, scale_rows
 
 TINY = 1e-12  # keeps a row of zeros at zero
 
@@ -84,14 +84,16 @@ class DoRA(LowRankAdapter["DoRA.Config"]):
     def forward(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.simple):
             norm = self.cached("norm", lambda: self.norm(x.dtype)) if self.config.simple else self.norm(x.dtype)
-        g, bias = (self.m / norm).to(x.dtype), self.base_bias()
+        bias = self.base_bias()
         if self.training and self.config.direction and self.config.dropout and self.config.dropout_form == "official":
-            dropped = dropout(x, self.config.dropout)
-            update = F.linear(F.linear(dropped, self.A.to(x.dtype)), self.scale * self.B.to(x.dtype))
+            g, dropped = (self.m / norm).to(x.dtype), dropout(x, self.config.dropout)
+            h = F.linear(dropped, self.in_dtype("A", x.dtype))
+            update = F.linear(h, self.scale * self.in_dtype("B", x.dtype))
             out = self.product(x) + (g - 1) * self.product(dropped) + g * update
         elif self.config.direction:
             x, h = self.hidden(x)
-            out = g * lora_up_add(self.product(x), h, self.B, self.scale)
+            y = lora_up_add(self.product(x), h, self.in_dtype("B", x.dtype), self.scale)
+            out = scale_rows(y, self.m, norm)
         else:
-            out = g * self.product(x)
+            out = scale_rows(self.product(x), self.m, norm)
         return out if bias is None else out + bias

@@ -46,4 +46,4 @@ class FLoRA(LowRankAdapter["FLoRA.Config"]):
         nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
 
     def core(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.G.to(h.dtype))
+        return F.linear(h, self.in_dtype("G", h.dtype))

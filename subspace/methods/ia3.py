@@ -63,7 +63,7 @@ class IA3(LinearAdapter["IA3.Config"]):
         return b * self.l if b is not None and scaled else b
 
     def forward(self, x: Tensor) -> Tensor:
-        l = self.l.to(x.dtype)
+        l = self.in_dtype("l", x.dtype)
         if self.config.side == "input":
             return self.frozen(x * l)
         b = self.base_bias()

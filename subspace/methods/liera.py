@@ -38,6 +38,7 @@ class LieRA(LowRankAdapter["LieRA.Config"]):
     """See the module's docstring."""
 
     weight_access: ClassVar = "values"
+    input_factor: ClassVar[str | None] = None  # it multiplies by A inside W's product
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LowRankConfig):

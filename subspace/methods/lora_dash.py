@@ -42,6 +42,7 @@ class LoRADash(LowRankAdapter["LoRADash.Config"]):
     U: Tensor
     Vt: Tensor
     roles: ClassVar = {"A": "down", "B": "up", "delta": "core"}
+    copied_buffers: ClassVar = ("U", "Vt")
     weight_access: ClassVar = "late"
     delayed_grad_params: ClassVar = frozenset({"delta"})
 
@@ -63,8 +64,8 @@ class LoRADash(LowRankAdapter["LoRADash.Config"]):
         return torch.cat([self.A, self.Vt]), torch.cat([self.scale * self.B, self.U * self.delta], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        dashed = F.linear(x, self.Vt.to(x.dtype)) * self.delta.to(x.dtype)
-        return lora_up_add(super().forward(x), dashed, self.U)
+        dashed = F.linear(x, self.in_dtype("Vt", x.dtype)) * self.in_dtype("delta", x.dtype)
+        return lora_up_add(super().forward(x), dashed, self.in_dtype("U", x.dtype))
 
     @classmethod
     def after_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:

@@ -39,4 +39,4 @@ class MoSLoRA(LowRankAdapter["MoSLoRA.Config"]):
         nn.init.kaiming_uniform_(self.M, a=math.sqrt(5))
 
     def core(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.M.to(h.dtype))
+        return F.linear(h, self.in_dtype("M", h.dtype))

@@ -70,5 +70,5 @@ class Parallel(Adapter["Parallel.Config"]):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        x, h = lora_down(x, self.A, self.config.dropout if self.training else 0.0)
-        return lora_up_add(self.base(x), self.f(h), self.B, self.config.scale)
+        x, h = lora_down(x, self.in_dtype("A", x.dtype), self.input_dropout())
+        return lora_up_add(self.base(x), self.f(h), self.in_dtype("B", x.dtype), self.config.scale)

@@ -36,6 +36,7 @@ class Spectral(LinearAdapter["Spectral.Config"]):
     sigma: Tensor
     Vt: Tensor
     roles: ClassVar = {"Q": "down", "P": "up"}
+    copied_buffers: ClassVar = ("U", "sigma", "Vt")
     weight_access: ClassVar = "largest"
     size_setting: ClassVar = "r"
 
@@ -68,8 +69,8 @@ class Spectral(LinearAdapter["Spectral.Config"]):
         return W + moved - (self.U * self.sigma) @ self.Vt
 
     def forward(self, x: Tensor) -> Tensor:
-        sigma = self.sigma.to(x.dtype)
-        q = F.linear(x, self.Q.T.to(x.dtype)) * sigma
-        v = F.linear(x, self.Vt.to(x.dtype)) * sigma
-        out = lora_up_add(self.frozen(x), q + v, self.P)
-        return lora_up_add(out, q, self.U)
+        sigma = self.in_dtype("sigma", x.dtype)
+        q = F.linear(x, self.in_dtype("Q", x.dtype).T) * sigma
+        v = F.linear(x, self.in_dtype("Vt", x.dtype)) * sigma
+        out = lora_up_add(self.frozen(x), q + v, self.in_dtype("P", x.dtype))
+        return lora_up_add(out, q, self.in_dtype("U", x.dtype))

@@ -40,6 +40,6 @@ class SSB(LinearAdapter["SSB.Config"]):
         return self.l.unsqueeze(1) * W * self.d
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.l.to(x.dtype) * self.product(x * self.d.to(x.dtype))
+        out = self.in_dtype("l", x.dtype) * self.product(x * self.in_dtype("d", x.dtype))
         bias = self.base_bias()
         return out if bias is None else out + bias

@@ -42,4 +42,4 @@ class SSL(LinearAdapter["SSL.Config"]):
         return W * self.d
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.frozen(x * self.d.to(x.dtype))
+        return self.frozen(x * self.in_dtype("d", x.dtype))

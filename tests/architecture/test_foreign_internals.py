@@ -31,6 +31,9 @@ PUBLIC = {"_asdict", "_fields", "_replace", "_exit", "_current_frames", "_get_fr
 ALLOWED = {
     "_base",
     "_cdata",
+    "_C",
+    "_current_graph_task_id",
+    "_foreach_copy_",
     "_foreach_norm",
     "_is_view",
     "_make_wrapper_subclass",

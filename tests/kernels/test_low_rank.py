@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspace.kernels.dropout import dropout
-from subspace.kernels.low_rank import lora_down, lora_up_add
+from subspace.kernels.low_rank import lora_down, lora_down_shared, lora_up_add, scale_rows
 
 IN, OUT, RANK, SCALE = 12, 7, 3, 1.7
 Branch = Callable[[Tensor, nn.Linear, Tensor, Tensor, float], Tensor]
@@ -89,3 +89,64 @@ def test_a_second_derivative_is_right() -> None:
         return torch.autograd.grad(first.square().sum(), B)[0]
 
     assert torch.allclose(curvature(ours), curvature(plainly))
+
+
+def shared(used: str, dtype: torch.dtype = torch.float64, *, plainly: bool = False) -> tuple[Tensor, ...]:
+    """Return what three sites of different ranks make of one input, and the gradients, of those in ``used``."""
+    torch.manual_seed(0)
+    ranks = {"q": 3, "k": 2, "v": 4}
+    x = torch.randn(4, 5, IN, dtype=dtype, requires_grad=True)
+    stacked = torch.randn(sum(ranks.values()), IN, dtype=dtype)
+    factors = [factor.clone().requires_grad_() for factor in torch.split(stacked, list(ranks.values()))]
+    if plainly:
+        through, hidden = x, tuple(F.linear(x, factor) for factor in factors)
+    else:
+        through, hidden = lora_down_shared(x, stacked, factors)
+    layers = [torch.randn(IN, OUT, dtype=dtype) for _ in ranks]
+    parts = [h.sin() for name, h in zip(ranks, hidden, strict=True) if name in used]
+    parts += [(through @ layer).cos() for name, layer in zip(ranks, layers, strict=True) if name in used or "W" in used]
+    total = sum(part.square().sum() for part in parts) + x.sin().sum()
+    gradients = torch.autograd.grad(total, [x, *factors], allow_unused=True, create_graph=True)
+    assert isinstance(total, Tensor)
+    return total.detach(), *(torch.zeros(()) if g is None else g for g in gradients)
+
+
+@pytest.mark.parametrize("used", ["qkv", "q", "kv", "W", "kW"])
+def test_shared_products_are_what_autograd_makes_of_each(used: str) -> None:
+    found, expected = shared(used), shared(used, plainly=True)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_sixteen_bits_round_a_scaled_product_once() -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(*shape).bfloat16() for shape in ((64, OUT), (64, RANK), (OUT, RANK))]
+    y, h, B = (tensor.detach().requires_grad_(n > 0) for n, tensor in enumerate(given))
+    lora_up_add(y.clone(), h, B, SCALE).backward(y)  # type: ignore[no-untyped-call]
+    exact = [(SCALE * product).bfloat16() for product in (y.float() @ B.float(), y.float().T @ h.float())]
+    assert h.grad is not None
+    assert B.grad is not None
+    assert torch.equal(h.grad, exact[0])
+    assert torch.equal(B.grad, exact[1])
+
+
+@pytest.mark.parametrize("shape", [(OUT,), (4, OUT), (4, 5, OUT)])
+@pytest.mark.parametrize("trained", [True, False])
+def test_rows_are_scaled_as_autograd_does_it(shape: tuple[int, ...], trained: bool) -> None:
+    def outcome(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(0)
+        y, m, norm = torch.randn(shape).requires_grad_(), torch.randn(OUT, requires_grad=trained), torch.rand(OUT) + 1
+        out = of(y, m, norm)
+        first = torch.autograd.grad(out.sin().sum(), [y, m][: 1 + trained], create_graph=True)
+        return [out, *first, torch.autograd.grad(first[0].square().sum(), y)[0]]
+
+    for found, expected in zip(outcome(scale_rows), outcome(lambda y, m, norm: m / norm * y), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_rows_scale_is_rounded_once() -> None:
+    y, m, norm = torch.randn(6, OUT).bfloat16(), torch.randn(OUT, requires_grad=True), torch.rand(OUT) + 1
+    out = scale_rows(y, m, norm)
+    assert torch.equal(out, (m / norm).bfloat16() * y)
+    out.backward(y)  # type: ignore[no-untyped-call]
+    assert m.grad is not None
+    assert torch.allclose(m.grad, (y * y).float().sum(0) / norm)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Train or evaluate on several machines through ssh.
+# Check, train or evaluate on several machines through ssh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
     cat <<'TEXT'
-usage: bash launch/cluster.sh HOSTFILE train CONFIG [key=value ...] [--processes N] [--dry-run]
+usage: bash launch/cluster.sh HOSTFILE doctor [CONFIG] [key=value ...] [--processes N] [--dry-run]
+       bash launch/cluster.sh HOSTFILE train CONFIG [key=value ...] [--processes N] [--dry-run]
        bash launch/cluster.sh HOSTFILE evaluate RUN [key=value ...] [--processes N] [--dry-run]
 
 Runs `subspace` on every host of HOSTFILE (launch/hostfile.example shows one), with as many processes as its line has slots,
@@ -19,6 +20,7 @@ Ctrl-C and SIGTERM make training save a checkpoint and exit with status 75; add 
 processes of this run on all hosts at once.
 
 examples:
+  bash launch/cluster.sh hostfile doctor launch/recipes/commonsense-smollm2.yaml                  is every host ready?
   bash launch/cluster.sh hostfile train launch/recipes/commonsense-smollm2.yaml
   bash launch/cluster.sh hostfile train launch/recipes/commonsense-smollm2.yaml --dry-run
 TEXT

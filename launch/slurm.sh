@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=subspace
 #SBATCH --signal=USR1@120
-# Train or evaluate in a SLURM job: srun starts the processes, no ssh is used.
+# Check, train or evaluate in a SLURM job: srun starts the processes, no ssh is used.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh train CONFIG [key=value ...]
+usage: sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh doctor [CONFIG] [key=value ...]
+       sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh train CONFIG [key=value ...]
        sbatch --nodes N --ntasks-per-node M --gpus-per-node M launch/slurm.sh evaluate RUN [key=value ...]
 
 Submit it from the repository's root, or call it inside an allocation. Each task runs one process; the first node is the
@@ -16,6 +17,7 @@ master. --dry-run prints the exact command instead of running it. Every task see
 Two minutes before the job's time limit, training saves a checkpoint and exits with status 75; add --resume to continue.
 
 examples:
+  sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 launch/slurm.sh doctor              is every node ready?
   sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 launch/slurm.sh train launch/recipes/commonsense-smollm2.yaml
   salloc --nodes 1 --ntasks-per-node 4 --gpus-per-node 4 bash launch/slurm.sh evaluate runs/quickstart
   SLURM_JOB_ID=1 SLURM_JOB_NODELIST='node[01-02]' SLURM_NNODES=2 SLURM_NTASKS_PER_NODE=8 \

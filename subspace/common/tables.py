@@ -106,7 +106,9 @@ class Grid:
         table.caption = Text("\n".join(self.notes)) if self.notes else None
         table.caption_justify = "left"
         for number, name in enumerate(self.head):
-            table.add_column(Text(name), justify="left" if number < self.left else "right", no_wrap=not wrapped)
+            table.add_column(
+                Text(name), justify="left" if number < self.left else "right", no_wrap=not wrapped, overflow="fold"
+            )
         for block in self.blocks:
             for row in block:
                 table.add_row(*(Text(text, style="bold" if BEST in text else "") for text in row))

@@ -146,6 +146,8 @@ class Check(ABC):
     phase: ClassVar[str] = ALONE
     #: Whether it judges even if no rank could collect anything.
     always: ClassVar[bool] = False
+    #: What to do if it cannot collect.
+    advice: ClassVar[str] = "the check itself failed; what it was looking at is probably out of order"
 
     def begin(self, asked: Asked) -> None:  # noqa: B027  (most checks need no preparation)
         """Prepare what other ranks will look for. Called alone, before a :meth:`collect` of a later phase."""
@@ -165,13 +167,12 @@ class Check(ABC):
         """Return what the check finds; it never raises."""
         facts = seen.of(self.name)
         broken = {rank: fact[ERROR] for rank, fact in facts.items() if is_error(fact)}
-        advice = "the check itself failed; what it was looking at is probably out of order"
-        found = [failed(f"{text} ({seen.where(ranks)})", advice) for text, ranks in group(broken)]
+        found = [failed(f"{text} ({seen.where(ranks)})", self.advice) for text, ranks in group(broken)]
         whole = {rank: fact for rank, fact in facts.items() if rank not in broken}
         try:
             found += self.judge(seen, whole) if whole or self.always else []
         except Exception as error:
-            found.append(failed(describe(error), f"{advice}; --json shows the facts"))
+            found.append(failed(describe(error), f"{self.advice}; --json shows the facts"))
         return found or [skipped("not reached")]
 
 

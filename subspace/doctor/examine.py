@@ -110,7 +110,7 @@ def _lead(meeting: Meeting, asked: Asked, show: Show) -> int:
         def give_up() -> None:
             _, *others = meeting.gather(CONNECTED, 1.0)
             hung = {check.name: {ERROR: f"not done within {wait:g} s"} for check in CHECKS if check.phase == CONNECTED}
-            status = _show(hosts, _merged(facts, [hung, *others]), asked, show)
+            status = _show(hosts, _merged(facts, [hung, *(other or hung for other in others)]), asked, show)
             meeting.announce("status", status)
             _leave(status)
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import pytest
 from subspace.cli import main as cli
 from subspace.common.paths import REPOSITORY
 from subspace.distributed import launcher
-from subspace.doctor import hosts
+from subspace.doctor import examine, hosts
+from subspace.doctor.base import Asked
 from subspace.doctor.checks import CHECKS
+from subspace.doctor.checks.network import AllReduce
 from tests.helpers.material import make_material
 
 NAMES = [check.name for check in CHECKS]
@@ -180,6 +183,36 @@ def test_a_rank_that_cannot_reach_the_first_says_so(
     assert "cannot reach rank 0 at 127.0.0.1:" in said
 
 
+def test_a_process_group_that_hangs_is_given_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    given_up = threading.Event()
+
+    def hang(self: AllReduce, asked: Asked) -> dict[str, Any]:
+        assert given_up.wait(60)
+        return {}
+
+    def leave(status: int) -> None:  # in place of the end of this process
+        left.append(status)
+        given_up.set()
+
+    monkeypatch.setattr(AllReduce, "collect", hang)
+    monkeypatch.setattr(examine, "_leave", leave)
+    cli.main(["doctor", "--wait", "1", "--json"])
+    assert left == [2]
+    report, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)  # another one follows: it went on after all
+    assert lines(report)["all-reduce"].startswith("failed | not done within 1 s (rank 0 on ")
+
+
+def test_a_library_that_all_stand_on_is_missed_in_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "subspace.doctor.examine", None)  # as if an import in it failed
+    assert cli.main(["doctor"]) == 2
+    assert "cannot import what every command needs: import of subspace.doctor.examine" in capsys.readouterr().err
+
+
 def test_hosts_that_ssh_does_not_reach_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +237,20 @@ def test_hosts_that_ssh_does_not_reach_are_named(
     assert [finding.found for finding in hosts.unreachable(str(hostfile))] == [
         f"pdsh and ssh, which reach the hosts of {hostfile}, are not installed"
     ]
+
+
+@pytest.mark.processes
+def test_the_launchers_start_it(tmp_path: Path) -> None:
+    """By a hostfile, and under SLURM, where no configuration need be given."""
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "a,b", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    for command in (["launch/cluster.sh", str(tmp_path / "hostfile"), "doctor"], ["launch/slurm.sh", "doctor"]):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, **job, "PATH": path}
+        printed = subprocess.run(
+            ["bash", *command, "--dry-run"], env=environment, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+        assert re.search(r"subspace doctor( --wait 30)?\s*$", printed), printed
 
 
 def test_help_lists_every_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,14 @@ import argparse
 import json
 import os
 import signal
+import socket
+import sys
 import threading
 from typing import TYPE_CHECKING
 
 from subspace.cli.command import Command, count, json_argument, launch_arguments, launch_or_none
 from subspace.distributed import launcher
+from subspace.errors import UserError
 
 if TYPE_CHECKING:
     from subspace.doctor.base import Finding
@@ -34,6 +37,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    try:
+        return _examine(options)
+    except (ImportError, OSError) as error:  # of a library that all checks stand on
+        raise UserError(
+            f"the Python of {socket.gethostname()}, {sys.executable}, cannot import what every command needs: {error}. "
+            "Install requirements.txt anew"
+        ) from error
+
+
+def _examine(options: argparse.Namespace) -> int:
     given = [options.config, *options.settings] if options.config else []
     if not launcher.under_launcher():
         if options.config:

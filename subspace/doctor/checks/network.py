@@ -145,6 +145,10 @@ class AllReduce(Check):
     name = "all-reduce"
     asks = "the process group forms; time and bandwidth of an all-reduce, by NCCL where there is a GPU and by gloo"
     phase = CONNECTED
+    advice = (
+        "all hosts must reach one another at every port: name the interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), "
+        "open the firewall; NCCL_DEBUG=INFO tells what NCCL tries"
+    )
     #: Bytes, and how often each is timed.
     SIZES = ((4 * 2**10, 20), (2**20, 10), (16 * 2**20, 3))
     #: Bytes a second below which something is wrong, by backend: on one host, and between hosts.

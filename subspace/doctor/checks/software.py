@@ -6,11 +6,13 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,6 @@ from subspace.doctor.base import (
     warning,
 )
 from subspace.errors import UserError
-from subspace.models.files import suppress_library_logs
 from subspace.resolve import resolve_run
 from subspace.run import PACKAGES, git_commit
 
@@ -128,7 +129,9 @@ class Imports(Check):
 
     def collect(self, asked: Asked) -> Any:
         broken = {}
-        with suppress_library_logs():
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells which of its optional kernels are absent
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             for module, package, _ in self.MODULES:
                 try:
                     importlib.import_module(module)

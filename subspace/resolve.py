@@ -62,13 +62,14 @@ class ResolvedRun:
         return replace(self, trained=trained, engine=self.engine.for_adapters(trained=trained, largest=largest))
 
 
-def resolve_run(config: RunConfig, world_size: int, device: torch.device) -> ResolvedRun:
+def resolve_run(config: RunConfig, world_size: int, device: torch.device, *, here: bool = True) -> ResolvedRun:
     """Return the resolved run after all checks that need no model or data.
 
     Args:
         config: the run's configuration.
         world_size: the number of processes.
         device: where each of them computes.
+        here: whether that is on this machine, which then must have what the run needs.
 
     Raises:
         UserError: settings that conflict with one another, the engine file or the machine.
@@ -84,8 +85,9 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device) -> Res
     on_gpu = device.type == "cuda"
     methods = [(entry.adapter_class, entry.settings) for entry in config.method]
     check_optimizer(config.train.optimizer, gpu=on_gpu, offloaded=engine.optimizer_offloaded)
-    check_accelerations(compiled=config.train.compile, liger=config.train.liger, gpu=on_gpu)
-    check_compatibility(config.model, methods, engine.settings)
+    if here:
+        check_accelerations(compiled=config.train.compile, liger=config.train.liger, gpu=on_gpu)
+    check_compatibility(config.model, methods, engine.settings, here=here)
     check_trackers(config.train.trackers)
     if config.train.validate_every and not config.data.validation:
         raise UserError("train.validate_every needs held-out rows, but data.validation is 0. Set it to 120, say")

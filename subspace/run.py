@@ -40,6 +40,7 @@ from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan
 from subspace.training.acceleration import compile_layers
 from subspace.training.checkpoint import last_checkpoint_hint
 from subspace.training.checkpointer import TrainState
+from subspace.training.determinism import check_deterministic, deterministic_algorithms
 from subspace.training.logging import LOG_FILE, TrainLogger, peak_memory
 from subspace.training.loop import train
 from subspace.training.optimizers import lr_factor, make_optimizer, parameter_groups
@@ -60,13 +61,22 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
         RunFailed: a loss or gradient that is not finite, or a trained tensor that never changes.
         RunStopped: a signal stopped the run; a checkpoint is saved.
     """
+    wanted = config.train.deterministic
+    check_deterministic(wanted=wanted)
     run = resolve_run(config, launched_world_size(), device())
     if not resume:
         ensure_new_run_dir(config.folder)
     data, plan = open_run_data(run)
 
     # The loop's watchdog reports a hang; the timeout of collectives must be longer than its own.
-    init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes))
+    init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes), deterministic=wanted)
+    with deterministic_algorithms(wanted=wanted):
+        return _train_on_rows(run, data, plan, resume=resume)
+
+
+def _train_on_rows(run: ResolvedRun, data: Data, plan: StepPlan, *, resume: bool) -> Path:
+    """Train on the planned rows and return the run's folder. Collective over ranks."""
+    config = run.config
     resumed, notices = find_resume_point(config.folder) if resume else (None, [])
     model, methods = build_model(run, initialize=resumed is None)
     run = run.with_adapters(model)

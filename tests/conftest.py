@@ -32,6 +32,7 @@ import torch
 
 from subspace.common import paths
 from subspace.common.progress import show_notices
+from subspace.distributed.launcher import DETERMINISTIC_ENV
 from subspace.distributed.signals import STATUS_FILE
 
 #: Files of tests that take longest, first: with several workers, none of them is left for the end.
@@ -118,7 +119,8 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
 
     What a run sets goes away with the test.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", STATUS_FILE):
+    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", STATUS_FILE)
+    for name in (*launchers, "PYTORCH_ALLOC_CONF", *DETERMINISTIC_ENV):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     folder = tmp_path_factory.mktemp("cwd")

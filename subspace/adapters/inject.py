@@ -16,6 +16,7 @@ from subspace.adapters.penalties import LossTap
 from subspace.adapters.registry import configure, resolve_method
 from subspace.adapters.targets import find_target_modules, layer_names, matches_target
 from subspace.common.progress import Progress, no_progress
+from subspace.common.random_state import seeded
 from subspace.common.settings import check_settings
 from subspace.distributed.collectives import broadcast_, rank, world_size
 from subspace.distributed.zero import is_sharded
@@ -216,9 +217,9 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
 def _build_adapter(cls: type[Adapter], config: MethodConfig, name: str, site: nn.Module, seed: int) -> Adapter:
     device = next(site.parameters()).device
     digest = hashlib.sha256(f"{seed} {name} {cls.name}".encode()).digest()
-    # The global generator is borrowed, so that methods may use torch.nn.init as everywhere else.
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
-        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+    # The CPU's generator is borrowed, so that methods may use torch.nn.init as everywhere else.
+    seed = int.from_bytes(digest[:8], "little")
+    with seeded(seed), torch.device("meta" if device.type == "meta" else "cpu"):
         adapter = cls(site, config)
     if device.type != "meta":
         for tensor in (*adapter.own_tensors().values(), *adapter.buffers(recurse=False)):

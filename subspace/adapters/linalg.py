@@ -20,6 +20,7 @@ from torch import Tensor
 
 from subspace.common.files import write_file
 from subspace.common.paths import svd_cache_folder
+from subspace.common.random_state import seeded
 
 #: Up to this smaller side, the exact decomposition takes under a second.
 SMALL = 1024
@@ -60,8 +61,7 @@ def _largest(W: Tensor, k: int) -> SVD:
     if min(W.shape) <= SMALL:
         U, sigma, Vt = _exact(W)
         return SVD(U[:, :k], sigma[:k], Vt[:k])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded(0, W.device):
         U, sigma, V = torch.svd_lowrank(W, q=min(2 * k + 32, *W.shape), niter=12)
     return _signed(U[:, :k], sigma[:k], V.T[:k])
 

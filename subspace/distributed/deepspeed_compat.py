@@ -22,6 +22,10 @@ optimizer.swap_optimizer                       checkpoints with the     its stat
                                                optimizer on NVMe        read from memory
 optimizer.averaged_gradients                   the check for gradients  ZeRO frees ``parameter.grad`` in the backward
                                                that are not finite      pass; the public getter gathers each tensor
+parameter._hp_mapping.get_lp_grad_fragment,    AdaLoRA at ZeRO-1/-2     the public getter of a full gradient makes an
+._hp_grad                                                               all-reduce for each tensor
+optimizer.norm_for_param_grads                 the same, where the      the gradients themselves are still on their
+                                               optimizer is offloaded   way to CPU memory
 optimizer.loss_scaler (its variables)          resume in float16        its state is saved by DeepSpeed's own
                                                                         checkpoints only
 engine.skipped_steps, .global_steps            resume, health checks    the counters have no public setters
@@ -157,6 +161,41 @@ def local_gradients(engine: Any) -> list[Tensor]:
         averaged = getattr(engine.optimizer, "averaged_gradients", {})
         return [gradient for group in averaged.values() for gradient in group or () if gradient is not None]
     return [p.grad for p in engine.module.parameters() if p.grad is not None]
+
+
+def has_spread_gradient(parameter: nn.Parameter) -> bool:
+    """Return True if the ZeRO optimizer holds the gradient, and ``parameter.grad`` is none or a rounded one."""
+    rounded = getattr(parameter, "_hp_grad", None) is not None
+    return has_zero_optimizer(parameter) and (parameter.grad is None or rounded)
+
+
+def local_gradient(parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+    """Return this rank's part of a ZeRO parameter's gradient, flat, and its start in the flattened parameter.
+
+    None if this rank has no part of it. Valid between the last backward pass and the step.
+    """
+    if is_sharded(parameter):
+        from deepspeed.utils import safe_get_local_grad
+
+        part = safe_get_local_grad(parameter).flatten()  # the last ranks' are padded
+        start, size = torch.distributed.get_rank() * part.numel(), full_shape(parameter).numel()
+        return (start, part[: size - start]) if start < size else None
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()  # type: ignore[attr-defined]
+    at = mapping.lp_fragment_address
+    if part.numel() == parameter.numel():  # an engine in bfloat16 has the whole gradient on each rank
+        part = part[at.start : at.start + at.numel]
+    return at.start, part
+
+
+def offloaded_gradient_norms(engine: Any) -> list[Tensor]:
+    """Return the norms, scalars, of this rank's gradients that ZeRO has moved to CPU memory or disk; none otherwise.
+
+    DeepSpeed computes them on the device before it moves a gradient, so that reading them waits for no copy.
+    """
+    return list(getattr(engine.optimizer, "norm_for_param_grads", {}).values()) if engine.zero_optimization() else []
 
 
 # --- the engine's counters and loss scale ---

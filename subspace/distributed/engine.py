@@ -16,15 +16,23 @@ from torch import nn
 
 from subspace.distributed import peers
 from subspace.distributed.collectives import gather_objects, object_group, rank, world_size
-from subspace.distributed.deepspeed_compat import disable_shm_comm_op, local_gradients, skip_useless_allreduce
+from subspace.distributed.deepspeed_compat import (
+    disable_shm_comm_op,
+    local_gradients,
+    offloaded_gradient_norms,
+    skip_useless_allreduce,
+)
 from subspace.distributed.deepspeed_config import Json
 from subspace.distributed.device import device
 from subspace.distributed.launcher import set_rank_env
 
 
-def init_distributed(minutes: float = 30) -> None:
-    """Initialise the process groups, also for a single process; a rank that waits longer than ``minutes`` fails."""
-    set_rank_env()
+def init_distributed(minutes: float = 30, *, deterministic: bool = False) -> None:
+    """Initialise the process groups, also for a single process; a rank that waits longer than ``minutes`` fails.
+
+    With ``deterministic``, CUDA's libraries are told to add up in the same order each time. CUDA must not have started.
+    """
+    set_rank_env(deterministic=deterministic)
     import deepspeed
 
     where, timeout = device(), datetime.timedelta(minutes=minutes)
@@ -84,12 +92,14 @@ def init_inference_engine(model: nn.Module, config: Json) -> Any:
 def max_abs_gradient(engine: Any) -> torch.Tensor:
     """Return the largest absolute value of this rank's gradients between the last backward pass and the step.
 
-    It is not finite if any of them is not. Gradients that ZeRO has offloaded are not seen.
+    It is not finite if any of them is not. Of gradients that ZeRO has offloaded it is the largest norm.
     """
-    gradients = local_gradients(engine)
-    if not gradients:
+    norms = offloaded_gradient_norms(engine)
+    if gradients := local_gradients(engine):
+        norms += torch._foreach_norm(gradients, math.inf)
+    if not norms:
         return torch.zeros((), device=engine.device)
-    return torch.stack([norm.float() for norm in torch._foreach_norm(gradients, math.inf)]).max().to(engine.device)
+    return torch.stack([norm.float().to(engine.device) for norm in norms]).max()
 
 
 def gradient_norm(engine: Any) -> float | None:

@@ -79,11 +79,25 @@ def init_rank_env() -> None:
     silence_deepspeed()
 
 
-def set_rank_env() -> None:
-    """Set the environment variables that DeepSpeed reads: rank 0 of 1 unless a launcher set them, and the device.
+#: What makes cuBLAS, flash-attention under transformers, and NCCL add up in the same order each time. They read it when
+#: CUDA starts, at each call, and when a communicator is made.
+DETERMINISTIC_ENV = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "FLASH_ATTENTION_DETERMINISTIC": "1",
+    "NCCL_NVLS_ENABLE": "0",
+}
+
+
+def set_rank_env(*, deterministic: bool = False) -> None:
+    """Set the environment variables that DeepSpeed and CUDA read: rank 0 of 1 unless a launcher set them, the device.
 
     All of this package's writing to ``os.environ`` for a training process is here and in :func:`init_rank_env`.
     """
+    for name, value in DETERMINISTIC_ENV.items() if deterministic else ():
+        os.environ.setdefault(name, value)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's former name
+        # Batches have other lengths in every step. In segments that cannot grow, what is free is soon in small pieces.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not under_launcher():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

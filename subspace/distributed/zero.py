@@ -8,17 +8,26 @@ ordinary tensor, and the same functions work.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from subspace.distributed.collectives import world_size
-from subspace.distributed.deepspeed_compat import full_shape, has_zero_optimizer, is_sharded, local_shard, shard_as
+from subspace.distributed.collectives import all_reduce_sum, world_size
+from subspace.distributed.deepspeed_compat import (
+    full_shape,
+    has_spread_gradient,
+    has_zero_optimizer,
+    is_sharded,
+    local_gradient,
+    local_shard,
+    shard_as,
+)
 
 __all__ = [
     "clear_moment",
-    "full_gradient",
+    "full_gradients",
     "full_shape",
     "gather_copies",
     "gathered",
@@ -64,14 +73,24 @@ def gather_copies(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     return copies
 
 
-def full_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """Return the full gradient, averaged over ranks, between the last backward pass and the step. Collective."""
-    if not has_zero_optimizer(parameter):
-        return parameter.grad
-    from deepspeed.utils import safe_get_full_grad
+def full_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Return the full gradients, averaged over ranks, between the last backward pass and the step. Collective.
 
-    gradient: Tensor | None = safe_get_full_grad(parameter)
-    return gradient
+    One all-reduce for all of them: a method may ask for hundreds of small ones in every step.
+    """
+    spread = [p for p in parameters if has_spread_gradient(p)]
+    sizes = [full_shape(parameter).numel() for parameter in spread]
+    begins = itertools.accumulate(sizes, initial=0)
+    flat = torch.zeros(sum(sizes), device=spread[0].device if spread else None)
+    for begin, parameter in zip(begins, spread, strict=False):
+        if (part := local_gradient(parameter)) is not None:
+            start, values = part
+            flat[begin + start : begin + start + len(values)] = values
+    if world_size() > 1 and spread:
+        # No two ranks have the same value. Added up as integers, also -0.0 and NaN stay what they are.
+        flat = all_reduce_sum(flat.view(torch.int32)).view(torch.float32)
+    whole = {id(p): part.view(full_shape(p)) for p, part in zip(spread, torch.split(flat, sizes), strict=True)}
+    return [whole.get(id(parameter), parameter.grad) for parameter in parameters]
 
 
 def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:

@@ -64,17 +64,19 @@ class AdaLoRA(TripletAdapter["AdaLoRA.Config"]):
     @classmethod
     def before_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
         watching = progress.fraction(adapters[0].config.warm_up, adapters[0].config.cool_down) < 1
+        trained = [(adapter, key, p) for adapter in adapters for key, p in adapter.trained().items()]
+        gradients = access.grads([p for _, _, p in trained]) if watching else []
         for adapter in adapters:
-            adapter.gradients = (
-                {k: access.grad(p).nan_to_num() for k, p in adapter.trained().items()} if watching else {}
-            )
+            adapter.gradients = {}
+        for (adapter, key, _), gradient in zip(trained, gradients, strict=False):
+            adapter.gradients[key] = gradient.nan_to_num()
 
     @classmethod
     def after_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
         scores = [adapter.scores(access) for adapter in adapters]
         initial, target = (sum(getattr(a.config, key) for a in adapters) for key in ("r", "target_r"))
         if (pruned := initial - budget(adapters[0].config, progress, initial, target)) > 0:
-            threshold = torch.cat(scores).kthvalue(pruned).values
+            threshold = torch.cat(scores).sort().values[pruned - 1]  # kthvalue is not deterministic on every GPU build
             for adapter, score in zip(adapters, scores, strict=True):
                 access.write(adapter.E, access.value(adapter.E) * (score > threshold))
 

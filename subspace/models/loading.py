@@ -74,7 +74,7 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
     keep_4bit_weights_intact(model)
     if zero3 is not None:
         make_int8_zero3_compatible(model)
-    _prepare_to_train(model, config)
+    _prepare_to_train(model, config, device())
     if config.gradient_checkpointing:
         model.config.use_cache = False
     opened: PreTrainedModel = model.eval()
@@ -129,9 +129,9 @@ def _check_report(report: dict[str, Any], config: ModelConfig, architecture: str
         )
 
 
-def _prepare_to_train(model: Any, config: ModelConfig) -> None:
-    """Freeze a model, with values or on the meta device, and apply the settings of ``config``."""
-    if device().type == "cpu":
+def _prepare_to_train(model: Any, config: ModelConfig, where: torch.device) -> None:
+    """Freeze a model, with values or on the meta device, and apply the settings of ``config`` for a device."""
+    if where.type == "cpu":
         patch_rms_norm(model)
         if config.attention == "sdpa" and config.dtype == "bfloat16":
             register_attention(ATTENTION_NAME, row_blocked_attention)
@@ -141,10 +141,11 @@ def _prepare_to_train(model: Any, config: ModelConfig) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def open_shape(config: ModelConfig) -> PreTrainedModel:
+def open_shape(config: ModelConfig, planned: torch.device | None = None) -> PreTrainedModel:
     """Build the model on the meta device, quantised as configured, for counting parameters and planning.
 
-    The architectures of ``data/shapes.yaml``, given by name or by a checkpoint's name, need no files.
+    The architectures of ``data/shapes.yaml``, given by name or by a checkpoint's name, need no files. ``planned`` is
+    where the model is to compute; default: this process's device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -164,7 +165,7 @@ def open_shape(config: ModelConfig) -> PreTrainedModel:
             replace_linears(shape, _bitsandbytes(config))
             quantize_meta_weights(shape, config.quantize, double_quant=config.double_quant)
             keep_4bit_weights_intact(shape)
-    _prepare_to_train(shape, config)
+    _prepare_to_train(shape, config, planned or device())
     opened: PreTrainedModel = shape
     return opened
 

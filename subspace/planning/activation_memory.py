@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from subspace.common.patching import patched
-from subspace.distributed.device import on_gpu
 from subspace.kernels import dropout, low_rank
 from subspace.models.bitsandbytes_compat import int8_products_on_meta
 from subspace.models.lm_head import SummedLoss
@@ -64,10 +63,13 @@ class ActivationMemory:
         )
 
 
-def trace_activation_memory(model: Any, batch: BatchShape, *, accumulated: bool = False) -> ActivationMemory:
+def trace_activation_memory(
+    model: Any, batch: BatchShape, *, accumulated: bool = False, gpu: bool = False
+) -> ActivationMemory:
     """Return the activation memory of a forward and backward pass of a model on the meta device.
 
-    With ``accumulated``, gradients of an earlier micro-batch exist already and are not counted.
+    With ``accumulated``, gradients of an earlier micro-batch exist already and are not counted. With ``gpu``, the step
+    is that of a GPU, whatever this machine has: its dropout, not the CPU's.
     """
     assert next(model.parameters()).is_meta
     for parameter in model.parameters():
@@ -83,7 +85,7 @@ def trace_activation_memory(model: Any, batch: BatchShape, *, accumulated: bool 
     tracker, at_head = MemoryTracker(), []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(tracker.live))
     model.train()
-    with _kernels(), tracker:
+    with _kernels(gpu=gpu), tracker:
         loss = SummedLoss(model).at(ids, mask, columns, targets, labelled)
         with_head = tracker.peak
         loss.backward()  # type: ignore[no-untyped-call]
@@ -160,14 +162,15 @@ def _dropped_indices(count: int, p: float) -> Tensor:
 
 
 @contextlib.contextmanager
-def _kernels() -> Iterator[None]:
+def _kernels(*, gpu: bool) -> Iterator[None]:
     """Patch kernels so that the same operations are traced as training runs."""
     # Not a torch dispatch mode, which the thread that recomputes activations would not inherit.
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(nn.functional, "scaled_dot_product_attention", _attention))
-        if not on_gpu():
-            with contextlib.suppress(ImportError):
-                stack.enter_context(int8_products_on_meta())
+        # What int8's CUDA products keep for the backward pass is what these keep: their input.
+        with contextlib.suppress(ImportError):
+            stack.enter_context(int8_products_on_meta())
+        if not gpu:
             for module in (dropout, low_rank):
                 stack.enter_context(patched(module, "use_sparse_dropout", lambda x, p: p <= dropout.SPARSE))
                 stack.enter_context(patched(module, "sample_dropped_indices", _dropped_indices))

@@ -1,23 +1,17 @@
 """Estimate of a run's memory by part, disk, steps and time before anything is loaded.
 
 No figure is fitted to a run. Weights are counted on the meta device (:mod:`subspace.planning.static_memory`),
-activations by tracing a step there (:mod:`subspace.planning.activation_memory`), and memory besides tensors as the
-resident memory of this process, which by then has imported the run's libraries, opened the rows, built model and
-adapters, and traced a step.
+activations by tracing a step there (:mod:`subspace.planning.activation_memory`). Memory besides tensors is, on a CPU,
+the resident memory of this process, which by then has imported the run's libraries, opened the rows, built model and
+adapters, and traced a step; on a GPU, estimates that the report names as such (:mod:`subspace.planning.devices`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,25 +20,24 @@ import torch
 
 from subspace.adapters.inject import inject, trained_parameters
 from subspace.common.host_memory import resident_memory
-from subspace.config import RunConfig, read_config
+from subspace.config import RunConfig
 from subspace.data.collate import IGNORE_INDEX
 from subspace.data.dataset import Data, is_encoded, open_data
 from subspace.data.sampler import shard_batch
 from subspace.data.tasks import find_mixture
 from subspace.distributed.deepspeed_config import BatchLayout
 from subspace.distributed.device import device
-from subspace.errors import RunFailed, UserError
+from subspace.errors import UserError
 from subspace.models.loading import open_shape, open_tokenizer
 from subspace.planning.activation_memory import ActivationMemory, BatchShape, trace_activation_memory
+from subspace.planning.devices import CUDA_CONTEXT, DeviceSpec, PlannedDevice, gpu_overheads
+from subspace.planning.run_time import matrix_work, seconds_here, seconds_on
 from subspace.planning.static_memory import MemoryItem, StaticMemory
 from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan
 from subspace.training.config import STATE_BYTES
 
 #: Assumed tokens of an answer with its EOS, where the data is not prepared.
 ANSWER = 16
-#: Upper end of the estimated time range, as a multiple of the time of the matrix products alone.
-SLOWEST = 5.0
-VERIFIED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -122,7 +115,18 @@ def _shape(data: Data, rows: Sequence[int]) -> BatchShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimated requirements of a run. Bytes are per device, or per process on a CPU."""
+    """The estimated requirements of a run. Bytes are per device, or per process on a CPU.
+
+    Attributes:
+        parts: what the memory consists of, in host memory where an item says so.
+        loading: the most while the model loads.
+        peak: the most in a step. On a GPU, of tensors, as torch counts them.
+        overheads: what a GPU's memory holds besides tensors.
+        needed: the most that the device must have, loading and overheads included.
+        seconds: the range of the run's time; None where it cannot be estimated.
+        longest_rows: whether the time is that of rows as long as data.max_length, because the data is not here.
+        planned_for: the GPU that --device names; None for this machine.
+    """
 
     model: str
     method: str
@@ -137,11 +141,15 @@ class Plan:
     parts: tuple[MemoryItem, ...]
     loading: int
     peak: int
+    overheads: tuple[MemoryItem, ...]
+    needed: int
     checkpoint: int
     adapter: int
     steps: int | None
     all_tokens: int | None
     seconds: tuple[float, float] | None
+    longest_rows: bool = False
+    planned_for: str | None = None
     keeps: bool = False  # freed memory stays with the process
     largest_micro_batch: int | None = None
     memory: int | None = None
@@ -153,43 +161,54 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """Yield the report's lines."""
         many = f"{self.processes} processes, " if self.processes > 1 else ""
-        yield f"{self.method} on {self.model}: {self.trained:,} trained numbers; {many}ZeRO {self.stage}, {self.device}"
+        device = self.planned_for or self.device
+        yield f"{self.method} on {self.model}: {self.trained:,} trained numbers; {many}ZeRO {self.stage}, {device}"
         yield f"micro-batch of {self.micro_batch} x {self.tokens} tokens ({self.lengths}), {self.accumulate} a step"
         yield ""
-        for part in self.parts:
-            yield f"  {part.name:<42} {_size(part.bytes):>10}{'  in host memory' if part.host else ''}"
-        yield f"  {'most while loading':<42} {_size(self.loading):>10}"
-        yield f"  {'most in a step':<42} {_size(self.peak):>10}"
+        for part in (*self.parts, *self.overheads):
+            yield f"  {part.name:<42} {format_bytes(part.bytes):>10}{'  in host memory' if part.host else ''}"
+        yield f"  {'most while loading':<42} {format_bytes(self.loading):>10}"
+        yield f"  {'most in a step':<42} {format_bytes(self.peak):>10}"
+        if self.overheads:
+            yield f"  {'needed of the device, estimates included':<42} {format_bytes(self.needed):>10}"
         if self.keeps:
             yield "  train.keep_memory: freed memory stays with the process, a quarter to a half more in trials"
         yield ""
         if self.memory:
             most = self.largest_micro_batch
             answer = f"a micro-batch of {most} fits" if most else "not even a micro-batch of 1 fits"
-            yield f"into {_size(self.memory)}: {answer}"
-        yield f"on disk: adapter {_size(self.adapter)}, a checkpoint {_size(self.checkpoint)}"
+            yield f"into {format_bytes(self.memory)}: {answer}"
+        yield f"on disk: adapter {format_bytes(self.adapter)}, a checkpoint {format_bytes(self.checkpoint)}"
         if self.steps:
             yield f"{self.steps:,} steps" + (f", {self.all_tokens:,} tokens" if self.all_tokens else "")
         if self.seconds:
-            yield f"time here: {_time(self.seconds[0])} to {_time(self.seconds[1])}"
+            where = f"on {self.planned_for}" if self.planned_for else "here"
+            rows = ", were every row as long as data.max_length" if self.longest_rows else ""
+            yield f"time {where}: {format_time(self.seconds[0])} to {format_time(self.seconds[1])}{rows}"
 
 
-def build_plan(config: RunConfig, *, processes: int = 1, memory: int | None = None) -> Plan:
+def build_plan(
+    config: RunConfig, *, processes: int = 1, memory: int | None = None, on: PlannedDevice | None = None
+) -> Plan:
     """Return the estimate of a run. No weights are read and no processes started.
 
     Args:
         config: the run.
         processes: the number of processes of the run.
-        memory: memory of a device in bytes, for which to find the largest micro-batch.
+        memory: memory of a device in bytes, for which to find the largest micro-batch; default: that of ``on``.
+        on: the GPU to plan for, which need not be here; None plans for this machine.
 
     Raises:
         UserError: settings that training would reject before loading anything.
     """
-    run = resolve_run(config, processes, device())
+    run = resolve_run(config, processes, torch.device("cuda") if on else device(), here=on is None)
+    memory = on.memory if on and memory is None else memory
     work = TrainingWork.of(config, run.layout)
     model, run = _shape_with_adapters(run)
     static = StaticMemory(model, run.engine.settings, processes, STATE_BYTES[config.train.optimizer], gpu=run.on_gpu)
-    estimate = MemoryEstimate.of(run, model, work, static)
+    estimate = MemoryEstimate.of(run, model, work, static, on.spec if on else None)
+    tokens = work.tokens or (work.steps and work.steps * run.layout.batch * work.batch.tokens)
+    loading = estimate.program + static.loading()
     return Plan(
         model=config.model.path,
         method=config.methods,
@@ -202,13 +221,17 @@ def build_plan(config: RunConfig, *, processes: int = 1, memory: int | None = No
         lengths=work.lengths,
         trained=run.trained,
         parts=(*estimate.fixed, *estimate.activations.parts()),
-        loading=estimate.program + static.loading(),
+        loading=loading,
         peak=estimate.peak(estimate.activations),
+        overheads=estimate.overheads(estimate.activations),
+        needed=max(estimate.needed(estimate.activations), loading + estimate.context),
         checkpoint=4 * run.trained + static.state,
         adapter=4 * run.trained,
         steps=work.steps,
         all_tokens=work.tokens,
-        seconds=_seconds(model, config, work.tokens, processes) if work.tokens else None,
+        seconds=_seconds(run, model, static, work, tokens, on),
+        longest_rows=not work.tokens,
+        planned_for=str(on) if on else None,
         keeps=config.train.keep_memory and not run.on_gpu,
         largest_micro_batch=None if memory is None else estimate.largest_micro_batch(model, memory),
         memory=memory,
@@ -218,7 +241,7 @@ def build_plan(config: RunConfig, *, processes: int = 1, memory: int | None = No
 def _shape_with_adapters(run: ResolvedRun) -> tuple[Any, ResolvedRun]:
     """Return the model with adapters on the meta device, and the run with its final engine settings."""
     config = run.config
-    model: Any = open_shape(config.model)
+    model: Any = open_shape(config.model, run.device)
     for part in config.method:
         inject(model, part.adapter_class, part.settings, targets=part.targets, patterns=part.patterns, start=False)
     run = run.with_adapters(model)
@@ -238,7 +261,9 @@ class MemoryEstimate:
         accumulated: whether gradients of an earlier micro-batch exist already.
         program: memory of Python, libraries and rows on a CPU; 0 on a GPU.
         fixed: static memory, in use between two steps.
+        ranks: the number of processes.
         gpu: whether the device is a GPU, so that parts in CPU memory do not count.
+        spec: the GPU's figures, if they are known.
     """
 
     batch: BatchShape
@@ -246,18 +271,23 @@ class MemoryEstimate:
     accumulated: bool
     program: int
     fixed: tuple[MemoryItem, ...]
+    ranks: int
     gpu: bool
+    spec: DeviceSpec | None = None
 
     @classmethod
-    def of(cls, run: ResolvedRun, model: Any, work: TrainingWork, static: StaticMemory) -> MemoryEstimate:
+    def of(
+        cls, run: ResolvedRun, model: Any, work: TrainingWork, static: StaticMemory, spec: DeviceSpec | None = None
+    ) -> MemoryEstimate:
         """Trace forward and backward passes of the model on the meta device."""
-        accumulated = run.layout.accumulate > 1
+        how = {"accumulated": run.layout.accumulate > 1, "gpu": run.on_gpu}
         # The micro-batch with the most memory depends on the memory per token and label, measured on the longest one.
-        batch = work.heaviest(trace_activation_memory(model, work.batch, accumulated=accumulated))
-        activations = trace_activation_memory(model, batch, accumulated=accumulated)
+        batch = work.heaviest(trace_activation_memory(model, work.batch, **how))
+        activations = trace_activation_memory(model, batch, **how)
         program = 0 if run.on_gpu else _program(run.config)
         own = [MemoryItem("Python, libraries and rows", program)] if program else []
-        return cls(batch, activations, accumulated, program, (*own, *static.parts()), run.on_gpu)
+        fixed = (*own, *static.parts())
+        return cls(batch, activations, how["accumulated"], program, fixed, run.layout.ranks, run.on_gpu, spec)
 
     def peak(self, activations: ActivationMemory) -> int:
         """Return the peak memory of a step."""
@@ -266,10 +296,25 @@ class MemoryEstimate:
         # Gradients are allocated as activations are freed: the trace counts both, unless the gradients existed before.
         return max(held, held + activations.peak - (0 if self.accumulated else gradients))
 
+    def overheads(self, activations: ActivationMemory) -> tuple[MemoryItem, ...]:
+        """Return what a GPU's memory holds besides tensors; nothing for a CPU."""
+        return gpu_overheads(self.ranks, self.spec, activations.peak) if self.gpu else ()
+
+    @property
+    def context(self) -> int:
+        """Bytes of a GPU's memory that are in use before the first tensor."""
+        return CUDA_CONTEXT if self.gpu else 0
+
+    def needed(self, activations: ActivationMemory) -> int:
+        """Return the memory that the device must have for a step."""
+        return self.peak(activations) + sum(item.bytes for item in self.overheads(activations))
+
     def largest_micro_batch(self, model: Any, memory: int) -> int:
         """Return the largest micro-batch, in rows, that fits into so many bytes; 0 if none does."""
         one, two = (
-            self.peak(trace_activation_memory(model, _of_rows(self.batch, rows), accumulated=self.accumulated))
+            self.needed(
+                trace_activation_memory(model, _of_rows(self.batch, rows), accumulated=self.accumulated, gpu=self.gpu)
+            )
             for rows in (1, 2)
         )
         # Every further row needs as much memory as the second one.
@@ -291,85 +336,31 @@ def _program(config: RunConfig) -> int:
     return resident_memory()
 
 
-def _seconds(model: Any, config: RunConfig, tokens: int, processes: int) -> tuple[float, float]:
-    """Return the estimated range of the run's time on this machine, from a timing of its matrix products."""
-    where, dtype = device(), getattr(torch, config.model.dtype)
-    linears = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features"))
-    # Forward, the gradient of the input, and a second forward if activations are recomputed.
-    work = 2.0 * linears * tokens * (3 if config.model.gradient_checkpointing else 2)
-    width = 1024
-    a, b = (torch.randn(width, width, device=where).to(dtype) for _ in "ab")
-    done, began = 0, time.perf_counter()
-    while (spent := time.perf_counter() - began) < 0.3:
-        (a @ b).sum().item()
-        done += 1
-    speed = done * 2 * width**3 / spent * (processes if where.type == "cuda" else 1)
-    return work / speed, SLOWEST * work / speed
+def _seconds(
+    run: ResolvedRun, model: Any, static: StaticMemory, work: TrainingWork, tokens: int | None, on: PlannedDevice | None
+) -> tuple[float, float] | None:
+    """Return the estimated range of the run's time; None for a GPU of unknown speed or data of unknown size."""
+    if not (tokens and work.steps):
+        return None
+    config, processes = run.config, run.layout.ranks
+    recomputed = config.model.gradient_checkpointing
+    products = matrix_work(model, tokens, recomputed=recomputed)
+    if on is None:
+        return seconds_here(products, getattr(torch, config.model.dtype), run.device, processes)
+    if on.spec is None:
+        return None
+    micro_batches = work.steps * run.layout.accumulate
+    moved = static.moved_by_a_pass(getattr(torch, config.model.dtype).itemsize)
+    return seconds_on(on.spec, products, config.model.dtype, moved, micro_batches, processes, recomputed=recomputed)
 
 
-@dataclass(frozen=True)
-class VerifiedPlan:
-    """The estimate for three steps beside the measured values."""
-
-    plan: Plan
-    peak: int
-    checkpoint: int
-    seconds: float
-
-    @property
-    def predicted(self) -> int:
-        """The estimated peak, while loading or in a step."""
-        return max(self.plan.loading, self.plan.peak)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        measured = {"peak": self.peak, "checkpoint": self.checkpoint, "seconds": self.seconds}
-        return {"predicted": self.predicted, "measured": measured, "plan": self.plan.as_dict()}
-
-    def lines(self) -> Iterator[str]:
-        """Yield the report's lines."""
-        kind = "resident" if self.plan.device == "cpu" else "allocated"
-        yield f"{VERIFIED_STEPS} steps of {self.plan.micro_batch} x {self.plan.tokens} tokens, run here:"
-        yield f"  {'':<30} {'predicted':>10} {'measured':>10}"
-        apart = 100 * (self.predicted / self.peak - 1)
-        yield f"  {f'most memory, {kind}':<30} {_size(self.predicted):>10} {_size(self.peak):>10}  ({apart:+.1f} %)"
-        yield f"  {'a checkpoint':<30} {_size(self.plan.checkpoint):>10} {_size(self.checkpoint):>10}"
-        if self.plan.seconds:
-            estimated = " to ".join(map(_time, self.plan.seconds))
-            yield f"  {'time':<30} {estimated:>10}, measured {_time(self.seconds)}"
-
-
-def verify_plan(file: str, settings: Sequence[str], *, processes: int = 1) -> VerifiedPlan:
-    """Run three steps of a run in new processes and return the measurements beside the estimate."""
-    with tempfile.TemporaryDirectory(prefix="subspace-plan-") as folder:
-        few = [*settings, f"train.steps={VERIFIED_STEPS}", f"runs={folder}", "name=verify"]
-        plan = build_plan(read_config(file, few), processes=processes)
-        command = [sys.executable, "-m", "subspace", "train", file, *few, "--processes", str(processes)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if done.returncode:
-            last = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
-            raise RunFailed(f"the three steps were not trained: {last[0]}")
-        run = Path(folder) / "verify"
-        outcome = json.loads((run / "environment.json").read_text())["outcome"]
-        saved = next((run / "checkpoints").iterdir())
-        size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
-    return VerifiedPlan(plan, outcome["peak_memory"], size, outcome["seconds"])
-
-
-def parse_size(text: str) -> int:
-    """Return the number of bytes in a size such as ``24GB`` or ``80 GiB``."""
-    number = text.lower().rstrip("gib ").strip()
-    try:
-        return int(float(number) * (2**30 if "i" in text.lower() else 10**9))
-    except ValueError:
-        raise UserError(f"--memory {text} was given, but it takes gigabytes, as 24GB or 80GiB") from None
-
-
-def _size(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """Return a number of bytes in MB or GB."""
     return f"{count / 1e9:,.2f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"
 
 
-def _time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
+    """Return a time in the largest unit of which it has two."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"

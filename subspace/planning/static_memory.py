@@ -37,14 +37,15 @@ class StaticMemory:
         self.stage: int = self.zero["stage"]
         self.trained = sum(tensor.numel() for tensor in trained_parameters(model).values())
         self.state = round(state * self.trained)  # the full optimizer state
-        self.whole, self.spread, self.scales, self.own, self.largest = 0, 0, 0, 0, 0
+        self.whole = self.spread = self.scales = self.own = self.largest = self.quantized = 0
         mine = {id(t) for adapter in adapters(model).values() for t in adapter.own_tensors().values()}
         threshold = self.zero.get("stage3_param_persistence_threshold", 0) if self.stage == 3 else None
         seen: set[int] = set()
         for module in model.modules():
             if type(module).__name__.startswith("Linear") and storage_format(module) != "plain":
                 self.scales += sum(tensor.nbytes for tensor in scale_tensors(module.weight))
-                self.largest = max(self.largest, module.in_features * module.out_features)  # type: ignore[assignment, operator]
+                numbers: int = module.in_features * module.out_features  # type: ignore[assignment, operator]
+                self.largest, self.quantized = max(self.largest, numbers), self.quantized + numbers
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if id(tensor) in seen:
                     continue
@@ -87,6 +88,13 @@ class StaticMemory:
         if self.stage == 3:
             return self.share + 2 * max(self.tensors)
         return self.share
+
+    def moved_by_a_pass(self, itemsize: int) -> int:
+        """Return the bytes of weights that a pass over the model moves, in products of ``itemsize`` bytes a number.
+
+        Quantised weights are read, written as plain ones, and read again.
+        """
+        return self.whole + self.spread + self.scales + 2 * itemsize * self.quantized
 
     def _gathered(self) -> int:
         """Return the bytes of other ranks' shards that ZeRO-3 keeps gathered for reuse."""

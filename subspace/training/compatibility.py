@@ -19,10 +19,13 @@ STORAGE = {"nf4": "4bit", "fp4": "4bit", "int8": "int8"}
 
 
 def check_compatibility(
-    model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json
+    model: ModelConfig, methods: Sequence[tuple[type[Adapter], MethodConfig]], engine: Json, *, here: bool = True
 ) -> None:
-    """Raise UserError for settings that are incompatible, on this machine or in general."""
-    if reason := find_incompatibility(model, methods, engine) or find_missing_requirement(model, engine):
+    """Raise UserError for settings that are incompatible, in general or, if the run is to be here, on this machine."""
+    reason = find_incompatibility(model, methods, engine)
+    if reason is None and here:
+        reason = find_missing_requirement(model, engine)
+    if reason:
         raise UserError(reason)
 
 

@@ -36,6 +36,9 @@ class TrainConfig(Settings):
     compile: bool = setting(False, "compile the model's layers at the first step; needs a C++ compiler")
     liger: bool = setting(False, "on a GPU, use Liger kernels for norms, rotary embedding and MLP")
     offload_activations: bool = setting(False, "on a GPU, offload saved activations to CPU memory")
+    deterministic: bool = setting(
+        False, "on a GPU, give the same bits each time, as a CPU always does, so that resuming is exact; slower"
+    )
     keep_memory: bool = setting(
         False,
         "on a CPU, reuse a step's freed memory in the next: 1.25 to 2 times as fast, 1.25 to 1.5 times the memory",

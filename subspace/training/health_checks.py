@@ -89,7 +89,8 @@ class TrainingHealthCheck:
     def _failure(self, step: int, what: str) -> RunFailed:
         """Return an error that names the first non-finite tensor and the last checkpoint. Collective."""
         values = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.value(p)).all()]
-        gradients = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.grad(p)).all()]
+        found = zip(self.parameters, self.access.grads(list(self.parameters.values())), strict=True)
+        gradients = [name for name, gradient in found if not torch.isfinite(gradient).all()]
         where = (
             f"{values[0]} holds a value that is not finite"
             if values

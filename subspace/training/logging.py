@@ -37,7 +37,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def peak_memory() -> int:
-    """Return this process's peak memory in bytes: on the GPU if there is one, else resident."""
+    """Return this process's peak memory in bytes: on its GPU if it computes there, else resident."""
     if on_gpu():
         return torch.cuda.max_memory_allocated()
     return resident_memory("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,7 +15,7 @@ from subspace.distributed.collectives import is_main
 from subspace.distributed.deepspeed_compat import loss_scale
 from subspace.distributed.zero import (
     clear_moment,
-    full_gradient,
+    full_gradients,
     gathered,
     has_zero_optimizer,
     is_sharded,
@@ -36,15 +36,21 @@ class DeepSpeedOptimizerAccess:
         self.optimizer = optimizer
 
     def grad(self, parameter: nn.Parameter) -> Tensor:
-        """Return the full gradient, averaged over ranks, without the loss scale of float16.
+        """Return the full gradient of one parameter; :meth:`grads` is cheaper for many."""
+        return self.grads([parameter])[0]
+
+    def grads(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return the full gradients, averaged over ranks, without the loss scale of float16, in one all-reduce.
 
         Valid between the last backward pass and the step.
         """
-        gradient = full_gradient(parameter)
-        if gradient is None:
-            return torch.zeros_like(parameter)
         scaled = self.engine is not None and self.engine.fp16_enabled()
-        return gradient.detach() / loss_scale(self.engine) if scaled else gradient.detach()
+        scale = loss_scale(self.engine) if scaled else 1.0
+        found = [
+            torch.zeros_like(parameter) if gradient is None else gradient.detach()
+            for parameter, gradient in zip(parameters, full_gradients(parameters), strict=True)
+        ]
+        return [gradient / scale for gradient in found] if scaled else found
 
     def value(self, parameter: nn.Parameter) -> Tensor:
         """Return the full parameter."""

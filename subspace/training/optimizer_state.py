@@ -37,9 +37,11 @@ from subspace.distributed.deepspeed_compat import (
 )
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
+from subspace.training.optimizers import allocate_state
 
 MASTER = "master"  # float32 copies, where the model's own parameters are not float32
 STEP, BLOCK = "step", "block"
+MOMENTS_IN_BLOCKS = ("state1", "state2")
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def restore_optimizer_state(engine: Any, saved: dict[str, Tensor]) -> None:
             # where the model's own parameters are rounded (float16), else from the parameters, which are exact.
             master = piece.cut(values.pop(MASTER)) if MASTER in values else _model_values(parameters[piece.name], piece)
             piece.read(key).copy_(master)
-        state = optimizer.state[key] if values else {}
+        state = allocate_state(optimizer, key) if values else {}
         for kind, value in values.items():
             if kind == STEP:
                 state[kind] = _step_count(optimizer, value, key.device)
@@ -197,14 +199,11 @@ def _restore_blocks(engine: Any, blocks: dict[str, Tensor]) -> None:
         return
     keys, optimizer = _keys(engine), basic_optimizer(engine)
     own = {name: value for name, value in blocks.items() if name.startswith(f"{BLOCK}/{rank()}/")}
-    states: list[dict[str, Any]] = [{} for _ in keys]
+    states: list[dict[str, Tensor]] = [{} for _ in keys]
     for name, value in own.items():
         _, _, number, kind = name.split("/")
         if int(number) < len(keys):
-            device = keys[int(number)].device
-            states[int(number)][kind] = (
-                _step_count(optimizer, value, device) if kind == STEP else value.to(device, copy=True)
-            )
+            states[int(number)][kind] = value
     ranks = {name.split("/")[1] for name in blocks}
     fits = len(ranks) == world_size() and all(
         "state1" in state and state["state1"].numel() == key.numel() for key, state in zip(keys, states, strict=True)
@@ -215,5 +214,12 @@ def _restore_blocks(engine: Any, blocks: dict[str, Tensor]) -> None:
             "the checkpoint's optimizer state is in blocks of 8 bits, which fit only the number of processes and the "
             f"ZeRO stage that it was written with ({len(ranks)} processes). Resume with these"
         )
-    for key, state in zip(keys, states, strict=True):
-        optimizer.state[key] = state
+    for key, saved in zip(keys, states, strict=True):
+        state = allocate_state(optimizer, key)
+        for kind, value in saved.items():
+            if kind == STEP:
+                state[kind] = _step_count(optimizer, value, key.device)
+            elif kind in MOMENTS_IN_BLOCKS:
+                state[kind].copy_(value)  # it may be paged, and what is copied to a device is not
+            else:  # scales, and the code book, which all states share until one comes from a checkpoint
+                state[kind] = value.to(key.device, copy=True)

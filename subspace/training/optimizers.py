@@ -40,6 +40,29 @@ def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optim
     return optimizer
 
 
+def allocate_state(optimizer: torch.optim.Optimizer, key: torch.Tensor) -> dict[str, Any]:
+    """Return an optimizer's state for a tensor that it updates, allocated by the optimizer itself if it can do that.
+
+    bitsandbytes' optimizers can. What they allocate is the only memory that is right for them: state in pages is in
+    CUDA's managed memory, which moves to the host when the GPU is full, and no copy to a device makes such memory.
+    torch's allocate in their first step; their state is returned as it is, empty before that.
+    """
+    state: dict[str, Any] = optimizer.state[key]
+    if not state and hasattr(optimizer, "init_state"):
+        # At stage 3 DeepSpeed shows the optimizer one tensor at a time, so it may be in no group now. The group decides
+        # rates, not the state's form.
+        places = [
+            (number, group, place)
+            for number, group in enumerate(optimizer.param_groups)
+            for place, parameter in enumerate(group["params"])
+            if parameter is key
+        ]
+        number, group, place = places[0] if places else (0, optimizer.param_groups[0], 0)
+        optimizer.init_state(group, key, number, place)
+        state = optimizer.state[key]
+    return state
+
+
 DECAYED_ROLES = ("down", "up", "core", "weight")  # decay towards zero would pull a scale away from one
 
 

@@ -8,7 +8,6 @@ of each process, configuration). Frozen weights are not in it. It fits any numbe
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from subspace.adapters.inject import adapters
 from subspace.adapters.serialization import read_adapter, save_adapter
 from subspace.common.files import PARTIAL, write_checked
+from subspace.common.random_state import random_states, set_random_states
 from subspace.distributed.collectives import broadcast_object, gather_objects, is_main, rank, world_size
 from subspace.distributed.deepspeed_compat import (
     basic_optimizer,
@@ -32,7 +32,6 @@ from subspace.distributed.deepspeed_compat import (
     step_counters,
 )
 from subspace.distributed.deepspeed_config import flatten_dict
-from subspace.distributed.device import on_gpu
 from subspace.distributed.zero import full_shape, gathered
 from subspace.errors import UserError
 from subspace.training import checkpoint, optimizer_state
@@ -89,7 +88,7 @@ def save_checkpoint(
         **facts,
         "engine_state": _counters(engine),
         "optimizer": readable,
-        "random": gather_objects(_random_state()),
+        "random": gather_objects(random_states()),
         "ranks": world_size(),
     }
 
@@ -187,7 +186,7 @@ def restore_checkpoint(engine: Any, saved: Checkpoint, seed: int) -> None:
     restore_loss_scale(engine, counters["loss_scale"])
 
     if saved.facts["ranks"] == world_size():
-        _set_random_state(saved.facts["random"][rank()])
+        set_random_states(saved.facts["random"][rank()])
     else:
         fresh = np.random.SeedSequence([seed, saved.facts["step"], rank()]).generate_state(1)
         torch.manual_seed(int(fresh[0]))
@@ -218,32 +217,6 @@ def _restore_history(model: nn.Module, training: Mapping[str, Tensor]) -> None:
         device = next(iter(adapter.own_tensors().values())).device
         kept = {name.removeprefix(prefix): t.to(device) for name, t in training.items() if name.startswith(prefix)}
         adapter.set_extra_state({**adapter.get_extra_state(), **kept})
-
-
-def _random_state() -> dict[str, Any]:
-    version, state, gauss = random.getstate()
-    own = np.random.get_state(legacy=False)
-    assert isinstance(own, dict)
-    return {
-        "python": [version, list(state), gauss],
-        "numpy": {**own, "state": {"key": own["state"]["key"].tolist(), "pos": int(own["state"]["pos"])}},
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if on_gpu() else "",
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    own = dict(state["numpy"])
-    np.random.set_state({**own, "state": {**own["state"], "key": np.array(own["state"]["key"], dtype=np.uint32)}})
-    torch.set_rng_state(_bytes(state["torch"]))
-    if state["cuda"] and on_gpu():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

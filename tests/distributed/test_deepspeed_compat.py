@@ -19,7 +19,7 @@ from subspace.common.paths import REPOSITORY
 from subspace.distributed import deepspeed_compat as compat
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
-from subspace.distributed.zero import clear_moment, full_gradient, gathered, write_parameter
+from subspace.distributed.zero import clear_moment, full_gradients, gathered, write_parameter
 
 WIDTH, RATE = 6, 0.5
 
@@ -27,12 +27,16 @@ WIDTH, RATE = 6, 0.5
 class Started:
     """An engine over one linear layer, whose first gradient is there and whose first step is not taken."""
 
-    def __init__(self, stage: int, dtype: str = "float32") -> None:
+    def __init__(self, stage: int, dtype: str = "float32", *, offload: bool = False) -> None:
         init_distributed()
         torch.manual_seed(0)
         self.model = nn.Linear(WIDTH, 2, bias=False)
         self.start = self.model.weight.detach().clone()
-        zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
+        zero: dict[str, Any] = (
+            {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
+        )
+        if offload:
+            zero |= {"offload_optimizer": {"device": "cpu"}}
         raw = {"zero_optimization": zero, "fp16": {"initial_scale_power": 3} if dtype == "float16" else {}}
         config = resolve_deepspeed_config(raw, compute_batch_layout(2, None, 1), dtype=dtype, clip=0.0).settings
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
@@ -128,9 +132,21 @@ def test_gradients_are_seen_between_backward_and_step(started: Started) -> None:
     gradients = compat.local_gradients(started.engine)
     assert gradients, blame("optimizer.averaged_gradients")
     assert {float(value) for gradient in gradients for value in gradient.view(-1)[: WIDTH * 2]} == {2.0}
-    whole = full_gradient(started.weight)
+    (whole,) = full_gradients([started.weight])
     assert whole is not None
     assert torch.equal(whole, torch.full_like(whole, 2.0))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_norms_of_offloaded_gradients_are_seen_between_backward_and_step(stage: int) -> None:
+    started = Started(stage, offload=True)
+    (norm,) = compat.offloaded_gradient_norms(started.engine)
+    # The gradient is 2 at all of 2 x WIDTH places.
+    assert float(norm) == pytest.approx(2 * (2 * WIDTH) ** 0.5), blame("optimizer.norm_for_param_grads")
+    assert compat.local_gradients(started.engine) == []
+    (whole,) = full_gradients([started.weight])
+    assert whole is not None
+    assert torch.equal(whole, torch.full_like(whole, 2.0)), blame("parameter._hp_mapping.get_lp_grad_fragment")
 
 
 def test_a_written_parameter_is_what_the_next_step_starts_from(started: Started) -> None:

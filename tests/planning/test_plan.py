@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspace import config as config_module
 from subspace.adapters.inject import inject
@@ -20,8 +21,10 @@ from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model, open_shape
+from subspace.planning import run_time
 from subspace.planning.activation_memory import ActivationMemory, BatchShape, MemoryTracker, trace_activation_memory
-from subspace.planning.plan import Plan, TrainingWork, _shape, build_plan, parse_size
+from subspace.planning.devices import CUDA_CONTEXT, NCCL_BUFFERS, device_specs, find_device, gpu_overheads, parse_size
+from subspace.planning.plan import Plan, TrainingWork, _shape, build_plan
 from subspace.planning.static_memory import StaticMemory
 from subspace.training.optimizers import make_optimizer
 from tests.helpers.material import make_material
@@ -120,10 +123,16 @@ def parts(found: Plan) -> dict[str, int]:
 
 
 def test_a_7b_model_is_planned_without_a_file() -> None:
-    settings = ["model.path=llama-7b", "model.dtype=bfloat16", "model.quantize=nf4", "train.micro_batch_size=1"]
-    found = build_plan(
-        config_module.read_config(ROOT / "launch/recipes/llama-7b-lora-r32.yaml", settings), memory=24 * GB
-    )
+    """Nor with a GPU: what a login node is asked."""
+    settings = ["model.path=llama-7b", "model.quantize=nf4", "train.micro_batch_size=1"]
+    config = config_module.read_config(ROOT / "launch/recipes/llama-7b-lora-r32.yaml", settings)
+    found = build_plan(config, on=find_device("rtx4090-24gb"))
+    assert config.model.dtype == "float16"  # in which this machine need not compute
+    assert (found.device, found.planned_for) == ("cuda", "NVIDIA GeForce RTX 4090 24 GB")
+    assert "Python, libraries and rows" not in parts(found)  # a host's memory
+    # Tensors are quantised one by one in one kernel, without the code book indices that a CPU needs.
+    assert found.loading < parts(found)["frozen weights"] + parts(found)["scales of the quantisation"] + 0.1 * GB
+    assert "were every row as long as data.max_length" in "\n".join(found.lines())  # the data is not here
     assert found.trained == 56_098_816
     packed = (6_738_415_616 - 2 * 32000 * 4096 - 65 * 4096) / 2
     held = packed + 2 * (2 * 32000 * 4096 + 65 * 4096)
@@ -131,6 +140,131 @@ def test_a_7b_model_is_planned_without_a_file() -> None:
     assert parts(found)["scales of the quantisation"] == pytest.approx(packed * 2 / 64 * 4, rel=1e-2)
     assert found.largest_micro_batch
     assert found.largest_micro_batch >= 1
+
+
+def gpu_plan(root: Path, *settings: str, device: str = "24gb", processes: int = 1, memory: int | None = None) -> Plan:
+    config = config_module.read_config(make_material(root), settings)
+    return build_plan(config, processes=processes, memory=memory, on=find_device(device))
+
+
+def test_a_plan_for_a_gpu_counts_what_is_no_tensor(tmp_path: Path) -> None:
+    one, eight = (gpu_plan(tmp_path, device="a100-40gb", processes=n) for n in (1, 8))
+    found = {item.name: item.bytes for item in eight.overheads}
+    assert found["CUDA context and kernels (estimate)"] == CUDA_CONTEXT
+    assert found["NCCL's buffers (estimate)"] == NCCL_BUFFERS
+    assert all("estimate" in name for name in found)
+    assert "NCCL's buffers (estimate)" not in {item.name for item in one.overheads}
+    assert eight.needed == eight.peak + sum(found.values())
+    assert eight.memory == 40 * GB
+    text = "\n".join(eight.lines())
+    assert "8 processes, ZeRO 0, NVIDIA A100 SXM4 40 GB" in text
+    assert "needed of the device, estimates included" in text
+    here = tiny_plan(tmp_path)
+    if here.device == "cpu":
+        assert (here.overheads, here.needed) == ((), max(here.peak, here.loading))
+
+
+def test_the_largest_micro_batch_leaves_room_for_what_is_no_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = gpu_plan(tmp_path, "train.batch_size=8", memory=GB).largest_micro_batch
+    assert most
+    full = gpu_plan(tmp_path, f"train.batch_size={most}", memory=GB)
+    assert 0.9 * GB < full.needed <= GB
+    # With all that is no tensor left out, more rows were promised than fit.
+    monkeypatch.setattr("subspace.planning.plan.gpu_overheads", lambda *a: ())
+    promised = gpu_plan(tmp_path, "train.batch_size=8", memory=GB).largest_micro_batch
+    assert promised
+    assert promised > 2 * most
+
+
+def test_time_follows_the_published_rates_and_is_shared_by_the_processes() -> None:
+    specs = device_specs()
+
+    def seconds(name: str, processes: int = 1) -> tuple[float, float]:
+        how = {"weights": 13 * GB, "micro_batches": 10, "recomputed": False}
+        return run_time.seconds_on(specs[name], 1e18, "bfloat16", processes=processes, **how)  # type: ignore[arg-type]
+
+    assert seconds("a100-80gb")[0] / seconds("h100-80gb")[0] == pytest.approx(989.4 / 312)
+    assert seconds("h100-80gb", 4)[0] == pytest.approx(seconds("h100-80gb")[0] / 4)
+    assert seconds("h100-80gb")[0] == pytest.approx(1e18 / 989.4e12 / 0.6)
+    assert seconds("h100-80gb")[1] > 3 * seconds("h100-80gb")[0]
+
+
+def test_time_on_a_gpu_is_told_where_its_rates_are_known(tmp_path: Path) -> None:
+    known, unknown = (gpu_plan(tmp_path, device=name) for name in ("h200-141gb", "80gb"))
+    assert known.seconds
+    assert "time on NVIDIA H200 SXM 141 GB: " in "\n".join(known.lines())
+    assert not known.longest_rows
+    assert unknown.seconds is None
+    assert "time on" not in "\n".join(unknown.lines())
+
+
+def test_small_micro_batches_on_a_gpu_are_bound_by_its_memory() -> None:
+    spec = device_specs()["h100-80gb"]
+    how = {"dtype": "bfloat16", "weights": 13 * GB, "processes": 1, "recomputed": False}
+    few = run_time.seconds_on(spec, 1e12, micro_batches=100, **how)  # type: ignore[arg-type]
+    assert few[0] == pytest.approx(100 * 2 * 13e9 / 3350e9 / 0.6)
+
+
+def test_every_declared_gpu_has_what_a_plan_needs() -> None:
+    for name, spec in device_specs().items():
+        assert name.endswith(f"-{spec.memory:g}gb")
+        assert spec.rates["bf16"] >= spec.rates["tf32"] >= spec.rates["fp32"] > 0
+        assert spec.rate("float16") == spec.rate("bfloat16") == 1e12 * spec.rates["bf16"]
+        assert spec.rate("float32") == 1e12 * spec.rates["fp32"]
+        assert spec.source
+    large, small = (sum(i.bytes for i in gpu_overheads(1, device_specs()[n], 0)) for n in ("h100-80gb", "a100-80gb"))
+    assert large > small  # its cuBLAS workspace
+
+
+def test_an_unknown_gpu_is_told_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(make_material(tmp_path))
+    assert cli.main(["plan", run, "--device", "h100-80g"]) == 2
+    assert "no such GPU is known. Did you mean 'h100-80gb'?" in capsys.readouterr().err
+    assert cli.main(["plan", run, "--device", "24gb", "--verify"]) == 2
+    assert "plans for another machine" in capsys.readouterr().err
+    assert cli.main(["plan", run, "--device", "l40s-48gb", "--json", "train.optimizer=paged_adamw8bit"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["planned_for"] == "NVIDIA L40S 48 GB"
+    assert told["needed"] > told["peak"]
+    assert [item["name"] for item in told["overheads"]]
+
+
+def test_a_gpus_dropout_is_planned_for_with_its_mask(tmp_path: Path) -> None:
+    """A CPU keeps the indices of what it drops, which are fewer; a GPU a mask of every value."""
+    tiny_llama(tmp_path / "m")
+    traced = open_shape(ModelConfig(path=str(tmp_path / "m"), dtype="float32"), torch.device("cuda"))
+    inject(traced, "lora", {"r": 4, "dropout": 0.02}, start=False)
+    batch = BatchShape(8, 64, 63, 8 * 63)
+    assert trace_activation_memory(traced, batch, gpu=True).peak > trace_activation_memory(traced, batch).peak
+
+
+def test_the_clock_queues_products_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small product a wait would time a GPU's launches."""
+    counts = {"mm": 0, "_local_scalar_dense": 0}
+
+    class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, run: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = run.overloadpacket.__name__
+            counts[name] = counts.get(name, 0) + 1
+            return run(*args, **(kwargs or {}))
+
+    width, queued = run_time.CLOCKS["cuda"]
+    assert 2 * width**3 / 1e15 > 1e-3  # a millisecond at a thousand TFLOP/s
+    monkeypatch.setitem(run_time.CLOCKS, "cpu", (16, queued))
+    with Counter():  # type: ignore[no-untyped-call]
+        assert run_time.matmul_rate(torch.device("cpu"), torch.float32, seconds=0) > 0
+    assert counts["mm"] == 1 + queued
+    assert counts["_local_scalar_dense"] == 2
+
+
+def test_a_layer_counts_once_with_its_adapter() -> None:
+    model = tiny_llama()
+    frozen = run_time.matrix_work(model, 10, recomputed=False)
+    inject(model, "lora")
+    assert run_time.matrix_work(model, 10, recomputed=False) == frozen
+    assert run_time.matrix_work(model, 10, recomputed=True) == 1.5 * frozen
 
 
 def test_checkpointing_keeps_a_fraction_of_the_activations(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from subspace import config as config_module
 from subspace.adapters.base import Adapter
 from subspace.adapters.inject import adapters, inject, parameter_roles, trained_parameters
 from subspace.adapters.serialization import TENSORS, load_adapter, save_adapter
+from subspace.common.paths import REPOSITORY
 from subspace.data import samples as samples_module
 from subspace.data.collate import IGNORE_INDEX
 from subspace.errors import RunFailed, UserError
+from subspace.methods.adalora import AdaLoRA
 from subspace.methods.lora import LoRA
 from subspace.models.lm_head import summed_loss
 from subspace.run import train_run
@@ -145,9 +147,29 @@ def test_nan_stops_the_run_and_names_the_tensor(
     assert all(torch.isfinite(tensor).all() for tensor in last.values())
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.fixture(scope="module")
+def engines(material: Path) -> dict[str, str]:
+    """Return the engine files by name: each stage, and the optimizer in CPU memory, as in the file for one GPU."""
+    files = {f"zero{stage}": str(material.parent / f"zero{stage}.json") for stage in STAGES}
+    one = json.loads((REPOSITORY / "ds_configs" / "one-24gb.json").read_text())
+    one["zero_optimization"]["offload_optimizer"]["pin_memory"] = False  # there is no device to pin it for
+    for stage in (2, 3):
+        one["zero_optimization"]["stage"] = stage
+        path = material.parent / f"one-24gb-{stage}.json"
+        path.write_text(json.dumps(one))
+        files[path.stem] = str(path)
+    return files
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("engine", [*(f"zero{stage}" for stage in STAGES), "one-24gb-2", "one-24gb-3"])
 def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engines: dict[str, str],
+    engine: str,
+    accumulated: bool,
 ) -> None:
     forward = LoRA.forward
     spoil: list[bool] = []
@@ -161,11 +183,44 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step(
 
     monkeypatch.setattr(LoRA, "forward", sometimes_spoiled)
     monkeypatch.setattr(LoRA, "after_step", classmethod(soon))
+    settings = [f"train.micro_batch_size={4 if accumulated else 8}", "train.save_every=2", f"engine={engines[engine]}"]
     with pytest.raises(
         RunFailed, match=r"step 4: a gradient is not finite; the gradient of \S+q_proj\.B .*step-000002"
     ):
-        train(material, tmp_path, "spoiled", "train.save_every=2", f"engine={material.parent / f'zero{stage}.json'}")
+        train(material, tmp_path, "spoiled", *settings)
     assert logged(tmp_path / "spoiled", "step") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_schedule_asks_for_all_gradients_at_once(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """AdaLoRA needs three small gradients at each of 14 sites; one after the other, each is a collective."""
+    calls: list[str] = []
+    per_step: list[int] = []
+    scheduled = AdaLoRA.before_step.__func__  # type: ignore[attr-defined]
+
+    def count(name: str) -> None:
+        real = getattr(torch.distributed, name)
+
+        def counted(*arguments: Any, **more: Any) -> Any:
+            calls.append(name)
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(torch.distributed, name, counted)
+
+    for name in ("all_reduce", "all_gather_into_tensor"):
+        count(name)
+
+    def before_step(cls: type[AdaLoRA], *arguments: Any) -> None:
+        calls.clear()
+        scheduled(cls, *arguments)
+        per_step.append(len(calls))
+
+    monkeypatch.setattr(AdaLoRA, "before_step", classmethod(before_step))
+    train(material, tmp_path, "run", "method=adalora", f"engine={material.parent / f'zero{stage}.json'}")
+    assert len(per_step) == 6
+    assert max(per_step) <= 1
 
 
 @pytest.mark.parametrize("section", [{"initial_scale_power": 1}, {"loss_scale": 8}], ids=["dynamic", "static"])

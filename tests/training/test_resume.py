@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from subspace import config as config_module
 from subspace.adapters.inject import adapters, inject
 from subspace.adapters.registry import list_methods
 from subspace.adapters.serialization import TENSORS
+from subspace.common.random_state import random_states, set_random_states
 from subspace.distributed.signals import SignalHandler
 from subspace.errors import RunStopped, UserError
 from subspace.run import is_finished, train_run
 from subspace.training.checkpoint import MANIFEST, checkpoint_path, checkpoints
 from subspace.training.checkpointer import ConsumedSamples
-from subspace.training.resume import Checkpoint, _random_state, _set_random_state, restore_checkpoint
+from subspace.training.optimizers import make_optimizer
+from subspace.training.resume import Checkpoint, restore_checkpoint
 from tests.helpers.material import logged, make_material
 from tests.helpers.tiny_models import EARLY_SCHEDULES, KINDS, tiny_llama
 
@@ -111,6 +114,44 @@ def test_a_state_of_eight_bits_goes_on(material: Path, tmp_path: Path, stage: in
     other = killed(whole, "other", 5)
     with pytest.raises(UserError, match="in blocks of 8 bits"):
         train(material, tmp_path, other.name, *settings, f"engine={material.parent}/zero{2 - stage}.json", resume=True)
+
+
+@pytest.mark.parametrize(("optimizer", "stage"), [("adamw8bit", 0), ("adamw8bit", 2), ("paged_adamw", 1)])
+def test_a_state_in_pages_is_in_pages_again(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, stage: int
+) -> None:
+    """What bitsandbytes allocates is marked here, as its managed memory is on a GPU; no copy has that mark."""
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    def paged(self: Optimizer8bit, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        buffer = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        buffer.is_paged = True  # type: ignore[attr-defined]
+        return buffer
+
+    made: list[torch.optim.Optimizer] = []
+
+    def remembered(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        made.append(make_optimizer(name, groups))
+        return made[-1]
+
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", paged)
+    monkeypatch.setattr(Optimizer8bit, "prefetch_state", lambda self, p: None)
+    monkeypatch.setattr("subspace.resolve.check_optimizer", lambda *a, **k: None)  # pages need a GPU
+    monkeypatch.setattr("subspace.run.make_optimizer", remembered)
+    settings = [
+        "method=lora",
+        "method.r=64",
+        f"train.optimizer={optimizer}",
+        f"engine={material.parent}/zero{stage}.json",
+    ]
+    whole = train(material, tmp_path, "whole", *settings)
+    folder = killed(whole, "killed", 5)
+    train(material, tmp_path, "killed", *settings, resume=True)
+    assert_same(whole, folder)
+    for state in (state for optimizer in made for state in optimizer.state.values()):
+        assert all(state[name].is_paged for name in ("state1", "state2"))
+    assert len(made) == 2
+    assert made[1].state
 
 
 def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
@@ -253,9 +294,9 @@ def test_random_states_come_back() -> None:
 
     import numpy as np
 
-    before = json.loads(json.dumps(_random_state()))
+    before = json.loads(json.dumps(random_states()))
     drawn = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()]
-    _set_random_state(before)
+    set_random_states(before)
     assert [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()] == drawn
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from subspace.cli.command import Command, count, json_argument, settings_manual
+from subspace.errors import UserError
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="also find the largest micro-batch that fits a device of this size, such as 24GB",
     )
     parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="plan for this GPU, which need not be here, such as h100-80gb (data/devices.yaml), or for a size, as 24gb",
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="train three steps and show the measured values beside the estimate"
     )
     json_argument(parser)
@@ -27,15 +33,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from subspace import config as config_module
-    from subspace.planning import plan
+    from subspace.planning import devices, plan, verification
 
-    memory = plan.parse_size(options.memory) if options.memory else None
+    memory = devices.parse_size(options.memory) if options.memory else None
+    on = devices.find_device(options.device) if options.device else None
+    if options.verify and on:
+        raise UserError(
+            f"--verify trains three steps here, but --device {options.device} plans for another machine. Leave out one"
+        )
     config = config_module.read_config(options.config, options.settings)
-    found: plan.Plan | plan.VerifiedPlan
+    found: plan.Plan | verification.VerifiedPlan
     if options.verify:
-        found = plan.verify_plan(options.config, options.settings, processes=options.processes)
+        found = verification.verify_plan(options.config, options.settings, processes=options.processes)
     else:
-        found = plan.build_plan(config, processes=options.processes, memory=memory)
+        found = plan.build_plan(config, processes=options.processes, memory=memory, on=on)
     print(json.dumps(found.as_dict(), indent=2) if options.json else "\n".join(found.lines()))
     return 0
 
@@ -46,6 +57,7 @@ COMMAND = Command(
     """examples:
   subspace plan launch/recipes/quickstart.yaml
   subspace plan launch/recipes/llama-7b-lora-r32.yaml model.quantize=nf4 --memory 24GB
+  subspace plan launch/recipes/llama-7b-lora-r32.yaml --device h100-80gb --processes 8
   subspace plan launch/recipes/quickstart.yaml engine=ds_configs/zero3.json --processes 2
   subspace plan launch/recipes/quickstart.yaml train.micro_batch_size=4 --verify""",
     _arguments,

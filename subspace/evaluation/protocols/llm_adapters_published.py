@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from subspace.common.random_state import seeded
 from subspace.data.items import Item
 from subspace.data.tasks import Task, prompt_template
 from subspace.data.tokenization import encode_prompt
@@ -136,8 +137,8 @@ def _dropout(model: nn.Module, seed: Sequence[str], *, active: bool) -> Iterator
     if not active:
         yield
         return
-    with torch.random.fork_rng():
-        torch.manual_seed(int.from_bytes(hashlib.sha256("".join(seed).encode()).digest()[:8], "little"))
+    prompts = hashlib.sha256("".join(seed).encode()).digest()
+    with seeded(int.from_bytes(prompts[:8], "little"), next(model.parameters()).device):
         model.train()
         try:
             yield

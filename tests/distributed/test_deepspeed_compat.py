@@ -276,3 +276,23 @@ def test_a_second_run_in_one_process_has_a_world_group_of_its_own() -> None:
         "    collectives.shutdown()\n"
     )
     subprocess.run([sys.executable, "-c", again], check=True, timeout=300)
+
+
+def test_deepspeeds_launcher_makes_its_command_for_several_hosts_by_the_class_that_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.launcher import multinode_runner, runner
+
+    assert runner.PDSHRunner is multinode_runner.PDSHRunner, blame("launcher.runner.PDSHRunner")
+    monkeypatch.setattr(runner, "PDSHRunner", runner.PDSHRunner)
+    monkeypatch.setattr(runner, "main", lambda words: words)
+    compat.run_pdsh_launcher([], {"A": "b c"})
+    options = ["--module", "--no_local_rank", "--log_level", "critical", "--master_addr", "x", "subspace", "d e"]
+    made = runner.PDSHRunner(runner.parse_args(options), "e30")
+    made.add_export("F", "$g")
+    command, _, _ = made.get_cmd({}, {"host": [0]})
+    assert command[:-1] == ["pdsh", "-S", "-f", "1", "-w", "host"], blame("PDSHRunner.get_cmd")
+    assert command[-1].startswith("export F='$g'; export A='b c'; cd "), blame("PDSHRunner.exports")
+    assert command[-1].endswith("--no_local_rank --log_level=critical subspace 'd e'"), blame(
+        "the launcher's arguments"
+    )

@@ -77,6 +77,7 @@ def test_deepspeed_counts_to_the_same_device(
 @pytest.fixture
 def rank_1_of_2(show: Show, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The second of two processes with a GPU each, before its group exists; returns what is called, in order."""
+    collectives.shutdown()  # of a group that an earlier test left
     called: list[Any] = []
     show(2)
     ours = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", STATUS_FILE: "status"}

@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -123,6 +124,39 @@ def _quote(word: str) -> str:
     return shlex.quote(word).replace("%", "%%")
 
 
+# --- the network between hosts ---
+
+
+def gloo_interface() -> str | None:
+    """Return the network interface for gloo on several hosts; None to leave the choice to gloo.
+
+    Gloo takes the address of the machine's own name, which on Debian and Ubuntu is one that only the machine itself
+    reaches. NCCL looks at the interfaces.
+    """
+    import psutil
+
+    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if here >= int(os.environ.get("WORLD_SIZE") or 1) or "GLOO_SOCKET_IFNAME" in os.environ:
+        return None
+    interfaces = psutil.net_if_addrs()
+    if (nccl := os.environ.get("NCCL_SOCKET_IFNAME")) in interfaces:
+        return nccl
+    for target in (os.environ.get("MASTER_ADDR", ""), "192.0.2.1"):  # nobody's address, behind the default route
+        own = _own_address(target)
+        for name, addresses in interfaces.items():
+            if own and not own.startswith("127.") and own in (address.address for address in addresses):
+                return name
+    return None
+
+
+def _own_address(target: str) -> str | None:
+    """Return the address from which this machine would send to another one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent, contextlib.suppress(OSError):
+        unsent.connect((target, 9))
+        return str(unsent.getsockname()[0])
+    return None
+
+
 # --- the processes of a launch ---
 
 
@@ -200,8 +234,9 @@ def main(arguments: Sequence[str]) -> int:
     if command == "signal":
         signal_processes(rest[0], int(rest[1]))
         return 0
-    from subspace.distributed.deepspeed_compat import run_pdsh_launcher
+    from subspace.distributed.deepspeed_compat import run_pdsh_launcher, silence_deepspeed
 
+    silence_deepspeed()  # which says on standard output that this machine has no GPU
     exports = read_environment_files()
     if MARK_TO_GIVE in os.environ:
         exports[MARK] = os.environ[MARK_TO_GIVE]

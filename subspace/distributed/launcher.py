@@ -89,7 +89,7 @@ DETERMINISTIC_ENV = {
 
 
 def set_rank_env(*, deterministic: bool = False) -> None:
-    """Set the environment variables that DeepSpeed and CUDA read: rank 0 of 1 unless a launcher set them, the device.
+    """Set the environment variables that libraries read: rank 0 of 1 unless a launcher set them, device, network.
 
     All of this package's writing to ``os.environ`` for a training process is here and in :func:`init_rank_env`.
     """
@@ -106,6 +106,8 @@ def set_rank_env(*, deterministic: bool = False) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif len(devices) == 1:  # the only one that a batch system shows this process; DeepSpeed counts from this variable
         os.environ["LOCAL_RANK"] = "0"
+    if interface := hosts.gloo_interface():
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def write_success_marker() -> None:

@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from subspace.common.paths import REPOSITORY
@@ -110,6 +112,7 @@ def undone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(logger, "level", logger.level)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    logger.filters.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -206,6 +209,30 @@ def test_the_environment_file_in_this_folder_counts_more(tmp_path: Path, monkeyp
     (tmp_path / ".deepspeed_env").write_text("A=home\nB = home \n")
     Path(".deepspeed_env").write_text("# here\n\nA=here\nC=\n")
     assert hosts.read_environment_files() == {"A": "here", "B": "home", "C": ""}
+
+
+@pytest.mark.parametrize(
+    ("variables", "routes", "chosen"),
+    [
+        ({"MASTER_ADDR": "node1"}, {"node1": "10.0.0.2", "192.0.2.1": "172.16.0.2"}, "ib0"),
+        # The first host's own name is an address of its own, on Debian.
+        ({"MASTER_ADDR": "node1"}, {"node1": "127.0.1.1", "192.0.2.1": "172.16.0.2"}, "eth0"),
+        ({"MASTER_ADDR": "node1"}, {}, None),
+        ({"MASTER_ADDR": "node1", "NCCL_SOCKET_IFNAME": "eth0"}, {"node1": "10.0.0.2"}, "eth0"),
+        ({"MASTER_ADDR": "node1", "NCCL_SOCKET_IFNAME": "^docker"}, {"node1": "10.0.0.2"}, "ib0"),
+        ({"MASTER_ADDR": "node1", "GLOO_SOCKET_IFNAME": "x"}, {"node1": "10.0.0.2"}, None),
+        ({"MASTER_ADDR": "node1", "LOCAL_SIZE": "4"}, {"node1": "10.0.0.2"}, None),
+    ],
+)
+def test_gloo_takes_the_interface_by_which_hosts_reach_one_another(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], routes: dict[str, str], chosen: str | None
+) -> None:
+    own = {"lo": "127.0.0.1", "eth0": "172.16.0.2", "ib0": "10.0.0.2"}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {n: [SimpleNamespace(address=a)] for n, a in own.items()})
+    monkeypatch.setattr(hosts, "_own_address", routes.get)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.gloo_interface() == chosen
 
 
 # --- signals and failures: ranks that the stand-in for pdsh starts, two on each host ---

@@ -58,7 +58,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace.distributed.hosts import pdsh, pdsh_environment, shell_line
+from subspace.distributed.hosts import NUMBER, launch_line, pdsh, pdsh_environment
 
 #: DeepSpeed's libraries for NVMe, compiled at their first use.
 NVME_LIBRARIES = ("async_io", "pin_memory")
@@ -262,12 +262,13 @@ def forget_world_group() -> None:
         groups._WORLD_GROUP = None  # type: ignore[attr-defined]
 
 
-def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str]) -> None:
+def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str], mark: str) -> None:
     """Run DeepSpeed's launcher for several hosts, with every word quoted; it ends with SystemExit where that failed.
 
     Args:
         arguments: the launcher's.
         exports: variables for the hosts, besides those that DeepSpeed passes on.
+        mark: what the launch's processes are known by.
     """
     from deepspeed.launcher import multinode_runner, runner
 
@@ -283,11 +284,15 @@ def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str]) -> N
         ) -> tuple[list[str], list[str], dict[str, str]]:
             given = self.args
             words = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={self.world_info_base64}"]
-            words += ["--node_rank=%n", f"--master_addr={given.master_addr}", f"--master_port={given.master_port}"]
+            words += [
+                f"--node_rank={NUMBER}",
+                f"--master_addr={given.master_addr}",
+                f"--master_port={given.master_port}",
+            ]
             words += ["--module"] if given.module else []
             words += ["--no_local_rank"] if given.no_local_rank else []
             words += [f"--log_level={given.log_level}", self.user_script, *self.user_arguments]
-            line = shell_line(words, {**self.exports, **exports}, str(Path.cwd()))
+            line = launch_line(words, {**self.exports, **exports}, str(Path.cwd()), mark)
             # The last command is the one that would end whatever looks like this run. hosts.signal_command ends it.
             return [*pdsh(list(active_resources)), line], ["true"], pdsh_environment(environment)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shlex
 import signal
 import socket
@@ -33,10 +34,12 @@ from typing import IO
 from subspace.errors import UserError
 
 MODULE = "subspace.distributed.hosts"
-#: In the environment of a launch's processes on all hosts: which launch it is.
+#: In the environment of a launch's processes: which launch and which of its hosts it is.
 MARK = "SUBSPACE_LAUNCH"
 #: The same in the environment of the launcher, which is not one of them and may be on the same machine as some.
 MARK_TO_GIVE = "SUBSPACE_LAUNCHES"
+#: In a word for a host: the host's number. No word can have that character of its own.
+NUMBER = "\0"
 #: For ssh: a host that is gone is noticed after 30 seconds.
 SSH_OPTIONS = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 #: Seconds that the other hosts have to end by themselves when the processes of one have failed, or it cannot be
@@ -99,13 +102,19 @@ def read_environment_files() -> dict[str, str]:
 
 
 def shell_line(words: Sequence[str], exports: Mapping[str, str], folder: str) -> str:
-    """Return the line for pdsh that makes a host's shell run exactly these words in a folder, with these variables.
-
-    ``%n`` as a value of its own, as in ``--node_rank=%n``, is left to pdsh, which puts the host's number there.
-    """
-    quoted = [word if re.fullmatch(r"--\w+=%n", word) else _quote(word) for word in words]
+    """Return the line for pdsh that makes a host's shell run exactly these words in a folder, with these variables."""
     settings = [f"export {name}={_quote(value)};" for name, value in exports.items()]
-    return " ".join([*settings, f"cd {_quote(folder)};", *quoted])
+    return " ".join([*settings, f"cd {_quote(folder)};", *map(_quote, words)])
+
+
+def launch_line(words: Sequence[str], exports: Mapping[str, str], folder: str, mark: str) -> str:
+    """Return the line for pdsh that starts a launch's processes on a host, and ends what is left of them afterwards.
+
+    The connection would stay open as long as one of them runs, such as what a rank has started that was killed.
+    """
+    line = shell_line(words, {**exports, MARK: f"{mark}-{NUMBER}"}, folder)
+    end = " ".join(map(_quote, _signal_words(mark, signal.SIGKILL)))
+    return f"{line}; status=$?; {end}; exit $status"
 
 
 def pdsh(hosts: Sequence[str]) -> list[str]:
@@ -121,7 +130,7 @@ def pdsh_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _quote(word: str) -> str:
     # pdsh replaces %h, %u and %n in whatever it passes on.
-    return shlex.quote(word).replace("%", "%%")
+    return shlex.quote(word).replace("%", "%%").replace(NUMBER, "%n")
 
 
 # --- the network between hosts ---
@@ -162,15 +171,18 @@ def _own_address(target: str) -> str | None:
 
 def signal_command(hosts: Sequence[str], mark: str, number: int, exports: Mapping[str, str]) -> list[str]:
     """Return the command that sends a signal to a launch's processes on all its hosts; see :func:`signal_processes`."""
-    words = [sys.executable, "-m", MODULE, "signal", mark, str(int(number))]
-    return [*pdsh(hosts), shell_line(words, exports, str(Path.cwd()))]
+    return [*pdsh(hosts), shell_line(_signal_words(mark, number), exports, str(Path.cwd()))]
+
+
+def _signal_words(mark: str, number: int) -> list[str]:
+    return [sys.executable, "-m", MODULE, "signal", f"{mark}-{NUMBER}", str(int(number))]
 
 
 def signal_processes(mark: str, number: int) -> int:
-    """Send a signal to this machine's processes of a launch and return how many there were.
+    """Send a signal to a launch's processes with this mark and return how many there were.
 
-    SIGKILL goes to all, any other signal to the ranks: the processes that have a rank, and not those that they have
-    started.
+    SIGKILL goes to the ranks and what they have started, and SIGTERM to their launcher, which ends by that without a
+    word of the shell that waits for it. Any other signal goes to the ranks alone.
     """
     import psutil
 
@@ -180,15 +192,15 @@ def signal_processes(mark: str, number: int) -> int:
             environment = process.environ()
             if environment.get(MARK) == mark and process.pid != os.getpid():
                 family[process.pid] = (process.ppid(), "RANK" in environment)
-    chosen = [
-        pid
-        for pid, (parent, has_rank) in family.items()
-        if number == signal.SIGKILL or (has_rank and not family.get(parent, (0, False))[1])
-    ]
-    for pid in chosen:
+    inside = [pid for pid, (_, has_rank) in family.items() if has_rank]
+    ranks = [pid for pid in inside if family[pid][0] not in inside]
+    for pid in inside if number == signal.SIGKILL else ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    return len(chosen)
+    for pid in set(family).difference(inside) if number == signal.SIGKILL else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    return len(inside)
 
 
 class HostWatch:
@@ -238,11 +250,10 @@ def main(arguments: Sequence[str]) -> int:
 
     silence_deepspeed()  # which says on standard output that this machine has no GPU
     exports = read_environment_files()
-    if MARK_TO_GIVE in os.environ:
-        exports[MARK] = os.environ[MARK_TO_GIVE]
+    mark = os.environ.get(MARK_TO_GIVE) or secrets.token_hex(8)
     os.environ["DS_ENV_FILE"] = os.devnull  # no file: DeepSpeed reads nothing
     try:
-        run_pdsh_launcher(rest, exports)
+        run_pdsh_launcher(rest, exports, mark)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         unreachable = re.search(r"host=(\S+) was not reachable", str(error))
         reason = f"`ssh {unreachable[1]} hostname` fails without a password" if unreachable else str(error)

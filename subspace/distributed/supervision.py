@@ -50,13 +50,13 @@ class _Launched:
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         # SLURM warns with SIGUSR1 and later ends with SIGTERM: the same request. The same signal twice kills at once.
-        again = number in self.received
+        again, first = number in self.received, not self.received
         self.received.append(number)
         if self.process is None:
             return
         if again:
             self.kill_all()
-        else:
+        elif first:
             self.ask_to_stop()
 
     def ask_to_stop(self) -> None:

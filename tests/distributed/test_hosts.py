@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import string
 import subprocess
@@ -46,6 +47,15 @@ statuses = [0] * len(names)
 threads = [threading.Thread(target=run, args=each) for each in enumerate(names)]
 [thread.start() for thread in threads], [thread.join() for thread in threads]
 sys.exit(max(statuses))
+"""
+
+#: What DeepSpeed's launcher and the real pdsh call: ssh ... HOST COMMAND.
+SSH = """#!/bin/bash
+case "${@: -1}" in
+-I) echo 127.0.0.1 ;;
+hostname) ;;
+*) exec env -i PATH=/usr/bin:/bin HOME=/ LANG=C.UTF-8 HOST_NAME="${@: -2:1}" bash -c "${@: -1}" ;;
+esac
 """
 
 #: In place of the part of DeepSpeed's launcher that runs on each host: it notes what it was started with.
@@ -95,7 +105,7 @@ def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "pdsh").write_text(PDSH.format(python=sys.executable))
-    (folder / "ssh").write_text('#!/bin/bash\n[ "${@: -1}" = -I ] && echo 127.0.0.1\nexit 0\n')
+    (folder / "ssh").write_text(SSH)
     for program in folder.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -125,15 +135,20 @@ def generated(count: int) -> list[str]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("names", [["a", "b"], ["alone"]])
+@pytest.mark.parametrize(("names", "pdsh"), [(["a", "b"], "ours"), (["alone"], "ours"), (["a", "b"], "real")])
 def test_every_word_arrives_at_every_host_as_it_was_given(
     names: list[str],
+    pdsh: str,
     bin_folder: Path,
     undone: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Words, variables, interpreter and folder go through DeepSpeed's own launcher and a real shell."""
+    if pdsh == "real":
+        (bin_folder / "pdsh").unlink()
+        if shutil.which("pdsh") is None:
+            pytest.skip("needs pdsh")
     here = tmp_path / "a folder with $HOME `touch executed` 'quotes' & (brackets) 100%h"
     stub = here / "deepspeed" / "launcher"
     stub.mkdir(parents=True)
@@ -168,7 +183,7 @@ def test_every_word_arrives_at_every_host_as_it_was_given(
         assert found == values
         assert arrived["environment"]["NCCL_X"] == "$(touch executed) a=b"
         assert arrived["environment"]["NCCL_Y"] == "in quotes"
-        assert arrived["environment"][hosts.MARK] == "mark"
+        assert arrived["environment"][hosts.MARK] == f"mark-{number}"
     assert not list(tmp_path.rglob("executed"))
 
 
@@ -242,6 +257,7 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 folder, what = Path(sys.argv[1]), sys.argv[2]
 if "RANK" not in os.environ:  # DeepSpeed's launcher on a host, which ends with the status of a rank that fails
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     first = 2 * int(os.environ["HOST_NAME"][-1])
     ranks = [
         subprocess.Popen([sys.executable, __file__, *sys.argv[1:]], env={**os.environ, "RANK": str(first + i)})
@@ -276,7 +292,7 @@ from subspace.distributed import hosts, supervision
 from subspace.common.progress import show_notices
 show_notices()
 hosts.FAILED_GRACE_S = float(sys.argv[1])
-line = hosts.shell_line(sys.argv[2:], {hosts.MARK: os.environ[hosts.MARK_TO_GIVE]}, "/")
+line = hosts.launch_line(sys.argv[2:], {"PYTHONPATH": os.environ["PYTHONPATH"]}, "/", os.environ[hosts.MARK_TO_GIVE])
 names = ["host0", "host1"]
 sys.exit(supervision.supervise([*hosts.pdsh(names), line], hosts.pdsh_environment(os.environ), Path("status"), names))
 """
@@ -289,11 +305,11 @@ class Launched:
         self.folder = folder
         (folder / "ranks.py").write_text(RANKS)
         self.words = [sys.executable, str(folder / "ranks.py"), str(folder), what]
-        environment = {**os.environ, hosts.MARK: "another", "HOST_NAME": "host4"}
+        environment = {**os.environ, hosts.MARK: f"{folder}-0", "HOST_NAME": "host4"}
         self.other = subprocess.Popen(self.words, env=environment)
         self.head = subprocess.Popen(
             [sys.executable, "-c", HEAD, str(grace), *self.words],
-            env={**os.environ, hosts.MARK_TO_GIVE: "mine", "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, hosts.MARK_TO_GIVE: f"mine{folder}", "PYTHONPATH": str(REPOSITORY)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -310,12 +326,14 @@ class Launched:
     def end(self) -> tuple[int, list[str]]:
         """Wait for the end; return status and what was said, after a check of who is left."""
         _, said = self.head.communicate(timeout=60)
+        for rank in self.pids[:4]:
+            assert not any(_runs(pid) for pid in rank)
         for rank in self.pids[4:]:  # the other launch
             assert all(_runs(pid) for pid in rank)
         return self.head.returncode, said.splitlines()
 
     def clean(self) -> None:
-        for mark in ("mine", "another"):
+        for mark in (f"mine{self.folder}-0", f"mine{self.folder}-1", f"{self.folder}-0"):
             hosts.signal_processes(mark, signal.SIGKILL)
         self.head.kill()
         self.other.wait()
@@ -360,7 +378,6 @@ def test_a_second_signal_ends_all_hosts_at_once(begin: Callable[..., Launched]) 
     time.sleep(1)
     launched.head.send_signal(signal.SIGTERM)
     assert launched.end() == (128 + signal.SIGTERM, [])
-    assert not any(_runs(pid) for rank in launched.pids[:4] for pid in rank)
 
 
 @pytest.mark.processes
@@ -379,4 +396,3 @@ def test_a_host_that_fails_ends_the_others_with_one_message(
     returned, lines = launched.end()
     assert returned == status
     assert [line[: len(said)] for line in lines] == [said]
-    assert not any(_runs(pid) for rank in launched.pids[:4] for pid in rank)

@@ -148,13 +148,13 @@ def gloo_interface() -> str | None:
     if here >= int(os.environ.get("WORLD_SIZE") or 1) or "GLOO_SOCKET_IFNAME" in os.environ:
         return None
     interfaces = psutil.net_if_addrs()
-    if (nccl := os.environ.get("NCCL_SOCKET_IFNAME")) in interfaces:
+    if (nccl := os.environ.get("NCCL_SOCKET_IFNAME", "")) in interfaces:
         return nccl
     for target in (os.environ.get("MASTER_ADDR", ""), "192.0.2.1"):  # nobody's address, behind the default route
         own = _own_address(target)
         for name, addresses in interfaces.items():
             if own and not own.startswith("127.") and own in (address.address for address in addresses):
-                return name
+                return str(name)
     return None
 
 

@@ -13,7 +13,8 @@ a process of its own, after a step that does not count: so each has the memory t
 Printed are the medians over rounds of non-padding tokens a second, and ratios taken round by round.
 
 The sides: ``subspace`` is this project; ``packed``, ``roomy`` and ``compiled`` are the same with data.packing,
-train.keep_memory and train.compile; ``peft`` is HF PEFT with the HF Trainer as its examples set them up.
+train.keep_memory and train.compile; ``casts`` rounds each adapter's tensors by itself and shares no products; ``peft``
+is HF PEFT with the HF Trainer as its examples set them up.
 ``--frozen`` alternates, step by step in one process, this project's steps with the frozen model's own forward and
 input-gradient pass on the same batches; ``--by-step`` alternates two sides in that way. ``--stages`` times ZeRO 1, 2
 and 3 with one and two processes. ``--curves`` trains this project and PEFT, with two seeds of dropout each and all from
@@ -226,7 +227,13 @@ def material(options: Any, *, group_by_length: bool) -> tuple[ModelConfig, Any, 
 
 
 def subspace_side(
-    options: Any, *, stage: int = 0, packing: bool = False, roomy: bool = False, compiled: bool = False
+    options: Any,
+    *,
+    stage: int = 0,
+    packing: bool = False,
+    roomy: bool = False,
+    compiled: bool = False,
+    casts: bool = False,
 ) -> Run:
     """This project: its engine, its loss, its batches."""
     init_distributed()
@@ -245,6 +252,9 @@ def subspace_side(
     engine.train()
     if compiled:
         compile_layers(model)
+    if casts:
+        for adapter in adapters(model).values():
+            adapter.copies.detach()
     if roomy:
         set_malloc_trim(False)
 
@@ -359,6 +369,7 @@ SIDES: dict[str, Callable[[Any], Run]] = {
     "packed": partial(subspace_side, packing=True),
     "roomy": partial(subspace_side, roomy=True),
     "compiled": partial(subspace_side, compiled=True),
+    "casts": partial(subspace_side, casts=True),
     "peft": peft_side,
     "peft-alike": partial(peft_side, alike=True),
     **{f"zero{stage}x{ranks}": partial(subspace_side, stage=stage) for stage in (1, 2, 3) for ranks in (1, 2)},

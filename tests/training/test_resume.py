@@ -94,6 +94,17 @@ def test_every_method_goes_on(material: Path, tmp_path: Path, method: str) -> No
     assert_same(whole, folder)
 
 
+def test_a_model_in_sixteen_bits_goes_on(material: Path, tmp_path: Path) -> None:
+    settings = [
+        "model.dtype=bfloat16",
+        "model.gradient_checkpointing=true",
+    ]  # its adapters are copied and share products
+    whole = train(material, tmp_path, "whole", *settings)
+    folder = killed(whole, "killed", 4)
+    train(material, tmp_path, "killed", *settings, resume=True)
+    assert_same(whole, folder)
+
+
 @pytest.mark.parametrize("setting", ["train.schedule=linear", "train.schedule=constant", "data.packing=true"])
 def test_every_schedule_and_packing_goes_on(material: Path, tmp_path: Path, setting: str) -> None:
     settings = [setting, "train.warmup_steps=7", "method.dropout=0.1"]

@@ -216,8 +216,8 @@ class Adapter(nn.Module, Generic[C]):
     def in_dtype(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return an own tensor in the dtype of the layer's input: a cast, or where all are cast by one call, its."""
         tensor: Tensor = getattr(self, name)
-        if tensor.dtype == dtype:
-            return tensor
+        if tensor.dtype == dtype or torch.compiler.is_compiling():
+            return tensor.to(dtype)
         copy = self.copies.get(self, name, tensor, dtype)
         return tensor.to(dtype) if copy is None else copy
 

@@ -116,6 +116,7 @@ class WorkingCopies:
     """The working copies of one model, whose adapters all have the same object."""
 
     def __init__(self) -> None:
+        self._attached = False
         self._handles: list[Any] = []
         self._clear()
 
@@ -129,15 +130,15 @@ class WorkingCopies:
         self._pending: Pending | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # a copied model makes copies of its own
+        return {"_attached": self._attached}  # a copied model has the hooks, too, and makes copies of its own
 
-    def __setstate__(self, state: Any) -> None:
-        self._handles = []
-        self._clear()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self._attached = state["_attached"]
 
     def attach(self, model: nn.Module) -> None:
         """Take each forward pass of the model as one in which no tensor changes."""
-        self._look = True
+        self._attached = self._look = True
         if not self._handles:
             self._handles = [
                 model.register_forward_pre_hook(self._begin),
@@ -148,7 +149,7 @@ class WorkingCopies:
         """Undo :meth:`attach`."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._attached, self._handles = False, []
         self._clear()
 
     def get(self, site: Site, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -161,7 +162,7 @@ class WorkingCopies:
 
         All sites of the module that read x, the same object, share the product. None where a site has it for itself.
         """
-        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
             return None
         pending = self._pending
         known = pending is not None and pending.x is x and pending.version == x._version
@@ -198,7 +199,7 @@ class WorkingCopies:
     def _find(self, key: tuple[int, str], tensor: Tensor, dtype: torch.dtype) -> tuple[Copies, int] | None:
         """Return the copies of a module and a tensor's number there; None where it has none that is right now."""
         now = self._pass
-        if now is None or torch.compiler.is_compiling():
+        if now is None:
             return None
         if key not in self._place:
             self._look = True  # it came after the last look
@@ -221,7 +222,9 @@ class WorkingCopies:
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         """Start a pass."""
-        if torch.compiler.is_compiling() or threading.current_thread() is not threading.main_thread():
+        if not self._attached or torch.compiler.is_compiling():
+            return
+        if threading.current_thread() is not threading.main_thread():
             return
         if self._look:
             self._modules = list(_find_sources(model, self))

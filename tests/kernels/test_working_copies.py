@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from subspace.adapters.base import Adapter
 from subspace.adapters.inject import adapters, inject, remove_adapters, trained_parameters
@@ -49,6 +51,9 @@ def without_copies(model: nn.Module) -> None:
     """Leave each site its own casts and products."""
     for adapter in adapters(model).values():
         adapter.copies.detach()
+    if isinstance(model, PreTrainedModel):
+        with torch.no_grad():
+            assert not counted(lambda: loss(model))["_foreach_copy_"]
 
 
 def outcome(model: Any, passes: int = 1, of: Callable[[Any], Tensor] = loss) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -397,6 +402,18 @@ def test_a_frozen_tensor_gets_no_gradient() -> None:
             if "k_proj" in site:
                 adapter.requires_grad_(False)
     assert_same(outcome(found), outcome(plain), 0.02)
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler looks where it is warned not to
+def test_a_compiled_module_rounds_by_itself() -> None:
+    """In one graph, which does not depend on the pass."""
+    found, plain = reading("qkvo"), reading("qkvo")
+    without_copies(plain)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    found.middle.compile(backend=counter, fullgraph=True)
+    assert_same(outcome(found, 3, of_rows), outcome(plain, 3, of_rows), 0.03)
+    assert counter.frame_count == 1
 
 
 def test_a_second_derivative_is_right() -> None:

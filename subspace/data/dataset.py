@@ -15,7 +15,7 @@ import numpy as np
 
 from subspace.common.progress import Progress, no_progress
 from subspace.data import tokenization
-from subspace.data.collate import IGNORE_INDEX, TokenRow, collate
+from subspace.data.collate import IGNORE_INDEX, Batch, TokenRow, collate
 from subspace.data.config import DataConfig
 from subspace.data.records import FILES, TextRows, file_rows, task_rows
 from subspace.data.tasks import Mixture, MixturePart, find_mixture, prompt_template
@@ -23,7 +23,6 @@ from subspace.data.token_cache import Integers, PartCache, TokenTable, open_tabl
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 Fed = Callable[[int], Integers]
@@ -89,12 +88,15 @@ class Data:
     parts: dict[tuple[str, str], int] = field(default_factory=dict)
     packing: bool = False
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Return these rows of the training data as tensors; see ``collate``."""
+    def batch(self, numbers: Sequence[int], *, one_sequence: bool = False) -> Batch:
+        """Return these rows of the training data; with ``one_sequence`` as flash attention takes packed ones."""
         rows = [self.train[number] for number in numbers]
-        return collate(rows, self.pad_id, self.loss_on, room=self.train.max_length if self.packing else None)
+        tensors = collate(rows, self.pad_id, self.loss_on, room=self.train.max_length if self.packing else None)
+        return Batch.from_labels(tensors, one_sequence=one_sequence)
 
-    def validation_batches(self, micro_batch: int, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
+    def validation_batches(
+        self, micro_batch: int, rank: int, ranks: int, *, one_sequence: bool = False
+    ) -> Iterator[Batch]:
         """Yield this rank's batches of held-out rows. All ranks get the same number; a surplus one has no labels.
 
         Raises:
@@ -106,10 +108,10 @@ class Data:
         for start in range(0, len(longest_first), micro_batch * ranks):
             group = longest_first[start : start + micro_batch * ranks]
             rows = [self.validation[i] for i in group[rank::ranks]]
-            batch = collate(rows or [self.validation[int(group[0])]], self.pad_id, self.loss_on)
+            tensors = collate(rows or [self.validation[int(group[0])]], self.pad_id, self.loss_on)
             if not rows:
-                batch["labels"].fill_(IGNORE_INDEX)
-            yield batch
+                tensors["labels"].fill_(IGNORE_INDEX)
+            yield Batch.from_labels(tensors, one_sequence=one_sequence)
 
 
 def open_data(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -62,6 +64,16 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     if _active():
         dist.all_reduce(total)
     return total
+
+
+def all_reduce_host(numbers: Sequence[int]) -> list[int]:
+    """Return the sums of these numbers over all processes, on each of them, without waiting for a GPU."""
+    if world_size() == 1:
+        return list(numbers)
+    total = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(total, group=object_group())
+    sums: list[int] = total.tolist()
+    return sums
 
 
 def broadcast_(value: Tensor, source: int = 0) -> Tensor:

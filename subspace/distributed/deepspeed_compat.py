@@ -30,6 +30,10 @@ optimizer.loss_scaler (its variables)          resume in float16        its stat
                                                                         checkpoints only
 engine.skipped_steps, .global_steps            resume, health checks    the counters have no public setters
 engine.basic_optimizer                         resume                   the optimizer under ZeRO's wrapper
+zero.stage_1_and_2 and zero.stage3's           nothing; slower on a     in every step they wait for the GPU, to find
+is_invalid_grad_norm, runtime.engine's         GPU                      what the health check finds at log_every, or to
+clip_grad_norm_, optimizer.check_grad_overflow                          copy a number
+and mask_nan_or_inf_with_val_inplace
 engine.enable_backward_allreduce               nothing; slower          at stage 0 on one process gradients are copied
                                                                         twice for an all-reduce of one rank
 deepspeed.ops.__compatible_ops__               start on a CPU           init_distributed compiles an op that training
@@ -50,7 +54,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +63,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspace.common.patching import patched
 from subspace.distributed.hosts import NUMBER, launch_line, pdsh, pdsh_environment
 
 #: DeepSpeed's libraries for NVMe, compiled at their first use.
@@ -240,6 +246,54 @@ def loss_scale_exhausted(engine: Any) -> bool:
 
 
 # --- patches of DeepSpeed ---
+
+
+@contextmanager
+def steps_without_reads(engine: Any) -> Iterator[None]:
+    """Inside the block, let ``engine.step()`` read nothing from the GPU, nor wait for it to copy a number there.
+
+    DeepSpeed would skip a step whose gradient norm is not finite; now whoever calls has to look for that. In float16
+    nothing is changed, because the loss scale depends on it, nor with an offloaded optimizer, whose gradients are in
+    CPU memory.
+    """
+    optimizer = engine.optimizer
+    offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+    if engine.fp16_enabled() or offloaded:
+        yield
+        return
+    from deepspeed.runtime import engine as engine_module
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    with ExitStack() as stack:
+        for module in (stage_1_and_2, stage3):
+            stack.enter_context(patched(module, "is_invalid_grad_norm", lambda norm: False))
+            stack.enter_context(patched(module, "mask_nan_or_inf_with_val_inplace", _mask_not_finite))
+        stack.enter_context(patched(engine_module, "clip_grad_norm_", _clip_gradients))
+        if hasattr(optimizer, "check_grad_overflow"):
+            stack.enter_context(patched(optimizer, "check_grad_overflow", False))
+        yield
+
+
+def _mask_not_finite(value: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """Do what ``mask_nan_or_inf_with_val_inplace`` does, without copying the number to the device."""
+    value.masked_fill_(~value.isfinite(), val)
+
+
+def _clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2, mpu: Any = None) -> Tensor:
+    """Do what ``clip_grad_norm_`` does in the same order, for one norm and no model parallelism, but copy nothing."""
+    assert norm_type == 2, "DeepSpeed asks for another norm than it did"
+    assert mpu is None, "DeepSpeed runs with model parallelism"
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([gradient.float() for gradient in gradients], 2)
+    norm = torch.stack(list(norms)).pow(2.0).sum().pow(0.5)
+    ranks = torch.distributed.get_world_size()
+    norm = norm * 1.0 / float(ranks)
+    if ranks > 1:
+        torch.distributed.all_reduce(norm)
+    scale = (torch.full_like(norm, max_norm) / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale)
+    return norm
 
 
 def skip_useless_allreduce(engine: Any) -> None:

@@ -102,8 +102,8 @@ def max_abs_gradient(engine: Any) -> torch.Tensor:
     return torch.stack([norm.float().to(engine.device) for norm in norms]).max()
 
 
-def gradient_norm(engine: Any) -> float | None:
+def gradient_norm(engine: Any) -> torch.Tensor | None:
     """Return the gradient norm between the last backward pass and the step; None under ZeRO, whose step computes it."""
     if engine.zero_optimization():
         return None
-    return float(torch.nn.utils.get_total_norm(local_gradients(engine)))
+    return torch.nn.utils.get_total_norm(local_gradients(engine))

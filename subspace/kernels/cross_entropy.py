@@ -24,11 +24,16 @@ from subspace.data.collate import IGNORE_INDEX
 
 #: Largest number of logits at a time: 64 MiB of float32.
 MAX_LOGITS = 1 << 24
+#: The same on a GPU, 512 MiB. A chunk reads the head's whole weight, which only many tokens at a time are worth there.
+MAX_LOGITS_GPU = 1 << 27
 
 
-def num_chunks(tokens: int, vocabulary: int) -> int:
-    """Return the number of chunks in which to compute the logits, so that each has at most MAX_LOGITS."""
-    tokens_at_a_time = max(1, MAX_LOGITS // vocabulary)
+def num_chunks(tokens: int, vocabulary: int, device: str = "cpu") -> int:
+    """Return the number of chunks in which to compute the logits, so that each has at most as many as the device takes.
+
+    ``device`` is the type of the device that computes them.
+    """
+    tokens_at_a_time = max(1, (MAX_LOGITS_GPU if device == "cuda" else MAX_LOGITS) // vocabulary)
     return max(1, -(-tokens // tokens_at_a_time))
 
 

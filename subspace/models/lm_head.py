@@ -17,18 +17,18 @@ Shapes: (B) rows, (T) tokens, (C) columns in which any row has a label, (N) labe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from subspace.common.patching import patched
-from subspace.data.collate import IGNORE_INDEX
+from subspace.data.collate import Batch, Sequences
 from subspace.distributed.collectives import gather_objects
 from subspace.distributed.zero import is_sharded
 from subspace.kernels.cross_entropy import chunked_cross_entropy, num_chunks, summed_cross_entropy
-from subspace.models.transformers_compat import attention_kernel
+from subspace.models.transformers_compat import attention_kernel, flash_attention_inputs, known_packing
 
 
 class SummedLoss:
@@ -39,33 +39,35 @@ class SummedLoss:
 
     Attributes:
         model: the model or engine.
+        masks_padding: whether the model gets the attention mask; see :func:`padding.needs_padding_mask`. Packed rows
+            never have one.
+        device_type: the type of the device whose memory bounds how many logits exist at a time; None is the batch's.
+        one_sequence: whether packed rows must be in one sequence, for flash attention.
         postprocesses_logits: True if the model was found to change its head's output.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, masks_padding: bool = True, device_type: str | None = None) -> None:
         self.model = model
+        self.masks_padding = masks_padding
+        self.device_type = device_type
+        self.one_sequence = attention_kernel(_unwrapped(model).config).startswith("flash")
         self.postprocesses_logits = False
 
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the cross entropy summed over a batch's labelled tokens, in nats, float32.
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the cross entropy summed over a batch's labelled tokens, in nats, float32. Reads no values.
 
-        Args:
-            batch: ``input_ids``, ``labels`` and ``attention_mask``, each ``(B, T)``, and for packed rows
-                ``position_ids``.
+        The batch is on the model's device; packed rows are in one sequence if :attr:`one_sequence` is true.
         """
-        ids, labels, positions = batch["input_ids"], batch["labels"], batch.get("position_ids")
-        mask: Tensor | None = batch["attention_mask"]
-        if positions is not None:
-            # Packed rows. transformers separates them where positions restart, if there is no mask; with flash
-            # attention only if all rows are in one sequence.
-            mask = None
-            if attention_kernel(_unwrapped(self.model).config).startswith("flash"):
-                ids, labels, positions = (tensor.reshape(1, -1) for tensor in (ids, labels, positions))
-        targets = labels[:, 1:]  # a token's target is the next token
-        columns = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
-        column_targets = targets[:, columns].flatten()
-        labelled = (column_targets != IGNORE_INDEX).nonzero().squeeze(1)
-        return self.at(ids, mask, columns, column_targets, labelled, positions=positions)
+        masked = self.masks_padding and batch.position_ids is None
+        return self.at(
+            batch.input_ids,
+            batch.attention_mask if masked else None,
+            batch.columns,
+            batch.targets,
+            batch.labelled,
+            positions=batch.position_ids,
+            sequences=batch.sequences,
+        )
 
     def at(
         self,
@@ -76,6 +78,7 @@ class SummedLoss:
         labelled: Tensor,
         *,
         positions: Tensor | None = None,
+        sequences: Sequences | None = None,
     ) -> Tensor:
         """Return the summed cross entropy of targets at known positions. Reads no values, so it also runs on ``meta``.
 
@@ -86,12 +89,19 @@ class SummedLoss:
             targets: ``(B * C,)``, what follows the tokens of these columns, row by row, or IGNORE_INDEX.
             labelled: ``(N,)``, where ``targets`` is not IGNORE_INDEX.
             positions: ``(B, T)``, for packed rows.
+            sequences: the bounds of packed rows in one sequence, for flash attention.
         """
         inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": False, "logits_to_keep": columns}
+        if sequences:
+            inputs |= flash_attention_inputs(sequences.starts, sequences.longest)
+        with known_packing(packed=positions is not None):
+            return self._run(ids, inputs, targets, labelled)
+
+    def _run(self, ids: Tensor, inputs: dict[str, Any], targets: Tensor, labelled: Tensor) -> Tensor:
         head = _unwrapped(self.model).get_output_embeddings()
         vocabulary = getattr(head, "out_features", 0)
         if vocabulary and not self.postprocesses_logits:
-            chunks = num_chunks(len(labelled), vocabulary)
+            chunks = num_chunks(len(labelled), vocabulary, self.device_type or ids.device.type)
             if any(is_sharded(tensor) for inside in head.children() for tensor in inside.parameters()):
                 # The frozen head inside an adapter is gathered for each chunk, which all processes must do equally
                 # often. A head that is sharded itself is gathered once, round its forward pass.
@@ -107,9 +117,12 @@ class SummedLoss:
         return summed_cross_entropy(logits.flatten(0, 1), targets)
 
 
-def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return :class:`SummedLoss` of a single batch."""
-    return SummedLoss(model)(batch)
+def summed_loss(model: Any, batch: Batch | Mapping[str, Tensor]) -> Tensor:
+    """Return :class:`SummedLoss` of a single batch, which may be the tensors that :func:`collate` returns."""
+    loss = SummedLoss(model)
+    if isinstance(batch, Mapping):
+        batch = Batch.from_labels(batch, one_sequence=loss.one_sequence)
+    return loss(batch)
 
 
 class _LossInPlaceOfLogits:

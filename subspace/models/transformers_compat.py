@@ -17,6 +17,8 @@ release changes the name.
 | `integrations.sdpa_attention`, `masking_utils.sdpa_mask` | 5.23.0 | attention on a CPU | our fallback |
 | `model._no_split_modules` | 5.23.0 | `train.compile` | the only list of a model's layer classes |
 | `attention.layer_idx`, `embedding.scalar_embed_scale` | 5.23.0 | prefixes, prompts | no public reader |
+| `masking_utils.find_packed_sequence_indices` | 5.23.0 | a wait for the GPU in every micro-batch | asks for a value |
+| `cu_seq_lens_q` and three more arguments | 5.23.0 | packing with flash attention waits in every layer | documented |
 | `norm.variance_epsilon` | 5.23.0 | the fast norm on a CPU | read by `kernels/rms_norm.py` |
 
 Functions that are public but documented as experimental (`AttentionInterface.register`) are used here too.
@@ -35,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 from subspace.common.patching import patched
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig
 
 #: Lock held while transformers' file reader is replaced: two threads would restore each other's replacement.
@@ -64,6 +66,34 @@ def register_attention(name: str, attention: Callable[..., Any]) -> None:
 
     AttentionInterface.register(name, partial(attention, sdpa_attention_forward))
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def flash_attention_inputs(starts: Tensor, longest: int) -> dict[str, Any]:
+    """Return the model's arguments with the bounds of packed rows, which flash attention would derive in every layer.
+
+    Args:
+        starts: ``(rows + 1,)``, int32, on the model's device: each row's first token, and the number of all tokens.
+        longest: the number of tokens of the longest row.
+    """
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
+
+@contextmanager
+def known_packing(*, packed: bool) -> Iterator[None]:
+    """Inside the block, tell transformers whether sequences have packed rows, where it would look at positions.
+
+    It looks wherever there is no attention mask, and reads a value, for which a GPU would finish all its work first.
+    """
+    from transformers import masking_utils
+
+    with patched(masking_utils, "find_packed_sequence_indices", _row_numbers if packed else lambda positions: None):
+        yield
+
+
+def _row_numbers(position_ids: Tensor) -> Tensor:
+    """Return the number of the row that each token belongs to, ``(B, T)``, from positions that restart with each."""
+    first = position_ids[:, :1] - 1
+    return (position_ids.diff(dim=-1, prepend=first) != 1).cumsum(-1)
 
 
 @contextmanager

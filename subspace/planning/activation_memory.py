@@ -28,12 +28,16 @@ from subspace.planning.static_memory import MemoryItem
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The shape of a micro-batch: rows, tokens of each with padding, columns with a label, and labelled tokens."""
+    """The shape of a micro-batch: rows, tokens of each with padding, columns with a label, and labelled tokens.
+
+    ``masked`` if attention gets a mask, as for packed rows; otherwise it only knows that the model is causal.
+    """
 
     rows: int
     tokens: int
     columns: int
     labelled: int
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,19 @@ def trace_activation_memory(
 ) -> ActivationMemory:
     """Return the activation memory of a forward and backward pass of a model on the meta device.
 
-    With ``accumulated``, gradients of an earlier micro-batch exist already and are not counted. With ``gpu``, the step
-    is that of a GPU, whatever this machine has: its dropout, not the CPU's.
+    Args:
+        model: with its adapters.
+        batch: the micro-batch.
+        accumulated: whether gradients of an earlier micro-batch exist already; they are not counted.
+        gpu: whether the step is that of a GPU, whatever this machine has: its dropout and its chunks of the loss.
     """
     assert next(model.parameters()).is_meta
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if accumulated and parameter.requires_grad else None
     with torch.device("meta"):
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
-        # In the form that reaches attention; a padding mask's values would be read on the way there.
-        mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool)
+        # In the form that reaches attention.
+        mask = torch.ones(batch.rows, 1, batch.tokens, batch.tokens, dtype=torch.bool) if batch.masked else None
         columns = torch.zeros(batch.columns, dtype=torch.int64)
         targets = torch.zeros(batch.rows * batch.columns, dtype=torch.int64)
         labelled = torch.zeros(batch.labelled, dtype=torch.int64)
@@ -86,7 +93,7 @@ def trace_activation_memory(
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(tracker.live))
     model.train()
     with _kernels(gpu=gpu), tracker:
-        loss = SummedLoss(model).at(ids, mask, columns, targets, labelled)
+        loss = SummedLoss(model, device_type="cuda" if gpu else "cpu").at(ids, mask, columns, targets, labelled)
         with_head = tracker.peak
         loss.backward()  # type: ignore[no-untyped-call]
         del loss

@@ -21,7 +21,6 @@ import torch
 from subspace.adapters.inject import inject, trained_parameters
 from subspace.common.host_memory import resident_memory
 from subspace.config import RunConfig
-from subspace.data.collate import IGNORE_INDEX
 from subspace.data.dataset import Data, is_encoded, open_data
 from subspace.data.sampler import shard_batch
 from subspace.data.tasks import find_mixture
@@ -75,7 +74,9 @@ class TrainingWork:
             rows = find_mixture(config.data.mixture).rows
         rows = min(rows or config.data.limit or 0, config.data.limit or rows or 0)
         steps = config.train.steps or (int(config.train.epochs * rows / layout.batch) or None)
-        batch = BatchShape(layout.micro_batch, longest, columns, layout.micro_batch * columns)
+        batch = BatchShape(
+            layout.micro_batch, longest, columns, layout.micro_batch * columns, masked=config.data.packing
+        )
         return cls(batch, "data.max_length", steps, None)
 
     @classmethod
@@ -108,9 +109,8 @@ def _fed(data: Data, micro_batches: npt.NDArray[np.int64]) -> npt.NDArray[np.int
 
 def _shape(data: Data, rows: Sequence[int]) -> BatchShape:
     batch = data.batch(rows)
-    targets = batch["labels"][:, 1:] != IGNORE_INDEX
-    count, tokens = batch["input_ids"].shape
-    return BatchShape(count, tokens, int(targets.any(dim=0).sum()), int(targets.sum()))
+    count, tokens = batch.input_ids.shape
+    return BatchShape(count, tokens, len(batch.columns), batch.num_labelled, masked=data.packing)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ class TrainConfig(Settings):
     )
     max_grad_norm: float = setting(1.0, "maximum gradient norm; 0 disables clipping", min=0, formerly="clip")
     seed: int = setting(0, "random seed of adapter initialisation, data order and dropout", min=0)
-    log_every: int = setting(10, "optimizer steps between lines of log.jsonl", min=1)
+    log_every: int = setting(
+        10, "optimizer steps between lines of log.jsonl and looks for values that are not finite", min=1
+    )
     validate_every: int = setting(0, "optimizer steps between validations on the held-out rows; 0 disables them", min=0)
     patience: int = setting(0, "stop after so many validations without a better loss; 0 disables early stopping", min=0)
     save_every: int = setting(200, "optimizer steps between checkpoints; 0 saves only the best", min=0)

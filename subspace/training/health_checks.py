@@ -1,11 +1,19 @@
-"""Checks for non-finite values and for trainable tensors that never change."""
+"""Checks for non-finite values and for trainable tensors that never change.
+
+Losses and gradients are looked at every few steps, because looking at one makes a GPU finish all its work first. Until
+then they are on the device. A step after a bad one may spoil the adapters in memory, but what is saved or validated is
+looked at before, so that every checkpoint is good.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +22,8 @@ from subspace.adapters.base import OptimizerAccess
 from subspace.adapters.inject import adapters, trained_parameters
 from subspace.adapters.serialization import read_adapter
 from subspace.distributed.collectives import broadcast_object, is_main
-from subspace.distributed.deepspeed_compat import loss_scale_exhausted
-from subspace.errors import RunFailed
+from subspace.distributed.deepspeed_compat import loss_scale_exhausted, skipped_steps
+from subspace.errors import RunFailed, RunStopped, UserError
 from subspace.training.checkpoint import last_checkpoint_hint
 from subspace.training.steps import StepStats
 
@@ -28,6 +36,8 @@ MAX_SKIPPED_STEPS = 50
 
 class TrainingHealthCheck:
     """Checks that trained tensors change from their initial values, and that loss and gradients stay finite.
+
+    As a context manager it tells of a loss or gradient that is not finite in place of an error that came of it.
 
     Args:
         model: with adapters.
@@ -46,24 +56,61 @@ class TrainingHealthCheck:
         }
         self.start = dict(start or {name: checksum(access.value(p)) for name, p in self.parameters.items()})
         self.skipped_in_a_row = 0
+        self.loss = math.nan  # of the last step that was read
+        self.unread: list[tuple[int, Tensor]] = []  # steps, each with loss and largest gradient
+        self.not_updated: int | None = None  # the step whose gradients are there, and whose update is still to come
 
-    def check_finite(self, step: int, stats: StepStats, engine: Any) -> None:
-        """Raise RunFailed for a loss or a gradient that is not finite. Between last backward pass and step; collective.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A method's schedule may fail on such values, before it is time to look at them.
+        unread: list[tuple[int, float, float]] = []
+        if isinstance(error, Exception) and not isinstance(error, (UserError, RunFailed, RunStopped)):
+            with contextlib.suppress(RuntimeError):  # after an error of the GPU nothing can be read from it
+                unread = self._take_unread()
+            for step, loss, gradient in unread:
+                if not math.isfinite(loss + gradient):
+                    raise self._late_failure(step, _describe(loss)) from error
+
+    def record(self, step: int, stats: StepStats) -> None:
+        """Remember a step's loss and largest gradient, between its last backward pass and its update; read nothing."""
+        self.unread.append((step, torch.stack([stats.loss, stats.max_gradient])))
+        self.not_updated = step
+
+    def read(self, engine: Any) -> float:
+        """Read what was recorded since the last time, and return the last step's loss.
 
         In float16 a gradient may overflow: the engine then skips the step and reduces the loss scale. That is an error
-        only if it happens too often, or if the scale is at its minimum.
+        only if it happens too often, or if the scale is at its minimum. So in float16 call this before every update.
+
+        Raises:
+            RunFailed: a loss or a gradient is not finite. Collective over ranks.
         """
-        if not torch.isfinite(stats.loss):
-            raise self._failure(step, f"the loss is {stats.loss.item()}")
-        if torch.isfinite(stats.max_gradient):
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        if not engine.fp16_enabled():
-            raise self._failure(step, "a gradient is not finite")
-        if self.skipped_in_a_row > MAX_SKIPPED_STEPS or loss_scale_exhausted(engine):
-            what = f"gradients overflow float16 at every loss scale, {self.skipped_in_a_row} steps in a row"
-            raise self._failure(step, f"{what} (try model.dtype=bfloat16)")
+        for step, loss, gradient in self._take_unread():
+            self.loss = loss
+            if not math.isfinite(loss) or not (math.isfinite(gradient) or engine.fp16_enabled()):
+                raise self._failure(step, _describe(loss))
+            if math.isfinite(gradient):
+                self.skipped_in_a_row = 0
+                continue
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row > MAX_SKIPPED_STEPS or loss_scale_exhausted(engine):
+                what = f"gradients overflow float16 at every loss scale, {self.skipped_in_a_row} steps in a row"
+                raise self._failure(step, f"{what} (try model.dtype=bfloat16)")
+        return self.loss
+
+    def check_updated(self, step: int, engine: Any) -> None:
+        """Raise RunFailed after an update that was skipped or left tensors at their initial values. Collective."""
+        self.not_updated = None
+        if not (engine.was_step_applied() or engine.fp16_enabled()):
+            # With an offloaded optimizer only DeepSpeed sees the gradients. It skips the step if one is not finite.
+            raise RunFailed(
+                f"step {step}: a gradient is not finite. The step was not taken. {last_checkpoint_hint(self.folder)}"
+            )
+        self.check_changed(step - skipped_steps(engine))
 
     def check_changed(self, taken: int) -> None:
         """Raise RunFailed if a tensor still has its initial values after so many steps. Collective over ranks."""
@@ -86,8 +133,18 @@ class TrainingHealthCheck:
         if not changed:
             raise RunFailed(f"the adapter in {folder} holds the values that training began with: nothing was learnt")
 
+    def _take_unread(self) -> list[tuple[int, float, float]]:
+        """Return step, loss and largest gradient of each recorded step, and forget them; one read of the device."""
+        if not self.unread:
+            return []
+        steps, results = zip(*self.unread, strict=True)
+        self.unread = []
+        return [(step, *values) for step, values in zip(steps, torch.stack(results).tolist(), strict=True)]
+
     def _failure(self, step: int, what: str) -> RunFailed:
         """Return an error that names the first non-finite tensor and the last checkpoint. Collective."""
+        if step != self.not_updated:
+            return self._late_failure(step, what)
         values = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.value(p)).all()]
         found = zip(self.parameters, self.access.grads(list(self.parameters.values())), strict=True)
         gradients = [name for name, gradient in found if not torch.isfinite(gradient).all()]
@@ -99,6 +156,18 @@ class TrainingHealthCheck:
             else "every trained tensor is finite: the frozen model or the data gives it"
         )
         return RunFailed(f"step {step}: {what}; {where}. The step was not taken. {last_checkpoint_hint(self.folder)}")
+
+    def _late_failure(self, step: int, what: str) -> RunFailed:
+        """Return an error for a step whose update has been made, but not saved."""
+        return RunFailed(
+            f"step {step}: {what}, which was found a few steps later. {last_checkpoint_hint(self.folder)}; nothing was "
+            "saved from that step on. With train.log_every=1 the tensor that it begins in is named"
+        )
+
+
+def _describe(loss: float) -> str:
+    """Return what is wrong with a step whose loss or gradients are not finite."""
+    return "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
 
 
 def checksum(tensor: Tensor) -> str:

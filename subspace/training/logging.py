@@ -88,7 +88,15 @@ class TrainLogger:
             tracker.close()
 
     def step(self, step: int, *, loss: float, learning_rate: float, norm: Any, tokens: int) -> None:
-        """Record an optimizer step; ``tokens`` is the number it processed, over all ranks."""
+        """Record an optimizer step.
+
+        Args:
+            step: counted from 1.
+            loss: of this step if it is a line of the log, else of the last one that was read.
+            learning_rate: of the first parameter group.
+            norm: the gradient norm, or None if it is not known. Read from the device only for a line of the log.
+            tokens: the number of tokens it processed, over all ranks.
+        """
         self.tokens += tokens
         self.all_tokens += tokens
         if not self.active:

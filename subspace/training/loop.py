@@ -10,6 +10,7 @@ resumed run gives bitwise the same results on the same number of processes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ import torch
 
 from subspace.adapters.base import TrainProgress
 from subspace.adapters.inject import adapter_groups
+from subspace.common.prefetch import prefetch
 from subspace.data.dataset import Data
 from subspace.data.sampler import StepPlan
-from subspace.distributed.collectives import all_reduce_sum, rank
-from subspace.distributed.deepspeed_compat import skipped_steps
+from subspace.distributed.collectives import all_reduce_host, all_reduce_sum, rank
 from subspace.distributed.deepspeed_config import BatchLayout
 from subspace.distributed.signals import SignalHandler
 from subspace.distributed.watchdog import Watchdog
 from subspace.models.lm_head import SummedLoss
+from subspace.models.padding import needs_padding_mask
 from subspace.training.checkpointer import Checkpointer, ConsumedSamples, TrainState
 from subspace.training.config import TrainConfig
 from subspace.training.health_checks import TrainingHealthCheck
@@ -33,13 +35,14 @@ from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 from subspace.training.resume import Checkpoint
 from subspace.training.steps import (
     accumulate_gradients,
-    count_tokens,
     micro_batches,
     optimizer_step,
     run_schedules,
     sum_over_ranks,
-    to_device,
 )
+
+#: Most steps whose loss and gradients may be on the device at a time.
+MAX_UNREAD_STEPS = 1000
 
 
 def train(
@@ -78,33 +81,40 @@ def train(
     consumed = ConsumedSamples(data, plan)
     checkpointer = Checkpointer(engine, folder, config, health, consumed, logger, settings, about)
     state = checkpointer.restore(resumed) if resumed else TrainState()
-    summed_loss, last = SummedLoss(engine), len(plan)
+    first, last = state.steps + 1, len(plan)
+    summed_loss = SummedLoss(engine, masks_padding=needs_padding_mask(engine))
+    collated = micro_batches(data, plan, layout, engine.device, first=first, one_sequence=summed_loss.one_sequence)
     with (
         SignalHandler() as signals,
         Watchdog(folder / "hang", 60 * config.hang_minutes, rank(), layout.ranks) as watchdog,
+        closing(prefetch(collated)) as batches_of_steps,
+        health,
     ):
-        for step in range(state.steps + 1, last + 1):
+        for step in range(first, last + 1):
             if config.patience and state.validations_since_best >= config.patience:
                 logger.note(f"stopped after step {step - 1}: no better validation loss since {state.best_step}")
                 break
             watchdog.beat(step)
             engine.train()
-            batches = micro_batches(data, plan[step - 1], layout, engine.device)
-            counts = sum_over_ranks(batches, engine.device, stop_requested=signals.stop_requested)
+            batches = next(batches_of_steps)
+            counts = sum_over_ranks(batches, stop_requested=signals.stop_requested)
             if counts.stop_requests:
+                state.loss = health.read(engine)
                 raise checkpointer.save_and_stop(state)
 
             stats = accumulate_gradients(
                 engine, summed_loss, batches, counts, layout, offload=config.offload_activations
             )
-            health.check_finite(step, stats, engine)
+            health.record(step, stats)
+            if is_read(step, last, config, engine):
+                state.loss = health.read(engine)
             run_schedules("before_step", groups, TrainProgress(step, last), access)
             norm = optimizer_step(engine)
             run_schedules("after_step", groups, TrainProgress(step, last), access)
-            health.check_changed(step - skipped_steps(engine))
+            health.check_updated(step, engine)
 
             consumed.add(step)
-            state.steps, state.loss = step, stats.loss.item()
+            state.steps = step
             logger.step(step, loss=state.loss, learning_rate=engine.get_lr()[0], norm=norm, tokens=counts.read)
             if config.validate_every and (step % config.validate_every == 0 or step == last):
                 loss = validation_loss(engine, summed_loss, data, layout, watchdog, step)
@@ -115,17 +125,25 @@ def train(
     return state
 
 
+def is_read(step: int, last: int, config: TrainConfig, engine: Any) -> bool:
+    """Return True for steps whose loss and gradients are read: all that are logged, validated or saved.
+
+    Every step in float16, where DeepSpeed reads the gradients anyway, and skips steps.
+    """
+    periods = (config.log_every, config.validate_every, config.save_every, MAX_UNREAD_STEPS)
+    return engine.fp16_enabled() or step in (1, last) or any(every and step % every == 0 for every in periods)
+
+
 def validation_loss(
     engine: Any, summed_loss: SummedLoss, data: Data, layout: BatchLayout, watchdog: Watchdog, step: int
 ) -> float:
     """Return the mean loss over the held-out rows' labelled tokens. All ranks run the same number of forward passes."""
     engine.eval()
-    total = torch.zeros(2, device=engine.device, dtype=torch.float64)
+    total, labelled = torch.zeros((), device=engine.device, dtype=torch.float64), 0
     with torch.no_grad():
-        for batch in data.validation_batches(layout.micro_batch, rank(), layout.ranks):
+        share = (layout.micro_batch, rank(), layout.ranks)
+        for batch in data.validation_batches(*share, one_sequence=summed_loss.one_sequence):
             watchdog.beat(step)
-            on_device = to_device(batch, engine.device)
-            total[0] += summed_loss(on_device)
-            total[1] += count_tokens([on_device])[0]
-    summed, labelled = all_reduce_sum(total).tolist()
-    return float(summed / labelled)
+            total += summed_loss(batch.to(engine.device))
+            labelled += batch.num_labelled
+    return float(all_reduce_sum(total)) / all_reduce_host([labelled])[0]

@@ -1,10 +1,15 @@
-"""The parts of one optimizer step: micro-batches, token counts over ranks, gradients, schedules, update."""
+"""The parts of one optimizer step: micro-batches, token counts over ranks, gradients, schedules, update.
+
+A GPU works on what it has been given while Python prepares what follows. Nothing here reads a value from the device,
+which would end that: counts come with the batches, and losses and gradient norms stay on the device as tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,16 +17,15 @@ from torch import Tensor
 
 from subspace.adapters.base import Adapter, OptimizerAccess, TrainProgress
 from subspace.adapters.penalties import with_penalties
-from subspace.data.collate import IGNORE_INDEX
+from subspace.data.collate import Batch
 from subspace.data.dataset import Data
-from subspace.data.sampler import shard_batch
-from subspace.distributed.collectives import all_reduce_sum, rank
+from subspace.data.sampler import StepPlan, shard_batch
+from subspace.distributed.collectives import all_reduce_host, all_reduce_sum, rank
+from subspace.distributed.deepspeed_compat import steps_without_reads
 from subspace.distributed.deepspeed_config import BatchLayout
 from subspace.distributed.engine import gradient_norm, max_abs_gradient
 from subspace.models.lm_head import SummedLoss
 from subspace.training.acceleration import offload_activations
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,38 +48,37 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Results of a step's forward and backward passes, over all ranks.
+    """Results of a step's forward and backward passes, over all ranks: scalars on the device, not read yet.
 
     Attributes:
-        loss: the mean over the step's labelled tokens; a scalar.
-        max_gradient: the sum over ranks of each one's largest absolute gradient, a scalar: finite only if every
-            gradient is.
+        loss: the mean over the step's labelled tokens.
+        max_gradient: the sum over ranks of each one's largest absolute gradient: finite only if every gradient is.
     """
 
     loss: Tensor
     max_gradient: Tensor
 
 
-def micro_batches(data: Data, rows: Sequence[int], layout: BatchLayout, device: torch.device) -> list[Batch]:
-    """Return this rank's share of a step's rows, in micro-batches on the device."""
-    return [to_device(data.batch(part), device) for part in shard_batch(rows, rank(), layout.ranks, layout.accumulate)]
+def micro_batches(
+    data: Data, plan: StepPlan, layout: BatchLayout, device: torch.device, *, first: int, one_sequence: bool
+) -> list[Callable[[], list[Batch]]]:
+    """Return a function for each step from ``first`` on, which returns this rank's share of its rows in micro-batches.
+
+    They are in CPU memory, page-locked if they will be copied to a GPU.
+    """
+
+    def collate(step: int) -> list[Batch]:
+        parts = shard_batch(plan[step - 1], rank(), layout.ranks, layout.accumulate)
+        batches = [data.batch(part, one_sequence=one_sequence) for part in parts]
+        return [batch.pinned() for batch in batches] if device.type == "cuda" else batches
+
+    return [partial(collate, step) for step in range(first, len(plan) + 1)]
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to the model's device."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def count_tokens(batches: Sequence[Batch]) -> tuple[int, int]:
-    """Return the numbers of tokens with loss and of input tokens."""
-    labelled = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
-    return labelled, sum(int(batch["attention_mask"].sum()) for batch in batches)
-
-
-def sum_over_ranks(batches: Sequence[Batch], device: torch.device, *, stop_requested: bool) -> StepCounts:
-    """Sum the ranks' token counts and requests to stop, in one all-reduce. Collective."""
-    counts = torch.tensor([*count_tokens(batches), stop_requested], device=device)
-    return StepCounts(*all_reduce_sum(counts).tolist())
+def sum_over_ranks(batches: Sequence[Batch], *, stop_requested: bool) -> StepCounts:
+    """Sum the ranks' token counts and requests to stop, in one all-reduce between CPUs. Collective."""
+    labelled, read = sum(batch.num_labelled for batch in batches), sum(batch.num_tokens for batch in batches)
+    return StepCounts(*all_reduce_host([labelled, read, int(stop_requested)]))
 
 
 def accumulate_gradients(
@@ -101,7 +104,7 @@ def accumulate_gradients(
             # parameters after the last one only. That last call is `optimizer_step`.
             engine.step()
         with offload_activations() if offload else nullcontext():
-            summed = summed_loss(batch)
+            summed = summed_loss(batch.to(engine.device))
         engine.backward(with_penalties(weight * summed, engine.module))
         loss += summed.detach() / counts.labelled
     loss, gradient = all_reduce_sum(torch.stack([loss, max_abs_gradient(engine)])).unbind()
@@ -122,10 +125,11 @@ def run_schedules(
                 adapter.clear_cache()  # computed from values that have changed
 
 
-def optimizer_step(engine: Any) -> float | None:
-    """Update the trainable parameters and return the gradient norm before clipping. Collective."""
+def optimizer_step(engine: Any) -> Tensor | float | None:
+    """Update the trainable parameters and return the gradient norm before clipping, not read yet. Collective."""
     norm = gradient_norm(engine)  # the step frees the gradients
-    engine.step()
+    with steps_without_reads(engine):
+        engine.step()
     if norm is None:
         norm = engine.get_global_grad_norm()
     return norm

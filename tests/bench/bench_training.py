@@ -50,18 +50,18 @@ from subspace.common.paths import REPOSITORY
 from subspace.data.config import DataConfig
 from subspace.data.dataset import open_data
 from subspace.data.sampler import StepPlan, shard_batch
-from subspace.distributed.collectives import all_reduce_sum, rank, shutdown, world_size
+from subspace.distributed.collectives import all_reduce_host, all_reduce_sum, rank, shutdown, world_size
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.distributed.launcher import free_port
 from subspace.models.config import ModelConfig
-from subspace.models.lm_head import summed_loss
+from subspace.models.lm_head import SummedLoss
 from subspace.models.loading import open_model, open_tokenizer
+from subspace.models.padding import needs_padding_mask
 from subspace.models.prepare import model_folder
 from subspace.training.acceleration import compile_layers
 from subspace.training.config import TrainConfig
 from subspace.training.optimizers import parameter_groups
-from subspace.training.steps import count_tokens
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RATE = 3e-4
@@ -257,13 +257,14 @@ def subspace_side(
             adapter.copies.detach()
     if roomy:
         set_malloc_trim(False)
+    loss_of = SummedLoss(engine, masks_padding=needs_padding_mask(engine))
 
     def run(steps: range) -> tuple[int, list[float]]:
         tokens, losses = 0, []
         for step in steps:
             batch = data.batch(shard_batch(plan[step], rank(), ranks, 1)[0])
-            labelled, seen = all_reduce_sum(torch.tensor(count_tokens([batch]))).tolist()
-            loss = summed_loss(engine, batch) * ranks / labelled
+            labelled, seen = all_reduce_host([batch.num_labelled, batch.num_tokens])
+            loss = loss_of(batch) * ranks / labelled
             engine.backward(loss)
             engine.step()
             tokens += seen
@@ -349,14 +350,15 @@ def frozen_side(options: Any) -> Run:
     if not options.lean:
         set_malloc_trim(False)
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    loss_of = SummedLoss(model, masks_padding=needs_padding_mask(model))
 
     def run(steps: range) -> tuple[int, list[float]]:
         tokens, losses = 0, []
         for step in steps:
             batch = data.batch(plan[step])
-            labelled, seen = count_tokens([batch])
-            loss = summed_loss(model, batch) / labelled
-            loss.backward()  # type: ignore[no-untyped-call]
+            labelled, seen = batch.num_labelled, batch.num_tokens
+            loss = loss_of(batch) / labelled
+            loss.backward()
             tokens += seen
             losses.append(loss.item())
         return tokens, losses

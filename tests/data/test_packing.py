@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
 
 from subspace import config as config_module
 from subspace.adapters.inject import inject, trained_parameters
@@ -80,6 +83,46 @@ def test_for_flash_attention_all_rows_stand_in_one_sequence() -> None:
     batch = collate(ROWS, pad_id=0, room=ROOM)
     assert summed_loss(Flash(), batch).item() == pytest.approx(summed_loss(model, batch).item(), rel=1e-6)
     assert shapes == [((1, 2 * ROOM), None)]
+
+
+def flash_attention(
+    seen: list[dict[str, Any]], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
+) -> tuple[Tensor, None]:
+    """Stand for transformers' flash attention: each row by itself, between the bounds that it is given."""
+    seen.append({"mask": mask, **given})
+    starts = given["cu_seq_lens_q"].tolist()
+    groups = query.shape[1] // key.shape[1]
+    rows = [
+        F.scaled_dot_product_attention(
+            query[:, :, begin:end],
+            key[:, :, begin:end].repeat_interleave(groups, 1),
+            value[:, :, begin:end].repeat_interleave(groups, 1),
+            is_causal=True,
+            scale=given["scaling"],
+        )
+        for begin, end in pairwise(starts)
+    ]
+    return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "phi3"])
+def test_flash_attention_is_given_where_rows_begin(architecture: str) -> None:
+    seen: list[dict[str, Any]] = []
+    model, plain = (adapted(architecture, "sdpa", "lora") for _ in range(2))
+    AttentionInterface.register("flash_in_test", partial(flash_attention, seen))
+    model.config._attn_implementation = "flash_in_test"  # transformers itself would ask for the package flash-attn
+    batch = collate(ROWS, pad_id=0, loss_on="all", room=ROOM)
+    (loss, gradients), (expected, wanted) = (loss_and_gradients(m, batch, m) for m in (model, plain))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(gradients, wanted, strict=True))
+    assert len(seen) == model.config.num_hidden_layers
+    for given in seen:
+        assert given["mask"] is None
+        assert given["cu_seq_lens_q"].dtype == torch.int32
+        assert given["cu_seq_lens_q"].tolist() == [0, 20, 29, 32, 46, 51, 64]  # rows, and what pads the second sequence
+        assert given["cu_seq_lens_k"] is given["cu_seq_lens_q"]
+        assert given["max_length_q"] == given["max_length_k"] == 20
+        assert type(given["max_length_q"]) is int  # transformers reads a tensor's value in every layer
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspace.common.paths import REPOSITORY
 from subspace.distributed import deepspeed_compat as compat
@@ -24,10 +26,20 @@ from subspace.distributed.zero import clear_moment, full_gradients, gathered, wr
 WIDTH, RATE = 6, 0.5
 
 
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the values that Python reads from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, run: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += run in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return run(*args, **(kwargs or {}))
+
+
 class Started:
     """An engine over one linear layer, whose first gradient is there and whose first step is not taken."""
 
-    def __init__(self, stage: int, dtype: str = "float32", *, offload: bool = False) -> None:
+    def __init__(self, stage: int, dtype: str = "float32", *, clip: float = 0.0, offload: bool = False) -> None:
         init_distributed()
         torch.manual_seed(0)
         self.model = nn.Linear(WIDTH, 2, bias=False)
@@ -38,8 +50,8 @@ class Started:
         if offload:
             zero |= {"offload_optimizer": {"device": "cpu"}}
         raw = {"zero_optimization": zero, "fp16": {"initial_scale_power": 3} if dtype == "float16" else {}}
-        config = resolve_deepspeed_config(raw, compute_batch_layout(2, None, 1), dtype=dtype, clip=0.0).settings
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
+        config = resolve_deepspeed_config(raw, compute_batch_layout(2, None, 1), dtype=dtype, clip=clip).settings
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
         self.engine: Any = init_engine(self.model, config, optimizer, lambda step: 1.0)
         self.weight: nn.Parameter = self.model.weight  # type: ignore[assignment]
         self.backward()
@@ -83,6 +95,23 @@ def test_parameters_of_other_stages_are_whole() -> None:
         assert not compat.is_sharded(weight), blame("parameter.ds_id")
         assert compat.local_shard(weight) is None
         assert compat.has_zero_optimizer(weight) == (stage > 0), blame("parameter._hp_mapping")
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05, 1e9])
+def test_a_step_without_reads_moves_the_same(request: pytest.FixtureRequest, clip: float) -> None:
+    for stage in (0, 1, 2, 3):
+        moved, reads = [], []
+        for quiet in (False, True):
+            started = Started(stage, clip=clip)
+            with compat.steps_without_reads(started.engine) if quiet else nullcontext(), Reads() as counted:  # type: ignore[no-untyped-call]
+                started.engine.step()
+            with gathered([started.weight]):
+                moved.append(started.weight.detach().clone())
+            reads.append(counted.count)
+        assert torch.equal(*moved)
+        assert not torch.equal(moved[0], started.start)
+        assert reads[1] == 0, blame("what it reads in a step")
+        assert reads[0] > 0 or not stage, blame("is_invalid_grad_norm, which could be left alone now")
 
 
 def test_a_new_parameter_is_sharded_as_another(sharded: Started) -> None:

@@ -42,7 +42,6 @@ from subspace.models.config import ModelConfig
 from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model, open_tokenizer
 from subspace.training.compatibility import find_incompatibility, find_missing_requirement
-from subspace.training.steps import count_tokens
 from tests.helpers.material import logged, make_material
 
 Json = dict[str, Any]
@@ -259,13 +258,10 @@ class Judge:
     def validation(self, adapter: Path) -> float:
         """Return the loss on the held-out rows with the adapter as its file has it."""
         load_adapter(self.model, adapter)
-        batches = [
-            {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-            for batch in self.data.validation_batches(4, 0, 1)
-        ]
+        batches = [batch.to(self.model.device) for batch in self.data.validation_batches(4, 0, 1)]
         total = sum(float(summed_loss(self.model, batch)) for batch in batches)
         remove_adapters(self.model)
-        return total / count_tokens(batches)[0]
+        return total / sum(batch.num_labelled for batch in batches)
 
     def merged(self, adapter: Path, *, mergeable: bool) -> float | None:
         """Return how far the merged model's logits are from the unmerged one's; None for what says it cannot merge."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.data.collate import IGNORE_INDEX
+from subspace.data.collate import IGNORE_INDEX, Batch
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.kernels import cross_entropy as loss
@@ -150,7 +150,7 @@ def test_a_model_that_changes_its_logits_is_noticed_and_remembered(change: str, 
     model, of = Recorded(function), batch()
     loss_of = SummedLoss(model)
     with torch.no_grad() if inference else nullcontext():
-        found = [loss_of(of), loss_of(of)]
+        found = [loss_of(Batch.from_labels(of)) for _ in range(2)]
         expected = plain(model, of)
     assert loss_of.postprocesses_logits == changed
     assert model.passes == (3 if changed else 2) + 1  # the first loss took two passes, plain one more

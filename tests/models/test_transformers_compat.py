@@ -49,6 +49,23 @@ def test_an_attention_can_be_registered_beside_transformers_own() -> None:
     assert calls == ["sdpa_attention_forward"] * model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_whether_rows_are_packed_is_told_and_not_looked_for(packed: bool) -> None:
+    model, ids = tiny_llama(), torch.arange(24).view(2, 12)
+    positions = torch.cat([torch.arange(7), torch.arange(5)]).expand(2, -1) if packed else None
+    expected = model(ids, position_ids=positions, use_cache=False).logits
+    blame = f"{VERSION} changed masking_utils.find_packed_sequence_indices"
+
+    def fail(positions: Any) -> None:
+        raise AssertionError(f"{VERSION} looks for packed rows in another way")
+
+    with patched(transformers.masking_utils, "find_packed_sequence_indices", fail), compat.known_packing(packed=packed):
+        assert torch.equal(model(ids, position_ids=positions, use_cache=False).logits, expected), blame
+    if packed:
+        alone = model(ids[:, 7:], use_cache=False).logits
+        assert torch.allclose(expected[:, 7:], alone, atol=1e-4), blame
+
+
 def test_files_are_read_through_safe_open_in_modeling_utils(tmp_path: Path) -> None:
     ours, other = tmp_path / "ours", tmp_path / "other"
     for folder in (ours, other):

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from subspace import config as config_module
 from subspace.adapters.inject import inject
 from subspace.cli import main as cli
+from subspace.data.collate import Batch
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
-from subspace.models.lm_head import summed_loss
+from subspace.models.lm_head import SummedLoss
 from subspace.models.loading import open_model, open_shape
 from subspace.planning import run_time
 from subspace.planning.activation_memory import ActivationMemory, BatchShape, MemoryTracker, trace_activation_memory
@@ -325,7 +326,7 @@ def test_a_trace_keeps_what_a_step_keeps(quantize: str, checkpointing: bool, tmp
     mask[0, 20:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     with MemoryTracker() as tracker:
-        summed_loss(real, batch).backward()  # type: ignore[no-untyped-call]
+        SummedLoss(real, masks_padding=False)(Batch.from_labels(batch)).backward()  # type: ignore[no-untyped-call]
     found = trace_activation_memory(traced, BatchShape(4, 32, 31, int((batch["labels"][:, 1:] != -100).sum())))
     assert found.peak == pytest.approx(tracker.peak, rel=0.05)
 
@@ -344,9 +345,9 @@ def test_a_trace_keeps_the_places_that_a_cpu_drops(tmp_path: Path) -> None:
             inject(model, "lora", {"r": 4, "dropout": dropout}, start=model is real)
             model.train()
         with MemoryTracker() as tracker:
-            summed_loss(real, batch).backward()  # type: ignore[no-untyped-call]
+            SummedLoss(real, masks_padding=False)(Batch.from_labels(batch)).backward()  # type: ignore[no-untyped-call]
         peaks.append((trace_activation_memory(traced, BatchShape(8, 64, 63, 8 * 63)).peak, tracker.peak))
-    # What dropout adds is the same to the byte; the rest is not, because this batch needs no mask.
+    # What dropout adds is the same to the byte; the rest is not.
     assert peaks[1][0] - peaks[0][0] == peaks[1][1] - peaks[0][1] > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from subspace.errors import RunFailed, UserError
 from subspace.methods.adalora import AdaLoRA
 from subspace.methods.lora import LoRA
 from subspace.models.lm_head import summed_loss
-from subspace.run import train_run
+from subspace.resolve import resolve_run
+from subspace.run import open_run_data, train_run
 from subspace.training.checkpoint import checkpoints
 from subspace.training.config import TrainConfig
 from subspace.training.health_checks import TrainingHealthCheck, checksum
@@ -221,6 +223,99 @@ def test_a_schedule_asks_for_all_gradients_at_once(
     train(material, tmp_path, "run", "method=adalora", f"engine={material.parent / f'zero{stage}.json'}")
     assert len(per_step) == 6
     assert max(per_step) <= 1
+
+
+def spoil_one_gradient(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Let the gradients of one step be infinite, though its loss is not."""
+    forward, bad = LoRA.forward, [False]
+
+    def spoiled(self: LoRA, x: Tensor) -> Tensor:
+        # The root of zero is zero, and its slope is infinite.
+        return forward(self, x) + (torch.sqrt((0 * self.B).sum()) if bad[0] and self.training else 0)
+
+    def look_at_the_clock(cls: type[Adapter], group: list[Adapter], clock: Any, access: Any) -> None:
+        bad[0] = clock.step == at - 1
+
+    monkeypatch.setattr(LoRA, "forward", spoiled)
+    monkeypatch.setattr(LoRA, "after_step", classmethod(look_at_the_clock))
+
+
+#: A bad step 13 is found at step 15, before its checkpoint, or at step 14, before its validation.
+RARE = ("train.steps=20", "train.log_every=10", "train.save_every=5")
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"), [*((stage, ()) for stage in STAGES), (0, ("train.validate_every=7", "train.save_final=best"))]
+)
+def test_a_bad_step_that_nobody_looked_at_spoils_nothing_that_is_kept(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, more: tuple[str, ...]
+) -> None:
+    spoil_one_gradient(monkeypatch, at=13)
+    told = r"step 13: a gradient is not finite, .* checkpoint is \S+step-000010; nothing was saved from that step on"
+    with pytest.raises(RunFailed, match=told):
+        train(material, tmp_path, "spoiled", *RARE, *more, f"engine={material.parent / f'zero{stage}.json'}")
+    assert [path.name for path in checkpoints(tmp_path / "spoiled")][-1] == "step-000010"
+    last = load_file(checkpoints(tmp_path / "spoiled")[-1] / "adapter" / TENSORS)
+    assert all(torch.isfinite(tensor).all() for tensor in last.values())
+    assert not (tmp_path / "spoiled" / "adapter").exists()
+    assert logged(tmp_path / "spoiled", "loss")[1:] == logged(tmp_path / "spoiled", "loss")[1:2]  # steps 1 and 10
+    assert all(math.isfinite(loss) for loss in logged(tmp_path / "spoiled", "validation_loss"))
+    assert not prefetching()
+
+
+def test_a_bad_step_is_told_of_where_a_schedule_fails_on_it(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_one_gradient(monkeypatch, at=13)
+    look_at_the_clock = LoRA.after_step
+
+    def decompose(cls: type[Adapter], group: list[Adapter], clock: Any, access: Any) -> None:
+        look_at_the_clock(group, clock, access)  # type: ignore[arg-type]
+        torch.linalg.svd(next(iter(group[0].trained().values())).detach())
+
+    monkeypatch.setattr(LoRA, "after_step", classmethod(decompose))
+    with pytest.raises(RunFailed, match=r"step 13: a gradient is not finite") as failed:
+        train(material, tmp_path, "decomposed", *RARE)
+    assert "linalg.svd" in str(failed.value.__cause__)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_bad_gradient_of_an_offloaded_optimizer_stops_the_run(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    spoil_one_gradient(monkeypatch, at=5)
+    engine = json.loads((material.parent / f"zero{stage}.json").read_text())
+    engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    with pytest.raises(RunFailed, match=r"step 5: a gradient is not finite.* checkpoint is \S+step-000004"):
+        train(material, tmp_path, "offloaded", "train.save_every=2", f"engine={tmp_path / 'engine.json'}")
+
+
+def test_what_is_logged_is_the_same_however_seldom_it_is_read(material: Path, tmp_path: Path) -> None:
+    often, seldom = (
+        train(material, tmp_path, name, "train.steps=12", "train.save_every=0", f"train.log_every={every}")
+        for name, every in (("often", 1), ("seldom", 5))
+    )
+    for key in ("loss", "gradient_norm", "learning_rate"):
+        of_all = logged(often, key)
+        assert logged(seldom, key) == [of_all[step - 1] for step in (1, 5, 10, 12)]
+    ends = [json.loads((folder / "environment.json").read_text())["outcome"]["loss"] for folder in (often, seldom)]
+    assert ends[0] == ends[1]
+    assert all(torch.equal(tensor, saved_adapter(seldom)[name]) for name, tensor in saved_adapter(often).items())
+    assert not prefetching()
+
+
+def test_rows_are_read_without_touching_the_random_state_of_training(material: Path) -> None:
+    data = open_run_data(resolve_run(config_module.read_config(material), 1, torch.device("cpu")))[0]
+    before = torch.get_rng_state()
+    batch = data.batch([3, 1, 2])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert batch.num_tokens == int(batch.attention_mask.sum()) == int(data.train.lengths[[3, 1, 2]].sum())
+    assert batch.num_labelled == int(data.train.answers[[3, 1, 2]].sum())
+
+
+def prefetching() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @pytest.mark.parametrize("section", [{"initial_scale_power": 1}, {"loss_scale": 8}], ids=["dynamic", "static"])

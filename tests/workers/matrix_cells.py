@@ -22,7 +22,6 @@ from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model, open_tokenizer
 from subspace.run import inject_method, train_run
 from subspace.training.optimizers import lr_factor, parameter_groups
-from subspace.training.steps import count_tokens, to_device
 
 
 def main() -> None:
@@ -59,11 +58,11 @@ def train_plainly(config: RunConfig) -> None:
     assert config.train.micro_batch_size is not None
     accumulate = config.train.batch_size // config.train.micro_batch_size
     for step in range(len(plan)):
-        parts = shard_batch(plan[step], 0, 1, accumulate)
-        batches = [to_device(data.batch(part), model.device) for part in parts]
+        batches = [data.batch(part).to(model.device) for part in shard_batch(plan[step], 0, 1, accumulate)]
+        labelled = sum(batch.num_labelled for batch in batches)
         total = 0.0
         for batch in batches:
-            loss = summed_loss(model, batch) / count_tokens(batches)[0]
+            loss = summed_loss(model, batch) / labelled
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(list(trained_parameters(model).values()), config.train.max_grad_norm)

@@ -204,7 +204,7 @@ def plant(bug: Bug) -> str:
 def first_failure(copy: Path, bug: Bug, tests: list[str]) -> str:
     """Return the first of these tests that fails in the copy, or nothing."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    command += ["-m", "not long and not gpu", *(["-k", bug.only] if bug.only else [])]
+    command += ["-m", "not long and not gpu and not cluster", *(["-k", bug.only] if bug.only else [])]
     environment = {
         **os.environ,
         "PYTHONPATH": str(copy),

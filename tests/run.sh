@@ -12,14 +12,15 @@ Needs Python 3.11 or newer; no GPU. Takes about 12 minutes on 2 cores after inst
   1. makes .venv and installs requirements.txt and tests/requirements.txt into it
   2. ruff, codespell, mypy, import-linter
   3. prepares SmolLM2-135M and the eight commonsense suites in data/cache
-  4. pytest on every core, without the tests that take minutes (-m long) or need a GPU (-m gpu); arguments are passed on
-     to it
+  4. pytest on every core, without the tests that take minutes (-m long), need a GPU (-m gpu), or hosts and SLURM
+     (-m cluster; tests/cluster/run.sh installs what those need); arguments are passed on to it
 
 examples:
   bash tests/run.sh                        everything
   bash tests/run.sh -k lora                the tests whose names speak of lora
   bash tests/run.sh -m long                the tests that take minutes: about an hour
   bash tests/run.sh -m gpu -n 0            the tests that need a GPU, one at a time
+  bash tests/cluster/run.sh                two hosts and SLURM on this machine: as root, on Debian
 TEXT
 }
 
@@ -40,4 +41,4 @@ supervise lint-imports --no-logo
 step "3/4 prepare the model and the data"
 supervise subspace prepare
 step "4/4 pytest"
-supervise python -m pytest --durations=25 -n auto --dist loadfile -m "not long and not gpu" "$@"
+supervise python -m pytest --durations=25 -n auto --dist loadfile -m "not long and not gpu and not cluster" "$@"

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "launch/recipes/quickstart.yaml"
+SCRIPTS = [*ROOT.glob("launch/*.sh"), ROOT / "tests/run.sh", ROOT / "tests/cluster/run.sh"]
 
 pytestmark = pytest.mark.processes
 
@@ -33,7 +34,7 @@ def bash(*arguments: str | Path, cwd: Path | None = None, **environment: Any) ->
     )
 
 
-@pytest.mark.parametrize("script", [*ROOT.glob("launch/*.sh"), ROOT / "tests/run.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_script_is_sound(script: Path) -> None:
     assert bash("-n", script).returncode == 0
 
@@ -45,8 +46,9 @@ def test_a_script_helps(name: str) -> None:
     assert f"launch/{name}.sh" in helped.stdout
 
 
-def test_the_tests_script_helps() -> None:
-    assert "usage: bash tests/run.sh" in bash(ROOT / "tests/run.sh", "--help").stdout
+@pytest.mark.parametrize("name", ["tests/run.sh", "tests/cluster/run.sh"])
+def test_a_script_of_the_tests_helps(name: str) -> None:
+    assert f"usage: bash {name}" in bash(ROOT / name, "--help").stdout
 
 
 def test_the_quickstart_refuses_what_it_does_not_know() -> None:

@@ -23,7 +23,6 @@ import os
 import random
 import secrets
 import shlex
-import shutil
 import socket
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from pathlib import Path
 
 from subspace.common.paths import checkout
 from subspace.distributed import hosts, peers
+from subspace.distributed.reach import ensure_reachable
 from subspace.distributed.signals import STATUS_FILE, read_status, register_rank
 from subspace.distributed.supervision import supervise
 from subspace.errors import UserError
@@ -187,11 +187,8 @@ class Launch:
 
     def run(self) -> int:
         """Start the processes, forward signals, wait, terminate remaining processes, and return the run's status."""
-        if self.hosts and shutil.which("pdsh") is None:
-            raise UserError(
-                "the hosts of a hostfile are reached by pdsh, which is not installed. Install it "
-                "(apt-get install pdsh), or use launch/slurm.sh, which needs no ssh"
-            )
+        if self.hosts:
+            ensure_reachable(self.hosts)
         with tempfile.TemporaryDirectory(prefix="subspace-") as folder:
             status_file = Path(folder) / "status"
             return supervise(self.command, _ranks_environment(self, status_file), status_file, self.hosts)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from subspace.cli.command import Command, count, json_argument, launch_arguments, launch_or_none
 from subspace.distributed import launcher
+from subspace.distributed.hosts import read_hostfile
+from subspace.distributed.reach import find_troubles
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,10 +74,9 @@ def _launched(options: argparse.Namespace, given: list[str]) -> int | None:
     Whatever keeps them from reporting is reported here.
     """
     from subspace.doctor.base import failed
-    from subspace.doctor.hosts import unreachable
 
-    if options.hostfile and not options.dry_run and (troubles := unreachable(options.hostfile)):
-        return _show_troubles(troubles, options)
+    if options.hostfile and not options.dry_run and (troubles := find_troubles(read_hostfile(options.hostfile))):
+        return _show_troubles([failed(trouble.found, trouble.advice) for trouble in troubles], options)
     # Ranks give up by themselves after a few times `wait`; that much later, something hangs before they are Python.
     patience = 60 + 8 * options.wait
     late = threading.Event()

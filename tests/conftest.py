@@ -70,17 +70,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first, then those that start processes."""
     folder = Path(__file__).parent
     order = {str(folder / name): place for place, name in enumerate(LONGEST_FIRST)}
-    starts = {str(item.path) for item in items if "processes" in item.keywords}
+    starts = {str(item.path) for item in items if item.get_closest_marker("processes")}
     items.sort(key=lambda item: order.get(str(item.path), 99 if str(item.path) in starts else 100))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out what this machine cannot run; say how it could."""
-    if "gpu" in item.keywords and not torch.cuda.is_available():
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if "gpu" in item.keywords and os.environ["DS_ACCELERATOR"] != "cuda":
+    if item.get_closest_marker("gpu") and os.environ["DS_ACCELERATOR"] != "cuda":
         pytest.skip("needs a session on the GPU: -m gpu")
-    if "model" in item.keywords and not (paths.cache_folder() / "models").is_dir():
+    if item.get_closest_marker("model") and not (paths.cache_folder() / "models").is_dir():
         pytest.skip("needs the prepared model and data: subspace prepare")
 
 

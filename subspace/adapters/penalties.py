@@ -36,11 +36,7 @@ class _Charge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, penalty: Tensor, tap: LossTap) -> Tensor:
         ctx.tap = tap
-        # Not a view of the output, which autograd would not let the model write into, as some do (Falcon, Llama 4).
-        if output._is_view() or torch.compiler.is_compiling():
-            return output.clone()
-        ctx.mark_dirty(output)
-        return output
+        return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -5,9 +5,10 @@
 
 The model has the width of LLaMA-7B (4096, 11008, 32 heads), 4 layers of it, a vocabulary of 2,048, random weights in
 bfloat16, and is built once: all sides share its tensors. A step is forward, backward and AdamW on the adapters, on the
-same random tokens, r = 32 on q, k, v, up and down. The frozen side is forward and the gradient with respect to the
-embedded input. Each round takes a step of each side in turn; figures are medians over rounds of the ratio within a
-round. Memory is the highest resident size during a step less that before it, in MB (Linux).
+same random tokens, r = 32 on q, k, v, up and down, on the GPU if there is one. The frozen side is forward and the
+gradient with respect to the embedded input. Each round takes a step of each side in turn; figures are medians over
+rounds of the ratio within a round. Memory is the highest resident size (Linux; on a GPU, allocated) during a step less
+that before it, in MB. HF PEFT is left out where it is not installed.
 
 What singular vectors a method works with does not change what a step costs, so here they are random: decomposing 20
 weights of this size would take half an hour.
@@ -19,8 +20,8 @@ import argparse
 import ctypes
 import gc
 import json
-import re
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -32,10 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from subspace.adapters import linalg as decomposition
+from subspace.adapters import linalg
 from subspace.adapters.base import TrainProgress
 from subspace.adapters.inject import adapters, inject, trained_parameters
 from subspace.adapters.registry import list_methods
+from subspace.common.host_memory import resident_memory
+from subspace.distributed.device import device
 from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -64,7 +67,7 @@ def main() -> None:
 
     weights = build(options.layers, getattr(torch, options.dtype))
     torch.manual_seed(1)
-    ids = torch.randint(0, 2048, (options.rows, 256))
+    ids = torch.randint(0, 2048, (options.rows, 256)).to(device())
     found = {}
     for name in options.methods:
         found[name] = measure(weights, name, ids, options.rounds)
@@ -73,11 +76,12 @@ def main() -> None:
         print(markdown(found))
 
 
-def build(layers: int, dtype: torch.dtype) -> nn.Module:
-    """Return the model that all sides share."""
-    config = LlamaConfig(num_hidden_layers=layers, vocab_size=2048, tie_word_embeddings=False)
+def build(layers: int, dtype: torch.dtype, **changes: Any) -> nn.Module:
+    """Return the model that all sides share; ``changes`` replace values of its configuration."""
+    config = LlamaConfig(**{"num_hidden_layers": layers, "vocab_size": 2048, "tie_word_embeddings": False, **changes})
     torch.set_default_dtype(dtype)
-    model = LlamaForCausalLM(config).requires_grad_(False)
+    with device():
+        model = LlamaForCausalLM(config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     return model
 
@@ -94,21 +98,17 @@ def share(model: Any) -> Any:
 def randomise_decompositions() -> None:
     """Let methods start from random singular vectors."""
 
-    def random(W: Tensor, k: int | None = None) -> decomposition.SVD:
+    def random(W: Tensor, k: int | None = None) -> linalg.SVD:
         k = k or min(W.shape)
-        return decomposition.SVD(
-            torch.randn(len(W), k) / 64, torch.rand(k).sort().values.flip(0), torch.randn(k, W.shape[1]) / 64
-        )
+        U, sigma, Vt = torch.randn(len(W), k) / 64, torch.rand(k).sort().values.flip(0), torch.randn(k, W.shape[1]) / 64
+        return linalg.SVD(U.to(W.device), sigma.to(W.device), Vt.to(W.device))
 
-    import importlib
-
-    for cls in list_methods().values():
-        for module in {
-            importlib.import_module(base.__module__) for base in cls.__mro__ if "subspace" in base.__module__
-        }:
-            for name in ("largest", "smallest", "whole"):
-                if hasattr(module, name):
-                    setattr(module, name, random)
+    list_methods()  # imports them all
+    decompositions = (linalg.top_singular_triplets, linalg.bottom_singular_triplets, linalg.full_svd)
+    for module in [module for name, module in sys.modules.items() if name.startswith("subspace.") and module]:
+        for function in decompositions:
+            if getattr(module, function.__name__, None) is function:
+                setattr(module, function.__name__, random)
 
 
 def measure(weights: nn.Module, name: str, ids: Tensor, rounds: int) -> dict[str, float]:
@@ -125,7 +125,7 @@ def measure(weights: nn.Module, name: str, ids: Tensor, rounds: int) -> dict[str
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed counts until it is given back
             before = reset_peak()
             began = time.perf_counter()
-            step()
+            step()  # it ends with its loss read, so that a GPU has done all of it
             took = time.perf_counter() - began
             if round_number:  # the first one warms up
                 seconds[side].append(took)
@@ -133,7 +133,7 @@ def measure(weights: nn.Module, name: str, ids: Tensor, rounds: int) -> dict[str
     ratio = {s: statistics.median(a / b for a, b in zip(seconds[s], seconds["frozen"], strict=True)) for s in sides}
     figures = {
         "trained": float(TRAINED[name]),
-        "frozen_seconds": round(statistics.median(seconds["frozen"]), 2),
+        "frozen_seconds": round(statistics.median(seconds["frozen"]), 5),
         "time": round(ratio["subspace"], 3),
         "memory": round(statistics.median(peaks["subspace"])),
         "frozen_memory": round(statistics.median(peaks["frozen"])),
@@ -198,8 +198,10 @@ def our_side(weights: nn.Module, name: str, ids: Tensor) -> Step:
 
 def peft_side(weights: nn.Module, name: str, ids: Tensor) -> Step | None:
     """HF PEFT's form of the method, where it has one."""
-    import peft
-
+    try:
+        import peft
+    except ImportError:
+        return None
     low_rank: dict[str, Any] = {"r": R, "lora_alpha": 32, "target_modules": TARGETS}
     task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     configs: dict[str, Callable[[], Any]] = {
@@ -239,16 +241,19 @@ def peft_side(weights: nn.Module, name: str, ids: Tensor) -> Step | None:
 
 
 def reset_peak() -> float:
-    """Forget the highest resident size so far; return the present one, in MB."""
+    """Forget the most that was held so far; return what is held now, in MB."""
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
 
 def peak() -> float:
-    """Return the highest resident size since the last reset, in MB."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) / 1024
+    """Return the most that was held since the last reset, in MB: allocated, or resident on a CPU."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resident_memory("VmHWM") / 2**20
 
 
 def markdown(found: dict[str, dict[str, float]]) -> str:

@@ -35,12 +35,7 @@ STAGES = (0, 1, 2, 3)
 def make_material(root: Path, rows: int = 48) -> Path:
     """Fill a folder and return its ``run.yaml``; ``zero0.json`` to ``zero3.json`` lie beside it."""
     tiny_llama(root / "model")
-    generator = torch.Generator().manual_seed(0)
-    with (root / "data.jsonl").open("w") as file:
-        for _ in range(rows):
-            count = int(torch.randint(4, 16, (1,), generator=generator))
-            words = [WORDS[int(i)] for i in torch.randint(len(WORDS), (count,), generator=generator)]
-            file.write(json.dumps({"instruction": " ".join(words[:-3]), "output": " ".join(words[-3:])}) + "\n")
+    write_rows(root / "data.jsonl", rows)
     for stage in STAGES:
         # Without the threshold, everything in a model as small as this would be held whole at stage 3.
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
@@ -54,6 +49,16 @@ def make_material(root: Path, rows: int = 48) -> Path:
         f"engine: {root / 'zero0.json'}\n"
     )
     return root / "run.yaml"
+
+
+def write_rows(file: Path, rows: int, words: tuple[int, int] = (4, 16)) -> None:
+    """Write so many rows, each of at least ``words[0]`` and fewer than ``words[1]`` words, three of them the answer."""
+    generator = torch.Generator().manual_seed(0)
+    with file.open("w") as opened:
+        for _ in range(rows):
+            count = int(torch.randint(*words, (1,), generator=generator))
+            chosen = [WORDS[int(i)] for i in torch.randint(len(WORDS), (count,), generator=generator)]
+            opened.write(json.dumps({"instruction": " ".join(chosen[:-3]), "output": " ".join(chosen[-3:])}) + "\n")
 
 
 def logged(folder: Path, key: str = "loss") -> list[float]:

@@ -141,13 +141,7 @@ def measure(cells: Sequence[Cell], root: Path) -> dict[str, Json]:
 
     What a folder holds already is not trained again, so that a measurement that was cut short can go on.
     """
-    make_material(root)
-    for name, zero in ENGINES.items():
-        # So large that no gradient is swapped, and so small that the rest is (see tests/workers/matrix_cells.py).
-        engine = {"zero_optimization": zero, "aio": {"block_size": 12288}}
-        # A loss scale that nothing overflows at: a step that is skipped has no counterpart in the reference.
-        engine["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
-        (root / f"zero{name}.json").write_text(json.dumps(engine).replace("NVME", str(root / "nvme")))
+    lay_out(root)
     outcomes: dict[str, Json] = {
         cell.name: {"refused": why} for cell in cells if (why := refused(cell, find_missing_requirement))
     }
@@ -157,7 +151,9 @@ def measure(cells: Sequence[Cell], root: Path) -> dict[str, Json]:
     for cell in todo:
         shutil.rmtree(root / cell.name, ignore_errors=True)
     one = [
-        ("plain", cell, _reference(cell)) for cell in plain if not (root / _reference(cell) / "losses.json").exists()
+        ("plain", cell, reference_name(cell))
+        for cell in plain
+        if not (root / reference_name(cell) / "losses.json").exists()
     ]
     one += [("run", cell, cell.name) for cell in todo if cell.ranks == 1]
     launch([[kind, *_run(root, cell, name)] for kind, cell, name in one], root, 1)
@@ -169,13 +165,25 @@ def measure(cells: Sequence[Cell], root: Path) -> dict[str, Json]:
     return outcomes
 
 
+def lay_out(root: Path) -> None:
+    """Write model, rows, configuration and engines of all cells into a folder."""
+    make_material(root)
+    for name, zero in ENGINES.items():
+        # So large that no gradient is swapped, and so small that the rest is (see tests/workers/matrix_cells.py).
+        engine = {"zero_optimization": zero, "aio": {"block_size": 12288}}
+        # A loss scale that nothing overflows at: a step that is skipped has no counterpart in the reference.
+        engine["fp16"] = {"enabled": "auto", "initial_scale_power": 8}
+        (root / f"zero{name}.json").write_text(json.dumps(engine).replace("NVME", str(root / "nvme")))
+
+
 def _is_done(folder: Path) -> bool:
     """Tell whether a cell's run has reached its end."""
     file = folder / "environment.json"
     return file.exists() and "outcome" in json.loads(file.read_text())
 
 
-def _reference(cell: Cell) -> str:
+def reference_name(cell: Cell) -> str:
+    """Return the name of the run, by torch alone, that a cell is held against."""
     return f"plain-{cell.base}-{cell.method}"
 
 
@@ -186,6 +194,27 @@ def _run(root: Path, cell: Cell, name: str) -> tuple[str, list[str]]:
     settings += [f"train.steps={STEPS}", f"train.learning_rate={METHODS[cell.method]}", "train.micro_batch_size=4"]
     settings += [f"train.validate_every={STEPS}", "train.save_every=0"]
     return str(root / "run.yaml"), settings
+
+
+def run_config(root: Path, cell: Cell, name: str) -> RunConfig:
+    """Return the configuration of a cell's run under this name."""
+    return config_module.read_config(*_run(root, cell, name))
+
+
+def beyond_tolerance(cell: Cell, outcome: Json) -> str | None:
+    """Return what is wrong with a trained cell: with its losses, its file or its merged model; None if nothing is."""
+    tolerance = TOLERANCE[cell.base]
+    if not outcome["loss"] < tolerance:
+        return f"a loss is {outcome['loss']:.1e} off the reference's, more than {tolerance:.0e}"
+    if not outcome["moved"] > 2 * tolerance:  # so there is something to agree on
+        return f"the loss moved by {outcome['moved']:.1e} alone"
+    if not outcome["reloaded"] < RELOADED[cell.base]:
+        return f"read back, the adapter's held-out loss is {outcome['reloaded']:.1e} off"
+    if (outcome["merged"] is None) != (cell.method in ("houlsby", "prompt")):
+        return f"merged: {outcome['merged']}"
+    if not (outcome["merged"] or 0) < MERGED:
+        return f"merged, a logit is {outcome['merged']:.1e} off"
+    return None
 
 
 def launch(jobs: Sequence[Any], root: Path, ranks: int) -> None:
@@ -238,12 +267,12 @@ class Judge:
 
     def read(self, cell: Cell) -> RunConfig:
         """Return a cell's configuration."""
-        return config_module.read_config(*_run(self.root, cell, cell.name))
+        return run_config(self.root, cell, cell.name)
 
     def __call__(self, cell: Cell) -> Json:
         """Return how far a cell is from its reference, its file from what was in memory, and its merged model."""
         folder = self.root / cell.name
-        losses, expected = logged(folder), json.loads((self.root / _reference(cell) / "losses.json").read_text())
+        losses, expected = logged(folder), json.loads((self.root / reference_name(cell) / "losses.json").read_text())
         assert len(losses) == len(expected) == STEPS
         (validation,) = logged(folder, "validation_loss")
         outcome = {

@@ -15,12 +15,10 @@ import pytest
 from subspace.training.compatibility import find_missing_requirement
 from tests.helpers.matrix import (
     CELLS,
-    MERGED,
     RECORD,
-    RELOADED,
     TABLE,
-    TOLERANCE,
     Cell,
+    beyond_tolerance,
     covering,
     measure,
     refused,
@@ -62,11 +60,7 @@ def hold(cell: Cell, outcome: dict[str, Any]) -> None:
     if "refused" in outcome:
         assert outcome["refused"] == refused(cell, find_missing_requirement), cell.name
         return
-    assert outcome["loss"] < TOLERANCE[cell.base], cell.name
-    assert outcome["moved"] > 2 * TOLERANCE[cell.base], cell.name  # so there is something to agree on
-    assert outcome["reloaded"] < RELOADED[cell.base], cell.name
-    assert (outcome["merged"] is None) == (cell.method in ("houlsby", "prompt")), cell.name
-    assert (outcome["merged"] or 0) < MERGED, cell.name
+    assert beyond_tolerance(cell, outcome) is None, cell.name
     assert len(outcome["held"]) == cell.ranks, cell.name
 
 

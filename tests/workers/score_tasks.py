@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +14,6 @@ import torch
 
 from subspace.common.paths import REPOSITORY
 from subspace.data import samples as samples_module
-from subspace.data.prepare import task_items
 from subspace.distributed.collectives import shutdown
 from subspace.distributed.deepspeed_config import resolve_deepspeed_config_for_inference
 from subspace.distributed.engine import init_distributed, init_inference_engine
@@ -27,7 +28,6 @@ from tests.helpers.items import items
 from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 
 SETTINGS: dict[str, Any] = {"tasks": "piqa,hellaswag", "limit": 17, "batch_tokens": 300}
-PREPARED = task_items
 ZERO3 = str(REPOSITORY / "ds_configs" / "zero3.json")
 
 
@@ -35,11 +35,6 @@ def score(
     folder: Path, protocol: str, stage: int, count: int = 21, model_name: str = "tiny", **settings: Any
 ) -> list[TaskResult]:
     """Score a model on ``count`` made-up items a task, or on real ones if 0; under an engine where ``stage`` is 3."""
-    import datasets
-
-    def made(name: str, split: str) -> datasets.Dataset:
-        return datasets.Dataset.from_list(items(name, count))
-
     if model_name == "tiny":
         model, tokenizer = tiny_llama().requires_grad_(False), bpe_tokenizer()
     else:
@@ -48,23 +43,29 @@ def score(
     if stage == 3:
         model = init_inference_engine(model, resolve_deepspeed_config_for_inference(ZERO3, "float32")).module
     config = config_module.EvaluateConfig(protocol=protocol, **{**SETTINGS, **settings})
-    with mock.patch.object(samples_module, "task_items", made if count else PREPARED):
+    with made_items(count) if count else nullcontext():
         return evaluate_module.evaluate(model, tokenizer, config, folder, model_name=model_name)
+
+
+@contextmanager
+def made_items(count: int) -> Iterator[None]:
+    """Let so many made-up items stand for those of every task."""
+    import datasets
+
+    def made(name: str, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list(items(name, count))
+
+    with mock.patch.object(samples_module, "task_items", made):
+        yield
 
 
 def score_subjects(folder: Path, protocol: str, stage: int, base: str, methods: list[str]) -> list[TaskResult]:
     """Score a saved model as it is and with saved adapters, on made-up items; spread over the processes at stage 3."""
-    import datasets
-
     config = config_module.EvaluateConfig(protocol=protocol, **SETTINGS, engine=ZERO3 if stage == 3 else None)
     model = ModelConfig(path=f"{base}/base", dtype="float32")
     subjects = [EvaluationSubject(model, config, folder / "base")]
     subjects += [EvaluationSubject(model, config, folder / name, Path(base, name), name) for name in methods]
-
-    def made(name: str, split: str) -> datasets.Dataset:
-        return datasets.Dataset.from_list(items(name, 21))
-
-    with mock.patch.object(samples_module, "task_items", made):
+    with made_items(21):
         return [result for results in evaluate_subjects(subjects) for result in results]
 
 

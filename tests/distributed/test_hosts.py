@@ -275,7 +275,8 @@ def stop(*_):
     sys.exit(75)
 
 signal.signal(signal.SIGUSR1, stop)
-child = subprocess.Popen(["sleep", "100"])  # has the rank's environment, but is no rank
+# A child has the rank's environment, but is no rank.
+child = subprocess.Popen(["bash", "-c", f"trap 'touch {folder}/asked-child' USR1; read < <(sleep 100)"])
 (folder / f"rank-{rank}").write_text(f"{os.getpid()} {child.pid}")
 while True:
     time.sleep(0.05)

@@ -25,20 +25,21 @@ from subspace.errors import UserError
 PDSH = """#!{python}
 import os, subprocess, sys, threading
 assert sys.argv[1:3] == ["-S", "-f"] and sys.argv[4] == "-w", sys.argv
-names, line = sys.argv[5].split(","), " ".join(sys.argv[6:])
+names, given_line = sys.argv[5].split(","), " ".join(sys.argv[6:])
 assert int(sys.argv[3]) >= len(names) and os.environ["PDSH_RCMD_TYPE"] == "ssh"
 
 def expand(host, number):
-    text, rest = "", line
+    text, rest = "", given_line
     while rest:
         code = {{"%h": host, "%n": str(number), "%u": "user", "%%": "%"}}.get(rest[:2])
         text, rest = text + (code or rest[0]), rest[2:] if code else rest[1:]
     return text
 
-def run(number, host, shells={{}}):
-    # What sshd gives a shell, and no more.
+def run(number, host):
+    # What sshd gives a shell, and no more; in a session of its own, as pdsh starts ssh and another machine has it.
     given = {{"PATH": "/usr/bin:/bin", "HOME": "/", "LANG": "C.UTF-8", "HOST_NAME": host}}
-    shell = subprocess.Popen(["bash", "-c", expand(host, number)], env=given, stdin=subprocess.DEVNULL)
+    line = expand(host, number)
+    shell = subprocess.Popen(["bash", "-c", line], env=given, stdin=subprocess.DEVNULL, start_new_session=True)
     statuses[number] = shell.wait() % 256
     if statuses[number]:
         print(f"pdsh@head: {{host}}: ssh exited with exit code {{statuses[number]}}", file=sys.stderr, flush=True)

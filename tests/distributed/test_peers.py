@@ -115,11 +115,11 @@ def test_a_failure_that_was_reported_ends_the_others_silently_with_its_status(co
     assert group.end() == [(75, "")] * 3
 
 
-@pytest.mark.parametrize("how", ["leaves", "ends"])
-def test_a_process_that_says_farewell_is_not_missed(connect: Callable[..., Group], how: str) -> None:
-    group = connect("a,b", rank1=how)
+def test_who_says_farewell_or_is_only_stopped_is_not_missed(connect: Callable[..., Group]) -> None:
+    group = connect("a,b,c,d", rank1="leaves", rank2="ends")
+    group.ranks[3].send_signal(signal.SIGSTOP)
     time.sleep(1.5)
-    assert group.ranks[0].poll() is None
+    assert [rank.poll() for rank in group.ranks] == [None, None, 0, None]
 
 
 def test_a_process_that_ends_by_an_exception_is_missed(connect: Callable[..., Group]) -> None:
@@ -128,13 +128,6 @@ def test_a_process_that_ends_by_an_exception_is_missed(connect: Callable[..., Gr
     assert status == 1
     assert "rank 1 (host b) ended" in said
     assert bug.endswith("ValueError: a bug\n")
-
-
-def test_a_process_that_is_stopped_is_not_taken_for_dead(connect: Callable[..., Group]) -> None:
-    group = connect("a,b")
-    group.ranks[1].send_signal(signal.SIGSTOP)
-    time.sleep(1.5)
-    assert group.ranks[0].poll() is None
 
 
 def test_strangers_are_not_listened_to(connect: Callable[..., Group], tmp_path: Path) -> None:

@@ -69,7 +69,6 @@ def test_what_follows_from_the_adapters_is_added_once_they_are_there(material: P
     assert "reduce_bucket_size" not in run.engine.settings["zero_optimization"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="some are refused only where there is no GPU")
 @pytest.mark.parametrize("name", REFUSED)
 def test_plan_and_train_refuse_alike(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -141,10 +141,11 @@ def as_user_error(request: str) -> Iterator[None]:
 @contextlib.contextmanager
 def suppress_library_logs() -> Iterator[None]:
     """Silence progress bars and warnings of transformers and bitsandbytes; exceptions are unaffected."""
-    import torch
     from transformers.utils import logging as messages
 
-    if not torch.cuda.is_available():  # otherwise DeepSpeed, imported when a model is saved, logs its choice of device
+    from subspace.distributed.device import on_gpu
+
+    if not on_gpu():  # otherwise DeepSpeed, imported when a model is saved, logs its choice of device
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

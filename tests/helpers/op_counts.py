@@ -8,7 +8,7 @@ launches beyond those of the frozen one. ``tests/training/test_op_counts.py`` ho
 Both count operations as they reach the dispatcher. What a CPU cannot show: a tensor that is on the host anyway, such as
 a batch before its copy, is read for nothing; so reads inside ``subspace/data`` do not count. Nor does it show a copy
 between host and device, which is none here; copies by name (``tolist``, ``cpu``) are counted. On the fake CUDA device
-of ``tests/fake_cuda`` both are told apart: ``python -m tests.fake_cuda.train``.
+of ``tests/fake_cuda`` both are told apart: ``python -m tests.fake_cuda.worker train 1``.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __enter__(self) -> Any:
         for name in ("tolist", "cpu") if self.device == "cpu" else ():
             self._stack.enter_context(patched(Tensor, name, self._counted(name)))
+        if self.device != "cpu":
+            self._stack.enter_context(patched(torch, "tensor", self._copied(torch.tensor)))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
@@ -139,6 +141,15 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.counting:
                 self.record(name)
             return original(tensor, *args, **kwargs)
+
+        return call
+
+    def _copied(self, make: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            made: Tensor = make(*args, **kwargs)
+            if self.counting and made.device.type == self.device:  # its copy does not reach the dispatcher
+                self.record("torch.tensor on the device")
+            return made
 
         return call
 
@@ -230,8 +241,8 @@ def layer_launches(method: str | None) -> LayerCounts:
 
     Norms and attention are those that a GPU runs: transformers' own.
     """
-    one, three = (_model_launches(method, layers) for layers in (1, 3))
-    return LayerCounts(*((b - a) / 2 for a, b in zip(one, three, strict=True)))
+    one, two = (_model_launches(method, layers) for layers in (1, 2))
+    return LayerCounts(*(b - a for a, b in zip(one, two, strict=True)))
 
 
 def _model_launches(method: str | None, layers: int) -> tuple[int, int, int]:

@@ -331,7 +331,6 @@ def test_a_trace_keeps_what_a_step_keeps(quantize: str, checkpointing: bool, tmp
     assert found.peak == pytest.approx(tracker.peak, rel=0.05)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains with torch's own dropout")
 def test_a_trace_keeps_the_places_that_a_cpu_drops(tmp_path: Path) -> None:
     """Their indices take less room than torch's mask of every value, which the meta device would take."""
     tiny_llama(tmp_path / "m")
@@ -376,7 +375,6 @@ def test_8_bit_state_trains_and_pages_need_a_gpu(tmp_path: Path) -> None:
     parameter.sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert optimizer.state[parameter]["state1"].dtype is torch.uint8
-    if not torch.cuda.is_available():
-        paged = config_module.read_config(run, [f"runs={tmp_path}", "name=p", "train.optimizer=paged_adamw8bit"])
-        with pytest.raises(UserError, match="Use train.optimizer=adamw8bit"):
-            train_run(paged)
+    paged = config_module.read_config(run, [f"runs={tmp_path}", "name=p", "train.optimizer=paged_adamw8bit"])
+    with pytest.raises(UserError, match="Use train.optimizer=adamw8bit"):
+        train_run(paged)

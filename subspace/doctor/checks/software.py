@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from subspace import __version__
 from subspace.distributed.deepspeed_config import read_engine_file
-from subspace.distributed.device import device
+from subspace.distributed.device import device, on_gpu
 from subspace.doctor.base import (
     Asked,
     Check,
@@ -54,7 +54,7 @@ class Versions(Check):
     def collect(self, asked: Asked) -> Any:
         import torch
 
-        nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
+        nccl = torch.cuda.nccl.version() if on_gpu() else None  # type: ignore[no-untyped-call]
         known: dict[str, str | None] = {
             "python": platform.python_version(),
             "subspace": __version__,

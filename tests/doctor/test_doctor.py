@@ -27,6 +27,8 @@ from tests.helpers.material import make_material
 
 NAMES = [check.name for check in CHECKS]
 
+#: Where other tests take the cores, a process may come late.
+PATIENT = ("--json", "--wait", "120")
 #: Seen by Python before anything else: the clock of this process is a minute ahead.
 CLOCK = "import time; real = time.time; time.time = lambda: real() + 60\n"
 
@@ -82,6 +84,7 @@ def test_a_port_that_is_taken_fails(capsys: pytest.CaptureFixture[str], monkeypa
     assert found["versions"].startswith("ok | ")
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_two_processes_through_the_launcher(tmp_path: Path) -> None:
     config = make_material(tmp_path)
@@ -96,7 +99,7 @@ def test_two_processes_through_the_launcher(tmp_path: Path) -> None:
         "2",
         "--json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     report = json.loads(done.stdout)
     found = lines(report)
     assert (done.returncode, report["status"]) == (0, 0), (found, done.stderr[-2000:])
@@ -138,7 +141,7 @@ def test_what_is_wrong_with_one_of_two_ranks_is_found(
     (planted / "sitecustomize.py").write_text(CLOCK)
     changed = {"PYTHONPATH": f"{planted}{os.pathsep}{REPOSITORY}", "PATH": str(planted), "CXX": ""}
 
-    arguments = ["doctor", "run.yaml", "train.compile=true", "--json"]
+    arguments = ["doctor", "run.yaml", "train.compile=true", *PATIENT]
     second = subprocess.Popen(
         [sys.executable, "-m", "subspace", *arguments],
         cwd=folders[1],
@@ -149,7 +152,7 @@ def test_what_is_wrong_with_one_of_two_ranks_is_found(
     )
     monkeypatch.chdir(folders[0])
     assert cli.main(arguments) == 2
-    said, complaint = second.communicate(timeout=60)
+    said, complaint = second.communicate(timeout=300)
     assert (second.returncode, said) == (2, ""), complaint[-2000:]
     found = lines(json.loads(capsys.readouterr().out))
     assert "bitsandbytes differs: " in found["versions"]

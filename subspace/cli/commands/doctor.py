@@ -78,7 +78,7 @@ def _launched(options: argparse.Namespace, given: list[str]) -> int | None:
     if options.hostfile and not options.dry_run and (troubles := find_troubles(read_hostfile(options.hostfile))):
         return _show_troubles([failed(trouble.found, trouble.advice) for trouble in troubles], options)
     # Ranks give up by themselves after a few times `wait`; that much later, something hangs before they are Python.
-    patience = 8 * options.wait
+    patience = 60 + 8 * options.wait
     late = threading.Event()
 
     def give_up() -> None:

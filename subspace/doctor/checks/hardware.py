@@ -123,7 +123,7 @@ class Memory(Check):
         return {"available": available, "total": total, "resident": resident_memory(), "gpu": gpu}
 
     def judge(self, seen: Seen, facts: Facts) -> Iterator[Finding]:
-        need = max(seen.plan.loading, seen.plan.peak) if seen.plan else None
+        need = seen.plan.needed if seen.plan else None
         advice = "`subspace plan` shows it by part: try a smaller train.micro_batch_size, model.quantize=nf4 or ZeRO 3"
         for rank, fact in facts.items():
             if not fact["gpu"]:

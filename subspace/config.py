@@ -55,7 +55,9 @@ class MethodEntry(Settings):
     settings: MethodConfig
     file: str | None = setting(None, "Python file that registers the method, if it is not built in")
     sha256: str | None = setting(None, "required SHA-256 of the file; null accepts any")
-    targets: list[str] | None = setting(None, "layers that get an adapter, as q_proj; null for the method's own")
+    targets: list[str] | None = setting(
+        None, "layers that get an adapter, as q_proj or all-linear; null for the method's own"
+    )
     patterns: dict[str, dict[str, Any]] = setting({}, "settings by layer name: {REGEX: {r: 8}}; the last match wins")
 
     @property

@@ -20,6 +20,7 @@ import torch
 
 from subspace.adapters.inject import adapters, inject
 from subspace.adapters.parameter_count import count_numbers
+from subspace.adapters.targets import coverage
 from subspace.common.files import is_disk_full, write_json
 from subspace.common.host_memory import set_malloc_trim
 from subspace.common.paths import checkout
@@ -95,7 +96,7 @@ def _train_on_rows(run: ResolvedRun, data: Data, plan: StepPlan, *, resume: bool
         seconds=resumed.facts["seconds"] if resumed else 0.0,
     ) as logger:
         for part in methods:
-            logger.note(f"{part['method']}: {part['trained']:,} trained numbers at {part['sites']} sites")
+            logger.note("{method}: {trained:,} trained numbers at {sites} sites, {reach}".format(**part))
         for notice in notices:
             logger.note(notice)
         engine = start_engine(run, model, steps=len(plan))
@@ -211,7 +212,7 @@ def describe_resume(checkpoint: Checkpoint, run: ResolvedRun) -> list[str]:
 def inject_method(
     model: torch.nn.Module, part: MethodEntry, seed: int, progress: Progress, *, start: bool
 ) -> dict[str, Any]:
-    """Inject one method's adapters into the model and return a report with its number of trainable parameters."""
+    """Inject one method's adapters into the model; return what it trains, and how much of the model that reaches."""
     created = inject(
         model,
         part.adapter_class,
@@ -223,7 +224,9 @@ def inject_method(
         progress=progress,
     )
     trained = count_numbers(p for adapter in created.values() for p in adapter.trained().values())
-    return {"method": part.name, "sites": len(created), "trained": trained}
+    kind = part.adapter_class.target_kind(next(iter(created.values())).config)
+    reach = str(coverage(model, kind, list(created)))
+    return {"method": part.name, "sites": len(created), "trained": trained, "reach": reach}
 
 
 def ensure_new_run_dir(folder: Path) -> None:

@@ -117,6 +117,8 @@ class Adapter(nn.Module, Generic[C]):
     input_factor: ClassVar[str | None] = None
     #: Buffers of a factor's size, which :meth:`in_dtype` is asked for.
     copied_buffers: ClassVar[Sequence[str]] = ()
+    #: Settings with one value for all adapters of an injection, as a schedule's, so that no pattern may set them.
+    whole_run: ClassVar[frozenset[str]] = frozenset()
     #: Trained tensors whose first gradient comes with a later step of a schedule.
     delayed_grad_params: ClassVar[frozenset[str]] = frozenset()
 
@@ -164,6 +166,11 @@ class Adapter(nn.Module, Generic[C]):
     @classmethod
     def check_quantization(cls, config: C, storage: str) -> str | None:
         """Return why these settings cannot serve a W stored as ``4bit`` or ``int8``, and what can; None if they do."""
+        return None
+
+    @classmethod
+    def check_model(cls, model: nn.Module) -> str | None:
+        """Return why the method does not fit a model, and what does; None where it fits."""
         return None
 
     @classmethod

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from subspace.adapters.merging import _frozen, discard_undo, merge, replaced_by_merge
 from subspace.adapters.serialization import load_adapter
-from subspace.adapters.targets import layer_names
+from subspace.adapters.targets import PARTS
 from subspace.common.files import write_folder, write_json
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
@@ -179,7 +179,7 @@ def _make_room_for_biases(model: Any) -> None:
     ]
     if not created:
         return
-    attention = layer_names(model).attention
+    (attention,) = PARTS["attention"]
     for flag in {"attention_bias" if attention in site.split(".") else "mlp_bias" for site in created}:
         if hasattr(model.config, flag):
             setattr(model.config, flag, True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from subspace.adapters.base import Adapter, MethodConfig
 from subspace.adapters.penalties import LossTap
 from subspace.adapters.registry import configure, resolve_method
-from subspace.adapters.targets import find_target_modules, layer_names, matches_target
+from subspace.adapters.targets import ends_sublayer, find_target_modules, matches_target
 from subspace.common.progress import Progress, no_progress
 from subspace.common.random_state import seeded
 from subspace.common.settings import check_settings
@@ -71,7 +71,7 @@ def inject(
     method: str | type[Adapter],
     settings: Mapping[str, Any] | MethodConfig | None = None,
     *,
-    targets: Sequence[str] | None = None,
+    targets: Sequence[str] | str | None = None,
     patterns: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
     start: bool = True,
@@ -97,6 +97,8 @@ def inject(
         UserError: an unknown method, setting or target, or a method that these weights cannot serve.
     """
     cls, presets = resolve_method(method)
+    if reason := cls.check_model(model):
+        raise UserError(f"method {cls.name} does not fit {type(model).__name__}: {reason}")
     config = settings if isinstance(settings, MethodConfig) else configure(cls, {**presets, **(settings or {})})
     found = find_target_modules(
         model, cls.target_kind(config), targets if targets is not None else cls.default_targets(config)
@@ -108,7 +110,7 @@ def inject(
         raise UserError(
             f"method {cls.name} fits none of the {len(found)} sites it was asked for: {first} {check_module[first]}"
         )
-    configs = {name: cls.config_for(_apply_patterns(config, name, patterns or {}), name) for name in sites}
+    configs = {name: cls.config_for(_apply_patterns(cls, config, name, patterns or {}), name) for name in sites}
     checkpoints = {name: _weight_source(model, cls, configs[name], name, site) for name, site in sites.items()}
     for pattern in patterns or {}:
         if not any(matches_target(pattern, name) for name in sites):
@@ -124,11 +126,10 @@ def inject(
     before = list(adapters(model).values())
     group = 1 + max((adapter.group for adapter in before), default=-1)
     loss_tap, copies = (before[0].loss_tap, before[0].copies) if before else (LossTap(), WorkingCopies())
-    ends = layer_names(model).ends
     for name, adapter in created.items():
         adapter.weight_source = checkpoints[name]
         adapter.group, adapter.num_siblings, adapter.loss_tap = group, len(created), loss_tap
-        adapter.copies, adapter.ends_sublayer = copies, name.rpartition(".")[2] in ends
+        adapter.copies, adapter.ends_sublayer = copies, ends_sublayer(name)
         model.set_submodule(name, adapter)
         adapter.train(model.training)
     copies.attach(model)
@@ -138,11 +139,17 @@ def inject(
     return created
 
 
-def _apply_patterns(config: MethodConfig, name: str, patterns: Mapping[str, Mapping[str, Any]]) -> MethodConfig:
+def _apply_patterns(
+    cls: type[Adapter], config: MethodConfig, name: str, patterns: Mapping[str, Mapping[str, Any]]
+) -> MethodConfig:
     """Return the settings for one site."""
     for pattern, changes in patterns.items():
         if matches_target(pattern, name):
             origin = f"the pattern {pattern!r}"
+            if shared := sorted(cls.whole_run & set(changes)):
+                raise UserError(
+                    f"{origin} sets {shared[0]}, which has one value for all layers. Set method.{shared[0]}"
+                )
             config = dataclasses.replace(config, **check_settings(type(config), changes, owner="method", origin=origin))
     return config
 

@@ -11,7 +11,7 @@ algorithm 4.4 with 12 power iterations); the smallest need the exact decompositi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,18 +90,43 @@ def _file(W: Tensor, kind: str) -> Path:
     return svd_cache_folder() / f"{digest}-{'x'.join(map(str, W.shape))}-{kind}.safetensors"
 
 
-def orthogonality_gap(*factors: Tensor) -> Tensor:
+def orthogonality_gap(*factors: Tensor, alive: Tensor | None = None) -> Tensor:
     r"""Return how far the rows of each factor ``(r, n)`` are from orthonormal, on average.
 
-    That is the mean of :math:`\lVert A A^T - I \rVert_F`.
+    That is the mean of :math:`\lVert A A^T - I \rVert_F`, over the rows at which ``alive (r,)`` is 1, if it is given.
     """
-    gaps = [torch.linalg.matrix_norm(A @ A.T - torch.eye(len(A), dtype=A.dtype, device=A.device)) for A in factors]
-    return torch.stack(gaps).mean()
+    if alive is not None:
+        factors = tuple(A * alive.to(A.dtype)[:, None] for A in factors)
+    ones = torch.ones(len(factors[0]), device=factors[0].device) if alive is None else alive
+    one = torch.diag(ones).to(factors[0].dtype)
+    return torch.stack([torch.linalg.matrix_norm(A @ A.T - one) for A in factors]).mean()
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:
     """Return a square matrix with zeros on its diagonal."""
     return matrix - torch.diag(matrix.diagonal())
+
+
+def entropy_exchanges(sizes: Sequence[Tensor], most: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield which layer loses which direction, and which other gains which: (layer, direction, layer, direction).
+
+    Those of the least entropy lose their smallest direction to those of the most.
+
+    Args:
+        sizes: of each layer's directions, ``(R,)`` on the host, not a number where there is none at present; what is
+            yielded is entered.
+        most: how many exchanges there are at most.
+    """
+    count = [int((~size.isnan()).sum()) for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: spectral_entropy(sizes[i][~sizes[i].isnan()]))
+    losing = [i for i in order if count[i] > 1]
+    gaining = [i for i in reversed(order) if 1 < count[i] < len(sizes[i])]
+    for _, i, j in zip(range(most), losing, gaining, strict=False):
+        lost = int(sizes[i].nan_to_num(torch.inf).argmin())
+        sizes[i][lost] = torch.nan
+        new = int(sizes[j].isnan().int().argmax())
+        sizes[j][new] = 0
+        yield i, lost, j, new
 
 
 def spectral_entropy(E: Tensor) -> float:

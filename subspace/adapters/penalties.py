@@ -36,7 +36,11 @@ class _Charge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, penalty: Tensor, tap: LossTap) -> Tensor:
         ctx.tap = tap
-        return output.view_as(output)
+        # Not a view of the output, which autograd would not let the model write into, as some do (Falcon, Llama 4).
+        if output._is_view() or torch.compiler.is_compiling():
+            return output.clone()
+        ctx.mark_dirty(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

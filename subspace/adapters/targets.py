@@ -1,4 +1,4 @@
-"""Target modules: the names that decoder architectures give their parts, and the search for them in a model.
+"""Target modules: the search for the sites of a method in a model, and how much of the model they reach.
 
 A *site* is a module that an adapter can wrap. There are six kinds:
 
@@ -11,80 +11,141 @@ A *site* is a module that an adapter can wrap. There are six kinds:
 ``module``     whatever holds values of its own: linear layers, norms, embedding, head
 =============  =====================================================================================================
 
-Nothing else in the project names a module of a model. An architecture that is not in the table has LLaMA's names.
-Phi-3 fuses several projections into one linear; the usual name of each still finds it there.
+Sites are looked for in the text decoder and its head, not in the towers of a model that sees or hears. Nothing else in
+the project names a module of a model. The usual names are LLaMA's; what other architectures call the same part, or fuse
+into one linear layer, answers to the usual name too, so that ``targets: [q_proj, up_proj]`` means the same everywhere.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from subspace.errors import UserError, nearest
+from subspace.models.frozen_weights import is_matrix, num_parameters
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class LayerNames:
-    """The names of one architecture's parts, each the last component of a module's name.
-
-    ``fused`` maps a linear that holds several projections to the usual names of those: each of them, as a target,
-    means the fused linear.
-    """
-
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    ends: tuple[str, ...] = ("o_proj", "down_proj")
-    embedding: str = "embed_tokens"
-    head: str = "lm_head"
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-# Keyed by transformers' ``config.model_type``.
-ARCHITECTURES = {
-    "phi3": LayerNames(fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}),
+#: The target that means every linear layer but the head.
+ALL_LINEAR = "all-linear"
+#: LLaMA's linear layers of attention and MLP.
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+#: The usual names that a linear layer answers to, by the end of its own name in other architectures.
+USUAL_NAMES: dict[str, tuple[str, ...]] = {
+    "qkv_proj": QKV,  # Phi-3
+    "query_key_value": QKV,  # GPT-NeoX, Falcon, Bloom
+    "Wqkv": QKV,  # MPT
+    "q_a_proj": ("q_proj",),  # DeepSeek's factors of the projections
+    "q_b_proj": ("q_proj",),
+    "kv_a_proj_with_mqa": ("k_proj", "v_proj"),
+    "kv_b_proj": ("k_proj", "v_proj"),
+    "in_proj_qkvz": QKV,  # linear attention: Qwen3-Next
+    "in_proj_qkv": QKV,  # Qwen3.5
+    "out_proj": ("o_proj",),  # OPT, GPT-J, GPT-Neo, MPT, LFM2, linear attention
+    "self_attn.dense": ("o_proj",),  # Phi
+    "attention.dense": ("o_proj",),  # GPT-NeoX
+    "self_attention.dense": ("o_proj",),  # Falcon, Bloom
+    "gate_up_proj": GATE_UP,  # Phi-3, GLM
+    "w1": ("gate_proj",),  # LFM2
+    "w3": ("up_proj",),
+    "w2": ("down_proj",),
+    "fc1": ("up_proj",),  # OPT, Phi
+    "fc2": ("down_proj",),
+    "fc_in": ("up_proj",),  # GPT-J
+    "fc_out": ("down_proj",),
+    "mlp.c_fc": ("up_proj",),  # GPT-Neo, StarCoder2
+    "mlp.c_proj": ("down_proj",),
+    "dense_h_to_4h": ("up_proj",),  # GPT-NeoX, Falcon, Bloom
+    "dense_4h_to_h": ("down_proj",),
 }
-LLAMA_LIKE = LayerNames()
+#: The linear layers that end a sub-layer: what they return enters the residual stream.
+ENDS = ("o_proj", "down_proj")
+#: Whole parts, each by the last component of its name.
+PARTS: dict[str, tuple[str, ...]] = {
+    "attention": ("self_attn",),
+    "mlp": ("mlp", "feed_forward", "ffn"),
+    "embedding": ("embed_tokens",),
+}
 
 
-def layer_names(model: nn.Module) -> LayerNames:
-    """Return what a model's architecture calls its parts."""
-    return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""), LLAMA_LIKE)
-
-
-def find_target_modules(model: nn.Module, kind: str, targets: Sequence[str] | None = None) -> dict[str, nn.Module]:
+def find_target_modules(
+    model: nn.Module, kind: str, targets: Sequence[str] | str | None = None
+) -> dict[str, nn.Module]:
     r"""Return the sites of a kind in a model, by name, in the model's order.
 
     Each target is a regular expression for a whole module name, or for its end after a dot: ``q_proj``,
-    ``self_attn\.(q|v)_proj``, ``layers\.[0-3]\..*``. Without targets, ``linear`` means ``DEFAULT_TARGETS`` and another
-    kind all of its sites. The output head is a site only for a target that names it. Every target must have a site.
-    """
-    names = layer_names(model)
-    sites = {name: module for name, module in _outside_adapters(model) if _is(kind, name, module, names)}
-    if targets is None and kind != "linear":
-        targets = [".*"]
-    elif targets is None:
-        targets = DEFAULT_TARGETS
-    elif not targets:
-        raise UserError(f"targets is empty, so no {kind} would be adapted. {_known(sites, names)}")
+    ``self_attn\.(q|v)_proj``, ``layers\.[0-3]\..*``; ``all-linear`` is every one but the head. Without targets,
+    ``linear`` means those of ``DEFAULT_TARGETS`` that the model has, or all if it has none, and another kind all of its
+    sites. The output head is a site only for a target that names it.
 
+    Raises:
+        UserError: a target without a site; or none given, and some of the method's sites hold another adapter already.
+    """
+    sites = _sites(model, kind)
+    if targets is None:
+        return _usual_sites(model, kind, sites)
+    targets = [targets] if isinstance(targets, str) else targets
+    if not targets:
+        raise UserError(f"targets is empty, so no {kind} would be adapted. {_known(sites)}")
     found: set[str] = set()
     for target in targets:
-        pattern = _pattern(target)
-        reach = [
-            name for name in sites if kind == "module" or name.rpartition(".")[2] != names.head or names.head in target
-        ]
-        matches = {name for name in reach if any(pattern.fullmatch(alias) for alias in _aliases(name, names))}
+        matches = _matches(target, _reach(model, kind, sites, target))
         if not matches:
-            adapted = any(name.endswith(".base") and pattern.fullmatch(name[:-5]) for name, _ in model.named_modules())
+            adapted = _matches(target, _occupied(model, kind))
             reason = "already holds an adapter" if adapted else f"matches no {kind} of {type(model).__name__}"
-            raise UserError(f"target {target!r} {reason}. {_known(sites, names, target)}")
+            raise UserError(f"target {target!r} {reason}. {_known(sites, target)}")
         found |= matches
     return {name: module for name, module in sites.items() if name in found}
+
+
+def _usual_sites(model: nn.Module, kind: str, sites: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the sites where a user names no targets."""
+    usual = DEFAULT_TARGETS if kind == "linear" else (".*",)
+    found = set().union(*(_matches(target, _reach(model, kind, sites, target)) for target in usual))
+    taken = sorted(set().union(*(_matches(target, _occupied(model, kind)) for target in usual)))
+    if taken:
+        raise UserError(
+            f"{len(taken)} of the usual sites already hold an adapter, first {taken[0]}, so that this method would get "
+            f"only {len(found)} of {len(found) + len(taken)}. Say by `targets` where each method goes"
+        )
+    if not found:
+        found = set(_reach(model, kind, sites, ".*"))
+    if not found:
+        raise UserError(f"{type(model).__name__} has no {kind} that an adapter could be put at")
+    return {name: module for name, module in sites.items() if name in found}
+
+
+def _sites(model: nn.Module, kind: str) -> dict[str, nn.Module]:
+    """Return all modules of a kind that hold no adapter yet."""
+    inside = decoder_prefixes(model)
+    return {
+        name: module
+        for name, module in _outside_adapters(model)
+        if is_inside(name, inside) and _is_of_kind(kind, name, module)
+    }
+
+
+def _occupied(model: nn.Module, kind: str) -> list[str]:
+    """Return the names of the modules of a kind that adapters wrap already."""
+    wrapped = {name[: -len(".base")]: module for name, module in model.named_modules() if name.endswith(".base")}
+    return [name for name, module in wrapped.items() if _is_of_kind(kind, name, module)]
+
+
+def _reach(model: nn.Module, kind: str, sites: Mapping[str, nn.Module], target: str) -> list[str]:
+    """Return the sites that a target may match: the head only if it is named."""
+    head = head_name(model).rpartition(".")[2]
+    return [name for name in sites if kind == "module" or name.rpartition(".")[2] != head or head in target]
+
+
+def _matches(target: str, names: Sequence[str]) -> set[str]:
+    if target == ALL_LINEAR:
+        return set(names)
+    pattern = _pattern(target)
+    return {name for name in names if any(pattern.fullmatch(alias) for alias in _aliases(name))}
 
 
 def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -98,20 +159,19 @@ def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, 
         yield from _outside_adapters(child, f"{name}.{child_name}" if name else child_name)
 
 
-def _is(kind: str, name: str, module: nn.Module, names: LayerNames) -> bool:
-    last = name.rpartition(".")[2]
+def _is_of_kind(kind: str, name: str, module: nn.Module) -> bool:
     if kind == "linear":
         return isinstance(module, nn.Linear)  # bitsandbytes' quantized layers derive from it
     if kind == "sublayer":
-        return isinstance(module, nn.Linear) and last in names.ends
+        return isinstance(module, nn.Linear) and ends_sublayer(name)
     if kind == "module":
         return next(module.parameters(recurse=False), None) is not None
-    return last == {"attention": names.attention, "mlp": names.mlp, "embedding": names.embedding}[kind]
+    return name.rpartition(".")[2] in PARTS[kind]
 
 
 def matches_target(target: str, name: str) -> bool:
     """Return True if a target matches the module of this name."""
-    return _pattern(target).fullmatch(name) is not None
+    return bool(_matches(target, [name]))
 
 
 def _pattern(target: str) -> re.Pattern[str]:
@@ -123,13 +183,99 @@ def _pattern(target: str) -> re.Pattern[str]:
         raise UserError(f"target {target!r} is no regular expression: {error}. Plain names work: {plain}") from None
 
 
-def _known(sites: Mapping[str, nn.Module], names: LayerNames, word: str = "") -> str:
+def _known(sites: Mapping[str, nn.Module], word: str = "") -> str:
     """Return which targets would match, for messages."""
-    known = {alias.rpartition(".")[2] for name in sites for alias in _aliases(name, names)}
+    known = {alias.rpartition(".")[2] for name in sites for alias in _aliases(name)}
     return nearest(word, known) if known else "No such site is left in it."
 
 
-def _aliases(name: str, names: LayerNames) -> list[str]:
-    """Return the names that a module answers to: its own, and those of the projections that it fuses."""
-    stem, dot, last = name.rpartition(".")
-    return [name, *(f"{stem}{dot}{projection}" for projection in names.fused.get(last, ()))]
+def _aliases(name: str) -> list[str]:
+    """Return the names that a module answers to: its own, and the usual ones of what it is or fuses."""
+    stem, dot, _ = name.rpartition(".")
+    return [name, *(f"{stem}{dot}{usual}" for usual in usual_names(name))]
+
+
+def usual_names(name: str) -> tuple[str, ...]:
+    """Return the usual names, each a last component, that the module of this name answers to besides its own."""
+    last = name.rpartition(".")[2]
+    if last in USUAL_NAMES:
+        return USUAL_NAMES[last]
+    return next((usual for own, usual in USUAL_NAMES.items() if "." in own and f".{name}".endswith(f".{own}")), ())
+
+
+def decoder_prefixes(model: Any) -> tuple[str, ...]:
+    """Return the names of the modules in which adapters have a place: the text decoder, and the head.
+
+    A model that sees or hears has other towers, which the loss of a text does not reach. ``("",)`` is the whole model.
+    """
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if callable(find) else model
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = names.get(id(decoder), "")
+    if not inside:
+        return ("",)
+    head = model.get_output_embeddings()
+    return (inside, *([names[id(head)]] if id(head) in names else []))
+
+
+def is_inside(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Return True if a module of this name is one of the named modules or inside one."""
+    return any(not prefix or name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def head_name(model: Any) -> str:
+    """Return the name of the output head; LLaMA's where the model does not say."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return next((name for name, module in model.named_modules() if module is head and head is not None), "lm_head")
+
+
+def ends_sublayer(name: str) -> bool:
+    """Return True if the linear layer of this name ends an attention or an MLP."""
+    return any(alias.rpartition(".")[2] in ENDS for alias in _aliases(name))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a decoder's weights, without embedding and head, an injection's sites reach.
+
+    Attributes:
+        reached: numbers of the weights (tensors of two and more dimensions) at the sites, or of the blocks they end.
+        total: numbers of all of them.
+        missing: names of those that are not reached, with ``*`` for layers' numbers, the largest first.
+    """
+
+    reached: int
+    total: int
+    missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        share = f"over {self.reached / max(self.total, 1):.0%} of the decoder's weights"
+        names = ", ".join(name.rpartition("*.")[2] for name in self.missing[:4])
+        return share + (f" (not {names}{' and others' if len(self.missing) > 4 else ''})" if names else "")
+
+
+def coverage(model: nn.Module, kind: str, sites: Sequence[str]) -> Coverage:
+    """Return how much of the model the sites of a kind reach.
+
+    A linear layer's adapter reaches its weight, a sub-layer's everything that its block returns, and one at the
+    embedding the whole model.
+    """
+    inside, head = decoder_prefixes(model), head_name(model)
+    if kind == "embedding":
+        reach: tuple[str, ...] = ("",)
+    else:
+        reach = tuple(site.rpartition(".")[0] if kind == "sublayer" else site for site in sites)
+    reached, missing = Counter[bool](), Counter[str]()
+    for name, module in model.named_modules():
+        plain = name.removesuffix(".base")
+        if isinstance(module, nn.Embedding) or plain == head or not is_inside(plain, inside):
+            continue
+        own = () if hasattr(module, "base") else module.named_parameters(recurse=False)  # an adapter's are no weights
+        for tensor, parameter in own:
+            if is_matrix(parameter):
+                reached[is_inside(plain, reach)] += num_parameters(parameter)
+                if not is_inside(plain, reach):
+                    full = plain if tensor == "weight" else f"{plain}.{tensor}"
+                    missing[re.sub(r"\.\d+\.", ".*.", full)] += num_parameters(parameter)
+    return Coverage(reached[True], reached.total(), tuple(name for name, _ in missing.most_common()))

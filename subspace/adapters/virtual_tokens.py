@@ -30,6 +30,12 @@ class AttentionAdapter(Adapter[C]):
     mergeable = False
     identity_at_init = False
 
+    @classmethod
+    def check_module(cls, config: C, site: Any) -> str | None:
+        wanted = ("head_dim", "num_key_value_groups")
+        fits = all(hasattr(site, name) for name in wanted) and hasattr(site.config, "num_key_value_heads")
+        return None if fits else "is no attention of LLaMA's kind, with grouped keys and values. Take prompt or lora"
+
     def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
         kind = attention_kernel(self.base.config)
@@ -108,6 +114,15 @@ class PromptAdapter(Adapter):
     mergeable = False
     identity_at_init = False
 
+    @classmethod
+    def check_model(cls, model: Any) -> str | None:
+        whole = getattr(model, "base_model", model)
+        if hasattr(whole, "language_model"):
+            return "it embeds text together with images or sound, before its decoder. Take prefix or lora"
+        if any(hasattr(module, "embed_tokens_per_layer") for module in model.modules()):
+            return "every layer has an embedding of its own, which a vector without a token lacks. Take prefix or lora"
+        return None
+
     def __init__(self, base: nn.Module, config: Any) -> None:
         super().__init__(base, config)
         self.in_features: int = self.base.num_embeddings
@@ -116,6 +131,12 @@ class PromptAdapter(Adapter):
         self.gain = embedding_gain(self.base)
         self.at_the_front = False  # whether the decoder is reading a text's beginning
         self.hooks: list[Any] = []
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen embedding's weight, of which some models read dtype and device."""
+        weight: Tensor = self.base.weight
+        return weight
 
     def vectors(self) -> Tensor:
         """Return the vectors that precede the text's, ``(n, width)``, as they enter the first layer."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from subspace.common.settings import setting
 @register("adalora", family="extension", num_params="r * (n_in + n_out + 1)")
 class AdaLoRA(TripletAdapter["AdaLoRA.Config"]):
     """See the module's docstring."""
+
+    whole_run: ClassVar = frozenset({"warm_up", "cool_down", "every"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LowRankConfig):

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from subspace.adapters.base import OptimizerAccess, TrainProgress
-from subspace.adapters.linalg import orthogonality_gap, spectral_entropy
+from subspace.adapters.linalg import entropy_exchanges, orthogonality_gap
 from subspace.adapters.low_rank import LowRankConfig, TripletAdapter
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
@@ -36,6 +36,7 @@ class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
     """See the module's docstring."""
 
     alive: Tensor
+    whole_run: ClassVar = frozenset({"moves", "decay", "warm_up", "cool_down", "every"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LowRankConfig):
@@ -58,7 +59,7 @@ class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
 
     def penalty(self) -> Tensor:
         weight: float = self.config.orthogonality / self.num_siblings
-        return weight * orthogonality_gap(self.A, self.B.T)
+        return weight * orthogonality_gap(self.A, self.B.T, alive=self.alive)
 
     @classmethod
     def after_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
@@ -67,40 +68,28 @@ class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
         if not 0 < passed < 1 or progress.step % config.every:
             return
         E = [access.value(adapter.E) for adapter in adapters]
-        # All decisions on the host, from one copy: on a GPU each read would wait for what was launched before.
-        sizes = [len(values) for values in E]
-        values = torch.split(torch.cat([*E, *(adapter.alive for adapter in adapters)]).cpu(), 2 * sizes)
-        own, alive = values[: len(E)], values[len(E) :]
-        living = [int(mask.sum()) for mask in alive]
-        order = sorted(range(len(adapters)), key=lambda i: spectral_entropy(own[i][alive[i] > 0]))
-        losing = [i for i in order if living[i] > 1]
-        gaining = [i for i in reversed(order) if 1 < living[i] < sizes[i]]
-        count = min(moves(config, passed), len(losing), len(gaining), len(adapters) // 2)
-        for i, j in zip(losing[:count], gaining[:count], strict=True):
-            lost = int(torch.where(alive[i] > 0, own[i].abs(), torch.inf).argmin())
-            alive[i][lost] = 0
+        # One copy to the host: on a GPU each read would wait for what was launched before. Not a number: not alive.
+        sizes = [torch.where(a.alive > 0, e.abs(), torch.nan) for a, e in zip(adapters, E, strict=True)]
+        own = torch.split(torch.cat(sizes).cpu(), [len(size) for size in sizes])
+        for i, lost, j, new in entropy_exchanges(own, min(moves(config, passed), len(adapters) // 2)):
             adapters[i].drop(lost, E[i], access)
-            new = int(alive[j].argmin())
-            alive[j][new] = 1
             adapters[j].grow(new, access, seed=progress.step * len(adapters) + j)
 
     def drop(self, lost: int, E: Tensor, access: OptimizerAccess) -> None:
         """Remove a direction; E ``(R,)`` has its present values."""
         self.alive[lost] = 0
-        value = E.clone()
-        value[lost] = 0
-        access.write(self.E, value)
+        access.write(self.E, E * (torch.arange(len(E), device=E.device) != lost))
 
     def grow(self, new: int, access: OptimizerAccess, seed: int) -> None:
         """Begin a direction afresh, with E zero, so that the output does not change."""
         generator = torch.Generator().manual_seed(seed)
         self.alive[new] = 1
-        for parameter, axis in ((self.A, 0), (self.B, 1), (self.E, 0)):
+        for parameter, axis, std in ((self.A, 0, STD), (self.B, 1, STD), (self.E, 0, 0.0)):
             value = access.value(parameter).clone()
             where = torch.zeros_like(value, dtype=torch.bool)
+            begun = value.select(axis, new)
+            begun.copy_(std * torch.randn(begun.shape, generator=generator))
             where.select(axis, new).fill_(True)
-            drawn = STD * torch.randn(value.select(axis, 0).shape, generator=generator)
-            value.select(axis, new).copy_(drawn if parameter is not self.E else torch.zeros(()))
             access.write(parameter, value)
             access.reset_optimizer_state(parameter, where)
 

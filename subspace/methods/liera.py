@@ -33,7 +33,7 @@ from subspace.models.frozen_weights import dequantized_weight
 ROWS = 1024  # of W at a time
 
 
-@register("liera", family="extension", num_params="r * (n_in + n_out)", aliases={"hira": {}})
+@register("liera", family="extension", num_params="r * (n_in + n_out)", aliases={"hira": {"alpha": None}})
 class LieRA(LowRankAdapter["LieRA.Config"]):
     """See the module's docstring."""
 

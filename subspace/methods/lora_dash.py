@@ -45,6 +45,7 @@ class LoRADash(LowRankAdapter["LoRADash.Config"]):
     copied_buffers: ClassVar = ("U", "Vt")
     weight_access: ClassVar = "late"
     delayed_grad_params: ClassVar = frozenset({"delta"})
+    whole_run: ClassVar = frozenset({"launch"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LowRankConfig):

@@ -16,6 +16,7 @@ Departs from the paper: no biases. LLM-Adapters' (arXiv:2304.01933) has ``activa
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Parallel(Adapter["Parallel.Config"]):
     site = "linear"
     mergeable = False
     size_setting: ClassVar = "bottleneck"
+    whole_run: ClassVar = frozenset({"site"})
     roles: ClassVar = {"A": "down", "B": "up"}
 
     @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,14 @@ class Parallel(Adapter["Parallel.Config"]):
     @classmethod
     def default_targets(cls, config: Config) -> Sequence[str] | None:
         return None if config.site == "ffn" else ("up_proj", "down_proj")
+
+    @classmethod
+    def check_module(cls, config: Config, site: nn.Module) -> str | None:
+        linears = [n.replace(".base", "") for n, m in site.named_modules() if isinstance(m, nn.Linear)]
+        needed = [p for p in inspect.signature(site.forward).parameters.values() if p.default is p.empty]
+        if config.site == "ffn" and (not linears or any("." in name for name in linears) or len(needed) > 1):
+            return "is no block of linear layers that reads the hidden states alone. Take `site: linear`"
+        return None
 
     def __init__(self, base: nn.Module, config: Config) -> None:
         super().__init__(base, config)

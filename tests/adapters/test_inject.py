@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,28 @@ def test_methods_at_different_sites_go_together_in_any_order(order: tuple[str, s
     load_adapter(other, tmp_path / "adapter")
     assert torch.equal(other(ids).logits, model(ids).logits)
     assert not torch.allclose(other(ids).logits, tiny_llama()(ids).logits, atol=0.1)
+
+
+@pytest.mark.parametrize(("first", "second"), [("lora", "houlsby"), ("pfeiffer", "houlsby"), ("houlsby", "lora")])
+def test_a_method_is_not_placed_on_the_half_of_its_sites_that_is_free(first: str, second: str) -> None:
+    model = tiny_llama()
+    found = set(inject(model, first))
+    with pytest.raises(UserError, match="of the usual sites already hold an adapter, first model.layers.0"):
+        inject(model, second)
+    assert set(adapters(model)) == found
+    inject(model, second, targets=["o_proj" if second == "houlsby" else "q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [("lora-dash", "launch", 9), ("adalora", "every", 3), ("flexlora", "moves", 1), ("parallel", "site", "ffn")],
+)
+def test_a_pattern_cannot_set_what_has_one_value_for_all_layers(method: str, name: str, value: Any) -> None:
+    model = tiny_llama()
+    with pytest.raises(UserError, match=f"sets {name}, which has one value for all layers. Set method.{name}"):
+        inject(model, method, patterns={r"layers\.0\..*": {name: value}})
+    assert not adapters(model)
+
+
+def test_hira_has_no_scale() -> None:
+    assert {adapter.scale for adapter in inject(tiny_llama(), "hira").values()} == {1.0}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subspace.adapters.inject import adapters, inject, trained_parameters
+from subspace.adapters.linalg import orthogonality_gap
 from subspace.adapters.penalties import with_penalties
 from tests.helpers.tiny_models import tiny_llama
 
@@ -58,3 +59,25 @@ def test_adapters_of_several_injections_share_their_models_tap_and_copies_have_t
 def test_a_model_without_adapters_has_its_loss_as_it_is() -> None:
     loss = torch.ones((), requires_grad=True)
     assert with_penalties(loss, tiny_llama()) is loss
+
+
+def test_flexlora_is_penalized_for_the_directions_that_are_alive() -> None:
+    adapter: Any = inject(tiny_llama(), "flexlora", {"r": 4, "headroom": 4}, targets=["0.self_attn.q_proj"]).popitem()[
+        1
+    ]
+    adapter.A.data.normal_(std=0.06)
+    adapter.penalty().backward()
+    A, B = (factor.detach().clone().requires_grad_() for factor in (adapter.A[:4], adapter.B[:, :4]))
+    (0.1 * orthogonality_gap(A, B.T)).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(adapter.A.grad[:4], A.grad)
+    torch.testing.assert_close(adapter.B.grad[:, :4], B.grad)
+    assert not adapter.A.grad[4:].any()
+    assert not adapter.B.grad[:, 4:].any()
+
+
+@pytest.mark.parametrize("method", ["adalora", "flexlora"])
+def test_a_model_may_write_into_what_a_penalized_layer_returns(method: str) -> None:
+    model = tiny_llama()
+    adapter = inject(model, method, {"r": 4}, targets=["0.self_attn.q_proj"]).popitem()[1].train()
+    (adapter(torch.randn(2, 64)).mul_(2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained_parameters(model).values())

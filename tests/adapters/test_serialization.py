@@ -126,7 +126,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_by_site_come_back(tmp_path: Path) -> None:
     model = tiny_llama()
     inject(model, "adalora", {"r": 6}, patterns={"q_proj": {"r": 3}})
-    inject(model, "houlsby", {"bottleneck": 8})
+    inject(model, "houlsby", {"bottleneck": 8}, targets=["o_proj"])
     save_adapter(model, tmp_path / "adapter")
     other = tiny_llama()
     load_adapter(other, tmp_path / "adapter")

@@ -112,8 +112,20 @@ def test_several_methods_train_in_one_run(material: Path, tmp_path: Path) -> Non
     about = json.loads((folder / "environment.json").read_text())["adapters"]
     # q (64, 64) and v (32, 64) at rank 2 in the first layer and 4 in the second; up (128, 64) in both.
     assert about["methods"] == [
-        {"method": "lora", "sites": 4, "trained": (2 + 4) * (64 + 64 + 32 + 64)},
-        {"method": "ssb", "sites": 2, "trained": 2 * (128 + 64)},
+        {
+            "method": "lora",
+            "sites": 4,
+            "trained": (2 + 4) * (64 + 64 + 32 + 64),
+            "reach": "over 17% of the decoder's weights (not mlp.gate_proj, mlp.up_proj, mlp.down_proj, "
+            "self_attn.o_proj and others)",
+        },
+        {
+            "method": "ssb",
+            "sites": 2,
+            "trained": 2 * (128 + 64),
+            "reach": "over 22% of the decoder's weights (not mlp.gate_proj, mlp.down_proj, self_attn.q_proj, "
+            "self_attn.o_proj and others)",
+        },
     ]
     assert about["trained"] == sum(tensor.numel() for tensor in saved_adapter(folder).values())
     assert logged(folder)[-1] < logged(folder)[0]

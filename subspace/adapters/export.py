@@ -2,12 +2,15 @@
 
 A method is merged by its own equation, in float32: ``adapter.merged()`` returns what replaces the frozen tensors.
 A folder is put in place only after its model gave the same logits as the unmerged one.
+
+Memory: one copy of the model in the dtype of its files, and one decoder layer in float32. A 7B model in 16 bits is
+merged on a card of 24 GB.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +19,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from subspace.adapters.merging import _frozen, discard_undo, merge, replaced_by_merge
+from subspace.adapters.inject import adapters
+from subspace.adapters.merging import SharedTensors, frozen, merge_site, mergeable_adapters, note_untied
 from subspace.adapters.serialization import load_adapter
 from subspace.adapters.targets import PARTS
 from subspace.common.files import write_folder, write_json
+from subspace.distributed.device import device
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.models.files import suppress_library_logs
-from subspace.models.loading import open_model, open_tokenizer
-from subspace.models.transformers_compat import is_quantized
+from subspace.models.float32_blocks import blocks, float32_blocks
+from subspace.models.loading import open_model, open_shape, open_tokenizer, stored_dtype
+from subspace.models.transformers_compat import decoder_layers, is_quantized
 
+HALVES = (torch.float16, torch.bfloat16)
+SHARD = "4GB"  # of a file; its tensors are copied to be written
 TOLERANCE = 1e-3  # of the largest logit; float32 gives about 1e-5, a wrong merge gives about 1
 
 PROBE = (
@@ -86,15 +94,11 @@ def export_merged(
     written = replace(config, dtype=dtype or config.dtype).dtype
 
     tokenizer = open_tokenizer(exact)
-    model = open_model(replace(exact, quantize=config.quantize if as_trained else "none"))
-    if is_quantized(model):  # also where the base's own files are
-        with suppress_library_logs():
-            model = model.dequantize(dtype=torch.float32).requires_grad_(False)  # type: ignore[no-untyped-call]
-    load_adapter(model, adapter)
+    model = _open(exact, adapter, quantize=config.quantize if as_trained else "none")
     probe = _probe(tokenizer).to(model.device)
     unmerged = _logits(model, probe)
-    merge(model)
-    difference = _difference(_logits(model, probe), unmerged)
+    merging = _LayerwiseMerge(model, getattr(torch, written))
+    difference = _difference(merging.logits(probe), unmerged)
     if not difference <= tolerance:  # also where it is not a number
         other = config.quantize != "none" and not as_trained
         cure = f"Merge into the {config.quantize} weights as trained, or evaluate" if other else "Evaluate"
@@ -102,10 +106,8 @@ def export_merged(
             f"the merged model of {adapter} was not written: its logits differ from the unmerged model's by "
             f"{difference:.1e} of the largest, and {tolerance:.0e} is allowed. {cure} the adapter unmerged"
         )
-    update, rounding = _sizes(model, getattr(torch, written))
-    layers = len(replaced_by_merge(model))
-    _make_room_for_biases(model)
-    discard_undo(model)
+    update, rounding = merging.relative_sizes()
+    _make_room_for_biases(model, merging.created_biases)
     for name, parameter in model.named_parameters():  # not buffers: files have none, and rotary angles need all digits
         parameter.data = parameter.data.to(getattr(torch, written))
         if not torch.isfinite(parameter).all():
@@ -113,17 +115,19 @@ def export_merged(
 
     with _disk_errors(out), write_folder(out, replace=False) as partial:
         with suppress_library_logs():
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, max_shard_size=SHARD)
             tokenizer.save_pretrained(partial)
-        rounded = _logits(model.float(), probe)  # type: ignore[no-untyped-call]
-        del model
-        after = _logits(open_model(replace(exact, path=str(partial))), probe)
+        rounded = _logits(model, probe)
+        del model, merging.model
+        reread = _open(replace(exact, path=str(partial)))  # without an adapter
+        after = _logits(reread, probe.to(reread.device)).to(rounded.device)
+        del reread
         if not _difference(after, rounded) <= tolerance:
             raise UserError(
                 f"the merged model was not written to {out}: its files read back as another model. Is the disk sound?"
             )
         report = MergeReport(
-            layers=layers,
+            layers=len(merging.sizes),
             dtype=written,
             update=update,
             rounding=rounding,
@@ -143,9 +147,56 @@ def _probe(tokenizer: Any) -> Tensor:
     return torch.tensor([row[:length] for row in rows])
 
 
+def _open(exact: ModelConfig, adapter: Path | None = None, quantize: str = "none") -> Any:
+    """Open a model, with an adapter or none, to be computed with in float32, on this process's device if it fits there.
+
+    Weights are held in the 16 bits that their files have, if that gives the same results. In float32 are those of
+    other files, and quantised ones, dequantised.
+    """
+    dtypes = [torch.float32] if quantize != "none" else list(dict.fromkeys([stored_dtype(exact), torch.float32]))
+    model: Any = None
+    for dtype in dtypes:
+        del model  # before another takes as much
+        model = open_model(replace(exact, quantize=quantize), held=dtype, where=_place(exact, dtype))
+        if is_quantized(model):  # also where the base's own files are
+            with suppress_library_logs():
+                model = model.dequantize(dtype=torch.float32).requires_grad_(False)
+        if adapter:
+            load_adapter(model, adapter)
+        if not _rounded(model):
+            break
+    return model
+
+
+def _rounded(model: Any) -> bool:
+    """Return True if a tensor besides the weights was rounded to the dtype in which the model was opened.
+
+    That are constants of some models, such as Gemma's scale of the embedding, and tensors of methods that take up W's
+    dtype: singular vectors, and the weights that ``full`` replaces.
+    """
+    replaced = [tensor for adapter in adapters(model).values() for tensor in adapter.original_params.values()]
+    return any(tensor.dtype in HALVES for tensor in (*model.buffers(), *replaced))
+
+
+def _place(exact: ModelConfig, dtype: torch.dtype) -> torch.device:
+    """Return this process's device if a model in a dtype fits there while it is merged, else the CPU."""
+    here = device()
+    if here.type == "cpu":
+        return here
+    shape = open_shape(exact)
+    numbers = sum(parameter.numel() for parameter in shape.parameters())
+    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks(shape))
+    # A block's weights in float32, before and after the merge, and as much again for what computes with them.
+    needed = dtype.itemsize * numbers + 4 * 4 * largest
+    free, _ = torch.cuda.mem_get_info(here)
+    return here if needed < free else torch.device("cpu")
+
+
 @torch.no_grad()
 def _logits(model: Any, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    """Return the logits that the model gives in float32, whatever it holds its weights in."""
+    with float32_blocks(model):
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.float()
 
 
@@ -153,30 +204,81 @@ def _difference(logits: Tensor, reference: Tensor) -> float:
     return float((logits - reference).abs().max() / reference.abs().max())
 
 
-def _sizes(model: Any, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the relative size of the update, and the share of it that rounding to ``dtype`` takes, over all layers."""
-    before = update = lost = 0.0
-    for old in replaced_by_merge(model).values():
-        for _, frozen, merged in old.changes():
-            W = torch.zeros_like(merged) if frozen is None else frozen.to(merged.device)
-            before += float(W.double().square().sum())
-            update += float((merged.double() - W.double()).square().sum())
-            lost += float((merged.to(dtype).double() - merged.double()).square().sum())
-    return (update / before) ** 0.5, (lost / update) ** 0.5 if update else 0.0
+class _LayerwiseMerge:
+    """Merging of all adapters of a model, each decoder layer's when a forward pass comes to it.
+
+    So only one layer has its merged weights in float32. When the pass has left it they are rounded, in place of the
+    frozen ones, and the adapters are gone.
+
+    Attributes:
+        model: with adapters, without gradients.
+        dtype: what merged weights are rounded to.
+        sizes: of each site, for each tensor: the squared norms of W, of its update, and of what rounding takes.
+        created_biases: the sites that had no bias before, with their methods.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self.waiting, self.shared = mergeable_adapters(model), SharedTensors()
+        self.sizes: dict[str, list[tuple[float, float, float]]] = {site: [] for site in self.waiting}
+        self.created_biases: dict[str, str] = {}
+        names = {module: name for name, module in model.named_modules()}
+        self.inside: dict[nn.Module, list[str]] = {
+            layer: [site for site in self.waiting if site.startswith(f"{names[layer]}.")]
+            for layer in decoder_layers(model)
+        }
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Merge all adapters and return the merged model's logits, from weights in float32."""
+        in_layers = {site for sites in self.inside.values() for site in sites}
+        for site in [site for site in self.waiting if site not in in_layers]:
+            self._merge(site)  # a head may be tied to the embedding: neither is rounded before both have run
+        with float32_blocks(self.model, self._enter, self._leave):
+            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        assert not self.waiting
+        note_untied(self.model)
+        return logits.float()
+
+    def relative_sizes(self) -> tuple[float, float]:
+        """Return the relative size of the update, and the share of it that rounding takes, over all layers."""
+        before = update = lost = 0.0
+        for tensors in self.sizes.values():
+            for of_W, of_update, of_loss in tensors:
+                before, update, lost = before + of_W, update + of_update, lost + of_loss
+        return (update / before) ** 0.5, (lost / update) ** 0.5 if update else 0.0
+
+    def _enter(self, block: nn.Module) -> None:
+        for site in self.inside.get(block, ()):
+            self._merge(site)
+
+    def _leave(self, block: nn.Module) -> None:
+        if block in self.inside:
+            for parameter in block.parameters():
+                parameter.data = parameter.data.to(self.dtype)
+
+    def _merge(self, site: str) -> None:
+        replaced = merge_site(self.model, site, self.waiting.pop(site), self.shared, torch.float32)
+        for name, before, merged in replaced.changes():
+            if name == "bias" and before is None:
+                self.created_biases[site] = replaced.adapter.name
+            W = torch.zeros_like(merged) if before is None else before.to(merged.device)
+            self.sizes[site].append(
+                (
+                    float(W.double().square().sum()),
+                    float((merged.double() - W.double()).square().sum()),
+                    float((merged.to(self.dtype).double() - merged.double()).square().sum()),
+                )
+            )
 
 
-def _make_room_for_biases(model: Any) -> None:
-    """Declare the biases that a method created; a file's reader drops tensors that its configuration does not announce.
+def _make_room_for_biases(model: Any, created: Mapping[str, str]) -> None:
+    """Declare the biases that methods created; a file's reader drops tensors that its configuration does not announce.
 
     A configuration announces them for all linears of the attentions or of the MLPs, so the others get zeros.
     """
     from transformers import AutoModelForCausalLM
 
-    created = [
-        site
-        for site, old in replaced_by_merge(model).items()
-        if any(name == "bias" and frozen is None for name, frozen, _ in old.changes())
-    ]
     if not created:
         return
     (attention,) = PARTS["attention"]
@@ -189,12 +291,11 @@ def _make_room_for_biases(model: Any) -> None:
         if isinstance(module, nn.Linear) and module.bias is not None:
             layer = model.get_submodule(name)
             if layer.bias is None:
-                layer.bias = _frozen(torch.zeros(layer.out_features, device=layer.weight.device), like=layer.weight)
+                layer.bias = frozen(torch.zeros(layer.out_features, device=layer.weight.device), layer.weight.dtype)
     homeless = [site for site in created if announced.get_submodule(site).bias is None]
     if homeless:
-        method = replaced_by_merge(model)[homeless[0]].adapter.name
         raise UserError(
-            f"cannot write the merged model: {method} gives {homeless[0]} a bias, for which files of "
+            f"cannot write the merged model: {created[homeless[0]]} gives {homeless[0]} a bias, for which files of "
             f"{model.config.model_type} have no place. Evaluate it unmerged: `subspace evaluate RUN`"
         )
 

@@ -42,35 +42,56 @@ def merge(model: nn.Module) -> None:
         UserError: no adapters, a method that cannot be merged, or weights that are quantised or spread over processes.
             The model is then as before.
     """
+    found, shared = mergeable_adapters(model), SharedTensors()
+    replaced = {site: merge_site(model, site, adapter, shared) for site, adapter in found.items()}
+    note_untied(model)
+    setattr(model, _UNDO, replaced)
+
+
+#: The merged parameters of trained tensors that several sites have, by the trained tensor.
+SharedTensors = dict[nn.Parameter, nn.Parameter]
+
+
+def mergeable_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Return the model's adapters by site; raise UserError, before anything changes, if they cannot be merged."""
     found = adapters(model)
     if not found:
         raise UserError("cannot merge: the model has no adapters (it may be merged already)")
     for site, adapter in found.items():
         _check_mergeable(site, adapter)
+    return found
 
-    replaced: dict[str, Replaced] = {}
-    shared: dict[nn.Parameter, nn.Parameter] = {}
-    for site, adapter in found.items():
-        layer: Any = adapter.base
-        merged = _merged_tensors(adapter)
-        held = {name: getattr(layer, name) for name in merged}
-        replaced[site] = Replaced(adapter, held)
-        for name, value in merged.items():
-            like = adapter.original_params.get(name, held[name])
-            # New parameters, not new values: the old ones are kept as they are, bit for bit, and may be shared.
-            new = None if value is None else _frozen(value, like=held["weight"] if like is None else like)
-            if new is not None and isinstance(value, nn.Parameter):  # a trained tensor itself: other sites may have it
-                new = shared.setdefault(value, new)
-            setattr(layer, name, new)
-        model.set_submodule(site, layer)
-    if model.config.tie_word_embeddings and not _shares(model):  # type: ignore[union-attr]
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    setattr(model, _UNDO, replaced)
+
+def merge_site(
+    model: nn.Module, site: str, adapter: Adapter, shared: SharedTensors, dtype: torch.dtype | None = None
+) -> Replaced:
+    """Replace one adapter by the plain layer that computes the same, and return what that replaced.
+
+    The merged tensors have ``dtype``; default: that of the frozen ones.
+    """
+    layer: Any = adapter.base
+    merged = _merged_tensors(adapter)
+    held = {name: getattr(layer, name) for name in merged}
+    for name, value in merged.items():
+        like = adapter.original_params.get(name, held[name])
+        # New parameters, not new values: the old ones are kept as they are, bit for bit, and may be shared.
+        new = None if value is None else frozen(value, dtype or (held["weight"] if like is None else like).dtype)
+        if new is not None and isinstance(value, nn.Parameter):  # a trained tensor itself: other sites may have it
+            new = shared.setdefault(value, new)
+        setattr(layer, name, new)
+    model.set_submodule(site, layer)
+    return Replaced(adapter, held)
+
+
+def note_untied(model: Any) -> None:
+    """Let the configuration of a merged model say so if its embedding and head are two matrices now."""
+    if model.config.tie_word_embeddings and not _shares(model):
+        model.config.tie_word_embeddings = False
 
 
 def unmerge(model: nn.Module) -> None:
     """Restore the adapters and frozen weights that ``merge`` replaced, as the same tensors."""
-    replaced = replaced_by_merge(model)
+    replaced: dict[str, Replaced] = getattr(model, _UNDO, {})
     if not replaced:
         raise UserError("cannot unmerge: the model is not merged")
     if adapters(model):
@@ -82,17 +103,6 @@ def unmerge(model: nn.Module) -> None:
         model.set_submodule(site, old.adapter)
     if _shares(model):
         model.config.tie_word_embeddings = True  # type: ignore[union-attr]
-    discard_undo(model)
-
-
-def replaced_by_merge(model: nn.Module) -> dict[str, Replaced]:
-    """Return what ``merge`` took out of a model, by site; nothing for a model that is not merged."""
-    replaced: dict[str, Replaced] = getattr(model, _UNDO, {})
-    return replaced
-
-
-def discard_undo(model: nn.Module) -> None:
-    """Free what ``merge`` took out of a model, which then cannot be unmerged."""
     delattr(model, _UNDO)
 
 
@@ -135,5 +145,6 @@ def _merged_tensors(adapter: Adapter) -> dict[str, Tensor | None]:
             tensor.data = data
 
 
-def _frozen(value: Tensor, like: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.to(like.dtype).contiguous(), requires_grad=False)
+def frozen(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """Return a frozen parameter with a tensor's values in a dtype."""
+    return nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)

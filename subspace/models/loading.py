@@ -32,7 +32,7 @@ from subspace.models.config import ModelConfig
 from subspace.models.declared import ModelShape, model_shapes
 from subspace.models.files import ModelFiles, as_user_error, suppress_library_logs
 from subspace.models.frozen_weights import num_parameters, weight_memory_bytes
-from subspace.models.lazy_safetensors import streaming_safetensors
+from subspace.models.lazy_safetensors import stored_dtypes, streaming_safetensors
 from subspace.models.prepare import model_folder
 from subspace.models.transformers_compat import (
     keep_alive_with,
@@ -54,7 +54,13 @@ SPARE_TOKENS = (
 )
 
 
-def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreTrainedModel:
+def open_model(
+    config: ModelConfig,
+    zero3: dict[str, Any] | None = None,
+    *,
+    held: torch.dtype | None = None,
+    where: torch.device | None = None,
+) -> PreTrainedModel:
     """Load the model, frozen, in eval mode.
 
     Args:
@@ -62,30 +68,35 @@ def open_model(config: ModelConfig, zero3: dict[str, Any] | None = None) -> PreT
         zero3: the engine's configuration, with a number for every "auto", if ZeRO-3 is to shard the weights over
             the processes while they load; ``torch.distributed`` must be running. A quantised model loads whole on each
             of them, and the engine shards it when it starts.
+        held: dtype of the weights, where it is not the one to compute in: see
+            :mod:`subspace.models.float32_blocks`.
+        where: the device; default: this process's.
 
     Raises:
         UserError: no such model, damaged or mismatched files, or an unsupported combination of settings.
     """
     files = find_files(config)
-    model, report = _load_weights(config, files, zero3)
+    where = where or device()
+    model, report = _load_weights(config, files, zero3, held or getattr(torch, config.dtype), where)
     _check_report(report, config, type(model).__name__)
     if files.gguf:
         mark_unquantized(model)
     keep_4bit_weights_intact(model)
     if zero3 is not None:
         make_int8_zero3_compatible(model)
-    _prepare_to_train(model, config, device())
+    _prepare_to_train(model, config, where)
     if config.gradient_checkpointing:
         model.config.use_cache = False
     opened: PreTrainedModel = model.eval()
     return opened
 
 
-def _load_weights(config: ModelConfig, files: ModelFiles, zero3: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+def _load_weights(
+    config: ModelConfig, files: ModelFiles, zero3: dict[str, Any] | None, dtype: torch.dtype, where: torch.device
+) -> tuple[Any, dict[str, Any]]:
     """Return the model as transformers loads it, and its report of missing and mismatched tensors."""
     from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, config.dtype)
     architecture = files.architecture(trust_remote_code=config.trust_remote_code)
     files.check_weights()
     quantization = _quantization(config, files, sharded=zero3 is not None)
@@ -101,7 +112,7 @@ def _load_weights(config: ModelConfig, files: ModelFiles, zero3: dict[str, Any] 
             config=architecture,
             dtype=dtype,
             quantization_config=quantization,
-            device_map=None if sharding else {"": device()},
+            device_map=None if sharding else {"": where},
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
@@ -111,6 +122,13 @@ def _load_weights(config: ModelConfig, files: ModelFiles, zero3: dict[str, Any] 
     model, report = loaded
     keep_alive_with(model, loading)
     return model, report
+
+
+def stored_dtype(config: ModelConfig) -> torch.dtype:
+    """Return the 16-bit dtype that all tensors in the model's files have; float32 if they do not have one."""
+    files = find_files(config)
+    found = stored_dtypes(files.folder) if not files.gguf else set()
+    return next((dtype for dtype in (torch.float16, torch.bfloat16) if found == {dtype}), torch.float32)
 
 
 def _check_report(report: dict[str, Any], config: ModelConfig, architecture: str) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from subspace.adapters import export
 from subspace.adapters.base import LinearAdapter, MethodConfig
 from subspace.adapters.export import export_merged
 from subspace.adapters.inject import adapters, inject, trained_parameters
@@ -24,6 +26,7 @@ from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.errors import UserError
 from subspace.methods.lora import LoRA
 from subspace.models.config import ModelConfig
+from subspace.models.float32_blocks import float32_blocks
 from subspace.models.loading import open_model
 from tests.helpers.tiny_models import tiny, tiny_llama
 
@@ -239,6 +242,79 @@ def test_a_merged_folder_is_an_ordinary_one(base: ModelConfig, out: Path, tmp_pa
     assert not out.with_name("merged.partial").exists()
 
 
+@pytest.fixture
+def half(tmp_path: Path) -> ModelConfig:
+    """Return a tiny LLaMA of six layers whose files are bfloat16."""
+    tiny_llama(tmp_path / "half", dtype=torch.bfloat16, num_hidden_layers=6, vocab_size=400)
+    return ModelConfig(path=str(tmp_path / "half"), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("lora", "float16"),
+        ("lora", "float32"),
+        *((m, "bfloat16") for m in ("lora", "dora", "bitfit", "full", "svdiff")),
+    ],
+)
+def test_a_folder_holds_what_a_merge_in_float32_gives_to_the_bit(
+    half: ModelConfig, out: Path, tmp_path: Path, method: str, dtype: str
+) -> None:
+    adapter = saved_adapter(half, tmp_path / "adapter", method)
+    report = export_merged(half, adapter, out, dtype=dtype)
+    whole = open_model(replace(half, dtype="float32"))
+    load_adapter(whole, adapter)
+    unmerged = logits(whole)
+    merge(whole)
+    expected = {name: p.to(getattr(torch, dtype)) for name, p in whole.named_parameters(remove_duplicate=False)}
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found.pop(name), tensor) for name, tensor in expected.items() if name in found)
+    assert all(not tensor.any() for tensor in found.values())  # biases that only the configuration asks for
+    assert report.merged_difference < 1e-5
+    if method in ("full", "svdiff"):  # they take up W's dtype
+        return
+    held = open_model(replace(half, dtype="float32"), held=torch.bfloat16)
+    load_adapter(held, adapter)
+    assert held.model.layers[0].self_attn.o_proj.weight.dtype == torch.bfloat16
+    with float32_blocks(held):
+        assert torch.equal(logits(held), unmerged)
+
+
+def test_a_merge_holds_one_layer_in_float32(
+    half: ModelConfig, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = saved_adapter(half, tmp_path / "adapter")
+    held: list[int] = []
+    for name in ("_merge", "_leave"):
+        original = getattr(export._LayerwiseMerge, name)
+
+        def watched(self: Any, value: Any, original: Any = original) -> None:
+            original(self, value)
+            held.append(sum(p.nbytes for p in self.model.parameters() if p.requires_grad is False))
+
+        monkeypatch.setattr(export._LayerwiseMerge, name, watched)
+    export_merged(half, adapter, out)
+    model = open_model(half)
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    whole = sum(p.nbytes for p in model.parameters())
+    own = sum(tensor.nbytes for tensor in load_file(adapter / "adapter.safetensors").values())
+    assert whole > 6 * layer
+    assert max(held) <= whole + layer + own  # two bytes more for each number of one layer
+    assert len(held) > 6
+
+
+@pytest.mark.parametrize(
+    ("free", "dtype", "place"), [(24, "bfloat16", "cuda"), (24, "float32", "cpu"), (80, "float32", "cuda")]
+)
+def test_a_7b_model_is_merged_on_the_card_where_it_fits(
+    monkeypatch: pytest.MonkeyPatch, free: int, dtype: str, place: str
+) -> None:
+    """In float32 it takes 27 GB, and what was trained on a card of 24 GB could not be merged there."""
+    monkeypatch.setattr(export, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0.97 * free * 10**9, free * 10**9))
+    assert export._place(ModelConfig(path="llama-7b", dtype="float32"), getattr(torch, dtype)).type == place
+
+
 def test_the_report_measures_what_rounding_costs(base: ModelConfig, out: Path, tmp_path: Path) -> None:
     adapter = saved_adapter(base, tmp_path / "adapter", targets=["q_proj"])
     report = export_merged(base, adapter, out, dtype="bfloat16")
@@ -346,7 +422,7 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     adapter = saved_adapter(base, tmp_path / "adapter")
 
-    def full(model: PreTrainedModel, folder: Path) -> None:
+    def full(model: PreTrainedModel, folder: Path, **how: Any) -> None:
         (folder / "config.json").touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -362,11 +438,11 @@ def test_a_folder_that_reads_back_differently_is_refused(
     adapter = saved_adapter(base, tmp_path / "adapter")
     save_pretrained = PreTrainedModel.save_pretrained
 
-    def lossy(model: Any, folder: Path) -> None:
+    def lossy(model: Any, folder: Path, **how: Any) -> None:
         weight = model.model.layers[1].mlp.gate_proj.weight
         kept = weight.data.clone()
         weight.data[0, 0] += 1
-        save_pretrained(model, folder)
+        save_pretrained(model, folder, **how)
         weight.data = kept
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", lossy)

@@ -13,8 +13,8 @@ a process of its own, after a step that does not count: so each has the memory t
 Printed are the medians over rounds of non-padding tokens a second, and ratios taken round by round.
 
 The sides: ``subspace`` is this project; ``packed``, ``roomy`` and ``compiled`` are the same with data.packing,
-train.keep_memory and train.compile; ``casts`` rounds each adapter's tensors by itself and shares no products; ``peft``
-is HF PEFT with the HF Trainer as its examples set them up.
+train.keep_memory and train.compile; ``masked`` has a mask of its padding,
+though the model needs none; ``casts`` rounds each adapter's tensors by itself and shares no products; ``peft`` is HF PEFT with the HF Trainer as its examples set them up.
 ``--frozen`` alternates, step by step in one process, this project's steps with the frozen model's own forward and
 input-gradient pass on the same batches; ``--by-step`` alternates two sides in that way. ``--stages`` times ZeRO 1, 2
 and 3 with one and two processes. ``--curves`` trains this project and PEFT, with two seeds of dropout each and all from
@@ -234,6 +234,7 @@ def subspace_side(
     roomy: bool = False,
     compiled: bool = False,
     casts: bool = False,
+    masked: bool = False,
 ) -> Run:
     """This project: its engine, its loss, its batches."""
     init_distributed()
@@ -257,7 +258,7 @@ def subspace_side(
             adapter.copies.detach()
     if roomy:
         set_malloc_trim(False)
-    loss_of = SummedLoss(engine, masks_padding=needs_padding_mask(engine))
+    loss_of = SummedLoss(engine, masks_padding=masked or needs_padding_mask(engine))
 
     def run(steps: range) -> tuple[int, list[float]]:
         tokens, losses = 0, []
@@ -371,6 +372,7 @@ SIDES: dict[str, Callable[[Any], Run]] = {
     "packed": partial(subspace_side, packing=True),
     "roomy": partial(subspace_side, roomy=True),
     "compiled": partial(subspace_side, compiled=True),
+    "masked": partial(subspace_side, masked=True),
     "casts": partial(subspace_side, casts=True),
     "peft": peft_side,
     "peft-alike": partial(peft_side, alike=True),

@@ -176,7 +176,7 @@ def start_engine(run: ResolvedRun, model: Any, *, steps: int) -> Any:
     engine = init_engine(model, run.engine.settings, optimizer, partial(lr_factor, train, steps=steps))
     if train.compile:
         compile_layers(model)
-    if train.keep_memory:
+    if train.keep_memory and not run.on_gpu:
         set_malloc_trim(False)
     return engine
 

@@ -40,7 +40,7 @@ class TrainConfig(Settings):
         False, "on a GPU, give the same bits each time, as a CPU always does, so that resuming is exact; slower"
     )
     keep_memory: bool = setting(
-        False,
+        True,
         "on a CPU, reuse a step's freed memory in the next: 1.25 to 2 times as fast, 1.25 to 1.5 times the memory",
     )
     learning_rate: float = setting(2e-4, "peak learning rate", min=0)

@@ -13,8 +13,9 @@ a process of its own, after a step that does not count: so each has the memory t
 Printed are the medians over rounds of non-padding tokens a second, and ratios taken round by round.
 
 The sides: ``subspace`` is this project; ``packed``, ``roomy`` and ``compiled`` are the same with data.packing,
-train.keep_memory and train.compile; ``masked`` has a mask of its padding,
-though the model needs none; ``casts`` rounds each adapter's tensors by itself and shares no products; ``peft`` is HF PEFT with the HF Trainer as its examples set them up.
+train.keep_memory and train.compile; ``masked`` has a mask of its padding, though the model needs none; ``casts`` rounds
+each adapter's tensors by itself and shares no products; ``peft`` is HF PEFT with the HF Trainer as its examples set
+them up.
 ``--frozen`` alternates, step by step in one process, this project's steps with the frozen model's own forward and
 input-gradient pass on the same batches; ``--by-step`` alternates two sides in that way. ``--stages`` times ZeRO 1, 2
 and 3 with one and two processes. ``--curves`` trains this project and PEFT, with two seeds of dropout each and all from

@@ -55,7 +55,7 @@ def test_all_layers_are_compiled() -> None:
     assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
 
 
-@pytest.mark.parametrize("option", ["train.offload_activations=true", "train.keep_memory=true"])
+@pytest.mark.parametrize("option", ["train.offload_activations=true", "train.keep_memory=false"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_where_memory_lies_changes_no_loss(material: Path, tmp_path: Path, option: str, checkpointing: str) -> None:
     own = ["method.dropout=0.1", f"model.gradient_checkpointing={checkpointing}"]

@@ -160,7 +160,8 @@ class WorkingCopies:
     def share(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return x for the site's frozen layer, and its first factor's product with x, ``(..., r)``.
 
-        All sites of the module that read x, the same object, share the product. None where a site has it for itself.
+        All sites of the module that read x, the same object, share the product. None where a site has it for itself, as
+        where one of them drops values of its input. The site must not drop any.
         """
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
             return None
@@ -178,7 +179,7 @@ class WorkingCopies:
     def _multiply(self, site: Site, x: Tensor) -> Pending | None:
         """Multiply x by the first factors of all sites that may share it. Which do shows when they are called."""
         name = site.input_factor
-        if name is None or site.ends_sublayer or site.input_dropout():
+        if name is None or site.ends_sublayer:
             return None
         factor: Tensor = getattr(site, name)
         if factor.dtype == x.dtype:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from subspace.adapters.base import Adapter
 from subspace.adapters.inject import adapters, inject, remove_adapters, trained_parameters
+from subspace.adapters.merging import merge, unmerge
 from subspace.adapters.registry import list_methods
 from tests.helpers.op_counts import Launches
 from tests.helpers.tiny_models import EARLY_SCHEDULES, tiny_llama
@@ -191,6 +192,15 @@ def test_each_site_has_a_dropout_mask_of_its_own(dropout: float) -> None:
     assert (calls["mm"] == own["mm"]) == bool(dropout)
 
 
+def test_a_site_without_dropout_multiplies_for_none_with_it() -> None:
+    found, plain = (reading("qkv", targets="") for _ in range(2))
+    for model in (found, plain):
+        inject(model, "lora", targets=list("qkv"), patterns={"k": {"dropout": 0.3}})
+    without_copies(plain)
+    assert_same(outcome(found, 1, of_rows), outcome(plain, 1, of_rows), 0.03)
+    assert counted(lambda: of_rows(found))["mm"] == counted(lambda: of_rows(plain))["mm"]
+
+
 class Reader(nn.Module):
     """A module that holds sites, and calls them as ``order`` says."""
 
@@ -231,7 +241,8 @@ class Model(nn.Module):
 def reading(order: str, recompute: str = "", targets: str = "qkvo") -> Any:
     torch.manual_seed(3)
     model = Model(order, recompute).bfloat16()
-    inject(model, "lora", {"r": 2, "alpha": 3}, targets=list(targets))
+    if targets:
+        inject(model, "lora", {"r": 2, "alpha": 3}, targets=list(targets))
     for parameter in trained_parameters(model).values():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.train()
@@ -380,6 +391,15 @@ def test_adapters_are_removed_without_a_trace() -> None:
     remove_adapters(model)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_adapters_that_come_back_are_copied_again() -> None:
+    model = adapted()
+    merge(model)
+    assert not counted(lambda: loss(model))["_foreach_copy_"]
+    unmerge(model)
+    loss(model)  # by casts; here they are seen
+    assert counted(lambda: loss(model))["_foreach_copy_"] == 1
 
 
 def test_adapters_of_two_injections_share_their_copies() -> None:

@@ -133,7 +133,7 @@ class _LoraDownShared(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, stacked)
         ctx.ranks = [len(factor) for factor in factors]
-        return x.view_as(x), *torch.split(F.linear(x, stacked), ctx.ranks, dim=-1)
+        return x.view_as(x), *F.linear(x, stacked).split_with_sizes(ctx.ranks, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, *grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -149,7 +149,7 @@ class _LoraDownShared(torch.autograd.Function):
         # (n, I): the sum of the frozen layers' gradients, with no other reference. Autograd adds such sums up in place
         # or into new tensors, and passes on a single one as it came, which is as in _LoraDown.
         total = rows @ stacked if grad_x is None else grad_x.reshape(tokens.shape).addmm_(rows, stacked)
-        of_factors = torch.split(rows.T @ tokens, ctx.ranks)
+        of_factors = (rows.T @ tokens).split_with_sizes(ctx.ranks)
         wanted = zip(grad_hidden, of_factors, ctx.needs_input_grad[2:], strict=True)
         return total.view(x.shape), None, *(part if n and grad is not None else None for grad, part, n in wanted)
 

@@ -31,17 +31,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from subspace.distributed.zero import is_sharded
 from subspace.kernels.low_rank import lora_down_shared
 
-#: Elements; a copy begins at a multiple of it, for the alignment that matrix products want.
+#: Elements; what has a multiple of it comes first, so that it is aligned as matrix products want it.
 ALIGNED = 64
 
 
@@ -74,32 +76,70 @@ class Source:
     width: int
 
 
-@dataclass
+@dataclass(frozen=True)
+class Stack:
+    """First factors that multiply inputs of one width: their numbers in the module, and where they lie in the copy."""
+
+    numbers: list[int]
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """The sites of one module, such as an attention's q, k and v: what is copied of them, and which copies that is."""
+
+    sources: list[Source]
+    tensors: list[Tensor]
+    places: list[int]
+    stacks: dict[int, Stack]  # by width
+
+
 class Copies:
     """The copies of one module's sites in one pass, and the outputs of the last autograd function over them."""
 
-    sources: list[Source]
-    views: list[Tensor]
-    outputs: list[Tensor] = field(default_factory=list)
-    recorded: bool = False  # by autograd
-    given: set[int] = field(default_factory=set)
+    def __init__(self, module: Module, views: list[Tensor]) -> None:
+        self.module = module
+        self.outputs: Sequence[Tensor] = [views[place] for place in module.places]
+        self._recorded: bool | None = None  # whether by autograd
+        self._given: set[int] = set()
 
-    def take(self, index: int) -> Tensor:
+    def take(self, number: int) -> Tensor:
         """Return a copy that nobody else reads."""
-        if not self.outputs or index in self.given or self.recorded != torch.is_grad_enabled():
-            self.recorded, self.given = torch.is_grad_enabled(), set()
-            outputs = _Round.apply(self.views, *(source.tensor for source in self.sources))  # type: ignore[no-untyped-call]
-            self.outputs = list(outputs)
-        self.given.add(index)
-        return self.outputs[index]
+        records = torch.is_grad_enabled()
+        if number in self._given or self._recorded is not records:
+            fresh = self.outputs if self._recorded is None else [output.detach() for output in self.outputs]
+            self.outputs = _Round.apply(fresh, *self.module.tensors)  # type: ignore[no-untyped-call]
+            self._recorded = records
+            self._given.clear()
+        self._given.add(number)
+        return self.outputs[number]
 
 
-@dataclass
 class Pass:
-    """A forward pass of the model: its copies by module, and their dtype and device, once one was asked for."""
+    """A forward pass of the model: the copies of the modules that were called in it.
 
-    kind: tuple[torch.dtype, torch.device] | None = None
-    copies: dict[int, Copies] = field(default_factory=dict)
+    Attributes:
+        kind: dtype and device of the copies, once one was asked for.
+        flat: all of them.
+        copies: by the module's number.
+    """
+
+    def __init__(self) -> None:
+        self.kind: tuple[torch.dtype, torch.device] | None = None
+        self.flat = torch.empty(0)
+        self.views: list[Tensor] = []
+        self.copies: dict[int, Copies] = {}
+
+    def copy(self, tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        """Copy all tensors by one call."""
+        self.kind = dtype, device
+        if not tensors or any(is_sharded(tensor) for tensor in tensors):
+            return
+        with torch.no_grad():
+            self.flat = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
+            self.views = _parts(self.flat, tensors)
+            torch._foreach_copy_(self.views, tensors)
 
 
 @dataclass
@@ -121,7 +161,8 @@ class WorkingCopies:
         self._clear()
 
     def _clear(self) -> None:
-        self._modules: list[list[Source]] = []  # what is copied, by the module that holds the sites
+        self._modules: list[Module] = []
+        self._tensors: list[Tensor] = []  # of all modules, as their copies lie in memory
         self._place: dict[tuple[int, str], tuple[int, int]] = {}  # of a tensor: its module and its number there
         self._look = True  # whether the next pass must look for them again
         self._inside = False
@@ -187,14 +228,17 @@ class WorkingCopies:
         found = self._find((id(site), name), factor, x.dtype)
         if found is None:
             return None
-        copies, index = found
-        # Neighbours in the list and in memory.
-        numbers = [n for n, source in enumerate(copies.sources) if source.width == x.shape[-1]]
-        sites = [copies.sources[n].site() for n in numbers]
-        if len(sites) < 2 or index not in numbers or any(other is None or other.input_dropout() for other in sites):
+        copies, number = found
+        stack = copies.module.stacks.get(x.shape[-1])
+        if stack is None or number not in stack.numbers:
             return None
-        stacked = _adjoining([copies.views[n] for n in numbers])
-        through, hidden = lora_down_shared(x, stacked, [copies.take(n) for n in numbers])
+        sites = [copies.module.sources[n].site() for n in stack.numbers]
+        if any(other is None or other.input_dropout() for other in sites):
+            return None
+        assert self._pass is not None
+        width = x.shape[-1]
+        stacked = self._pass.flat.as_strided((stack.rows, width), (width, 1), stack.start)
+        through, hidden = lora_down_shared(x, stacked, [copies.take(n) for n in stack.numbers])
         return Pending(x, x._version, through, {id(other): h for other, h in zip(sites, hidden, strict=True)})
 
     def _find(self, key: tuple[int, str], tensor: Tensor, dtype: torch.dtype) -> tuple[Copies, int] | None:
@@ -211,12 +255,15 @@ class WorkingCopies:
             now.copies.pop(module, None)
             return None
         if now.kind is None and self._inside:
-            now.kind = dtype, tensor.device
-            now.copies.update(_copy(self._modules, *now.kind))
-        found = now.copies.get(module)
-        if found is None or now.kind != (dtype, tensor.device):
+            now.copy(self._tensors, dtype, tensor.device)
+        if now.kind != (dtype, tensor.device) or not now.views:
             return None
-        if found.sources[number].tensor is not tensor:
+        found = now.copies.get(module)
+        if found is None:
+            if not self._inside:
+                return None  # its part of the pass that is recomputed had none
+            found = now.copies[module] = Copies(self._modules[module], now.views)
+        if found.module.tensors[number] is not tensor:
             self._look = True  # it was replaced after the last look
             return None
         return found, number
@@ -228,8 +275,10 @@ class WorkingCopies:
         if threading.current_thread() is not threading.main_thread():
             return
         if self._look:
-            self._modules = list(_find_sources(model, self))
-            self._place = {s.key: (m, n) for m, sources in enumerate(self._modules) for n, s in enumerate(sources)}
+            self._modules, self._tensors = _find_modules(model, self)
+            self._place = {
+                source.key: (m, n) for m, module in enumerate(self._modules) for n, source in enumerate(module.sources)
+            }
             self._look, self._recorded = False, None
         self._inside, self._pass, self._pending = True, Pass(), None
 
@@ -248,32 +297,40 @@ class _Round(torch.autograd.Function):
     """Autograd function ``tensors -> views``, where the views hold the tensors' values, rounded."""
 
     @staticmethod
-    def forward(ctx: Any, views: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, views: Sequence[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.dtype = tensors[0].dtype
-        outputs = tuple(view.detach() for view in views)  # which the views' next readers do not share
-        ctx.mark_non_differentiable(*(o for o, t in zip(outputs, tensors, strict=True) if not t.requires_grad))
-        return outputs
+        ctx.dtype, trained = tensors[0].dtype, ctx.needs_input_grad[1:]
+        if not all(trained):
+            ctx.mark_non_differentiable(*(view for view, needed in zip(views, trained, strict=True) if not needed))
+        return tuple(views)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = [g if n else None for g, n in zip(gradients, ctx.needs_input_grad[1:], strict=True)]
-        given = [g for g in wanted if g is not None]
+        trained = ctx.needs_input_grad[1:]
+        given = [g for g, needed in zip(gradients, trained, strict=True) if needed and g is not None]
+        exact = given
         if torch.is_grad_enabled():  # for a second derivative
-            return None, *(None if g is None else g.to(ctx.dtype) for g in wanted)
-        if not given:
-            return None, *wanted
-        flat = torch.empty(sum(g.numel() for g in given), dtype=ctx.dtype, device=given[0].device)
-        exact = [
-            part.view(g.shape) for part, g in zip(torch.split(flat, [g.numel() for g in given]), given, strict=True)
-        ]
-        torch._foreach_copy_(exact, given)
+            exact = [g.to(ctx.dtype) for g in given]
+        elif given:
+            flat = torch.empty(sum(g.numel() for g in given), dtype=ctx.dtype, device=given[0].device)
+            exact = _parts(flat, given)
+            torch._foreach_copy_(exact, given)
+        if len(given) == len(gradients):
+            return None, *exact
         parts = iter(exact)
-        return None, *(None if g is None else next(parts) for g in wanted)
+        return None, *(next(parts) if n and g is not None else None for g, n in zip(gradients, trained, strict=True))
 
 
-def _find_sources(model: nn.Module, copies: WorkingCopies) -> Iterator[list[Source]]:
-    """Yield what is copied, module by module; tensors that multiply inputs of equal width are neighbours."""
+def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Return views of a flat tensor, one after the other, in the shapes of others; in one call, for there are many."""
+    return list(_unflatten_dense_tensors(flat, like))  # type: ignore[no-untyped-call]
+
+
+def _find_modules(model: nn.Module, copies: WorkingCopies) -> tuple[list[Module], list[Tensor]]:
+    """Return what is copied by module, and all of it in the order of memory.
+
+    Factors that multiply inputs of equal width are neighbours. A module of which not all can be copied is left out.
+    """
     found: dict[str, list[Source]] = {}
     for name, site in model.named_modules():
         if getattr(site, "copies", None) is not copies:
@@ -282,40 +339,29 @@ def _find_sources(model: nn.Module, copies: WorkingCopies) -> Iterator[list[Sour
             width = tensor.shape[-1] if own == site.input_factor and not site.ends_sublayer else 0
             source = Source(weakref.ref(site), (id(site), own), tensor, width)
             found.setdefault(name.rpartition(".")[0], []).append(source)
-    for sources in found.values():
-        yield sorted(sources, key=lambda source: -source.width)
+    chosen = [
+        sorted(sources, key=lambda source: -source.width)
+        for sources in found.values()
+        if all(_can_copy(source.tensor) for source in sources)
+    ]
+    ordered = [(m, n) for m, sources in enumerate(chosen) for n in range(len(sources))]
+    ordered.sort(key=lambda at: chosen[at[0]][at[1]].tensor.numel() % ALIGNED != 0)
+    tensors = [chosen[m][n].tensor for m, n in ordered]
+    starts = [0, *accumulate(tensor.numel() for tensor in tensors)]
+    places = {at: place for place, at in enumerate(ordered)}
+    modules = []
+    for m, sources in enumerate(chosen):
+        own = [places[m, n] for n in range(len(sources))]
+        stacks = {}
+        for width in {source.width for source in sources if source.width}:
+            numbers = [n for n, source in enumerate(sources) if source.width == width]
+            if len(numbers) > 1 and own[numbers[-1]] - own[numbers[0]] == len(numbers) - 1:
+                rows = sum(len(sources[n].tensor) for n in numbers)
+                stacks[width] = Stack(numbers, starts[own[numbers[0]]], rows)
+        modules.append(Module(sources, [source.tensor for source in sources], own, stacks))
+    return modules, tensors
 
 
-def _copy(modules: list[list[Source]], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, Copies]]:
-    """Copy all tensors into one, by one call; yield the copies by module. A module of which one cannot be has none."""
-    chosen = {n: sources for n, sources in enumerate(modules) if all(_can_copy(s.tensor, device) for s in sources)}
-    starts, size = [], 0
-    for sources in chosen.values():
-        width = 0
-        for source in sources:
-            if not width or source.width != width:
-                size = -(-size // ALIGNED) * ALIGNED
-            width = source.width
-            starts.append(size)
-            size += source.tensor.numel()
-    if not size:
-        return
-    with torch.no_grad():
-        flat = torch.empty(size, dtype=dtype, device=device)
-        tensors = [source.tensor for sources in chosen.values() for source in sources]
-        views = [flat[i : i + t.numel()].view(t.shape) for i, t in zip(starts, tensors, strict=True)]
-        torch._foreach_copy_(views, tensors)
-    rest = iter(views)
-    for number, sources in chosen.items():
-        yield number, Copies(sources, [next(rest) for _ in sources])
-
-
-def _can_copy(tensor: Tensor, device: torch.device) -> bool:
-    """Return True for a whole float32 tensor on the device: no shard of ZeRO-3 or of torch's own sharding."""
-    sharded = is_sharded(tensor) or hasattr(tensor, "device_mesh")
-    return tensor.dtype == torch.float32 and tensor.device == device and not sharded
-
-
-def _adjoining(views: list[Tensor]) -> Tensor:
-    """Return matrices of equal width, which lie one after the other in memory, as one: (q, in)."""
-    return views[0].as_strided((sum(len(view) for view in views), views[0].shape[1]), views[0].stride())
+def _can_copy(tensor: Tensor) -> bool:
+    """Return True for a whole float32 tensor: no shard of ZeRO-3 or of torch's own sharding."""
+    return tensor.dtype == torch.float32 and not is_sharded(tensor) and not hasattr(tensor, "device_mesh")

@@ -40,6 +40,8 @@ ALLOWED = {
     "_non_persistent_buffers_set",
     "_scaled_dot_product_flash_attention_for_cpu",
     "_softmax_backward_data",
+    "_unflatten_dense_tensors",
+    "torch._utils",
     "torch.utils._python_dispatch",
     "torch.utils._pytree",
 }

@@ -169,6 +169,11 @@ class Adapter(nn.Module, Generic[C]):
         return None
 
     @classmethod
+    def settings_of_file(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the settings in a saved adapter as today's, where a setting is younger than the file."""
+        return settings
+
+    @classmethod
     def check_model(cls, model: nn.Module) -> str | None:
         """Return why the method does not fit a model, and what does; None where it fits."""
         return None

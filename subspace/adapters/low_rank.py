@@ -186,9 +186,9 @@ class SVDInitAdapter(LowRankAdapter[C]):
         return torch.cat([self.A, self.A0]), self.scale * torch.cat([self.B, -self.B0], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = dropout(x, self.config.dropout, self.training)
+        dropped = dropout(x, self.config.dropout, self.training)  # on the trained part only, as published
         now, before = (
-            F.linear(F.linear(dropped, self.in_dtype(A, x.dtype)), self.in_dtype(B, x.dtype))
-            for A, B in (("A", "B"), ("A0", "B0"))
+            F.linear(F.linear(read, self.in_dtype(A, x.dtype)), self.in_dtype(B, x.dtype))
+            for read, A, B in ((dropped, "A", "B"), (x, "A0", "B0"))
         )
         return self.frozen(x) + self.scale * (now - before)

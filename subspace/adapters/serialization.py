@@ -64,7 +64,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trained: b
         targets = [re.escape(site) for site in group["sites"]]
         try:
             method = resolve_recorded_method(group["method"], group.get("origin", {}))
-            inject(model, method, group["settings"], targets=targets, start=False)
+            inject(model, method, method.settings_of_file(group["settings"]), targets=targets, start=False)
         except UserError as error:
             trained_on = description["about"].get("model", "another model")
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from subspace.methods.lora import LoRA
 from subspace.methods.parallel import Parallel
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model
-from tests.helpers.tiny_models import ARCHITECTURES, tiny, tiny_llama
+from tests.helpers.tiny_models import ARCHITECTURES, SIZES, tiny, tiny_llama
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17], [8, 8, 250, 31, 2, 90, 4, 11]])
 W = torch.tensor([[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]])
@@ -105,6 +106,63 @@ def test_pfeiffer_is_relu_with_biases() -> None:
     tensors = {"D": [[1.0, -1.0]], "U": [[2.0], [1.0]], "c": [2.5], "e": [0.0, 1.0]}
     # D h + c = 0.5.
     assert torch.allclose(at("pfeiffer", tensors, bottleneck=1)(X), torch.tensor([4.0, 6.5]))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3", "olmo2"])
+def test_pfeiffer_reads_the_residual_stream_as_adapterhubs_does(architecture: str, checkpointing: bool) -> None:
+    """Against AdapterHub's wiring, written out; gradients too."""
+    sizes = {**SIZES, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))  # type: ignore[no-untyped-call]
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    theirs = copy.deepcopy(model)
+    found = inject(model, "pfeiffer", {"bottleneck": 8})
+    perturb(model)
+    weights = {
+        site: {k: p.detach().clone().requires_grad_() for k, p in a.trained().items()} for site, a in found.items()
+    }
+    for number, layer in enumerate(theirs.model.layers):
+        p, down = weights[f"model.layers.{number}.mlp.down_proj"], layer.mlp.down_proj
+        norm = {"gemma2": "pre_feedforward_layernorm", "olmo2": ""}.get(architecture, "post_attention_layernorm")
+        stream: list[Tensor] = []
+        of = getattr(layer, norm) if norm else layer.mlp
+        of.register_forward_pre_hook(lambda module, args, stream=stream: stream.append(args[0]))
+        plain = type(down).forward
+
+        def forward(x: Tensor, p: Any = p, down: Any = down, stream: Any = stream, plain: Any = plain) -> Tensor:
+            h = plain(down, x)
+            return h + F.linear(F.relu(F.linear(h + stream[-1], p["D"], p["c"])), p["U"], p["e"])  # type: ignore[no-any-return]
+
+        down.forward = forward
+    for one in (model, theirs):
+        one.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert torch.equal(logits(model.eval()), logits(theirs.eval()))
+    for site, adapter in found.items():
+        for name, parameter in adapter.trained().items():
+            torch.testing.assert_close(parameter.grad, weights[site][name].grad)
+
+
+def test_a_pfeiffer_adapter_of_an_earlier_version_reads_what_it_read(tmp_path: Path) -> None:
+    model = adapted("llama", "pfeiffer", {"bottleneck": 8, "residual": False})
+    file = save_adapter(model, tmp_path / "adapter") / "adapter.json"
+    content = json.loads(file.read_text())
+    for group in content["adapters"]:
+        del group["settings"]["residual"]
+    file.write_text(json.dumps(content))
+    other = tiny_llama()
+    load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(logits(other), logits(model))
+    assert not torch.equal(logits(other), logits(tiny_llama()))
+
+
+def test_pfeiffers_hooks_go_with_it() -> None:
+    model = adapted("llama", "pfeiffer", {"bottleneck": 8})
+    assert not torch.equal(logits(model), logits(tiny_llama()))
+    remove_adapters(model)
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "series"])

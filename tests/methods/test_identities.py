@@ -18,6 +18,7 @@ from subspace.adapters.base import LinearAdapter, TrainProgress
 from subspace.adapters.linalg import bottom_singular_triplets, full_svd, spectral_entropy, top_singular_triplets
 from subspace.adapters.registry import list_methods, resolve_method
 from subspace.errors import UserError
+from subspace.kernels.dropout import dropout
 from subspace.methods.flexlora import FlexLoRA, moves
 from subspace.methods.lora import LoRA
 from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
@@ -215,6 +216,21 @@ def test_principal_and_minor_parts_are_apart() -> None:
     for name in ("pissa", "milora"):
         everything = make(name, r=IN, moved=0.0)
         assert torch.allclose(everything.scale * everything.B @ everything.A, frozen(everything), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pissa", "milora"])
+def test_dropout_is_on_the_trained_part_only(name: str) -> None:
+    """As published, where what is not trained stands in the frozen weight."""
+    adapter = make(name, r=3, dropout=0.5).train()
+    x = torch.randn(7, IN, dtype=torch.float64)
+    torch.manual_seed(5)
+    found = adapter(x)
+    torch.manual_seed(5)
+    dropped = dropout(x, 0.5)
+    rest = frozen(adapter) - adapter.scale * adapter.B0 @ adapter.A0
+    expected = F.linear(x, rest, adapter.base.bias) + adapter.scale * F.linear(F.linear(dropped, adapter.A), adapter.B)
+    assert not torch.equal(dropped, x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pissa", "milora", "spectral"])

@@ -21,10 +21,10 @@ import ctypes
 import gc
 import json
 import statistics
-import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from subspace.adapters.base import TrainProgress
 from subspace.adapters.inject import adapters, inject, trained_parameters
 from subspace.adapters.registry import list_methods
 from subspace.common.host_memory import resident_memory
+from subspace.common.patching import patched
 from subspace.distributed.device import device
 from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 
@@ -63,14 +64,13 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print a table instead of JSON")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    randomise_decompositions()
-
     weights = build(options.layers, getattr(torch, options.dtype))
     torch.manual_seed(1)
     ids = torch.randint(0, 2048, (options.rows, 256)).to(device())
     found = {}
     for name in options.methods:
-        found[name] = measure(weights, name, ids, options.rounds)
+        with random_decompositions():
+            found[name] = measure(weights, name, ids, options.rounds)
         print(json.dumps({name: found[name]}), flush=True)
     if options.markdown:
         print(markdown(found))
@@ -95,20 +95,18 @@ def share(model: Any) -> Any:
     return other.requires_grad_(False).train()
 
 
-def randomise_decompositions() -> None:
-    """Let methods start from random singular vectors."""
+@contextmanager
+def random_decompositions() -> Iterator[None]:
+    """Let methods start from random singular vectors; nothing is read from a cache or written there."""
 
-    def random(W: Tensor, k: int | None = None) -> linalg.SVD:
-        k = k or min(W.shape)
+    def random(W: Tensor, kind: str, compute: Callable[[], linalg.SVD]) -> linalg.SVD:
+        number = kind.rpartition("-")[2]
+        k = int(number) if number.isdigit() else min(W.shape)
         U, sigma, Vt = torch.randn(len(W), k) / 64, torch.rand(k).sort().values.flip(0), torch.randn(k, W.shape[1]) / 64
         return linalg.SVD(U.to(W.device), sigma.to(W.device), Vt.to(W.device))
 
-    list_methods()  # imports them all
-    decompositions = (linalg.top_singular_triplets, linalg.bottom_singular_triplets, linalg.full_svd)
-    for module in [module for name, module in sys.modules.items() if name.startswith("subspace.") and module]:
-        for function in decompositions:
-            if getattr(module, function.__name__, None) is function:
-                setattr(module, function.__name__, random)
+    with patched(linalg, "_cached", random):
+        yield
 
 
 def measure(weights: nn.Module, name: str, ids: Tensor, rounds: int) -> dict[str, float]:

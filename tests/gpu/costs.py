@@ -25,7 +25,6 @@ from tests.workers.score_tasks import made_items
 
 def method_steps(check: Check) -> None:
     """Alternate 20 steps of each method with the frozen model's and HF PEFT's, in 2 layers of 7B's width."""
-    bench_methods.randomise_decompositions()
     changes: dict[str, Any] = {**TINY, "num_hidden_layers": 1} if check.tiny else {}
     if check.tiny:
         bench_methods.SETTINGS["p-tuning"]["hidden"] = 64
@@ -34,7 +33,8 @@ def method_steps(check: Check) -> None:
     ids = torch.randint(0, 2048, shape, generator=torch.Generator().manual_seed(1)).to(check.device)
 
     def one(name: str) -> Figures:
-        figures = bench_methods.measure(weights, name, ids, rounds)
+        with bench_methods.random_decompositions():
+            figures = bench_methods.measure(weights, name, ids, rounds)
         return {
             "trained": figures["trained"],
             "ms of the frozen step": 1000 * figures["frozen_seconds"],

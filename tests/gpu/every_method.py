@@ -134,7 +134,7 @@ def _pass(model: Any) -> tuple[float, dict[str, Tensor]]:
     loss.backward()  # type: ignore[no-untyped-call]
     found = {n: p.grad.cpu() for n, p in trained_parameters(model).items() if p.grad is not None}
     model.zero_grad()
-    return float(loss), found
+    return loss.item(), found
 
 
 def _loss(model: Any) -> Tensor:

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
+from subspace.adapters import linalg
+from subspace.adapters.inject import inject, remove_adapters
 from subspace.common.paths import REPOSITORY
-from tests.gpu import wheels
+from tests.bench.bench_methods import random_decompositions
+from tests.gpu import every_method, wheels
 from tests.gpu.cases import Check, LeftOut, Missed, end_case, is_poison, read_cases, unfinished_case
 from tests.gpu.items import ITEMS, STEPS, Item, find_item
 from tests.gpu.report import write_report
 from tests.gpu.seven_billion import busy
+from tests.helpers.tiny_models import tiny_llama
 
 #: One of each step, of those that take a few seconds.
 SOME = ("syncs", "out-of-memory", "write-7b", "svd")
@@ -245,6 +250,41 @@ def test_the_report_has_failures_first_and_every_figure(tmp_path: Path) -> None:
 def test_time_in_which_a_kernel_runs_counts_once() -> None:
     assert busy([]) == 0
     assert busy([(0, 4), (1, 2), (3, 6), (8, 9)]) == 7
+
+
+@pytest.mark.parametrize("change", ["loss", "gradients", None])
+def test_a_method_that_computes_something_else_is_found(tmp_path: Path, change: str | None) -> None:
+    """The file is what the CPU computed; changed, the device is as far from it as a wrong kernel would be."""
+    model, file = tiny_llama().requires_grad_(False), tmp_path / "fp32-dora.pt"
+    every_method._inject(model, "dora", quantized=False)
+    every_method._write(model, file)
+    remove_adapters(model)
+    wanted = torch.load(file, weights_only=True)
+    if change == "loss":
+        wanted["loss"] += 1e-3
+    if change == "gradients":
+        wanted["gradients"]["model.layers.0.self_attn.q_proj.A"] *= 1.1
+    torch.save(wanted, file)
+    every_method._inject(model, "dora", quantized=False)
+    if change is None:
+        assert every_method._compare(model, "fp32", file)["gradient off, share"] < 1e-6
+        return
+    with pytest.raises(Missed, match=change.removesuffix("s")):
+        every_method._compare(model, "fp32", file)
+
+
+def test_the_cost_of_a_method_is_measured_without_decompositions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUBSPACE_SVD", str(tmp_path / "svd"))
+    W = torch.randn(12, 8)
+    with random_decompositions():
+        for svd in (linalg.full_svd(W), linalg.top_singular_triplets(W, 8), linalg.bottom_singular_triplets(W, 8)):
+            assert not torch.allclose(svd.U * svd.sigma @ svd.Vt, W, atol=0.1)
+        inject(tiny_llama(), "milora", {"r": 4})
+    assert not (tmp_path / "svd").exists()
+    U, sigma, Vt = linalg.full_svd(W)
+    assert torch.allclose(U * sigma @ Vt, W, atol=1e-5)
 
 
 # What is carried.

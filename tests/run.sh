@@ -20,7 +20,6 @@ examples:
   bash tests/run.sh -k lora                the tests whose names speak of lora
   bash tests/run.sh -m long                the tests that take minutes: about an hour
 <<<<<<< HEAD
-  bash tests/run.sh -m gpu -n 0            the tests that need a GPU, one at a time
   bash tests/cluster/run.sh                two hosts and SLURM on this machine: as root, on Debian
 =======
   python tests/gpu/check.py                on a machine with a GPU, with what is installed there: see tests/README.md

@@ -19,11 +19,8 @@ examples:
   bash tests/run.sh                        everything
   bash tests/run.sh -k lora                the tests whose names speak of lora
   bash tests/run.sh -m long                the tests that take minutes: about an hour
-<<<<<<< HEAD
   bash tests/cluster/run.sh                two hosts and SLURM on this machine: as root, on Debian
-=======
   python tests/gpu/check.py                on a machine with a GPU, with what is installed there: see tests/README.md
->>>>>>> e71be26 (Check a GPU in half an hour by one command, whose items fail one by one)
 TEXT
 }
 

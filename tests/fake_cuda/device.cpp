@@ -272,8 +272,8 @@ void run_on_host(const c10::OperatorHandle& operation, torch::jit::Stack* stack)
       *value = Device(c10::DeviceType::CPU);
     }
   }
-  // Indices may be on the host: CUDA's indexing copies them.
-  values.check(name.rfind("aten::index", 0) == 0 || name.rfind("aten::_index_put", 0) == 0);
+  // Indices in brackets may be on the host: CUDA's indexing copies them.
+  values.check(name == "aten::index" || name.rfind("aten::index_put", 0) == 0 || name == "aten::_index_put_impl_");
   {
     at::AutoDispatchBelowADInplaceOrView below;
     operation.callBoxed(stack);

@@ -119,7 +119,10 @@ def _functions(torch: Any, native: Any) -> dict[str, Any]:
         found = torch.device(device).index if device is not None else None
         return int(native.fake_cuda_current() if found is None else found)
 
+    started: set[bool] = set()
+
     def set_device(device: Any) -> None:
+        started.add(True)
         if not 0 <= index(device) < DEVICES:
             raise torch.AcceleratorError("CUDA error: invalid device ordinal")
         native.fake_cuda_set(index(device))
@@ -151,10 +154,12 @@ def _functions(torch: Any, native: Any) -> dict[str, Any]:
         name="CUDA of ordinary memory", major=9, minor=0, total_memory=MEMORY, multi_processor_count=132, warp_size=32
     )
     return {
-        **dict.fromkeys(("is_available", "is_initialized"), lambda: True),
+        "is_available": lambda: True,
+        "is_initialized": lambda: bool(started),
         "is_bf16_supported": lambda including_emulation=True: True,
         "is_current_stream_capturing": lambda: False,
-        **dict.fromkeys(("init", "_lazy_init", "synchronize", "empty_cache", "ipc_collect"), nothing),
+        **dict.fromkeys(("init", "_lazy_init"), lambda: started.add(True)),
+        **dict.fromkeys(("synchronize", "empty_cache", "ipc_collect", "set_sync_debug_mode"), nothing),
         **dict.fromkeys(("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"), nothing),
         # Kernels of the CPU draw from the CPU's generator.
         "default_generators": (torch.default_generator,) * DEVICES,

@@ -109,6 +109,7 @@ def rules(model: Any) -> list[str]:
         "a sum with another device": lambda: here + there,
         "a product with the host": lambda: torch.outer(here, host),
         "an index of the host's memory by the device's": lambda: host[here.long()],
+        "an embedding of ids on the host": lambda: torch.nn.functional.embedding(host.long(), here[:, None]),
         "numpy": lambda: here.numpy(),
         "no such device": lambda: torch.ones(3, device="cuda:7"),
     }

@@ -80,7 +80,7 @@ def outcomes_of(jobs: list[Job], ranks: int = 1) -> list[Outcomes]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
-    jobs = [["rules"], ["method", "nf4", "full"], *PLAIN, *FIRST, *(["train", stage] for stage in STAGES)]
+    jobs = [["rules"], ["plainly"], ["method", "nf4", "full"], *PLAIN, *FIRST, *(["train", stage] for stage in STAGES)]
     return outcomes_of(jobs)[0]
 
 
@@ -112,6 +112,11 @@ def test_a_method_trains_and_evaluates_on_every_base_on_cuda(rest: Outcomes, job
 
 def test_full_fine_tuning_says_why_it_takes_no_quantised_base(outcomes: Outcomes) -> None:
     assert "UserError" in outcomes[json.dumps(["method", "nf4", "full"])]["error"]
+
+
+def test_the_plain_loop_that_the_matrix_is_held_against_trains_on_cuda(outcomes: Outcomes) -> None:
+    losses = found(outcomes, "plainly")
+    assert losses[-1] < losses[0] - 0.1
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -19,12 +19,14 @@ from tests.fake_cuda import device
 
 torch = device.load()
 
+from subspace.config import read_config
 from subspace.distributed.collectives import all_reduce_sum, barrier, broadcast_object, gather_objects, rank, shutdown
 from subspace.distributed.device import device as where
 from subspace.distributed.engine import init_distributed
 from tests.fake_cuda import methods, process_group
-from tests.helpers.material import logged, saved_adapter
+from tests.helpers.material import logged, make_material, saved_adapter
 from tests.helpers.op_counts import reads_per_step
+from tests.workers import matrix_cells
 
 process_group.install()
 
@@ -58,6 +60,14 @@ class Worker:
         barrier()
         total = all_reduce_sum(torch.ones(1, device=where()))
         return {"told": told, "gathered": gathered, "sum": total.item(), "collectives": process_group.DeviceGroup.calls}
+
+    def plainly(self) -> list[float]:
+        """Train by torch alone, as what the matrix's cells are held against; return the losses."""
+        folder = self.folder / "plainly"
+        own = ["train.micro_batch_size=4", "train.steps=4", "train.learning_rate=0.05", f"runs={folder}", "name=run"]
+        matrix_cells.train_plainly(read_config(make_material(folder), own))
+        losses: list[float] = json.loads((folder / "run" / "losses.json").read_text())
+        return losses
 
     def train(self, stage: str, *overrides: str) -> dict[str, Any]:
         """Run the tiny model through DeepSpeed; return its losses, what its steps waited for and its collectives."""

@@ -119,8 +119,9 @@ def measure(weights: nn.Module, name: str, ids: Tensor, rounds: int) -> dict[str
     peaks: dict[str, list[float]] = {side: [] for side in sides}
     for round_number in range(rounds + 1):
         for side, step in sides.items():
-            gc.collect()
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed counts until it is given back
+            if device().type == "cpu":
+                gc.collect()
+                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed counts until it is given back
             before = reset_peak()
             began = time.perf_counter()
             step()  # it ends with its loss read, so that a GPU has done all of it

@@ -147,7 +147,8 @@ class Run:
     def environment(self, device: str) -> dict[str, str]:
         """Return an environment in which nothing is inherited that would change what is found."""
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-        path = os.pathsep.join(filter(None, [str(REPOSITORY), inherited.get("PYTHONPATH")]))
+        given = filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))
+        path = os.pathsep.join([str(REPOSITORY), *map(os.path.abspath, given)])  # items have another working folder
         own = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         own |= {"SUBSPACE_CACHE": str(self.out / "work" / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
         own |= {"DS_ENV_FILE": "no-such-deepspeed-env", "PYTHONFAULTHANDLER": "1"}

@@ -23,13 +23,14 @@ from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model
 from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 from tests.gpu.cases import Check, Figures, LeftOut, Missed
-from tests.helpers.matrix import BASES, TOLERANCE
+from tests.helpers.matrix import BASES
 from tests.helpers.tiny_models import EARLY_SCHEDULES, VOCABULARY, tiny_llama
 
 CHOSEN = ("fp32", "bf16", "nf4", "nf4-double", "int8")
-#: How far the gradient may lie from the CPU's, as a share of its length. In 16 bits, and where int8 rounds what enters
-#: a layer, single values differ much more than this; the direction does not.
-GRADIENT = {"fp32": 1e-3, "nf4": 1e-3, "bf16": 5e-2, "nf4-double": 5e-2, "int8": 5e-2}
+#: How far the loss may lie from the CPU's, and the gradient, as a share of its length. In int8 a GPU rounds what enters
+#: a layer, too, and a CPU does not. In 16 bits single values differ much more than this; the direction does not.
+LOSS = {"fp32": 1e-4, "nf4": 1e-4, "bf16": 2e-2, "nf4-double": 2e-2, "int8": 5e-2}
+GRADIENT = {"fp32": 1e-3, "nf4": 1e-3, "bf16": 0.1, "nf4-double": 0.1, "int8": 0.2}
 STEPS = 2
 #: Settings without which they take no quantised base.
 ON_QUANTIZED = {"svdiff": {"p": 16}, "sam-parser": {"p": 16}}
@@ -98,8 +99,8 @@ def _compare(model: Any, base: str, file: Any) -> Figures:
         "worst in": worst,
         "loss after its own two steps, off": abs(own - expected["loss"]),
     }
-    if not abs(loss - expected["loss"]) <= TOLERANCE[base]:
-        raise Missed(f"the loss is not the CPU's within {TOLERANCE[base]}", **figures)
+    if not abs(loss - expected["loss"]) <= LOSS[base]:
+        raise Missed(f"the loss is not the CPU's within {LOSS[base]}", **figures)
     if not distance <= GRADIENT[base]:
         raise Missed(f"the gradient is not the CPU's within {GRADIENT[base]} of its length", **figures)
     return figures
@@ -160,10 +161,11 @@ def _state(adapter: Any) -> dict[str, dict[str, Tensor]]:
 def _take(adapter: Any, state: dict[str, dict[str, Tensor]]) -> None:
     tensors = _tensors(adapter)
     assert tensors.keys() == state["tensors"].keys()
-    for key, tensor in tensors.items():
-        tensor.data.copy_(state["tensors"][key])
-    for key, tensor in adapter.history.items():
-        tensor.data.copy_(state["history"][key])
+    with torch.no_grad():  # not through .data: copies in 16 bits would not see that they are outdated
+        for key, tensor in tensors.items():
+            tensor.copy_(state["tensors"][key])
+        for key, tensor in adapter.history.items():
+            tensor.copy_(state["history"][key])
     adapter.clear_cache()
 
 

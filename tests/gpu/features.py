@@ -41,7 +41,9 @@ def engines(check: Check) -> None:
         check.case(f"{base} by a plain loop", _plain, check.root, reference)
         for stage in ("0", "1", "2", "3"):
             cell = matrix.Cell(base, stage, 1, "lora")
-            check.case(f"{base} ZeRO {stage}", _cell, judge, cell)
+            # Attention adds up its gradients in another order each time on a GPU, which 16 bits hide.
+            slack = 10.0 if check.on_gpu and matrix.TOLERANCE[base] < 1e-3 else 1.0
+            check.case(f"{base} ZeRO {stage}", _cell, judge, cell, slack)
 
 
 def _plain(root: Path, cell: matrix.Cell) -> Figures:
@@ -53,7 +55,7 @@ def _plain(root: Path, cell: matrix.Cell) -> Figures:
     return {"first loss": losses[0], "last loss": losses[-1]}
 
 
-def _cell(judge: matrix.Judge, cell: matrix.Cell) -> Figures:
+def _cell(judge: matrix.Judge, cell: matrix.Cell, slack: float) -> Figures:
     if why := matrix.refused(cell) or matrix.refused(cell, find_missing_requirement):
         raise LeftOut(why)
     run_module.train_run(matrix.run_config(judge.root, cell, cell.name))
@@ -61,7 +63,7 @@ def _cell(judge: matrix.Judge, cell: matrix.Cell) -> Figures:
         outcome = judge(cell)
     figures = {"loss off": outcome["loss"], "moved": outcome["moved"], "reloaded off": outcome["reloaded"]}
     figures |= {"merged off": outcome["merged"], "kB held": max(outcome["held"]) / 1000}
-    if wrong := matrix.beyond_tolerance(cell, outcome):
+    if wrong := matrix.beyond_tolerance(cell, outcome, slack):
         raise Missed(wrong, **figures)
     return figures
 

@@ -65,8 +65,13 @@ def _device(check: Check) -> Figures:
         return {"name": platform.processor() or platform.machine(), "torch": torch.__version__}
     if not torch.cuda.is_available():
         raise Missed(f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no CUDA device")
+    torch.zeros(1, device="cuda")
     about = torch.cuda.get_device_properties(0)
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    # Builds without it, and drivers that refuse to tell, are no reason to end here.
+    try:
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    except Exception as error:
+        nccl = str(error)
     smi = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"],
         capture_output=True, text=True, check=False,

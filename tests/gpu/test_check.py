@@ -86,11 +86,14 @@ def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     (folder / "sitecustomize.py").write_text(
         "import os, sys, time, types\n"
         "def poison(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def lacks():\n"
+        "    from tests.gpu.cases import LeftOut\n"
+        "    raise LeftOut('no such kernel')\n"
         f"def train(check):\n{body}"
         "planted = types.ModuleType('tests.gpu.first_look'); planted.train = train\n"
         "sys.modules['tests.gpu.first_look'] = planted\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.path.relpath(folder))  # as where wheels were installed into a folder
 
 
 @pytest.mark.processes
@@ -186,6 +189,7 @@ def test_after_an_error_of_the_device_or_a_crash_a_new_process_does_the_rest(
         monkeypatch,
         "check.case('poison', poison)",
         "check.case('crash', lambda: os.kill(os.getpid(), 11))",
+        "check.case('lacks', lacks)",
         "check.case('good', dict)",
         "check.case('hang', lambda: time.sleep(99))",
         "check.case('last', dict)",
@@ -196,6 +200,7 @@ def test_after_an_error_of_the_device_or_a_crash_a_new_process_does_the_rest(
     assert {name: case["status"] for name, case in train["cases"].items()} == {
         "poison": "failed",
         "crash": "failed",
+        "lacks": "left out",
         "good": "passed",
         "hang": "failed",
     }

@@ -14,13 +14,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from subspace.distributed.hosts import MARK
-
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 #: In the ranks' environment: a file for the run's status. The ranks write their PIDs beside it.
 STATUS_FILE = "SUBSPACE_STATUS_FILE"
-
-_noted_early = False
 
 
 class SignalHandler:
@@ -32,7 +28,6 @@ class SignalHandler:
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only; a run in another thread keeps the program's own handlers.
         in_main_thread = threading.current_thread() is threading.main_thread()
-        self.stop_requested = self.stop_requested or _noted_early
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS} if in_main_thread else {}
         return self
 
@@ -50,22 +45,6 @@ class SignalHandler:
         if number == signal.SIGTERM and (peer_lost() or any(not _alive(pid) for pid in local_rank_pids())):
             os._exit(128 + number)
         self.stop_requested = True
-
-
-def note_early_signals() -> None:
-    """Note a SIGUSR1 that comes before the training loop, for the loop, where it would end this process alone.
-
-    SLURM and a launch on several hosts send it to processes of which some may still be loading the model. The launcher
-    on this machine knows better.
-    """
-
-    def note(number: int, frame: FrameType | None) -> None:
-        global _noted_early
-        _noted_early = True
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and ("SLURM_PROCID" in os.environ or MARK in os.environ):
-        signal.signal(signal.SIGUSR1, note)
 
 
 def register_rank() -> None:

@@ -16,7 +16,6 @@ import pytest
 
 from subspace.adapters.serialization import TENSORS
 from subspace.common.paths import REPOSITORY
-from subspace.distributed import hosts
 from subspace.distributed.signals import SignalHandler
 from subspace.errors import RunStopped
 from subspace.training.checkpoint import checkpoints, find_corruption
@@ -203,24 +202,6 @@ def test_a_rank_that_is_left_alone_ends_at_the_launchers_signal(
     (tmp_path / "rank-1").write_text(str(gone.pid))
     left = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (left.returncode, left.stdout) == (128 + signal.SIGTERM, "")
-
-
-@pytest.mark.parametrize("told", ["SLURM_PROCID", hosts.MARK, "RANK"])
-def test_a_signal_before_the_loop_stops_it_at_its_first_step(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
-    """Where it reaches all processes at once; otherwise it ends the process, as the launcher expects."""
-    script = (
-        "import os, signal\n"
-        "from subspace.distributed.signals import SignalHandler, note_early_signals\n"
-        "note_early_signals()\n"
-        "os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "with SignalHandler() as signals:\n"
-        "    print(signals.stop_requested)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv(told, "0")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    expected = (-signal.SIGUSR1, "") if told == "RANK" else (0, "True\n")
-    assert (done.returncode, done.stdout) == expected
 
 
 def test_handlers_are_put_back() -> None:

@@ -9,7 +9,6 @@ import sys
 from subspace.cli.command import Command, json_argument, launch_arguments, launch_or_none, settings_manual
 from subspace.common.host_memory import manage_malloc
 from subspace.distributed import launcher
-from subspace.distributed.signals import note_early_signals
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +23,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if launcher.under_launcher():
-        note_early_signals()
         launcher.init_rank_env()
     from subspace import config as config_module
     from subspace.distributed.collectives import is_main, shutdown

@@ -327,7 +327,7 @@ class Launched:
 
     def end(self) -> tuple[int, list[str]]:
         """Wait for the end; return status and what was said, after a check of who is left."""
-        _, said = self.head.communicate(timeout=60)
+        _, said = self.head.communicate(timeout=240)
         for rank in self.pids[:4]:
             assert not any(_runs(pid) for pid in rank)
         for rank in self.pids[4:]:  # the other launch

@@ -76,7 +76,7 @@ class Run:
 
     def end(self) -> tuple[int, str]:
         """Wait; return status and what was said on standard error, after a check that the ranks are gone."""
-        printed, said = self.wrapper.communicate(timeout=60)
+        printed, said = self.wrapper.communicate(timeout=300)
         # DeepSpeed's launcher says that it ignores CUDA_VISIBLE_DEVICES, where --json prints.
         assert printed == ""
         assert [rank for rank in (0, 1) if _alive(self.pids(rank)[0])] == []

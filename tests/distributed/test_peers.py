@@ -73,7 +73,7 @@ class Group:
 
     def end(self) -> list[tuple[int, str]]:
         """Return status and words of each rank."""
-        told = [rank.communicate(timeout=20)[1] for rank in self.ranks]
+        told = [rank.communicate(timeout=120)[1] for rank in self.ranks]
         return [(rank.returncode, words) for rank, words in zip(self.ranks, told, strict=True)]
 
 
@@ -181,7 +181,7 @@ def _fail(*ranks: int) -> list[str]:
         )
         for rank in range(3)
     ]
-    said = [process.communicate(timeout=30)[1] for process in started]
+    said = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [2 if rank in ranks else 0 for rank in range(3)]
     return said
 
@@ -224,7 +224,7 @@ def test_a_killed_process_of_a_run_ends_the_others(monkeypatch: pytest.MonkeyPat
         assert process.stdout
         assert any(line == "ready\n" for line in process.stdout)
     second.kill()
-    said = first.communicate(timeout=30)[1].splitlines()
+    said = first.communicate(timeout=120)[1].splitlines()
     second.communicate()
     assert first.returncode == 1
     assert [line[:14] for line in said if line.startswith("error")] == ["error: rank 1 "]

@@ -131,13 +131,14 @@ class Pass:
         self.views: list[Tensor] = []
         self.copies: dict[int, Copies] = {}
 
-    def copy(self, tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        """Copy all tensors by one call."""
+    def copy(self, tensors: list[Tensor], expected: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Copy all tensors by one call, unless one has lost values since the last look, as to a shard of ZeRO-3."""
         self.kind = dtype, device
-        if not tensors or any(is_sharded(tensor) for tensor in tensors):
+        size = sum(tensor.numel() for tensor in tensors)
+        if not size or size != expected:
             return
         with torch.no_grad():
-            self.flat = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
+            self.flat = torch.empty(size, dtype=dtype, device=device)
             self.views = _parts(self.flat, tensors)
             torch._foreach_copy_(self.views, tensors)
 
@@ -163,6 +164,7 @@ class WorkingCopies:
     def _clear(self) -> None:
         self._modules: list[Module] = []
         self._tensors: list[Tensor] = []  # of all modules, as their copies lie in memory
+        self._size = 0
         self._place: dict[tuple[int, str], tuple[int, int]] = {}  # of a tensor: its module and its number there
         self._look = True  # whether the next pass must look for them again
         self._inside = False
@@ -255,7 +257,7 @@ class WorkingCopies:
             now.copies.pop(module, None)
             return None
         if now.kind is None and self._inside:
-            now.copy(self._tensors, dtype, tensor.device)
+            now.copy(self._tensors, self._size, dtype, tensor.device)
         if now.kind != (dtype, tensor.device) or not now.views:
             return None
         found = now.copies.get(module)
@@ -276,6 +278,7 @@ class WorkingCopies:
             return
         if self._look:
             self._modules, self._tensors = _find_modules(model, self)
+            self._size = sum(tensor.numel() for tensor in self._tensors)
             self._place = {
                 source.key: (m, n) for m, module in enumerate(self._modules) for n, source in enumerate(module.sources)
             }

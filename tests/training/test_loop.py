@@ -290,6 +290,7 @@ def test_a_bad_step_is_told_of_where_a_schedule_fails_on_it(
     with pytest.raises(RunFailed, match=r"step 13: a gradient is not finite") as failed:
         train(material, tmp_path, "decomposed", *RARE)
     assert "linalg.svd" in str(failed.value.__cause__)
+    assert not prefetching()  # though the error still holds the loop's frame
 
 
 def test_a_step_that_the_engine_skips_stops_the_run_but_in_float16(tmp_path: Path) -> None:

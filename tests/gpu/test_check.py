@@ -93,23 +93,25 @@ def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
         "planted = types.ModuleType('tests.gpu.first_look'); planted.train = train\n"
         "sys.modules['tests.gpu.first_look'] = planted\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.path.relpath(folder))  # as where wheels were installed into a folder
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("PYTHONPATH", folder.name)  # relative, as of a folder that wheels were installed into
 
 
 @pytest.mark.processes
 def test_what_was_found_is_written_and_not_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(tmp_path / "planted", monkeypatch, "check.case('a', lambda: {'MB': 3})", "check.case('b', dict)")
     arguments = ("--device", "cpu", "--tiny", "--items", "train")
-    done = check(tmp_path, *arguments)
-    assert wrong(found(tmp_path)) == []
+    out = tmp_path / "out"
+    done = check(out, *arguments)
+    assert wrong(found(out)) == []
     assert done.returncode == 0, done.stdout + done.stderr
-    report = (tmp_path / "report.md").read_text()
+    report = (out / "report.md").read_text()
     assert "| a | passed | 3 |" in report
     assert "Nothing." in report.partition("## What failed")[2].partition("##")[0]
-    before = (tmp_path / "check.json").read_bytes()
-    assert check(tmp_path, *arguments).returncode == 0
-    assert (tmp_path / "check.json").read_bytes() == before
-    assert "another folder" in check(tmp_path, "--device", "cpu", "--items", "train").stderr  # true shapes there
+    before = (out / "check.json").read_bytes()
+    assert check(out, *arguments).returncode == 0
+    assert (out / "check.json").read_bytes() == before
+    assert "another folder" in check(out, "--device", "cpu", "--items", "train").stderr  # true shapes there
 
 
 @pytest.mark.long
@@ -172,6 +174,7 @@ def test_a_case_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
         (RuntimeError("CUDA error: device-side assert triggered"), True),
         (RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"), True),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+        (RuntimeError("CUDA error: out of memory"), False),
         (ValueError("the loss is not the CPU's"), False),
     ],
 )

@@ -267,6 +267,11 @@ def test_a_name_or_interface_that_leads_nowhere_is_found() -> None:
     assert told(Network(), *wrong) == " | ".join(
         f"failed: NCCL_SOCKET_IFNAME=ib0, but {host} has lo, eth0" for host in "ab"
     )
+    mixed = [network("10.0.0.1", NCCL_DEBUG="INFO"), network("10.0.0.2", GLOO_SOCKET_IFNAME="eth0")]
+    assert told(Network(), *mixed) == (
+        "warning: NCCL's variables differ: {'NCCL_DEBUG': 'INFO'} (rank 0 on a); {} (rank 1 on b)"
+    )
+    assert states(Network(), network("10.0.0.1"), mixed[1]) == [OK]
     for value in ("eth", "=eth0", "ib0,eth0", "^lo,docker"):
         assert states(Network(), *[network("10.0.0.1", NCCL_SOCKET_IFNAME=value)] * 2) == [OK], value
 
@@ -298,7 +303,7 @@ def test_limits_that_end_a_run_are_found() -> None:
 
     pair = {"hosts": ("a", "a")}
     assert states(Limits(), limits(), limits(), **pair) == [OK]
-    assert "256 open files" in told(Limits(), limits(files=256))
+    assert told(Limits(), limits(files=256)) == "warning: a allows 256 open files a process"
     assert "of shared memory (/dev/shm) for 2 GPUs" in told(Limits(), *[limits(shared=64 * 2**20)] * 2, **pair)
     assert "InfiniBand" in told(Limits(), *[limits(infiniband=True, locked=65536)] * 2)
     assert told(Limits(), limits(file_size=GB), plan=plan(checkpoint=2 * GB)).startswith(

@@ -94,8 +94,12 @@ class Network(Check):
             if seen.several_hosts and not usable and "GLOO_SOCKET_IFNAME" not in fact["settings"]:
                 found = f"the name {fact['name']} leads to {', '.join(fact['addresses']) or 'nothing'} on {host} itself"
                 yield warning(found, "correct /etc/hosts, or set GLOO_SOCKET_IFNAME to the interface to use")
-        if apart := seen.differences(facts, "settings"):
-            yield warning(f"NCCL's and gloo's variables differ: {apart}", "set them in ~/.deepspeed_env for all hosts")
+        # Gloo's interface is chosen on each host by itself, and may have another name there.
+        nccl = {
+            rank: {"all": {k: v for k, v in fact["settings"].items() if k[0] == "N"}} for rank, fact in facts.items()
+        }
+        if apart := seen.differences(nccl, "all"):
+            yield warning(f"NCCL's variables differ: {apart}", "set them in ~/.deepspeed_env for all hosts")
         first = facts[min(facts)]
         settings = " ".join(f"{name}={value}" for name, value in first["settings"].items())
         yield ok(f"interfaces {', '.join(first['interfaces'])}; port {first['port']} is free; {settings or 'defaults'}")

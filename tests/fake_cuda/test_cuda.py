@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from subspace.adapters.registry import list_methods
 from subspace.common.paths import REPOSITORY
 from subspace.distributed import launcher
 from tests.fake_cuda.device import reason_not_to
+from tests.helpers.material import make_material
 
 pytestmark = [
     pytest.mark.skipif(reason_not_to() is not None, reason=str(reason_not_to())),
@@ -144,8 +146,9 @@ def test_a_rank_has_its_own_device_and_objects_travel_through_the_host() -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_train_on_a_device_each(stage: int) -> None:
-    first, second = (found(outcomes, "train", stage) for outcomes in outcomes_of([["train", stage]], ranks=2))
+def test_two_ranks_train_on_a_device_each(stage: int, tmp_path: Path) -> None:
+    job = ["train", stage, str(make_material(tmp_path).parent)]
+    first, second = (found(outcomes, *job) for outcomes in outcomes_of([job], ranks=2))
     for number, run in enumerate((first, second)):
         assert {device for _, device in run["collectives"]} == {f"cuda:{number}"}
     assert first["losses"][-1] < first["losses"][0] - 0.5

@@ -69,12 +69,14 @@ class Worker:
         losses: list[float] = json.loads((folder / "run" / "losses.json").read_text())
         return losses
 
-    def train(self, stage: str, *overrides: str) -> dict[str, Any]:
-        """Run the tiny model through DeepSpeed; return its losses, what its steps waited for and its collectives."""
+    def train(self, stage: str, shared: str = "") -> dict[str, Any]:
+        """Run the tiny model through DeepSpeed; return its losses, what its steps waited for and its collectives.
+
+        Several ranks have a folder ``shared``, with the material.
+        """
         process_group.DeviceGroup.calls.clear()
-        folder = self.folder / f"train{len(list(self.folder.iterdir()))}"
-        folder.mkdir()
-        reads = reads_per_step(folder, int(stage), *overrides, steps=10)
+        folder = Path(shared) if shared else self.folder / f"stage{stage}"
+        reads = reads_per_step(folder, int(stage), steps=10)
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in saved_adapter(folder / "run").values())
         collectives = sorted(set(process_group.DeviceGroup.calls))
         return {"reads": reads, "losses": logged(folder / "run"), "finite": finite, "collectives": collectives}

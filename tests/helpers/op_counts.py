@@ -172,7 +172,7 @@ def reads_per_step(folder: Path, stage: int, *overrides: str, first: int = 3, st
     """Train the tiny model in bfloat16 and return how often a step reads a value, by place and operation.
 
     Args:
-        folder: an empty one.
+        folder: an empty one, or that of :func:`make_material`.
         stage: of ZeRO.
         *overrides: of the run's settings, as on the command line.
         first: the first step that counts; those before it check that tensors move.
@@ -193,7 +193,8 @@ def reads_per_step(folder: Path, stage: int, *overrides: str, first: int = 3, st
         "train.save_every=0",
     ]
     settings += ["train.log_every=10", f"engine={folder / f'zero{stage}.json'}", f"runs={folder}", "name=run"]
-    config = config_module.read_config(make_material(folder), [*settings, *overrides])
+    file = folder / "run.yaml"
+    config = config_module.read_config(file if file.exists() else make_material(folder), [*settings, *overrides])
     with patched(Watchdog, "beat", watched), reads:
         train_run(config)
     return {f"{where} {operation}": count / steps for (where, operation), count in sorted(reads.found.items())}

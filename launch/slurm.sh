@@ -54,9 +54,10 @@ MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 20000)) # jobs that share a node dif
 python=$PWD/.venv/bin/python
 [ -x "$python" ] || python=python3
 
-# SLURM's equivalents of a launcher's variables for each rank; expanded where the task runs.
+# SLURM's equivalents of a launcher's variables for each rank; expanded where the task runs. Until Python heeds the signal
+# before the time limit, it must not end the task.
 # shellcheck disable=SC2016
-rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+rank='trap "" USR1; export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
 command=(
     env MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" LOCAL_SIZE="$tasks"
     srun --nodes="${SLURM_NNODES:-1}" --ntasks-per-node="$tasks" --kill-on-bad-exit=0 --wait=60

@@ -23,20 +23,23 @@ import os
 import random
 import secrets
 import shlex
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from subspace.common.paths import checkout
 from subspace.distributed import hosts, peers
 from subspace.distributed.reach import ensure_reachable
 from subspace.distributed.signals import STATUS_FILE, read_status, register_rank
 from subspace.distributed.supervision import supervise
-from subspace.errors import UserError
+from subspace.errors import RunStopped, UserError
 
 #: In the ranks' environment: the user's CUDA_VISIBLE_DEVICES, as far as the run uses it.
 DEVICES = "SUBSPACE_DEVICES"
@@ -134,6 +137,32 @@ def should_report_error(status: int, *, at_once: bool = True) -> bool:
     write_status(status)
     peers.report_failure(status)
     return True
+
+
+@contextlib.contextmanager
+def stopping_at_signal() -> Iterator[None]:
+    """End a training run at SIGUSR1 with the status of one that was stopped, wherever its loop does not heed signals.
+
+    While a model is loaded there is nothing to save, but whoever sends the signal queues the run anew by that status.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # Not an exception that a library's `except Exception` takes for a failure of its own.
+    if should_report_error(RunStopped.status):
+        print(
+            "stopped: by a signal, before its first step or after its last one; repeat the command with --resume",
+            file=sys.stderr,
+        )
+    sys.exit(RunStopped.status)
 
 
 def is_peer_failure(error: BaseException) -> bool:

@@ -21,14 +21,15 @@ from tests.cluster.slurm import Slurm
 from tests.helpers.items import items
 from tests.helpers.material import logged, make_material
 
-#: Long enough that a run can be stopped in the middle: some seconds after it has begun.
-STEPS = 300
+#: Long enough that a run can be stopped in the middle: a second or two after it has begun.
+STEPS = 80
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Path:
     """The folder where commands are given on each host: launchers, the environment, what is trained and scored."""
-    place = tmp_path_factory.mktemp("place")
+    place = tmp_path_factory.mktemp("shared") / "place"
+    place.mkdir()
     for name in ("launch", "ds_configs"):
         (place / name).symlink_to(REPOSITORY / name)
     (place / ".venv").symlink_to(sys.prefix)
@@ -38,7 +39,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Path:
             file.write(json.dumps({name: item[name] for name in ("question", "choices", "label")}) + "\n")
     (place / "asked.yaml").write_text("file: asked.jsonl\n")
     # Over ssh nothing else of the environment arrives.
-    kept = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "SUBSPACE_CACHE", "XDG_STATE_HOME")}
+    kept = {
+        name: os.environ[name] for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "SUBSPACE_CACHE", "XDG_STATE_HOME")
+    }
     (place / "environment").write_text("".join(f"{name}={value}\n" for name, value in kept.items()))
     return place
 

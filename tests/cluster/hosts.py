@@ -191,8 +191,11 @@ class Host:
         return program.out
 
     def processes(self) -> list[psutil.Process]:
-        """Return all that runs on the host."""
-        space, found = Path(f"/proc/{self.first}/ns/pid").readlink(), []
+        """Return all that runs on the host; nothing does on one that was killed."""
+        found: list[psutil.Process] = []
+        if not psutil.pid_exists(self.first):
+            return found
+        space = Path(f"/proc/{self.first}/ns/pid").readlink()
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):  # it has ended meanwhile
                 alive = process.status() != psutil.STATUS_ZOMBIE

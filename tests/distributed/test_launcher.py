@@ -20,7 +20,7 @@ import torch
 
 from subspace.distributed import hosts, launcher, supervision
 from subspace.distributed.signals import STATUS_FILE
-from subspace.errors import UserError
+from subspace.errors import RunStopped, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +40,9 @@ if what != "ends":
 """
 
 FINISHES = RANK.replace('if what != "ends"', 'if what == "ends": launcher.write_success_marker()\nelse')
+
+#: What ``subspace train`` does from its first line on.
+LOADS = "loads = launcher.stopping_at_signal(); loads.__enter__(); launcher.init_rank_env()"
 
 WRAPPER = """
 import sys
@@ -134,6 +137,17 @@ def test_a_signal_ends_all(start: Callable[..., Run], number: signal.Signals) ->
     run.pids(0), run.pids(1)
     run.wrapper.send_signal(number)
     assert run.end() == (128 + number, "")
+
+
+@pytest.mark.processes
+def test_a_training_that_is_stopped_before_its_first_step_says_so_once(start: Callable[..., Run]) -> None:
+    run = start("waits", RANK.replace("launcher.init_rank_env()", LOADS))
+    run.pids(0), run.pids(1)
+    run.wrapper.send_signal(signal.SIGTERM)
+    status, said = run.end()
+    assert status == RunStopped.status
+    assert said.startswith("stopped: by a signal, before its first step")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.processes

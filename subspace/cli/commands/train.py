@@ -22,6 +22,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    with launcher.stopping_at_signal():
+        return _train(options)
+
+
+def _train(options: argparse.Namespace) -> int:
     if launcher.under_launcher():
         launcher.init_rank_env()
     from subspace import config as config_module

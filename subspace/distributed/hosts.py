@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from subspace.errors import UserError
+from subspace.errors import RunStopped, UserError
 
 MODULE = "subspace.distributed.hosts"
 #: In the environment of a launch's processes: which launch and which of its hosts it is.
@@ -209,13 +209,14 @@ class HostWatch:
     Attributes:
         host: the first host whose processes failed; None until then.
         status: the exit status there.
+        stopped: whether any host's processes ended as those of a run that was stopped and has saved.
         told: whether a process of the run has told the user of a failure.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.host: str | None = None
         self.status = 0
-        self.told = False
+        self.stopped = self.told = False
         self._since = 0.0
         self._thread = threading.Thread(target=self._read, args=(stream,), name="hosts", daemon=True)
         self._thread.start()
@@ -232,6 +233,7 @@ class HostWatch:
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
             if found := re.match(rb"pdsh@[^:]*: (\S+): ssh exited with exit code (\d+)", line):
+                self.stopped = self.stopped or int(found[2]) == RunStopped.status
                 if self.host is None:
                     self._since, self.status, self.host = time.monotonic(), int(found[2]), found[1].decode()
             else:

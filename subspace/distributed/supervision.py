@@ -139,8 +139,8 @@ class _LaunchedOnHosts(_Launched):
         _end_group(self.process.pid)
         self.watch.finish()
         status = self.watch.status or self.process.returncode
-        if self.received and status != RunStopped.status:
-            return 128 + self.received[0]
+        if self.received:  # the first host to end may only have lost its peer, which had saved
+            return RunStopped.status if self.watch.stopped else 128 + self.received[0]
         if not status or self.watch.told:
             return min(status, 1) if status == SSH_FAILED else _as_shell(status)
         if status == SSH_FAILED:

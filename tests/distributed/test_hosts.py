@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -398,3 +399,10 @@ def test_a_host_that_fails_ends_the_others_with_one_message(
     returned, lines = launched.end()
     assert returned == status
     assert [line[: len(said)] for line in lines] == [said]
+
+
+def test_a_run_counts_as_stopped_though_the_first_host_to_end_only_lost_its_peer() -> None:
+    said = b"".join(b"pdsh@head: %s: ssh exited with exit code %d\n" % end for end in ((b"a", 1), (b"b", 75)))
+    watch = hosts.HostWatch(io.BytesIO(said))
+    watch.finish()
+    assert (watch.host, watch.status, watch.stopped) == ("a", 1, True)

@@ -33,7 +33,7 @@ from subspace.models.loading import open_model, open_shape, open_tokenizer, stor
 from subspace.models.transformers_compat import decoder_layers, is_quantized
 
 HALVES = (torch.float16, torch.bfloat16)
-SHARD = "4GB"  # of a file; its tensors are copied to be written
+SHARD = "2GB"  # of a file; its tensors are copied to be written
 TOLERANCE = 1e-3  # of the largest logit; float32 gives about 1e-5, a wrong merge gives about 1
 
 PROBE = (

@@ -309,6 +309,21 @@ def test_a_port_is_free() -> None:
         listener.listen()
 
 
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}])
+def test_a_ranks_allocator_grows_its_segments_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
+) -> None:
+    """Batches have other lengths in every step, and what is freed of segments that cannot grow is soon in pieces."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    launcher.set_rank_env()
+    found = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+    assert found == own or (not own and found == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
 def test_a_process_becomes_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launcher.under_launcher()
     launcher.init_rank_env()

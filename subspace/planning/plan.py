@@ -311,14 +311,18 @@ class MemoryEstimate:
 
     def largest_micro_batch(self, model: Any, memory: int) -> int:
         """Return the largest micro-batch, in rows, that fits into so many bytes; 0 if none does."""
-        one, two = (
-            self.needed(
-                trace_activation_memory(model, _of_rows(self.batch, rows), accumulated=self.accumulated, gpu=self.gpu)
-            )
-            for rows in (1, 2)
-        )
-        # Every further row needs as much memory as the second one.
-        return 0 if one > memory else 1 + int((memory - one) // max(1, two - one))
+
+        def needed(rows: int) -> int:
+            batch = _of_rows(self.batch, rows)
+            return self.needed(trace_activation_memory(model, batch, accumulated=self.accumulated, gpu=self.gpu))
+
+        one, two = needed(1), needed(2)
+        # Every further row needs about as much memory as the second one; the head's part may grow otherwise.
+        each = max(1, two - one)
+        most = 0 if one > memory else 1 + (memory - one) // each
+        while most > 1 and (taken := needed(most)) > memory:
+            most -= max(1, (taken - memory) * (most - 1) // (taken - one))  # by what a row takes on average
+        return most
 
 
 def _of_rows(batch: BatchShape, rows: int) -> BatchShape:

@@ -25,7 +25,7 @@ from subspace.models.loading import open_model, open_shape
 from subspace.planning import run_time
 from subspace.planning.activation_memory import ActivationMemory, BatchShape, MemoryTracker, trace_activation_memory
 from subspace.planning.devices import CUDA_CONTEXT, NCCL_BUFFERS, device_specs, find_device, gpu_overheads, parse_size
-from subspace.planning.plan import Plan, TrainingWork, _shape, build_plan
+from subspace.planning.plan import MemoryEstimate, Plan, TrainingWork, _shape, build_plan
 from subspace.planning.static_memory import StaticMemory
 from subspace.training.optimizers import make_optimizer
 from tests.helpers.material import make_material
@@ -177,6 +177,16 @@ def test_the_largest_micro_batch_leaves_room_for_what_is_no_tensor(
     promised = gpu_plan(tmp_path, "train.batch_size=8", memory=GB).largest_micro_batch
     assert promised
     assert promised > 2 * most
+
+
+def test_the_largest_micro_batch_fits_where_rows_do_not_all_take_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {1: 10, 2: 12, 3: 14, 4: 16, 5: 21, 6: 26}  # from the fifth on, the output head counts
+    made = MemoryEstimate(BatchShape(1, 8, 7, 7), ActivationMemory(0, 0, 0, 0, 0), False, 0, (), 1, gpu=False)
+    monkeypatch.setattr("subspace.planning.plan.trace_activation_memory", lambda model, batch, **how: batch.rows)
+    monkeypatch.setattr(MemoryEstimate, "needed", lambda self, rows: needed[rows])
+    assert [made.largest_micro_batch(None, memory) for memory in (9, 10, 17, 20, 21)] == [0, 1, 4, 4, 5]
 
 
 def test_time_follows_the_published_rates_and_is_shared_by_the_processes() -> None:

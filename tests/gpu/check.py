@@ -39,7 +39,7 @@ Json = dict[str, Any]
 #: What a launcher, a batch system or a test may have set.
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 #: Seconds of an item with tiny shapes, where a loaded machine or a compiler may take longer than with true ones.
-TINY_SECONDS = 600
+TINY_SECONDS = 1200
 
 
 class Run:

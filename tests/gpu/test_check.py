@@ -37,7 +37,7 @@ def check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=3000,
+        timeout=6000,
     )
 
 
@@ -117,7 +117,7 @@ def test_what_was_found_is_written_and_not_looked_for_again(tmp_path: Path, monk
 @pytest.mark.long
 @pytest.mark.processes
 def test_the_whole_check_runs_on_a_cpu(tmp_path: Path) -> None:
-    done = check(tmp_path, "--device", "cpu", "--tiny", "--minutes", "45")
+    done = check(tmp_path, "--device", "cpu", "--tiny", "--minutes", "90")
     outcomes = found(tmp_path)
     assert wrong(outcomes) == []
     assert done.returncode == 0, done.stdout + done.stderr

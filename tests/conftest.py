@@ -45,6 +45,7 @@ LONGEST_FIRST = [
     "planning/test_plan.py",
     "training/test_resume.py",
     "reporting/test_statistics.py",
+    "fake_cuda/test_cuda.py",
     "evaluation/test_llm_adapters_published.py",
     "distributed/test_launcher.py",
     "launch/test_entry_points.py",

@@ -17,7 +17,7 @@ from subspace.cli.command import Command
 from subspace.cli.commands import compare, data, doctor, evaluate, merge, methods, plan, prepare, recipes, table, train
 from subspace.common.files import is_disk_full
 from subspace.common.progress import show_notices
-from subspace.distributed import launcher
+from subspace.distributed import launcher, peers
 from subspace.errors import RunStopped, UserError, nearest
 
 COMMANDS = [
@@ -69,13 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail("another process of the run has ended, and this one cannot continue alone", 1, at_once=False)
         if launcher.should_report_error(1):
             raise
-        return 1
+        return peers.reported_status() or 1
 
 
 def _fail(message: str, status: int, *, at_once: bool = True) -> int:
     if launcher.should_report_error(status, at_once=at_once):
         print(f"{'stopped' if status == RunStopped.status else 'error'}: {message}", file=sys.stderr)
-    return status
+        return status
+    # Of a run that was stopped, a process may notice only that another one is gone.
+    return peers.reported_status() or status
 
 
 def _dispatch(arguments: Sequence[str]) -> int:

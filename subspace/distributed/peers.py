@@ -249,6 +249,11 @@ def report_failure(status: int) -> None:
             threading.Thread(target=_answer, args=(listener, int(os.environ["WORLD_SIZE"]) - 1)).start()
 
 
+def reported_status() -> int | None:
+    """Return the status with which another process, that has told the user of a failure, ends; None if unknown."""
+    return _watch.reported if _watch else None
+
+
 def failure_reported() -> bool:
     """Return True if another process has told the user of a failure."""
     if _watch:

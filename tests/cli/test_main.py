@@ -20,8 +20,9 @@ from subspace.cli import main as cli
 from subspace.cli.command import Command
 from subspace.common.paths import recipes_folder
 from subspace.config import read_config
-from subspace.distributed import launcher
+from subspace.distributed import launcher, peers
 from subspace.distributed.signals import STATUS_FILE
+from subspace.errors import UserError
 from tests.helpers.tiny_models import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +141,21 @@ def test_a_rank_leaves_a_failure_to_the_one_that_told_it(
     (tmp_path / "status").write_text("2")
     monkeypatch.setattr(cli, "COMMANDS", _failing(ConnectionError()))
     assert cli.main(["fail"]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_ends_with_the_status_that_another_one_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a stop by a signal it may find only that the first one, which has saved, is gone."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    watch = peers.PeerWatch(1, ["a", "b"], "token")
+    watch.reported = 75
+    monkeypatch.setattr(peers, "_watch", watch)
+    for error in (RuntimeError("Connection closed by peer"), ValueError("x"), UserError("x")):
+        monkeypatch.setattr(cli, "COMMANDS", _failing(error))
+        assert cli.main(["fail"]) == 75
     assert capsys.readouterr().err == ""
 
 

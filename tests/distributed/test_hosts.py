@@ -272,6 +272,9 @@ rank = os.environ["RANK"]
 
 def stop(*_):
     (folder / f"asked-{rank}").touch()
+    if what == "misses" and int(rank) > 1:
+        sys.exit(1)  # and notices only that rank 0 is gone
+    time.sleep(0.5 * (what == "misses"))
     if rank == "0":
         print("stopped: after step 7", file=sys.stderr, flush=True)
     sys.exit(75)
@@ -370,6 +373,13 @@ def test_a_signal_stops_this_launch_on_all_hosts_and_no_other(
     launched.head.send_signal(number)
     assert launched.end() == (75, ["stopped: after step 7"])
     assert sorted(path.name for path in launched.folder.glob("asked-*")) == [f"asked-{rank}" for rank in range(4)]
+
+
+@pytest.mark.processes
+def test_a_stopped_launch_is_known_by_the_host_that_saved(begin: Callable[..., Launched]) -> None:
+    launched = begin("misses")
+    launched.head.send_signal(signal.SIGTERM)
+    assert launched.end() == (75, ["stopped: after step 7"])
 
 
 @pytest.mark.processes

@@ -115,16 +115,19 @@ def notices() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Give every test a folder without runs, and the environment of a process that no launcher started.
 
     What a run sets goes away with the test.
     """
+    before = dict(os.environ)
     launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", STATUS_FILE)
-    for name in (*launchers, "PYTORCH_ALLOC_CONF", *DETERMINISTIC_ENV):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+    for name in (*launchers, "PYTORCH_ALLOC_CONF", "GLOO_SOCKET_IFNAME", *DETERMINISTIC_ENV):
+        monkeypatch.delenv(name, raising=False)
     folder = tmp_path_factory.mktemp("cwd")
     for part in ("launch", "ds_configs"):
         (folder / part).symlink_to(paths.REPOSITORY / part)
     monkeypatch.chdir(folder)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -119,7 +119,7 @@ BUGS = [
         "(W * torch.exp(M) if exp else W)",
         "(torch.exp(M) if exp else 1)",
     ),
-    Bug("FlexLoRA prunes by the signed value", "methods/flexlora.py", "own[i].abs(), torch.inf", "own[i], torch.inf"),
+    Bug("FlexLoRA prunes by the signed value", "methods/flexlora.py", "a.alive > 0, e.abs()", "a.alive > 0, e"),
     Bug(
         "FlexLoRA keeps a new direction's moments",
         "methods/flexlora.py",

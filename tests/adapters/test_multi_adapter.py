@@ -23,7 +23,7 @@ from subspace.models.config import ModelConfig
 from tests.helpers.items import items
 from tests.helpers.tiny_models import tiny_llama
 
-ELSEWHERE = {"full", "prefix", "prompt", "p-tuning"}
+ELSEWHERE = {"full", "pfeiffer", "prefix", "prompt", "p-tuning"}
 PROTOCOLS = "likelihood,llm-adapters,answer-word"
 
 

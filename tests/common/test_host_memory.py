@@ -58,10 +58,14 @@ def test_opening_a_model_from_python_leaves_malloc_alone(options: list[tuple[int
     assert options == []
 
 
-def test_a_training_command_has_freed_memory_returned(options: list[tuple[int, int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keeps", "threshold"), [("true", NEVER), ("false", LARGE)])
+def test_a_training_command_keeps_freed_memory_or_has_it_returned(
+    options: list[tuple[int, int]], tmp_path: Path, keeps: str, threshold: int
+) -> None:
     config = make_material(tmp_path)
-    assert main(["train", str(config), f"runs={tmp_path / 'runs'}", "train.steps=1"]) == 0
-    assert options[-1] == (TRIM_THRESHOLD, LARGE)
+    settings = [f"runs={tmp_path / 'runs'}", "train.steps=1", f"train.keep_memory={keeps}"]
+    assert main(["train", str(config), *settings]) == 0
+    assert options[-1] == (TRIM_THRESHOLD, threshold)
 
 
 def test_resident_memory_grows_with_what_is_held() -> None:

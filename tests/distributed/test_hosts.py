@@ -137,7 +137,10 @@ def generated(count: int) -> list[str]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("names", "pdsh"), [(["a", "b"], "ours"), (["alone"], "ours"), (["a", "b"], "real")])
+@pytest.mark.parametrize(
+    ("names", "pdsh"),
+    [(["a", "b"], "ours"), (["alone"], "ours"), pytest.param(["a", "b"], "real", marks=pytest.mark.long)],
+)
 def test_every_word_arrives_at_every_host_as_it_was_given(
     names: list[str],
     pdsh: str,

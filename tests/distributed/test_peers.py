@@ -205,6 +205,7 @@ time.sleep(100)  # NCCL would wait so
 """
 
 
+@pytest.mark.long
 def test_a_killed_process_of_a_run_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes as srun or torchrun start them."""
     for name, value in {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():

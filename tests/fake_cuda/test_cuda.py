@@ -132,6 +132,7 @@ def test_deepspeed_trains_on_cuda_at_the_other_stages(rest: Outcomes, stage: int
     check_training(found(rest, "train", stage))
 
 
+@pytest.mark.long
 def test_a_rank_has_its_own_device_and_objects_travel_through_the_host() -> None:
     """On two ranks, each with a GPU: what scoring and resuming exchange before there is an engine."""
     ranks = outcomes_of([["objects"]], ranks=2)

@@ -44,9 +44,10 @@ class Started:
         torch.manual_seed(0)
         self.model = nn.Linear(WIDTH, 2, bias=False)
         self.start = self.model.weight.detach().clone()
-        zero: dict[str, Any] = (
-            {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
-        )
+        # DeepSpeed's buckets are 2 GB by default. Those of many engines in one process leave no room to start another.
+        zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 1000}
+        if stage == 3:
+            zero |= {"stage3_param_persistence_threshold": 0}
         if offload:
             zero |= {"offload_optimizer": {"device": "cpu"}}
         raw = {"zero_optimization": zero, "fp16": {"initial_scale_power": 3} if dtype == "float16" else {}}

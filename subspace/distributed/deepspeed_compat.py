@@ -52,6 +52,7 @@ torch.utils.cpp_extension._get_build_directory check for a stale lock   DeepSpee
 from __future__ import annotations
 
 import logging
+import runpy
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,7 +65,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace.common.patching import patched
-from subspace.distributed.hosts import NUMBER, launch_line, pdsh, pdsh_environment
+from subspace.distributed.hosts import MODULE, NUMBER, launch_line, pdsh, pdsh_environment
 
 #: DeepSpeed's libraries for NVMe, compiled at their first use.
 NVME_LIBRARIES = ("async_io", "pin_memory")
@@ -337,7 +338,7 @@ def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str], mark
             self, environment: dict[str, str], active_resources: Mapping[str, object]
         ) -> tuple[list[str], list[str], dict[str, str]]:
             given = self.args
-            words = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={self.world_info_base64}"]
+            words = [sys.executable, "-u", "-m", MODULE, "node", f"--world_info={self.world_info_base64}"]
             words += [
                 f"--node_rank={NUMBER}",
                 f"--master_addr={given.master_addr}",
@@ -352,6 +353,12 @@ def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str], mark
 
     runner.PDSHRunner = QuotingRunner
     runner.main(list(arguments))
+
+
+def run_node_launcher(arguments: Sequence[str]) -> None:
+    """Run DeepSpeed's launcher of one host's processes; it ends with SystemExit where one of them failed."""
+    sys.argv[1:] = arguments
+    runpy.run_module("deepspeed.launcher.launch", run_name="__main__", alter_sys=True)
 
 
 def silence_deepspeed() -> None:

@@ -9,9 +9,10 @@ DeepSpeed's launcher starts them, with what it does badly replaced:
 - It reads ``.deepspeed_env`` with a traceback for an empty line.
 - It starts a run on the only host of a hostfile on this machine, whatever the host's name.
 - It waits for ever for the other hosts when one has failed.
+- What it and pdsh print beside a run's own output makes ``--json`` no JSON.
 
-``python -m subspace.distributed.hosts launch ...`` is that launcher; ``... signal MARK NUMBER`` is what it runs on each
-host.
+``python -m subspace.distributed.hosts launch ...`` is that launcher; ``... node ...`` is what it runs on each host, and
+``... signal MARK NUMBER`` what it sends signals with.
 """
 
 from __future__ import annotations
@@ -206,6 +207,9 @@ def signal_processes(mark: str, number: int) -> int:
 class HostWatch:
     """What a launcher's standard error says of its hosts; everything else is passed on.
 
+    Lines of the standard output lose the host's name that pdsh puts before them: the first rank alone writes there, and
+    a program may read it.
+
     Attributes:
         host: the first host whose processes failed; None until then.
         status: the exit status there.
@@ -213,13 +217,18 @@ class HostWatch:
         told: whether a process of the run has told the user of a failure.
     """
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, errors: IO[bytes], output: IO[bytes], hosts: Sequence[str]) -> None:
         self.host: str | None = None
         self.status = 0
         self.stopped = self.told = False
         self._since = 0.0
-        self._thread = threading.Thread(target=self._read, args=(stream,), name="hosts", daemon=True)
-        self._thread.start()
+        label = re.compile("|".join(f"^{re.escape(host)}: ?" for host in hosts).encode())
+        self._threads = [
+            threading.Thread(target=self._read, args=(errors,), name="hosts", daemon=True),
+            threading.Thread(target=_pass_on, args=(output, label), name="output", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def overdue(self) -> bool:
         """Return True if the other hosts should have noticed by now that one has failed."""
@@ -228,7 +237,8 @@ class HostWatch:
 
     def finish(self) -> None:
         """Wait for the last lines."""
-        self._thread.join(timeout=5)
+        for thread in self._threads:
+            thread.join(timeout=5)
 
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
@@ -242,15 +252,24 @@ class HostWatch:
                 sys.stderr.flush()
 
 
+def _pass_on(stream: IO[bytes], label: re.Pattern[bytes]) -> None:
+    for line in stream:
+        sys.stdout.buffer.write(label.sub(b"", line, count=1))
+        sys.stdout.flush()
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Launch as DeepSpeed's launcher does with the same arguments, or send a signal on this host."""
+    """Launch as DeepSpeed's launcher does with the same arguments, start this host's part, or send a signal here."""
     command, *rest = arguments
     if command == "signal":
         signal_processes(rest[0], int(rest[1]))
         return 0
-    from subspace.distributed.deepspeed_compat import run_pdsh_launcher, silence_deepspeed
+    from subspace.distributed.deepspeed_compat import run_node_launcher, run_pdsh_launcher, silence_deepspeed
 
     silence_deepspeed()  # which says on standard output that this machine has no GPU
+    if command == "node":
+        run_node_launcher(rest)
+        return 0
     exports = read_environment_files()
     mark = os.environ.get(MARK_TO_GIVE) or secrets.token_hex(8)
     os.environ["DS_ENV_FILE"] = os.devnull  # no file: DeepSpeed reads nothing

@@ -106,11 +106,13 @@ class _LaunchedOnHosts(_Launched):
         super().__init__(command, environment, status_file)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+            command, env=environment, stdin=nothing, stdout=pipe, stderr=pipe, start_new_session=True
         )
+        assert process.stdout
         assert process.stderr
-        self.watch = HostWatch(process.stderr)
+        self.watch = HostWatch(process.stderr, process.stdout, self.hosts)
         return process
 
     def ask_to_stop(self) -> None:

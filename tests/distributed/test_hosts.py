@@ -416,6 +416,12 @@ def test_a_host_that_fails_ends_the_others_with_one_message(
 
 def test_a_run_counts_as_stopped_though_the_first_host_to_end_only_lost_its_peer() -> None:
     said = b"".join(b"pdsh@head: %s: ssh exited with exit code %d\n" % end for end in ((b"a", 1), (b"b", 75)))
-    watch = hosts.HostWatch(io.BytesIO(said))
+    watch = hosts.HostWatch(io.BytesIO(said), io.BytesIO(), ["a", "b"])
     watch.finish()
     assert (watch.host, watch.status, watch.stopped) == ("a", 1, True)
+
+
+def test_output_is_that_of_the_run_alone(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    said = b'a.b: {"loss": 1,\na.b:\na.b: "a.b: c": 2}\nanb: x\n'
+    hosts.HostWatch(io.BytesIO(b"a.b: a notice\n"), io.BytesIO(said), ["a.b", "c"]).finish()
+    assert capfdbinary.readouterr() == (b'{"loss": 1,\n\n"a.b: c": 2}\nanb: x\n', b"a.b: a notice\n")

@@ -1,8 +1,8 @@
 """The loop under DeepSpeed's engine: every method, ZeRO 0 to 3, one and two processes, one loss curve.
 
-With every change, three methods that differ in what they ask of an engine (a schedule that moves values, weights of the
-model itself) train at every stage, and one of each kind of site, start and schedule at stage 3; ``-m long`` adds the
-others.
+With every change, what asks most of an engine (a schedule that moves values, weights of the model itself) trains at
+every stage that shares something, and at stage 3 one of each kind of site, start and schedule that the selection of
+tests/long/test_matrix.py does not train; ``-m long`` adds the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.helpers.tiny_models import EARLY_SCHEDULES
 
 pytestmark = pytest.mark.processes
 
-STEPS = 20
+STEPS = 10
 #: A prompt learns slowly. Where a gradient is nearly zero, Adam makes rounding as large as a step: smaller steps help.
 RATES = {"prompt": 0.05, "lora-dash": 0.001, "parallel": 0.002, "series": 0.002}
 #: After LoRA-Dash's launch, Adam's first step on delta is a whole one however small its gradient.
@@ -35,15 +35,17 @@ SLACK = {"lora-dash": 2}
 STRAY = {"lora-dash": 1e-3}
 #: A base in 16 bits, so that adapters are copied to its dtype; at stage 3 each is cast by itself.
 IN_16_BITS = ("model.dtype=bfloat16", "train.steps=6")
-EVERY_STAGE = {"lora", "adalora", "full"}
-#: Kinds of site (biases, sub-layers, attention, embedding), of starts (from W's singular directions or row norms), of
-#: schedules (growth, a launch); each of the others is built as one of these.
-AT_STAGE_3 = EVERY_STAGE | {
-    "bitfit", "dora", "flexlora", "houlsby", "ia3", "lora-dash", "pissa", "prefix", "prompt", "spectral", "svdiff",
-}  # fmt: skip
+#: By stage; at stage 3 kinds of site (biases, attention), of starts (from W's singular directions or row norms) and of
+#: schedules (growth, a launch).
+WITH_EVERY_CHANGE = {
+    0: {"full"},
+    1: {"adalora", "full"},
+    2: {"adalora", "full"},
+    3: {"adalora", "bitfit", "flexlora", "full", "ia3", "lora", "lora-dash", "prefix", "spectral", "svdiff"},
+}
 LONG = pytest.mark.long
 CASES = [
-    pytest.param(stage, method, marks=[] if method in (AT_STAGE_3 if stage == 3 else EVERY_STAGE) else LONG)
+    pytest.param(stage, method, marks=[] if method in WITH_EVERY_CHANGE[stage] else LONG)
     for stage in STAGES
     for method in list_methods()
 ]
@@ -65,7 +67,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     def arguments(name: str, stage: int, method: str, *more: str) -> tuple[str, list[str]]:
         run = [f"runs={root}", f"name={name}-{method}", f"engine={root / f'zero{stage}.json'}", f"method={method}"]
         run += [f"method.{key}={value}" for key, value in EARLY_SCHEDULES.get(method, {}).items()]
-        run += [f"train.steps={STEPS}", f"train.learning_rate={RATES.get(method, 0.005)}", "train.validate_every=10"]
+        run += [f"train.steps={STEPS}", f"train.learning_rate={RATES.get(method, 0.005)}", "train.validate_every=5"]
         return str(file), [*run, *more]
 
     one = [arguments("one", 0, method) for method in methods]
@@ -103,7 +105,8 @@ def losses(folder: Path, key: str = "loss") -> Tensor:
 def test_loss_curve_is_that_of_one_process(runs: Path, method: str, stage: int) -> None:
     one, two = losses(runs / f"one-{method}"), losses(runs / f"two-zero{stage}-{method}")
     assert len(one) == STEPS
-    assert one[-1] < one[0] - 0.05  # it learns, so there is something to agree on
+    learned = losses(runs / f"one-{method}", "validation_loss")
+    assert learned[-1] < learned[0] - 1e-3  # so there is something to agree on
     assert (one - two).abs().max() < 1e-5 * SLACK.get(method, 1)
 
 

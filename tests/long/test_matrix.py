@@ -1,7 +1,7 @@
 """Every base with every ZeRO stage, one and two processes and every family of methods; see tests/helpers/matrix.py.
 
-The default suite trains a selection in which each two of these meet, ``-m long`` all of them. The recorded table is
-compared with what the code refuses today.
+The default suite trains a selection in which each base meets every engine and method, ``-m long`` all of them. The
+recorded table is compared with what the code refuses today.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def made_items(count: int) -> Iterator[None]:
 
 def score_subjects(folder: Path, protocol: str, stage: int, base: str, methods: list[str]) -> list[TaskResult]:
     """Score a saved model as it is and with saved adapters, on made-up items; spread over the processes at stage 3."""
-    config = config_module.EvaluateConfig(protocol=protocol, **SETTINGS, engine=ZERO3 if stage == 3 else None)
+    settings = {**SETTINGS, "limit": 7, "engine": ZERO3 if stage == 3 else None}
+    config = config_module.EvaluateConfig(protocol=protocol, **settings)
     model = ModelConfig(path=f"{base}/base", dtype="float32")
     subjects = [EvaluationSubject(model, config, folder / "base")]
     subjects += [EvaluationSubject(model, config, folder / name, Path(base, name), name) for name in methods]

@@ -198,7 +198,8 @@ def read_run_subject(folder: Path, overrides: Sequence[str] = ()) -> EvaluationS
     adapter = folder / "adapter"
     if not adapter.is_dir():
         raise UserError(f"the run {folder} has no adapter: its training did not reach the end. Train it again")
-    return EvaluationSubject(config.model, config.evaluate, folder, adapter, config.methods, config.data.mixture)
+    data = config.data
+    return EvaluationSubject(config.model, config.evaluate, folder, adapter, config.methods, data.mixture, data.columns)
 
 
 def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:

@@ -153,7 +153,7 @@ def write_run_metadata(
     """Write ``config.yaml`` and ``environment.json``; return notices of test items in the training data. Collective."""
     config, notices = run.config, []
     if is_main():
-        notices = overlap_notices(config.data.mixture, config.evaluate.selection)
+        notices = overlap_notices(config.data.mixture, config.evaluate.selection, config.data.columns)
         config.folder.mkdir(parents=True, exist_ok=True)
         write_config(config, config.folder / "config.yaml")
         about = describe_environment() | {

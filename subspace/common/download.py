@@ -15,14 +15,23 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from subspace.common import paths
 from subspace.common.declarations import Declaration, build, read_yaml
-from subspace.common.files import disk_errors, file_sha256, is_disk_full, locked, temporary_folder, write_file
+from subspace.common.files import (
+    disk_errors,
+    file_sha256,
+    is_disk_full,
+    locked,
+    temporary_folder,
+    write_file,
+    write_json,
+)
+from subspace.common.hashing import hash_json
 from subspace.common.progress import Progress, no_progress
 from subspace.errors import UserError
 
@@ -229,6 +238,98 @@ def hub_model_here(repo: str, revision: str | None = None) -> Path | None:
         return None
 
 
+@dataclass(frozen=True)
+class HubFiles:
+    """Files of a data set on the hub at one commit; ``readme`` is its card, if it has one, which may declare splits."""
+
+    commit: str
+    names: tuple[str, ...]
+    readme: Path | None
+
+
+@dataclass(frozen=True)
+class HubDownload:
+    """Downloaded files, by their names on the hub, of one commit; ``notices`` are for the user."""
+
+    commit: str
+    paths: dict[str, Path]
+    notices: tuple[str, ...] = ()
+
+
+def hub_data_files(
+    repo: str, revision: str | None, part: str, choose: Callable[[HubFiles], Iterable[str]]
+) -> HubDownload:
+    """Return files of a data set on the hub, downloaded unless they are here, and verified by the hub's checksums.
+
+    The commit and the files are kept on record, so that a machine without a network finds what it had before.
+
+    Args:
+        repo: as ``org/name``.
+        revision: a branch, tag or commit; by default the main branch.
+        part: what is wanted of it, in any words: ``choose`` has one result for each.
+        choose: function from all files to the names of those that are wanted.
+
+    Raises:
+        UserError: the hub does not answer, and the files are not on record; or it has no such data set or revision.
+    """
+    from huggingface_hub import HfApi
+
+    key = hash_json([hub_endpoint()[0], repo, revision, part])[:16]
+    record = paths.cache_folder() / "sources" / f"{repo.replace('/', '--')}-{key}.json"
+    known = _on_record(record, repo)
+    if known and revision == known.commit:
+        return known
+    try:
+        with _hub_errors(repo, "data set"):
+            info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
+    except _HubIsSilent:
+        if known is None:
+            raise
+        notice = f"the hub does not answer: {repo} is as it was at its commit {known.commit[:12]}, which lies here"
+        return replace(known, notices=(notice,))
+    commit = str(info.sha)
+    if known and known.commit == commit:
+        return known
+    checksums = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or ()}
+    readme = _hub_file(repo, commit, "README.md") if "README.md" in checksums else None
+    chosen = list(choose(HubFiles(commit, tuple(checksums), readme)))
+    found = {name: _hub_file(repo, commit, name, checksums[name]) for name in chosen}
+    with disk_errors(record):
+        write_json(record, {"commit": commit, "files": chosen})
+    return HubDownload(commit, found)
+
+
+def _on_record(record: Path, repo: str) -> HubDownload | None:
+    """Return the files of a record of :func:`hub_data_files`, or None if one of them is not here any more."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        facts = json.loads(record.read_text(encoding="utf-8"))
+        commit, names = str(facts["commit"]), list(facts["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    found = {name: try_to_load_from_cache(repo, name, revision=commit, repo_type="dataset") for name in names}
+    if not all(isinstance(path, str) and Path(path).is_file() for path in found.values()):
+        return None
+    return HubDownload(commit, {name: Path(str(path)) for name, path in found.items()})
+
+
+def _hub_file(repo: str, commit: str, name: str, sha256: str | None = None) -> Path:
+    """Return the path of a file of a data set on the hub, downloaded unless it is here; raise UserError if broken."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(repo, "data set"):
+        path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
+    if sha256 and file_sha256(path) != sha256:
+        path.resolve().unlink()
+        raise UserError(f"{repo} came from the hub with a broken {name}. It was thrown away: try again")
+    return path
+
+
+class _HubIsSilent(UserError):
+    """The hub does not answer."""
+
+
 @contextmanager
 def _hub_errors(repo: str, kind: str) -> Iterator[None]:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -248,4 +349,4 @@ def _hub_errors(repo: str, kind: str) -> Iterator[None]:
         if is_disk_full(error):
             raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"the hub was asked for the {kind} {repo} and did not answer ({reason})") from None
+        raise _HubIsSilent(f"the hub was asked for the {kind} {repo} and did not answer ({reason})") from None

@@ -13,7 +13,17 @@ class DataConfig(Settings):
     """Settings of the training data."""
 
     mixture: str = setting(
-        "commonsense", "a mixture, a task, tasks with rows or weights, or a file; see data/README.md"
+        "commonsense",
+        "a mixture, a task, a file, a folder or a data set on the hub, or several with rows or weights; see "
+        "data/README.md",
+    )
+    columns: dict[str, str | None] = setting(
+        {}, "columns of a file by their names here, as {instruction: question, output: reply}; null leaves a key out"
+    )
+    bad_rows: str = setting(
+        "refuse",
+        "rows of a file that cannot be trained on: refuse to start, or drop them; both tell how many, and why",
+        choices=("refuse", "drop"),
     )
     prompt: str = setting("alpaca-indented", "prompt template, from data/prompts.yaml")
     max_length: int = setting(

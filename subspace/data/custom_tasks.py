@@ -3,7 +3,7 @@
 A custom multiple-choice suite is two files and no code::
 
     title: Planets
-    file: planets.jsonl                              # .json, .jsonl or .parquet, beside this file
+    file: planets.jsonl                              # or .json, .csv, .parquet, ..., beside this file
     item: {choices: options, label: "'ABCD'.index(answer)"}     # Jinja, if the records' fields have other names
 
 ``subspace evaluate RUN evaluate.tasks=planets.yaml`` scores it by any protocol. The file may set everything that a file
@@ -12,13 +12,15 @@ in ``data/tasks`` may: other texts, other answer words, several splits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from subspace.common.declarations import read_yaml
 from subspace.data.items import Item
-from subspace.data.records import records
+from subspace.data.rows import BadRow
+from subspace.data.sources.files import file_records
 from subspace.data.tasks import Task, build_task, list_tasks
 from subspace.errors import UserError, nearest
 
@@ -94,7 +96,7 @@ def read_local_items(task: Task, split: str, folder: str | None) -> list[Item]:
     file = base / declared.file.path
     if not file.is_file():
         raise UserError(f"{task.name}/{split} was to be read from {file}, which does not exist")
-    items: list[Item] = [task.make_item(record, n, split, file=True) for n, (_, record) in enumerate(records(file))]
+    items: list[Item] = [task.make_item(record, n, split, file=True) for n, (_, record) in enumerate(_records(file))]
     if declared.rows and len(items) != declared.rows:
         raise UserError(f"{file} has {len(items):,} rows where {task.name}/{split} has {declared.rows:,}")
     for item in items:
@@ -107,3 +109,11 @@ def read_local_items(task: Task, split: str, folder: str | None) -> list[Item]:
     if not items:
         raise UserError(f"{file} has no rows")
     return items
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the records of a suite's file; a line that holds none is an error, as no item may be left out."""
+    for record in file_records(file, nulls=True):
+        if isinstance(record, BadRow):
+            raise UserError(f"{record.where}: {record.reason}: {record.detail}")
+        yield record

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from subspace.common.progress import Progress, no_progress
 from subspace.data import tokenization
 from subspace.data.collate import IGNORE_INDEX, Batch, TokenRow, collate
 from subspace.data.config import DataConfig
-from subspace.data.records import FILES, TextRows, file_rows, task_rows
+from subspace.data.records import TextRows, source_rows, task_rows
 from subspace.data.tasks import Mixture, MixturePart, find_mixture, prompt_template
 from subspace.data.token_cache import Integers, PartCache, TokenTable, open_table, split_by_part
 from subspace.errors import UserError
@@ -76,7 +75,7 @@ class Tokenized:
 class Data:
     """Training and held-out rows of a run; ``report`` has their counts, and ``notices`` messages to the user.
 
-    ``parts`` maps each (task, split), or file, in the table of token ids to its first row there.
+    ``parts`` maps the name of each task's split, or file, in the table of token ids to its first row there.
     """
 
     train: Tokenized
@@ -85,7 +84,7 @@ class Data:
     loss_on: str
     report: dict[str, Any]
     notices: tuple[str, ...]
-    parts: dict[tuple[str, str], int] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict)
     packing: bool = False
 
     def batch(self, numbers: Sequence[int], *, one_sequence: bool = False) -> Batch:
@@ -148,7 +147,7 @@ def open_data(
         pad_id=int(tokenizer.pad_token_id),
         loss_on=config.loss_on,
         report=report,
-        notices=tuple(_notices(report, config.max_length, read)),
+        notices=(*(told for part in parts.values() for told in part.told), *_notices(report, config.max_length, read)),
         parts=dict(zip(parts, _begins(parts), strict=True)),
         packing=config.packing,
     )
@@ -163,29 +162,28 @@ def is_encoded(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
     return not any(len(part.missing(numbers)) for part, _, numbers in split_by_part(list(parts.values()), rows))
 
 
-Parts = dict[tuple[str, str], PartCache]
-"""Prepared parts of a mixture by (task, split), or file: each once, with rows numbered consecutively through all."""
+Parts = dict[str, PartCache]
+"""Prepared parts of a mixture by name: each once, with rows numbered consecutively through all."""
 
 
 def _concatenate_parts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[Mixture, Parts, list[str]]:
     """Return the mixture, its prepared parts, and the names of the parts that are not prepared."""
-    template = prompt_template(config.prompt)
-    prepared: dict[tuple[str, str], TextRows] = {}
-    if config.mixture.endswith(FILES):
-        rows = file_rows(Path(config.mixture), template, tokenizer)
-        mixture = Mixture(config.mixture, (MixturePart(rows.name),))
-        prepared[rows.name, "train"] = rows
-    else:
-        mixture = find_mixture(config.mixture)
-        for name in dict.fromkeys((part.task, part.split) for part in mixture.parts):
-            if task_part := task_rows(*name, template):
-                prepared[name] = task_part
-    absent = [f"{part.task}/{part.split}" for part in mixture.parts if (part.task, part.split) not in prepared]
+    mixture = find_mixture(config.mixture)
+    prepared = {part.name: rows for part in mixture.parts if (rows := part_rows(part, config, tokenizer))}
+    absent = [part.name for part in mixture.parts if part.name not in prepared]
     if not prepared:
         raise UserError(f"nothing of {mixture.name} is in the source it was prepared from: {', '.join(absent)}")
     return mixture, {name: PartCache(rows, tokenizer, progress) for name, rows in prepared.items()}, absent
+
+
+def part_rows(part: MixturePart, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TextRows | None:
+    """Return the rows of a part of a mixture, or None if the source of its task does not have them."""
+    template = prompt_template(config.prompt)
+    if part.task:
+        return task_rows(part.task, part.split, template)
+    return source_rows(part.source(config.columns), template, tokenizer, config.bad_rows)
 
 
 def _begins(parts: Parts) -> list[int]:
@@ -223,9 +221,9 @@ def _select_rows(
     draw = np.random.default_rng(seed)
     begins = dict(zip(parts, _begins(parts), strict=True))
     taken = {
-        part: begins[name] + _take(len(parts[name]), part, draw)
-        for part in mixture.parts
-        if (name := (part.task, part.split)) in parts
+        number: begins[part.name] + _take(len(parts[part.name]), part, draw)
+        for number, part in enumerate(mixture.parts)
+        if part.name in parts
     }
     order = np.concatenate(list(taken.values()))
     keys, answer_lengths = (np.concatenate(columns) for columns in zip(*(p.index for p in parts.values()), strict=True))
@@ -241,7 +239,10 @@ def _select_rows(
     train, validation = _hold_out(kept, keys, config.validation, mixture.name, draw)
     if config.limit is not None and config.limit < len(train):
         train = train[np.sort(draw.permutation(len(train))[: config.limit])]
-    by_part = {_name(part): len(rows) for part, rows in taken.items()}
+    by_part: dict[str, int] = {}
+    for number, part_rows in taken.items():
+        name = _name(mixture.parts[number])
+        by_part[name] = by_part.get(name, 0) + len(part_rows)
     return _Selection(by_part, len(order), len(order) - len(kept), train, validation)
 
 
@@ -304,4 +305,4 @@ def _hold_out(
 
 def _name(part: MixturePart) -> str:
     first = f"[:{part.first}]" if part.first else ""
-    return f"{part.task}/{part.split}{first}"
+    return f"{part.name}{first}"

@@ -7,13 +7,12 @@ question equals a training row's, compared by letters and digits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 
 from subspace.data.config import TaskSelection
 from subspace.data.contamination import Text, text_keys
 from subspace.data.prepare import task_items
-from subspace.data.records import FILES, records
+from subspace.data.rows import Row
 from subspace.data.samples import Sample, find_tasks, select_sample
 from subspace.data.tasks import Task, find_mixture
 from subspace.errors import UserError
@@ -22,10 +21,14 @@ MAX_OVERLAP = 0.01
 """Maximum share of a suite's items in the training rows; above it the score is meaningless."""
 
 
-def find_overlap(mixture: str, samples: Iterable[Sample]) -> dict[str, tuple[int, int]]:
+Columns = Mapping[str, str | None]
+
+
+def find_overlap(mixture: str, samples: Iterable[Sample], columns: Columns | None = None) -> dict[str, tuple[int, int]]:
     """Return for each task with overlap the number of its items in the mixture's rows, and of all its items."""
-    compared = [sample for sample in samples if _is_compared(sample.task, mixture)]
-    trained = set(map(_key, _questions(mixture))) if compared and mixture else set()
+    own = bool(mixture) and any(part.data for part in find_mixture(mixture).parts)
+    compared = [sample for sample in samples if _is_compared(sample.task, own=own)]
+    trained = set(map(_key, _questions(mixture, columns or {}))) if compared and mixture else set()
     overlap = {}
     for sample in compared:
         asked = [{_key(sample.task.instruction(item)), _key(item["question"])} for item in sample.items]
@@ -34,35 +37,45 @@ def find_overlap(mixture: str, samples: Iterable[Sample]) -> dict[str, tuple[int
     return overlap
 
 
-def overlap_notices(mixture: str, selection: TaskSelection) -> list[str]:
+def overlap_notices(mixture: str, selection: TaskSelection, columns: Columns | None = None) -> list[str]:
     """Return a notice for each selected task that has items in the rows of the mixture.
 
     A suite whose items are not on this machine is skipped: it is checked again when it is scored.
     """
     samples = []
+    own = any(part.data for part in find_mixture(mixture).parts)
     for task in find_tasks(selection.tasks):
-        if _is_compared(task, mixture):
+        if _is_compared(task, own=own):
             with contextlib.suppress(UserError):
                 samples.append(select_sample(task, selection))
     return [
         f"{mixture} holds {seen} of {of} items of {name}"
         + (", too many for its score to mean anything: it will be refused" if seen > MAX_OVERLAP * of else "")
-        for name, (seen, of) in find_overlap(mixture, samples).items()
+        for name, (seen, of) in find_overlap(mixture, samples, columns).items()
     ]
 
 
-def _is_compared(task: Task, mixture: str) -> bool:
-    return mixture.endswith(FILES) or task.suite != "commonsense"
+def _is_compared(task: Task, *, own: bool) -> bool:
+    return own or task.suite != "commonsense"
 
 
-def _questions(mixture: str) -> Iterator[str]:
-    if mixture.endswith(FILES):
-        for _, record in records(Path(mixture)):
-            turns = record.get("messages") or [{"content": record.get("instruction", "")}]
-            yield from (str(turn["content"]) for turn in turns)
-        return
-    for task, split in {(part.task, part.split) for part in find_mixture(mixture).parts}:
-        yield from task_items(task, split)["question"]
+def _questions(mixture: str, columns: Columns) -> Iterator[str]:
+    """Yield the texts of a mixture's rows that may be a test item's question."""
+    for part in {part.name: part for part in find_mixture(mixture).parts}.values():
+        if part.task:
+            yield from task_items(part.task, part.split)["question"]
+            continue
+        for row in part.source(columns).rows():
+            if isinstance(row, Row):
+                yield from _row_texts(row)
+
+
+def _row_texts(row: Row) -> Iterator[str]:
+    if row.text is not None:
+        yield row.text
+    if row.instruction is not None:
+        yield row.instruction["instruction"]
+    yield from (turn["content"] for turn in row.messages if isinstance(turn.get("content"), str))
 
 
 def _key(text: str) -> int:

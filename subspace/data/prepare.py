@@ -64,7 +64,7 @@ def tasks_to_prepare(names: Sequence[str]) -> list[Task]:
     for name in names:
         tasks = list_tasks("commonsense" if name == "all" else name)
         is_task = name in list_tasks(None)
-        wanted |= set(tasks) or ({name} if is_task else {part.task for part in find_mixture(name).parts})
+        wanted |= set(tasks) or ({name} if is_task else {part.task for part in find_mixture(name).parts if part.task})
     return [task for name, task in list_tasks(None).items() if name in wanted]
 
 

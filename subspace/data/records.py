@@ -1,38 +1,40 @@
-"""Training texts, pairs of prompt and answer, from a task's prepared items or from a user's own file.
+"""Training texts, pairs of prompt and answer, from a task's prepared items or from rows of a user's own.
 
-A file is JSON (a list of objects), JSON lines, or Parquet. Its rows have ``instruction``, ``output`` and optionally
-``input``; or ``messages``, a conversation that ends with the assistant's turn, which is rendered by the tokenizer's own
-chat template.
+A user's instruction is put into the prompt template; a conversation, which ends with the assistant's turn, is rendered
+by the tokenizer's own chat template.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from subspace.common.files import file_sha256
 from subspace.data.prepare import task_checksum, task_items
+from subspace.data.rows import BadRow, Row
+from subspace.data.sources.bad_rows import BadRows
+from subspace.data.sources.find import Source
+from subspace.data.sources.shapes import Seen
 from subspace.data.tasks import find_task, render
-from subspace.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILES = (".json", ".jsonl", ".parquet")
 Texts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows that are read on demand. ``fingerprint_inputs`` are all inputs that determine their texts."""
+    """Rows that are read on demand. ``fingerprint_inputs`` are all inputs that determine their texts.
+
+    Reading fills ``told`` with notices to the user, for the cache to keep.
+    """
 
     name: str
     fingerprint_inputs: tuple[str, ...]
     read: Callable[[], Texts]
     chat: bool = False
+    told: list[str] = field(default_factory=list)
 
 
 def task_rows(name: str, split: str, prompt: str) -> TextRows | None:
@@ -51,137 +53,62 @@ def task_rows(name: str, split: str, prompt: str) -> TextRows | None:
     return TextRows(f"{name}/{split}", (checksum, prompt, *texts), read)
 
 
-def file_rows(path: Path, prompt: str, tokenizer: PreTrainedTokenizerBase) -> TextRows:
-    """Return the rows of a user's file.
+def source_rows(source: Source, prompt: str, tokenizer: PreTrainedTokenizerBase, bad_rows: str) -> TextRows:
+    """Return the rows of a user's own data.
 
     Args:
-        path: a file with one of the suffixes ``FILES``.
+        source: where they come from.
         prompt: the prompt template; not used for chats.
         tokenizer: the model's, for its chat template.
+        bad_rows: ``data.bad_rows``: whether rows that cannot be trained on are refused or left out.
 
     Raises:
-        UserError: the file is missing, empty or damaged. Other rows are checked when they are read.
+        UserError: there are no rows. Others are checked when they are read.
     """
-    if not path.is_file():
-        beside = [file.name for file in path.parent.glob("*") if file.suffix in FILES] if path.parent.is_dir() else []
-        hint = nearest(path.name, beside) if beside else f"Nothing with {', '.join(FILES)} lies there"
-        raise UserError(f"the data file {path} is not there. {hint}")
-    first = next(records(path), None)
-    if first is None:
-        raise UserError(f"{path} has no rows")
-    chat = "messages" in first[1]
+    first = next((row for row in source.rows() if isinstance(row, Row)), None)
+    chat = first is not None and first.instruction is None
+    told: list[str] = []
 
     def read() -> Texts:
-        if chat:
-            return [_chat_texts(record, where, tokenizer) for where, record in records(path)]
-        return [_instruction_texts(record, where, prompt) for where, record in records(path)]
+        seen, bad, texts = Seen(), BadRows(), []
+        for row in source.rows(seen):
+            text = row if isinstance(row, BadRow) else _texts(row, prompt, tokenizer, chat=chat)
+            if isinstance(text, BadRow):
+                bad.add(text)
+            else:
+                texts.append(text)
+        told[:] = [*source.notices, *bad.settle(source.name, seen.rows, bad_rows), *seen.notices(source.name)]
+        return texts
 
-    return TextRows(path.name, (file_sha256(path), prompt), read, chat)
-
-
-def _instruction_texts(record: Mapping[str, Any], where: str, prompt: str) -> tuple[str, str]:
-    fields = {name: _text(record, name, where) for name in ("instruction", "output")}
-    fields["input"] = _text(record, "input", where) if record.get("input") else ""
-    for name in ("instruction", "output"):
-        if not fields[name].strip():
-            raise UserError(f"{where}: '{name}' is empty")
-    return render(prompt, fields), fields["output"]
+    return TextRows(source.name, (*source.fingerprint, prompt, bad_rows), read, chat, told)
 
 
-def _text(record: Mapping[str, Any], name: str, where: str) -> str:
-    if name not in record:
-        has = ", ".join(record) or "nothing"
-        raise UserError(
-            f"{where}: no '{name}'. A row has instruction, output and maybe input, or messages; this has {has}"
-        )
-    if not isinstance(record[name], str):
-        raise UserError(f"{where}: '{name}' is {type(record[name]).__name__}, not text")
-    return str(record[name])
-
-
-def _chat_texts(record: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    messages = _messages(record, where)
+def _texts(row: Row, prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[str, str] | BadRow:
+    """Return the prompt and the answer of a row, or why it cannot be trained on."""
+    if row.text is not None:
+        return BadRow(row.where, "plain text is not trained on yet")
+    if not chat:
+        if row.instruction is None:
+            return BadRow(row.where, "a conversation among instructions")
+        return render(prompt, row.instruction), row.instruction["output"]
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"{where}: 'messages' need a chat template, and this model's tokenizer has none. "
-            "Give rows with instruction and output, or take the model's instruct version"
+        return BadRow(
+            row.where,
+            "a conversation needs a chat template, and this model's tokenizer has none. Give rows with instruction and "
+            "output, or take the model's instruct version",
         )
+    messages = [{"role": turn["role"], "content": turn.get("content")} for turn in row.messages]
+    if row.tools or any(turn.keys() - {"role", "content"} for turn in row.messages):
+        return BadRow(row.where, "tools and more than role and content in a turn are not trained on yet")
+    if messages[-1]["role"] != "assistant" or not str(messages[-1]["content"]).strip():
+        return BadRow(row.where, "the last turn is trained on, so it must be the assistant's and say something")
     try:
-        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+        before = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
         conversation = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template may raise any exception
-        raise UserError(f"{where}: the tokenizer's chat template refuses the conversation: {error}") from None
-    if not conversation.startswith(prompt):
-        raise UserError(
-            f"{where}: the tokenizer's chat template writes this conversation differently once it is answered"
+        return BadRow(row.where, "the tokenizer's chat template refuses the conversation", str(error))
+    if not conversation.startswith(before):
+        return BadRow(
+            row.where, "the tokenizer's chat template writes this conversation differently once it is answered"
         )
-    return prompt, conversation[len(prompt) :].rstrip()
-
-
-def _messages(record: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: 'messages' should be a list of turns, each with role and content")
-    turns = []
-    for number, turn in enumerate(messages, start=1):
-        if not isinstance(turn, dict):
-            raise UserError(f"{where}: turn {number} should have role and content")
-        turns.append({name: _text(turn, name, f"{where}, turn {number}") for name in ("role", "content")})
-    if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
-        raise UserError(f"{where}: the last turn is trained on, so it must be the assistant's and say something")
-    return turns
-
-
-def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the location of each record, such as ``rows.jsonl, line 3``, and the record.
-
-    Raises:
-        UserError: the suffix is unknown, or the file is damaged.
-    """
-    read = {".json": _json, ".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix)
-    if read is None:
-        raise UserError(f"{path} is not a data file of a known kind: {', '.join(FILES)}")
-    for where, record in read(path):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, {where}: a row should be an object, not {type(record).__name__}")
-        yield f"{path}, {where}", record
-
-
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        content = json.loads(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        lines = ". One object a line is called .jsonl" if error.msg == "Extra data" else ""
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}, column {error.colno}{lines}") from None
-    if not isinstance(content, list):
-        raise UserError(f"{path} should be a list of rows, not {type(content).__name__}")
-    yield from ((f"row {number}", record) for number, record in enumerate(content, start=1))
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not UTF-8: byte {error.start}") from None
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not JSON: {error.msg}, column {error.colno}") from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", record
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not Parquet, or cut: {' '.join(str(error).split())[:120]}") from None
+    return before, conversation[len(before) :].rstrip()

@@ -42,3 +42,6 @@ class BadRow:
     where: str
     reason: str
     detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f": {self.detail}" if self.detail else "")

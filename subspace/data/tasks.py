@@ -23,6 +23,8 @@ from subspace.common import paths
 from subspace.common.declarations import Declaration, build, declaration_files, find_declared, read_folder, read_yaml
 from subspace.common.download import Hub
 from subspace.data.items import Item, make_item
+from subspace.data.sources.files import WHAT_IS_READ
+from subspace.data.sources.find import Source, find_source, hub_name, is_here, looks_like_data, split_of
 from subspace.errors import UserError, nearest
 
 
@@ -93,16 +95,33 @@ class Split(Declaration):
 
 @dataclass(frozen=True)
 class MixturePart(Declaration):
-    """Rows of one task in a mixture: of its ``first`` rows, or all, either ``rows`` many or ``weight`` times as many.
+    """Rows of a task in a mixture: of its ``first`` rows, or all, either ``rows`` many or ``weight`` times as many.
 
-    Rows beyond a whole multiple of those available are drawn at random, by the run's seed.
+    Rows beyond a whole multiple of those available are drawn at random, by the run's seed. In place of a task's the
+    rows may be a user's own: ``data`` is a path or a name on the hub (``find_source``), and ``columns`` its columns, by
+    default ``data.columns``.
     """
 
-    task: str
+    task: str = ""
     split: str = "train"
     first: int | None = None
     rows: int | None = None
     weight: float = 1.0
+    data: str = ""
+    columns: Mapping[str, str | None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The task and its split; or the data, and its split where it is not the usual one."""
+        if self.task:
+            return f"{self.task}/{self.split}"
+        columns = ", ".join(f"{ours}={theirs}" for ours, theirs in (self.columns or {}).items())
+        return self.data + (f"[{self.split}]" if self.split != "train" else "") + (f" ({columns})" if columns else "")
+
+    def source(self, columns: Mapping[str, str | None]) -> Source:
+        """Return the source of the user's own rows; ``columns`` are ``data.columns``."""
+        split = None if self.split == "train" else self.split
+        return find_source(self.data, columns if self.columns is None else self.columns, split)
 
 
 @dataclass(frozen=True)
@@ -266,40 +285,73 @@ def find_mixture(wanted: str) -> Mixture:
     """Return the mixture that ``data.mixture`` names.
 
     Args:
-        wanted: a mixture's name; a task's name, or several with commas, each of which may have a number of rows or a
-            weight (``boolq,piqa:500,siqa*0.5``); or the path of a YAML file like those in ``data/mixtures``.
+        wanted: a mixture's name; a task's name, a path or a name on the hub (see ``find_source``), or several with
+            commas, each of which may have a number of rows or a weight (``boolq,mine.jsonl:500,org/name*0.5``); or the
+            path of a YAML file like those in ``data/mixtures``.
 
     Raises:
-        UserError: it names no mixture, task or split, or a negative number of rows.
+        UserError: it names no mixture, task or split, or a negative number of rows. Paths and names on the hub are
+            looked up when they are read.
     """
     if wanted.endswith((".yaml", ".yml")):
         mixture = build(Mixture, {"name": Path(wanted).stem, **read_yaml(Path(wanted))}, wanted)
+        mixture = dataclasses.replace(mixture, parts=tuple(_beside(part, Path(wanted)) for part in mixture.parts))
     elif wanted in list_mixtures():
         mixture = list_mixtures()[wanted]
+    elif is_here(wanted) and not _is_task(wanted):  # a path may have a comma in it
+        mixture = Mixture(wanted, (MixturePart(data=wanted),))
     else:
-        mixture = Mixture(wanted, tuple(_part(text.strip(), wanted) for text in wanted.split(",")))
+        texts = re.split(r",(?![^\[{]*[\]}])", wanted)
+        mixture = Mixture(wanted, tuple(_part(text.strip(), wanted) for text in texts))
+    return dataclasses.replace(mixture, parts=tuple(_checked(part, mixture.name) for part in mixture.parts))
 
-    for part in mixture.parts:
-        splits = find_task(part.task).splits
-        if part.split not in splits:
-            raise UserError(f"{mixture.name} wants {part.task}/{part.split}. {nearest(part.split, splits)}")
-        if min(part.weight, part.rows or 0, part.first or 0) < 0:
-            raise UserError(f"{mixture.name} wants a negative number of rows of {part.task}/{part.split}")
-    named = (dataclasses.replace(part, task=find_task(part.task).name) for part in mixture.parts)
-    return dataclasses.replace(mixture, parts=tuple(named))
+
+def _checked(part: MixturePart, mixture: str) -> MixturePart:
+    """Return a part with its task's present name, or raise UserError."""
+    if bool(part.task) == bool(part.data):
+        raise UserError(f"a part of {mixture} should have either a task or data, a path or a name on the hub")
+    if part.task:
+        task = find_task(part.task)
+        if part.split not in task.splits:
+            raise UserError(f"{mixture} wants {part.name}. {nearest(part.split, task.splits)}")
+        part = dataclasses.replace(part, task=task.name)
+    if min(part.weight, part.rows or 0, part.first or 0) < 0:
+        raise UserError(f"{mixture} wants a negative number of rows of {part.name}")
+    return part
+
+
+def _beside(part: MixturePart, file: Path) -> MixturePart:
+    """Return a part whose path, if it is relative, starts at the folder of the mixture's file."""
+    path = Path(part.data).expanduser()
+    if (
+        not part.data
+        or path.is_absolute()
+        or (hub_name(split_of(part.data)[0]) and not is_here(str(file.parent / path)))
+    ):
+        return part
+    return dataclasses.replace(part, data=str(file.parent / path))
+
+
+def _is_task(name: str) -> bool:
+    try:
+        return bool(find_task(name))
+    except UserError:
+        return False
 
 
 def _part(text: str, wanted: str) -> MixturePart:
-    match = re.fullmatch(r"([\w -]+?)\s*(?::\s*(\d+))?\s*(?:\*\s*([\d.]+))?", text)
-    try:
-        name, rows, weight = match.groups() if match else (text, None, None)
-        return MixturePart(find_task(name).name, rows=int(rows) if rows else None, weight=float(weight or 1))
-    except (UserError, ValueError):
-        known = nearest(text, [*list_mixtures(), *list_tasks()])
-        raise UserError(
-            f"no mixture, task or file is called {wanted!r}. {known}; or several "
-            "(boolq,piqa:500,siqa*0.5), a .yaml mixture, or a .json, .jsonl or .parquet file of your own"
-        ) from None
+    match = re.fullmatch(r"(.+?)\s*(?::\s*(\d+))?\s*(?:\*\s*(\d+\.?\d*|\.\d+))?", text)
+    name, rows, weight = match.groups() if match and not is_here(text) else (text, None, None)
+    amounts: dict[str, Any] = {"rows": int(rows) if rows else None, "weight": float(weight or 1)}
+    if _is_task(name):
+        return MixturePart(find_task(name).name, **amounts)
+    if looks_like_data(name):
+        return MixturePart(data=name, **amounts)
+    known = nearest(text, [*list_mixtures(), *list_tasks()])
+    raise UserError(
+        f"no mixture, task, file or folder is called {wanted!r}. {known}; or several (boolq,mine.jsonl:500,siqa*0.5), "
+        f"a .yaml mixture, or data of your own. {WHAT_IS_READ}"
+    )
 
 
 def prompt_template(name: str) -> str:

@@ -109,6 +109,12 @@ class PartCache:
     def __len__(self) -> int:
         return len(self.index[0])
 
+    @property
+    def told(self) -> list[str]:
+        """Notices to the user about the rows, as reading them gave."""
+        facts = read_manifest(self._beside("index"))
+        return list(facts.get("told", [])) if facts else []
+
     def _beside(self, suffix: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}.{suffix}")
 
@@ -148,7 +154,7 @@ class PartCache:
             "key": keys.view(np.int64),  # Arrow and the order of rows take them as signed
             "answer_length": [len(self._ended(ids)) for ids in answers],
         }
-        return self._save(columns, {}, work)
+        return {**self._save(columns, {}, work), "told": self.part.told}
 
     def _build_rows(self, work: Path, rows: Integers) -> dict[str, Any]:
         columns: dict[str, Any] = {"row": rows, **self._encode([self.texts[row] for row in rows])}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Required
 
@@ -50,7 +51,8 @@ class EvaluationSubject:
     folder: Path  # that the results are written to
     adapter: Path | None = None
     method: str = ""
-    mixture: str = ""  # data.mixture of the adapters' training run
+    mixture: str = ""  # data.mixture of the adapters' training run, and its data.columns
+    columns: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ def check_contamination(subject: EvaluationSubject, samples: Iterable[Sample]) -
 
     With ``evaluate.on_contamination=warn`` a note is logged in either case.
     """
-    for name, (seen, of) in find_overlap(subject.mixture, samples).items():
+    for name, (seen, of) in find_overlap(subject.mixture, samples, subject.columns).items():
         finding = f"{subject.folder} was trained on {subject.mixture}, which holds {seen} of {of} items of {name}"
         if seen > MAX_OVERLAP * of and subject.evaluate.on_contamination == "error":
             raise UserError(

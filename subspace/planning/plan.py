@@ -69,9 +69,7 @@ class TrainingWork:
             return cls._from_data(config, layout, open_data(config.data, tokenizer, config.train.seed, fed=draw))
         longest = -(-config.data.max_length // 8) * 8
         columns = longest - 1 if config.data.loss_on == "all" else min(ANSWER, longest - 1)
-        rows = None
-        if not config.data.mixture.endswith((".json", ".jsonl", ".parquet")):
-            rows = find_mixture(config.data.mixture).rows
+        rows = find_mixture(config.data.mixture).rows
         rows = min(rows or config.data.limit or 0, config.data.limit or rows or 0)
         steps = config.train.steps or (int(config.train.epochs * rows / layout.batch) or None)
         batch = BatchShape(

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,9 +31,9 @@ from subspace.data.contamination import (
 from subspace.data.dataset import Data, open_data
 from subspace.data.items import Item
 from subspace.data.prepare import task_items
-from subspace.data.records import FILES, file_rows
+from subspace.data.rows import Row
 from subspace.data.samples import find_tasks, select_sample
-from subspace.data.tasks import Task, find_task, prompt_template, render
+from subspace.data.tasks import MixturePart, Task, find_mixture, find_task, prompt_template, render
 from subspace.data.tokenization import encode_pairs, encode_rows
 from subspace.evaluation.config import EvaluateConfig
 from subspace.models.prepare import model_folder
@@ -139,7 +138,7 @@ class Report:
                 *(f"{grams if name == 'n-gram' else name}: {text}" for name, text in definitions(self.ngram).items()),
             ),
         )
-        return [train, suites]
+        return [train, suites] if self.suites else [train]
 
     @property
     def items(self) -> Grid:
@@ -167,6 +166,7 @@ def build_report(
     *,
     seed: int = 0,
     ngram: int = NGRAM,
+    compare: bool = True,
     progress: Progress = no_progress,
 ) -> Report:
     """Return statistics of the training text and the test items of a run with these settings.
@@ -178,22 +178,24 @@ def build_report(
         tokenizer: the model's.
         seed: the run's seed, which decides which rows are held out or drawn.
         ngram: number of consecutive words that make a match.
+        compare: look for the tasks' items in the training text.
         progress: progress display.
     """
     opened = open_data(data, tokenizer, seed, progress)
     template = prompt_template(data.prompt)
-    from_file = data.mixture.endswith(FILES)
+    mixture_parts = {part.name: part for part in find_mixture(data.mixture).parts}
+    own = any(part.data for part in mixture_parts.values())
     window = _window(model)
-    tasks = find_tasks(evaluate.selection.tasks)
+    tasks = find_tasks(evaluate.selection.tasks) if compare else []
     samples, texts = [], []
     with progress("read the test items", len(tasks), "tasks") as at:
         for task in tasks:
             samples.append(select_sample(task, evaluate.selection))
             texts.append(list(map(question_text(task), samples[-1].items)))
             at(len(samples), task.title)
-    prompts = [Text(prompt) for s in samples for prompt, _ in _rows(s.task, s.items, template)] if from_file else None
+    prompts = [Text(s.task.instruction(item)) for s in samples for item in s.items] if own else None
     matcher = Matcher([text for task_texts in texts for text in task_texts], ngram, prompts)
-    parts = list(_match_parts(matcher, opened, data, tokenizer, template, progress))
+    parts = list(_match_parts(matcher, opened, data, mixture_parts, progress))
 
     suites, begin = [], 0
     with progress("count the test items", len(tasks), "tasks") as at:
@@ -221,18 +223,13 @@ def build_report(
             begin = end
             at(len(suites), task.title)
     notices = [*opened.notices]
-    if from_file:
-        notices.append("a file's rows are compared by their whole prompts, so 'question' is as 'normalised'")
+    if own and tasks:
+        notices.append("rows of one's own are compared by their instructions and turns: 'question' is as 'normalised'")
     return Report(opened.report["mixture"], data.max_length, ngram, tuple(parts), tuple(suites), tuple(notices))
 
 
 def _match_parts(
-    matcher: Matcher,
-    opened: Data,
-    data: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    progress: Progress,
+    matcher: Matcher, opened: Data, data: DataConfig, mixture: dict[str, MixturePart], progress: Progress
 ) -> Iterator[Part]:
     """Search the training text, each row once, for the matcher's items; yield the statistics of each part."""
     order, row_keys = opened.train.order, opened.train.keys
@@ -243,53 +240,56 @@ def _match_parts(
         for (name, begin), end in zip(opened.parts.items(), ends, strict=True):
             in_part = (order >= begin) & (order < end)
             numbers, times = np.unique(order[in_part] - begin, return_counts=True)
-            label = name[0] if data.mixture.endswith(FILES) else "/".join(name)
-            read = _file_texts(data, tokenizer, template) if data.mixture.endswith(FILES) else _task_texts(*name)
-            alike: set[int] = set()
+            part = mixture[name]
+            chunks = _task_texts(part, numbers, times) if part.task else _own_texts(part, data)
+            exact, alike = set[int](), set[int]()
             answers: Counter[str] = Counter()
-            for first in range(0, len(numbers), CHUNK_ROWS):
-                chunk = numbers[first : first + CHUNK_ROWS]
-                texts, chunk_answers = read(chunk)
-                alike.update(key.normalised for key in matcher.read(texts, [f"{label} row {n}" for n in chunk]))
-                for answer, count in zip(chunk_answers, times[first : first + CHUNK_ROWS], strict=True):
-                    answers[answer] += int(count)
-                done += len(chunk)
-                at(done, label)
+            for texts, places, chunk_answers in chunks:
+                for keys in matcher.read(texts, places):
+                    exact.add(keys.exact)
+                    alike.add(keys.normalised)
+                answers.update(chunk_answers)
+                done += len(texts)
+                at(done, name)
             distinct = len(np.unique(row_keys[in_part]))
             yield Part(
-                name=label,
+                name=name,
                 rows=int(in_part.sum()),
                 repeats=int(in_part.sum()) - distinct,
-                alike=distinct - len(alike),
+                alike=(distinct if part.task else len(exact)) - len(alike),
                 cut=int((lengths[in_part] > data.max_length).sum()),
                 longest=int(lengths[in_part].max(initial=0)),
                 answers=dict(sorted(answers.items())),
             )
 
 
-Read = Callable[[npt.NDArray[np.int64]], tuple[list[Text], list[str]]]
+Texts = Iterator[tuple[list[Text], list[str], Counter[str]]]
+"""Texts of rows in chunks, with their places, and how often each answer occurs."""
 
 
-def _task_texts(name: str, split: str) -> Read:
-    """Return a function from row numbers of a task to the rows' texts and answers."""
-    task, rows = find_task(name), task_items(name, split)
+def _task_texts(part: MixturePart, numbers: npt.NDArray[np.int64], times: npt.NDArray[np.int64]) -> Texts:
+    """Yield the texts of these rows of a task, each as often as it says."""
+    task, rows = find_task(part.task), task_items(part.task, part.split)
     text = question_text(task)
+    for first in range(0, len(numbers), CHUNK_ROWS):
+        chunk = numbers[first : first + CHUNK_ROWS]
+        items: list[Item] = rows.select(chunk).to_list()
+        answers: Counter[str] = Counter()
+        for item, count in zip(items, times[first : first + CHUNK_ROWS], strict=True):
+            answers[_answer(task, item)] += int(count)
+        yield [text(item) for item in items], [f"{part.name} row {n}" for n in chunk], answers
 
-    def read(numbers: npt.NDArray[np.int64]) -> tuple[list[Text], list[str]]:
-        items: list[Item] = rows.select(numbers).to_list()
-        return [text(item) for item in items], [_answer(task, item) for item in items]
 
-    return read
-
-
-def _file_texts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, template: str) -> Read:
-    """Return a function from row numbers of a user's file to the rows' texts (whole prompts) and answers."""
-    rows = file_rows(Path(data.mixture), template, tokenizer).read()
-
-    def read(numbers: npt.NDArray[np.int64]) -> tuple[list[Text], list[str]]:
-        return [Text(rows[n][0]) for n in numbers], [rows[n][1] for n in numbers]
-
-    return read
+def _own_texts(part: MixturePart, data: DataConfig) -> Texts:
+    """Yield the texts of all rows of a user's own data: what is asked in each, in one text or several."""
+    for row in part.source(data.columns).rows():
+        if isinstance(row, Row):
+            asked = [str(turn.get("content", "")) for turn in row.messages if turn["role"] == "user"]
+            if row.instruction is not None:
+                asked = [row.instruction["instruction"] + row.instruction["input"]]
+            said = [str(turn.get("content", "")) for turn in row.messages if turn["role"] == "assistant"]
+            texts = [Text(text) for text in ([row.text] if row.text is not None else asked)]
+            yield texts, [row.where] * len(texts), Counter(said[-1:])
 
 
 def _rows(task: Task, items: Sequence[Item], template: str) -> list[tuple[str, str]]:

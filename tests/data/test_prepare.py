@@ -233,7 +233,7 @@ def test_another_source_is_taken_when_asked_for(world: Callable[..., Path]) -> N
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (([], ["toi"], "auto"), "no mixture, task or file is called 'toi'. Did you mean 'toy'"),
+        (([], ["toi"], "auto"), "no mixture, task, file or folder is called 'toi'. Did you mean 'toy'"),
         (([], ["toy"], "pipy"), "no source is called 'pipy'"),
         ((["smolm2-135m"], [], "auto"), "no model and no folder is called 'smolm2-135m'"),
     ],

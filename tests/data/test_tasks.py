@@ -192,7 +192,7 @@ def test_a_mixture_by_tasks(wanted: str, parts: list[MixturePart]) -> None:
 
 @pytest.mark.parametrize("wanted", ["comonsense", "boolq,pikwa", "boolq:many", "boolq*1.2.3", ""])
 def test_an_unknown_mixture_is_refused(wanted: str) -> None:
-    with pytest.raises(UserError, match=r"no mixture, task or file is called .* There are: .*commonsense"):
+    with pytest.raises(UserError, match=r"no mixture, task, file or folder is called .* There are: .*commonsense"):
         find_mixture(wanted)
 
 

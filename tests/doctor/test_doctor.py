@@ -66,7 +66,7 @@ def test_a_full_disk_and_missing_data_fail(
     assert list(found) == NAMES
     assert found["disk"].startswith("failed | ")
     assert found["prepared"].startswith("failed | ")
-    assert "there is no file" in found["prepared"]
+    assert "is not there" in found["prepared"]
     assert found["settings"].startswith("ok | ")
 
 
@@ -157,7 +157,7 @@ def test_what_is_wrong_with_one_of_two_ranks_is_found(
     found = lines(json.loads(capsys.readouterr().out))
     assert "bitsandbytes differs: " in found["versions"]
     assert "0.1 (rank 1 on " in found["versions"]
-    assert "data ./data.jsonl: there is no file data.jsonl (rank 1 on " in found["prepared"]
+    assert "data ./data.jsonl: the data file ./data.jsonl is not there. " in found["prepared"]
     assert "train.compile needs a C++ compiler, and neither g++ nor clang++ is here (rank 1 on " in found["settings"]
     assert "train.compile needs a C++ compiler (rank 1 on " in found["compilers"]
     assert f"is not in {folders[0]} of rank 0" in found["shared"]

@@ -18,7 +18,6 @@ from subspace.common.paths import cache_folder
 from subspace.common.settings import declared_settings, split_names
 from subspace.config import RunConfig
 from subspace.data.prepare import task_checksum
-from subspace.data.records import FILES
 from subspace.data.samples import find_tasks
 from subspace.data.tasks import find_mixture
 from subspace.doctor.base import (
@@ -244,12 +243,17 @@ def _model(config: RunConfig) -> list[Any]:
 
 
 def _data(config: RunConfig) -> list[Any]:
-    if config.data.mixture.endswith(FILES):
-        file = Path(config.data.mixture)
-        if not file.is_file():
-            raise UserError(f"there is no file {file}. Copy it to every host, or put it on a shared file system")
-        return [file.stat().st_size]
-    return [task_checksum(part.task, part.split) for part in find_mixture(config.data.mixture).parts]
+    found: list[Any] = []
+    for part in find_mixture(config.data.mixture).parts:
+        if part.task:
+            found.append(task_checksum(part.task, part.split))
+        else:
+            try:
+                files = part.source(config.data.columns).files
+            except UserError as error:
+                raise UserError(f"{error}. Copy it to every host, or put it on a shared file system") from None
+            found += [(file.shown, file.path.stat().st_size) for file in files]
+    return found
 
 
 def _evaluation(config: RunConfig) -> list[Any]:

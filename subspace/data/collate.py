@@ -18,10 +18,25 @@ IGNORE_INDEX = -100
 
 
 class TokenRow(NamedTuple):
-    """Token ids of prompt and answer, and the index of the answer's first token."""
+    """Token ids of a row, and which of them carry loss where not all do.
+
+    Attributes:
+        input_ids: with the end token.
+        answer_start: the index of the first token that carries loss.
+        spans: the first token of each part that carries loss, and the one behind it; without any, all from
+            ``answer_start`` on do.
+    """
 
     input_ids: list[int]
     answer_start: int
+    spans: tuple[tuple[int, int], ...] = ()
+
+
+def trained_spans(row: TokenRow, loss_on: str) -> list[tuple[int, int]]:
+    """Return the first token of each part that carries loss, and the one behind it."""
+    if loss_on == "all":  # a row's first token has none before it to be predicted from
+        return [(1, len(row.input_ids))]
+    return list(row.spans) or [(row.answer_start, len(row.input_ids))]
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,7 @@ class Batch:
 
 
 def collate(
-    batch: Sequence[TokenRow], pad_id: int, loss_on: str = "answer", pad_to_multiple: int = 8, room: int | None = None
+    batch: Sequence[TokenRow], pad_id: int, loss_on: str = "answers", pad_to_multiple: int = 8, room: int | None = None
 ) -> dict[str, Tensor]:
     """Return ``input_ids``, ``attention_mask`` and ``labels``, int64 ``(sequences, tokens)``, padded on the right.
 
@@ -141,11 +156,10 @@ def collate(
         begin = 0
         for row in sequence:
             end = begin + len(row.input_ids)
-            # A row's first token has none before it to be predicted from.
-            start = begin + (1 if loss_on == "all" else row.answer_start)
             ids[i, begin:end] = row.input_ids
             mask[i, begin:end] = 1
-            labels[i, start:end] = ids[i, start:end]
+            for start, stop in trained_spans(row, loss_on):
+                labels[i, begin + start : begin + stop] = ids[i, begin + start : begin + stop]
             positions[i, begin:end] = np.arange(end - begin)
             begin = end
         positions[i, begin:] = np.arange(shape[1] - begin)

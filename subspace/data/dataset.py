@@ -45,10 +45,11 @@ class Tokenized:
         return len(self.order)
 
     def __getitem__(self, i: int) -> TokenRow:
-        ids, start = self.table.read(int(self.order[i]))
+        ids, start, spans = self.table.read(int(self.order[i]))
         # A long row loses the beginning of its prompt, but keeps the tokenizer's prefix and its answer.
         excess = max(0, len(ids) - self.max_length)
-        return TokenRow(ids[: self.prefix] + ids[self.prefix + excess :], start - excess)
+        moved = tuple((first - excess, end - excess) for first, end in spans)
+        return TokenRow(ids[: self.prefix] + ids[self.prefix + excess :], start - excess, moved)
 
     @property
     def lengths(self) -> Integers:

@@ -107,7 +107,9 @@ class PromptAdapter(Adapter):
     """A method that puts n trained vectors in front of the embedded text, from :meth:`vectors`.
 
     It holds the decoder that owns the embedding by two hooks: what goes in is widened by n places, and what comes out
-    loses them again. The vectors stand at the positions 0 to n - 1; the text follows.
+    loses them again. The vectors stand at the positions 0 to n - 1; the text follows. In a row that is padded on the
+    left they come after the padding, next to the text: attention with a sliding window counts places, whatever is in
+    them, so that padding between the two would take the vectors out of the text's sight.
     """
 
     site = "embedding"
@@ -130,6 +132,7 @@ class PromptAdapter(Adapter):
         #: What the embedding multiplies its rows by (Gemma does).
         self.gain = embedding_gain(self.base)
         self.at_the_front = False  # whether the decoder is reading a text's beginning
+        self.padding: Tensor | None = None  # places of padding on the left of each row, (rows,), where a mask tells
         self.hooks: list[Any] = []
 
     @property
@@ -158,7 +161,7 @@ class PromptAdapter(Adapter):
         out: Tensor = self.base(ids)
         if not self.at_the_front:
             return out
-        return torch.cat([self.vectors().to(out.dtype).expand(len(out), -1, -1), out], dim=1)
+        return _insert(self.vectors().to(out.dtype).expand(len(out), -1, -1), out, self.padding)
 
     def _widen(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = {**dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)), **kwargs}
@@ -167,27 +170,60 @@ class PromptAdapter(Adapter):
         n: int = self.config.n
         cache, mask, positions = (given.get(key) for key in ("past_key_values", "attention_mask", "position_ids"))
         self.at_the_front = cache is None or not cache.get_seq_length()
-        if mask is not None:
+        self.padding = None
+        if mask is not None and mask.ndim == 2:
+            self.padding = (mask.cumsum(1) == 0).sum(1)
+            given["attention_mask"] = _insert(torch.ones_like(mask[:, :1]).expand(-1, n), mask, self.padding)
+        elif mask is not None:
             given["attention_mask"] = _with_visible_columns(mask, n, n if self.at_the_front else 0)
         if positions is not None:
             positions = positions + n
             if self.at_the_front:
                 first = torch.arange(n, device=positions.device).expand(*positions.shape[:-1], n)
-                positions = torch.cat([first, positions], dim=-1)
+                positions = _insert(first, positions, self.padding)
             given["position_ids"] = positions
         return (), given
 
     def _narrow(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.at_the_front:
-            output.last_hidden_state = output.last_hidden_state[:, self.config.n :]
+            output.last_hidden_state = _take_out(output.last_hidden_state, self.config.n, self.padding)
             self.at_the_front = False
         return output
 
 
+def num_virtual_tokens(model: nn.Module) -> int:
+    """Return how many places of the decoder's input the model's adapters add to each text."""
+    return sum(module.config.n for module in model.modules() if isinstance(module, PromptAdapter))
+
+
+def _insert(new: Tensor, row: Tensor, padding: Tensor | None) -> Tensor:
+    """Return each row, ``(rows, tokens, ...)``, with ``new (rows, n, ...)`` after its padding on the left."""
+    joined = torch.cat([new, row], dim=1)
+    if padding is None:
+        return joined
+    n, place = new.shape[1], torch.arange(joined.shape[1], device=row.device)
+    padding = padding.to(row.device)[:, None]
+    before, among = place < padding, (place >= padding) & (place < padding + n)
+    return _take(joined, torch.where(before, place + n, torch.where(among, place - padding, place)))
+
+
+def _take_out(row: Tensor, n: int, padding: Tensor | None) -> Tensor:
+    """Return each row without the n places after its padding on the left, which :func:`_insert` added."""
+    if padding is None:
+        return row[:, n:]
+    place = torch.arange(row.shape[1] - n, device=row.device)
+    return _take(row, torch.where(place < padding.to(row.device)[:, None], place, place + n))
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return of each row of a tensor, ``(rows, tokens, ...)``, the places that ``index (rows, places)`` names."""
+    tensor = tensor.expand(len(index), *tensor.shape[1:])  # positions may be one row for all
+    index = index.view(*index.shape, *(1,) * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
+    return tensor.gather(1, index)
+
+
 def _with_visible_columns(mask: Tensor, columns: int, rows: int) -> Tensor:
-    """Return an attention mask with columns on the left that all may see, and above it rows that see one another."""
-    if mask.ndim == 2:
-        return F.pad(mask, (columns, 0), value=1)
+    """Return a 4-d attention mask with columns on the left that all may see, and above it rows that see one another."""
     # A boolean mask marks what is seen; a float mask is added to the logits.
     boolean = mask.dtype == torch.bool
     mask = F.pad(mask, (columns, 0), value=True if boolean else 0.0)

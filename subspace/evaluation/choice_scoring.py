@@ -17,19 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspace.adapters.virtual_tokens import num_virtual_tokens
 from subspace.data.tokenization import common_prefix_length
 from subspace.errors import UserError
 from subspace.models.lm_head import lm_head_on_positions
-from subspace.models.transformers_compat import attention_kernel
+from subspace.models.transformers_compat import attention_kernel, attention_window
 
 
-def can_score_as_tree(config: Any, longest: int) -> bool:
+def can_score_as_tree(model: Any, longest: int) -> bool:
     """Return True if a model can score rows of up to ``longest`` tokens as trees.
 
     Trees need a 4-d mask, which only these attention kernels accept, and which replaces the mask of a sliding window.
     """
-    sliding = getattr(config, "sliding_window", None)
-    return attention_kernel(config) in ("sdpa", "eager") and (sliding is None or longest <= sliding)
+    window = attention_window(model.config)
+    within = window is None or longest + num_virtual_tokens(model) <= window
+    return attention_kernel(model.config) in ("sdpa", "eager") and within
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Choices:
         window = config.max_position_embeddings
         longest = max(len(ids) for item in choices for ids, _ in item)
         self.truncated = sum(any(len(ids) > window + 1 for ids, _ in item) for item in choices)
-        self.rows = [build_scoring_rows(item, window, share=can_score_as_tree(config, longest)) for item in choices]
+        share = can_score_as_tree(model, longest)
+        self.rows = [build_scoring_rows(item, window, share=share) for item in choices]
         self.sizes = [(len(rows), max(len(row.ids) for row in rows)) for rows in self.rows]
 
     def scores(self, model: nn.Module, batch: Sequence[int]) -> list[list[float]]:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspace.adapters.virtual_tokens import num_virtual_tokens
 from subspace.data.tokenization import common_prefix_length
 from subspace.distributed.collectives import all_reduce_sum
 from subspace.distributed.zero import requires_synchronized_forward
 from subspace.models.lm_head import lm_head_on_positions
+from subspace.models.transformers_compat import attention_window
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ def decode_greedily(
     al., arXiv:2211.17192, for greedy decoding). Under ZeRO-3 every process makes as many passes as the one that
     generates longest.
 
+    Where a text may become longer than the model's sliding window, neither prefix nor draft is used: the window counts
+    places, and padding in the middle of a row would take some.
+
     Args:
         model: a causal language model.
         prompts: the token ids of each prompt.
@@ -71,6 +76,9 @@ def decode_greedily(
     """
     device = next(model.parameters()).device
     synchronized = requires_synchronized_forward(model)
+    if _may_pass_the_window(model, max(map(len, prompts)) + len(draft) + max_new_tokens):
+        # Padding behind the shared prefix and rejected draft tokens would take places of the window.
+        prefix, draft = None, ()
     cache, shared = (prefix.rows(len(prompts)), len(prefix.ids)) if prefix else (None, 0)
     texts = [[*prompt[shared:], *draft] for prompt in prompts]
     padding = [max(map(len, texts)) - len(text) for text in texts]
@@ -107,6 +115,12 @@ def decode_greedily(
             ids, mask = ids[indices], mask[indices]
             cache.batch_select_indices(indices)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def _may_pass_the_window(model: Any, tokens: int) -> bool:
+    """Return True if a token of a text this long may not see all that is before it."""
+    window = attention_window(model.config)
+    return window is not None and tokens + num_virtual_tokens(model) > window
 
 
 def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int) -> tuple[Tensor, Any]:

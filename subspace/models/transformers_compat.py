@@ -52,6 +52,13 @@ def attention_kernel(config: PreTrainedConfig | Any) -> str:
     return kernel
 
 
+def attention_window(config: PreTrainedConfig | Any) -> int | None:
+    """Return from how many tokens on some layer of a model sees only a part of a text; None where all see the whole."""
+    text = config.get_text_config()
+    spans = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((span for span in spans if span), default=None)
+
+
 def register_attention(name: str, attention: Callable[..., Any]) -> None:
     """Register an attention function under a name for ``model.set_attn_implementation(name)``.
 

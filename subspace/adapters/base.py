@@ -24,7 +24,7 @@ from typing_extensions import TypeVar
 from subspace.adapters.penalties import LossTap, charge_penalty
 from subspace.common.settings import Settings
 from subspace.kernels.working_copies import WorkingCopies
-from subspace.models.frozen_weights import dequantized_weight, gather_weight_fp32
+from subspace.models.frozen_weights import as_stored, dequantized_weight, gather_weight_fp32, layer_sizes
 
 Role = Literal["down", "up", "core", "scale", "bias", "prompt", "weight"]
 Site = Literal["linear", "sublayer", "attention", "mlp", "embedding", "module"]
@@ -80,9 +80,10 @@ class TrainProgress:
 class OptimizerAccess(Protocol):
     """Access of a schedule to trained tensors, whatever ZeRO stage shards them. Collective over ranks.
 
-    ``grads`` is ``grad`` for many tensors, in one collective. ``reset_optimizer_state`` clears the optimizer's moments
-    where ``where`` is true. ``for_each_weight`` calls ``look`` with each adapter and its frozen W, float32, on one
-    process each, and broadcasts the buffers it changed.
+    ``grads`` is ``grad`` for many tensors, in one collective. ``reset_optimizer_state`` lets the optimizer begin anew
+    where ``where`` is true: for what a schedule clears, and for what has had no gradient until then.
+    ``for_each_weight`` calls ``look`` with each adapter and its frozen W, float32, on one process each, and broadcasts
+    the buffers it changed.
     """
 
     def grad(self, parameter: nn.Parameter) -> Tensor: ...
@@ -238,6 +239,10 @@ class Adapter(nn.Module, Generic[C]):
         trained = {name: p for name, p in self.trained().items() if self.roles[name] in COPIED_ROLES}
         return {**trained, **{name: getattr(self, name) for name in self.copied_buffers}}
 
+    def idle_params(self) -> int:
+        """Return how many numbers of its trained tensors have no part in what it computes, and so do not count."""
+        return 0
+
     def input_dropout(self) -> float:
         """Return the probability with which this site drops values of its input, by a mask of its own."""
         return float(getattr(self.config, "dropout", 0.0)) if self.training else 0.0
@@ -280,8 +285,7 @@ class LinearAdapter(Adapter[C]):
 
     def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
-        self.in_features: int = self.base.in_features
-        self.out_features: int = self.base.out_features
+        self.in_features, self.out_features = layer_sizes(self.base)
 
     def weight(self, W: Tensor) -> Tensor:
         """Return the weight that replaces W; both ``(out, in)``. This is the paper's equation."""
@@ -298,7 +302,7 @@ class LinearAdapter(Adapter[C]):
     def merged(self) -> dict[str, Tensor | None]:
         W, b = gather_weight_fp32(self.base), self.base_bias()
         assert W is not None
-        return {"weight": self.weight(W), "bias": self.bias(None if b is None else b.float())}
+        return {"weight": as_stored(self.base, self.weight(W)), "bias": self.bias(None if b is None else b.float())}
 
     def base_bias(self) -> Tensor | None:
         """Return the frozen bias, ``(out,)``, or None."""
@@ -333,5 +337,4 @@ class SublayerAdapter(Adapter[C]):
 
     def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
-        self.in_features: int = self.base.in_features
-        self.out_features: int = self.base.out_features
+        self.in_features, self.out_features = layer_sizes(self.base)

@@ -61,7 +61,7 @@ def _weight(adapter: Adapter, owner: int) -> Tensor | None:
         return gather_weight_on_rank(owner, adapter.base)
     if owner != rank():
         return None
-    W = read_checkpoint_weight(*adapter.weight_source)
+    W = read_checkpoint_weight(*adapter.weight_source, adapter.base)
     assert W is not None, adapter.weight_source  # inject has looked
     return W.to(next(adapter.buffers(recurse=False)).device)
 

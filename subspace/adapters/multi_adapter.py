@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from subspace.adapters.base import Adapter, LinearAdapter
 from subspace.adapters.inject import adapters
+from subspace.models.frozen_weights import layer_sizes
 
 AdaptersBySite = Mapping[str, Adapter]
 
@@ -52,7 +53,8 @@ def stacked(base: Any, several: Sequence[Adapter | None]) -> tuple[Tensor, Tenso
     device = next(base.parameters()).device
     for adapter in several:
         if adapter is None:
-            found.append((torch.zeros(0, base.in_features), torch.zeros(base.out_features, 0)))
+            n_in, n_out = layer_sizes(base)
+            found.append((torch.zeros(0, n_in), torch.zeros(n_out, 0)))
             continue
         # A method that cannot be merged has more to it than its factors.
         factors = adapter.to_lora() if isinstance(adapter, LinearAdapter) and adapter.mergeable else None

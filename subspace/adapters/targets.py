@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from subspace.errors import UserError, nearest
-from subspace.models.frozen_weights import is_matrix, num_parameters
+from subspace.models.frozen_weights import is_linear, is_matrix, num_parameters
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 #: The target that means every linear layer but the head.
@@ -57,7 +57,9 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "fc2": ("down_proj",),
     "fc_in": ("up_proj",),  # GPT-J
     "fc_out": ("down_proj",),
-    "mlp.c_fc": ("up_proj",),  # GPT-Neo, StarCoder2
+    "attn.c_attn": QKV,  # GPT-2, StarCoder
+    "attn.c_proj": ("o_proj",),
+    "mlp.c_fc": ("up_proj",),  # GPT-2, GPT-Neo, StarCoder
     "mlp.c_proj": ("down_proj",),
     "dense_h_to_4h": ("up_proj",),  # GPT-NeoX, Falcon, Bloom
     "dense_4h_to_h": ("down_proj",),
@@ -83,7 +85,7 @@ def find_target_modules(
     sites. The output head is a site only for a target that names it.
 
     Raises:
-        UserError: a target without a site; or none given, and some of the method's sites hold another adapter already.
+        UserError: a target without a site, or one of whose sites some hold another adapter already.
     """
     sites = _sites(model, kind)
     if targets is None:
@@ -92,12 +94,18 @@ def find_target_modules(
     if not targets:
         raise UserError(f"targets is empty, so no {kind} would be adapted. {_known(sites)}")
     found: set[str] = set()
+    occupied = _occupied(model, kind)
     for target in targets:
-        matches = _matches(target, _reach(model, kind, sites, target))
+        matches, taken = (_matches(target, _reach(model, kind, names, target)) for names in (sites, occupied))
         if not matches:
-            adapted = _matches(target, _occupied(model, kind))
-            reason = "already holds an adapter" if adapted else f"matches no {kind} of {type(model).__name__}"
+            reason = "already holds an adapter" if taken else f"matches no {kind} of {type(model).__name__}"
             raise UserError(f"target {target!r} {reason}. {_known(sites, target)}")
+        if taken:
+            raise UserError(
+                f"target {target!r} matches {len(matches) + len(taken)} sites, of which {len(taken)} already hold an "
+                f"adapter, first {sorted(taken)[0]}: this method would get the other {len(matches)}. "
+                f"Say by `targets` where each method goes; free are {_free(matches)}"
+            )
         found |= matches
     return {name: module for name, module in sites.items() if name in found}
 
@@ -135,7 +143,7 @@ def _occupied(model: nn.Module, kind: str) -> list[str]:
     return [name for name, module in wrapped.items() if _is_of_kind(kind, name, module)]
 
 
-def _reach(model: nn.Module, kind: str, sites: Mapping[str, nn.Module], target: str) -> list[str]:
+def _reach(model: nn.Module, kind: str, sites: Iterable[str], target: str) -> list[str]:
     """Return the sites that a target may match: the head only if it is named."""
     head = head_name(model).rpartition(".")[2]
     return [name for name in sites if kind == "module" or name.rpartition(".")[2] != head or head in target]
@@ -161,9 +169,9 @@ def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, 
 
 def _is_of_kind(kind: str, name: str, module: nn.Module) -> bool:
     if kind == "linear":
-        return isinstance(module, nn.Linear)  # bitsandbytes' quantized layers derive from it
+        return is_linear(module)
     if kind == "sublayer":
-        return isinstance(module, nn.Linear) and ends_sublayer(name)
+        return is_linear(module) and ends_sublayer(name)
     if kind == "module":
         return next(module.parameters(recurse=False), None) is not None
     return name.rpartition(".")[2] in PARTS[kind]
@@ -187,6 +195,11 @@ def _known(sites: Mapping[str, nn.Module], word: str = "") -> str:
     """Return which targets would match, for messages."""
     known = {alias.rpartition(".")[2] for name in sites for alias in _aliases(name)}
     return nearest(word, known) if known else "No such site is left in it."
+
+
+def _free(names: Iterable[str]) -> str:
+    """Return the last components of these names, for messages."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def _aliases(name: str) -> list[str]:

@@ -30,6 +30,7 @@ from subspace.adapters.bottleneck import ACTIVATIONS
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
 from subspace.kernels.low_rank import lora_down, lora_up_add
+from subspace.models.frozen_weights import is_linear, layer_sizes
 
 ALIASES = {"parallel-adapter": {}, "pa": {}, "scaled-parallel": {"site": "ffn", "scale": 4.0}}
 
@@ -64,7 +65,7 @@ class Parallel(Adapter["Parallel.Config"]):
 
     @classmethod
     def check_module(cls, config: Config, site: nn.Module) -> str | None:
-        linears = [n.replace(".base", "") for n, m in site.named_modules() if isinstance(m, nn.Linear)]
+        linears = [n.replace(".base", "") for n, m in site.named_modules() if is_linear(m)]
         needed = [p for p in inspect.signature(site.forward).parameters.values() if p.default is p.empty]
         if config.site == "ffn" and (not linears or any("." in name for name in linears) or len(needed) > 1):
             return "is no block of linear layers that reads the hidden states alone. Take `site: linear`"
@@ -72,8 +73,8 @@ class Parallel(Adapter["Parallel.Config"]):
 
     def __init__(self, base: nn.Module, config: Config) -> None:
         super().__init__(base, config)
-        linears = [module for module in base.modules() if isinstance(module, nn.Linear)]  # of a block, or itself alone
-        self.in_features, self.out_features = linears[0].in_features, linears[-1].out_features
+        linears = [module for module in base.modules() if is_linear(module)]  # of a block, or itself alone
+        self.in_features, self.out_features = layer_sizes(linears[0])[0], layer_sizes(linears[-1])[1]
         self.f = ACTIVATIONS[config.activation]
         self.A = nn.Parameter(torch.empty(config.bottleneck, self.in_features))
         self.B = nn.Parameter(torch.zeros(self.out_features, config.bottleneck))

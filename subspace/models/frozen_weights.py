@@ -9,6 +9,9 @@ read it, and :func:`subspace.adapters.inject._weight` chooses for a method that 
 | `gather_weight_fp32(layer)` | a copy, on every rank | float32 | outside one; collective |
 | `gather_weight_on_rank(owner, layer)` | a copy on one rank, None on the others | float32 | outside one; collective |
 | `read_checkpoint_weight(folder, name)` | W before quantisation, from its file | float32 | anywhere |
+
+A linear layer is one of torch's, one of bitsandbytes', which derive from these, or transformers' ``Conv1D``, GPT-2's,
+which computes the same of a weight that it holds transposed.
 """
 
 from __future__ import annotations
@@ -33,6 +36,25 @@ from subspace.models.bitsandbytes_compat import (
 )
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Return True for a linear layer."""
+    return isinstance(module, nn.Linear) or _is_conv1d(type(module))
+
+
+def layer_sizes(layer: Any) -> tuple[int, int]:
+    """Return the number of features that a linear layer reads, and of those that it puts out."""
+    return (layer.nx, layer.nf) if _is_conv1d(type(layer)) else (layer.in_features, layer.out_features)
+
+
+def as_stored(layer: Any, W: Tensor) -> Tensor:
+    """Return a W, ``(out, in)``, as the layer holds its weight."""
+    return W.T if _is_conv1d(type(layer)) else W
+
+
+def _is_conv1d(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and hasattr(kind, "forward")
+
+
 def dequantized_weight(layer: Any) -> Tensor:
     """Return W, ``(out, in)``, in the dtype it has or dequantises to, without gradient; may share memory with it.
 
@@ -45,8 +67,7 @@ def dequantized_weight(layer: Any) -> Tensor:
         return dequantize_4bit(weight)
     if kind == "int8":
         return dequantize_int8(layer)
-    whole: Tensor = weight.detach()
-    return whole
+    return as_stored(layer, weight.detach())
 
 
 def gather_weight_fp32(layer: Any) -> Tensor:
@@ -61,17 +82,18 @@ def gather_weight_on_rank(owner: int, layer: Any) -> Tensor | None:
         return dequantized_weight(layer).to(torch.float32, copy=True) if owner == rank() else None
 
 
-def read_checkpoint_weight(folder: str | Path, name: str) -> Tensor | None:
+def read_checkpoint_weight(folder: str | Path, name: str, layer: Any = None) -> Tensor | None:
     """Return a weight from the model's files, float32, or None if they store it quantised or not at all.
 
-    The one source of W before quantisation, for methods that need directions smaller than the quantisation noise.
+    The one source of W before quantisation, for methods that need directions smaller than the quantisation noise. A
+    quantised ``layer`` that took the place of a ``Conv1D`` says that its file has W transposed.
     """
     file = find_weight_file(folder, name)
     if file is None:
         return None
     with safe_open(file, framework="pt") as stored:
         weight: Tensor = stored.get_tensor(name)
-    return weight.float()
+    return (weight.T if _is_conv1d(getattr(layer, "source_cls", type(None))) else weight).float()
 
 
 def find_weight_file(folder: str | Path, name: str) -> Path | None:

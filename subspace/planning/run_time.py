@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 import torch
 from torch import nn
 
+from subspace.models.frozen_weights import is_linear, layer_sizes
 from subspace.planning.devices import DeviceSpec
 
 #: Upper end of the time range on this machine, as a multiple of the time of the matrix products alone.
@@ -22,7 +24,7 @@ CLOCKS = {"cpu": (1024, 1), "cuda": (8192, 20)}
 
 def matrix_work(model: nn.Module, tokens: int, *, recomputed: bool) -> float:
     """Return the floating-point operations of the frozen products in training on so many tokens."""
-    numbers = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+    numbers = sum(math.prod(layer_sizes(module)) for module in model.modules() if is_linear(module))
     return 2.0 * numbers * tokens * _passes(recomputed)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from subspace.adapters.inject import adapters, inject, trained_parameters
 from subspace.adapters.registry import list_methods
@@ -59,6 +60,8 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "phi": ({}, "q_proj k_proj v_proj fc1 fc2", 86, ""),
     "phi3": ({}, "qkv_proj gate_up_proj down_proj", 89, ""),
     "glm4": ({}, FUSED_MLP, 89, ""),
+    "gpt2": ({}, "c_attn c_fc c_proj", 92, ""),
+    "gpt_bigcode": ({}, "c_attn c_fc c_proj", 90, ""),
     "starcoder2": ({}, "q_proj k_proj v_proj c_fc c_proj", 86, ""),
     "gpt_neox": ({}, NEOX, 88, ""),
     "gptj": ({"rotary_dim": 8}, "q_proj k_proj v_proj fc_in fc_out", 92, ""),
@@ -118,7 +121,8 @@ def test_usual_targets_are_what_the_architecture_calls_them(architecture: str) -
 def test_all_linear_is_every_linear_layer_but_the_head(architecture: str) -> None:
     model: Any = build(architecture)
     head = model.get_output_embeddings()
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    kinds = nn.Linear, Conv1D
+    linears = [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
     assert list(find_target_modules(model, "linear", [ALL_LINEAR])) == linears
     assert list(find_target_modules(model, "linear", ALL_LINEAR)) == linears
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from torch import nn
 
-from subspace.adapters.inject import inject
+from subspace.adapters.inject import adapters, inject
 from subspace.adapters.targets import DEFAULT_TARGETS, find_target_modules
 from subspace.errors import UserError
 from tests.helpers.tiny_models import ARCHITECTURES, tiny, tiny_llama
@@ -107,11 +107,34 @@ def test_bad_targets_are_answered(targets: list[str], words: list[str]) -> None:
 def test_what_holds_an_adapter_is_no_site() -> None:
     model = tiny_llama()
     inject(model, "lora", targets=["q_proj"])
-    assert set(find_target_modules(model, "linear", [".*_proj"])) == {
-        name for name in find_target_modules(tiny_llama(), "linear", [".*_proj"]) if "q_proj" not in name
-    }
     with pytest.raises(UserError, match="'q_proj' already holds an adapter"):
         find_target_modules(model, "linear", ["q_proj"])
+    assert len(find_target_modules(model, "linear", ["k_proj", "down_proj"])) == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "method", "target", "words"),
+    [
+        ("q_proj", "dora", ".*_proj", "'.*_proj' matches 14 sites, of which 2 already hold an adapter, first"),
+        ("q_proj", "dora", "all-linear", "'all-linear' matches 14 sites, of which 2 already hold an adapter, first"),
+        (r"layers\.0\.self_attn\.q_proj", "ia3", "q_proj", "'q_proj' matches 2 sites, of which 1 already hold"),
+        ("o_proj", "houlsby", ".*", "'.*' matches 4 sites, of which 2 already hold .* free are down_proj"),
+    ],
+)
+def test_a_target_that_another_method_holds_in_part_is_refused(
+    first: str, method: str, target: str, words: str
+) -> None:
+    model = tiny_llama()
+    found = inject(model, "lora", targets=[first])
+    with pytest.raises(UserError, match=words):
+        inject(model, method, targets=[target])
+    assert set(adapters(model)) == set(found)
+
+
+def test_the_head_is_held_by_another_method_without_harm() -> None:
+    model = tiny_llama()
+    inject(model, "lora", targets=["lm_head"])
+    assert len(inject(model, "dora", targets=["all-linear"])) == 14
 
 
 def test_a_model_of_another_make_has_llamas_names() -> None:

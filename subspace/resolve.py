@@ -37,7 +37,8 @@ class ResolvedRun:
         layout: how the rows of a step are distributed.
         engine: DeepSpeed's configuration.
         device: where the model computes.
-        trained: number of trainable parameters; 0 until :meth:`with_adapters`.
+        trained: number of trainable parameters, with those that a method keeps for later; 0 until
+            :meth:`with_adapters`.
     """
 
     config: RunConfig

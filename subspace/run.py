@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from subspace.adapters.inject import adapters, inject
-from subspace.adapters.parameter_count import count_numbers
+from subspace.adapters.parameter_count import count_adapters, count_trained
 from subspace.adapters.targets import coverage
 from subspace.common.files import is_disk_full, write_json
 from subspace.common.host_memory import set_malloc_trim
@@ -160,7 +160,7 @@ def write_run_metadata(
             "engine": run.engine.settings,
             "model": asdict(summarize_model(model, config.model)),
             "data": data.report | {"seen": notices},
-            "adapters": {"methods": methods, "sites": list(adapters(model)), "trained": run.trained},
+            "adapters": {"methods": methods, "sites": list(adapters(model)), "trained": count_trained(model)},
         }
         if resumed:
             about["resumed_after"] = resumed.facts["step"]
@@ -223,7 +223,7 @@ def inject_method(
         start=start,
         progress=progress,
     )
-    trained = count_numbers(p for adapter in created.values() for p in adapter.trained().values())
+    trained = count_adapters(created.values())
     kind = part.adapter_class.target_kind(next(iter(created.values())).config)
     reach = str(coverage(model, kind, list(created)))
     return {"method": part.name, "sites": len(created), "trained": trained, "reach": reach}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from subspace.adapters.base import Adapter, MethodConfig
-from subspace.adapters.inject import inject, trained_parameters
+from subspace.adapters.inject import adapters, inject, trained_parameters
 from subspace.adapters.registry import list_methods, resolve_method
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
@@ -28,13 +28,22 @@ def count_trained(
 ) -> int:
     """Return how many numbers a model trains, or how many a method would train in it; arguments as of ``inject``.
 
-    Numbers that several sites share count once, and parameters that ZeRO-3 has sharded count whole. The model is left
-    as it is.
+    Numbers that several sites share count once, and parameters that ZeRO-3 has sharded count whole; those that a method
+    keeps for later do not count (:meth:`Adapter.idle_params`). The model is left as it is.
     """
     if method is None:
-        return count_numbers(trained_parameters(model).values())
-    created = inject(_shape_of(model), method, settings, targets=targets, patterns=patterns, start=False)
-    return count_numbers(p for adapter in created.values() for p in adapter.trained().values())
+        trained = trained_parameters(model)
+        in_use = [a for a in adapters(model).values() if any(p.requires_grad for p in a.trained().values())]
+        return count_numbers(trained.values()) - sum(adapter.idle_params() for adapter in in_use)
+    return count_adapters(
+        inject(_shape_of(model), method, settings, targets=targets, patterns=patterns, start=False).values()
+    )
+
+
+def count_adapters(created: Collection[Adapter]) -> int:
+    """Return how many numbers these adapters train; see :func:`count_trained`."""
+    trained = count_numbers(p for adapter in created for p in adapter.trained().values())
+    return trained - sum(adapter.idle_params() for adapter in created)
 
 
 def count_numbers(parameters: Iterable[nn.Parameter]) -> int:

@@ -14,8 +14,6 @@ parameter.convert_to_zero_parameters           method ``full``          shards a
 parameter._hp_mapping                          resume at ZeRO-1/-2      the only link from a parameter to its float32
                                                                         copy and its place in it
 optimizer.single_partition_of_fp32_groups      resume at ZeRO-1/-2      the float32 copies that the optimizer steps
-optimizer._lazy_init_hp_params_optimizer_state schedules after resume   links restored moments to parameters, which
-                                               at ZeRO-1/-2             DeepSpeed itself does after its first step
 optimizer.grad_position, .get_param_id,        resume at ZeRO-3         where a parameter's shard lies in the flat
 .fp32_partitioned_groups_flat                                           float32 tensors that the optimizer steps
 optimizer.swap_optimizer                       checkpoints with the     its state is then in swap files and cannot be
@@ -149,12 +147,6 @@ def basic_optimizer(engine: Any) -> torch.optim.Optimizer:
     """Return the underlying optimizer without ZeRO's wrapper."""
     optimizer: torch.optim.Optimizer = engine.basic_optimizer
     return optimizer
-
-
-def link_optimizer_state(engine: Any) -> None:
-    """Make restored optimizer state visible to ``safe_get_full_optimizer_state`` at ZeRO-1 and -2."""
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def optimizer_state_on_nvme(engine: Any) -> bool:

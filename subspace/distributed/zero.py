@@ -26,7 +26,6 @@ from subspace.distributed.deepspeed_compat import (
 )
 
 __all__ = [
-    "clear_moment",
     "full_gradients",
     "full_shape",
     "gather_copies",
@@ -101,12 +100,3 @@ def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value.to(torch.float32))
-
-
-def clear_moment(parameter: nn.Parameter, key: str, where: Tensor) -> None:
-    """Set one of a ZeRO optimizer's moments of a parameter to zero where ``where`` is true. Collective."""
-    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
-
-    moment = safe_get_full_optimizer_state(parameter, key)
-    if moment is not None:
-        safe_set_full_optimizer_state(parameter, moment.masked_fill(where.to(moment.device), 0), key)

@@ -5,12 +5,15 @@ Paper: Liu, Si, Jia, "FlexLoRA: Entropy-Guided Flexible Low-Rank Adaptation", IC
 .. math:: W' = W + s\,B\,\mathrm{diag}(E \odot a)\,A,\qquad B \in R^{out \times R},\ A \in R^{R \times in}
 
 with s = alpha / r, R = r + headroom, a in {0, 1}: r directions are alive at first, and as many in all layers together
-for ever. Trains R * (in + out + 1) numbers per layer. E starts at zero: training starts from the frozen model.
-Mergeable. A layer matters by :math:`-\sum p \log p / \log r`, :math:`p = E^2 / \sum E^2`. Every so often the layers
-that matter least lose the direction with the smallest abs(E), and those that matter most get a new one.
+for ever. Trains r * (in + out + 1) numbers per layer; what is not alive lies idle. E starts at zero: training starts
+from the frozen model. Mergeable. A layer matters by :math:`-\sum p \log p / \log r`, :math:`p = E^2 / \sum E^2`. Every
+so often the layers that matter least lose the direction with the smallest abs(E), and those that matter most gain one.
 
 Departs from the authors' code, by the formulas: abs(E), not E; a layer with one direction matters 0 and one whose E are
-all zero 1, where theirs is not a number; no optimizer is rebuilt: only the new directions' moments are cleared.
+all zero 1, where theirs is not a number, and gains; Adam goes on but for the new directions, theirs is made anew. By
+choice: new vectors are of size 0.02, as the first, theirs of size 1; moves fall as in the paper, theirs stay
+(``constant``) or fall late (``code``); they come at multiples of ``every``, theirs from the warm-up's end on; a layer
+loses or gains, theirs may do both; none gets more than R.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from subspace.common.settings import setting
 STD = 0.02
 
 
-@register("flexlora", family="extension", num_params="(r + headroom) * (n_in + n_out + 1)")
+@register("flexlora", family="extension", num_params="r * (n_in + n_out + 1)")
 class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
     """See the module's docstring."""
 
@@ -57,9 +60,12 @@ class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
     def core(self, h: Tensor) -> Tensor:
         return h * (self.E * self.alive).to(h.dtype)
 
+    def idle_params(self) -> int:
+        idle = self.config.headroom if self.alive.is_meta else int((self.alive == 0).sum())
+        return idle * (self.in_features + self.out_features + 1)
+
     def penalty(self) -> Tensor:
-        weight: float = self.config.orthogonality / self.num_siblings
-        return weight * orthogonality_gap(self.A, self.B.T, alive=self.alive)
+        return self.config.orthogonality / self.num_siblings * orthogonality_gap(self.A, self.B.T, alive=self.alive)
 
     @classmethod
     def after_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
@@ -72,24 +78,19 @@ class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
         sizes = [torch.where(a.alive > 0, e.abs(), torch.nan) for a, e in zip(adapters, E, strict=True)]
         own = torch.split(torch.cat(sizes).cpu(), [len(size) for size in sizes])
         for i, lost, j, new in entropy_exchanges(own, min(moves(config, passed), len(adapters) // 2)):
-            adapters[i].drop(lost, E[i], access)
+            adapters[i].alive[lost] = 0
+            access.write(adapters[i].E, E[i] * (torch.arange(len(E[i]), device=E[i].device) != lost))
             adapters[j].grow(new, access, seed=progress.step * len(adapters) + j)
 
-    def drop(self, lost: int, E: Tensor, access: OptimizerAccess) -> None:
-        """Remove a direction; E ``(R,)`` has its present values."""
-        self.alive[lost] = 0
-        access.write(self.E, E * (torch.arange(len(E), device=E.device) != lost))
-
     def grow(self, new: int, access: OptimizerAccess, seed: int) -> None:
-        """Begin a direction afresh, with E zero, so that the output does not change."""
+        """Begin a direction afresh, with E zero, so that the output stays."""
         generator = torch.Generator().manual_seed(seed)
         self.alive[new] = 1
         for parameter, axis, std in ((self.A, 0, STD), (self.B, 1, STD), (self.E, 0, 0.0)):
             value = access.value(parameter).clone()
-            where = torch.zeros_like(value, dtype=torch.bool)
-            begun = value.select(axis, new)
-            begun.copy_(std * torch.randn(begun.shape, generator=generator))
+            where, begun = torch.zeros_like(value, dtype=torch.bool), value.select(axis, new)
             where.select(axis, new).fill_(True)
+            begun.copy_(std * torch.randn(begun.shape, generator=generator))
             access.write(parameter, value)
             access.reset_optimizer_state(parameter, where)
 

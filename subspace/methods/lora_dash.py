@@ -9,7 +9,8 @@ Every weight is (out, in). Trains r * (in + out) + d numbers per layer. B and de
 from the frozen model and goes on smoothly at the launch. At the launch, S are the d singular directions of W with the
 largest rate of change :math:`|u_j^T (s B A) v_j| / (\sigma_j + \epsilon)`. Mergeable; as a LoRA it has rank r + d.
 Reads W once, at the launch: all of it, exactly; small directions of a quantised W are noise, so they come from the
-unquantised checkpoint. The directions are kept with the adapter, so that a run that is resumed has launched.
+unquantised checkpoint. The directions are kept with the adapter, so that a run that is resumed has launched. Each of
+the two branches drops values of its input by a mask of its own. Adam counts delta's steps from the launch.
 
 Departs from the authors' code: the launch is at an optimizer step, where that counts forward passes, in evaluation and
 recomputation too; the launched state is saved; a small epsilon stands in the rate, as the paper has it.
@@ -30,7 +31,7 @@ from subspace.adapters.linalg import full_svd
 from subspace.adapters.low_rank import LowRankAdapter, LowRankConfig
 from subspace.adapters.registry import register
 from subspace.common.settings import setting
-from subspace.kernels.low_rank import lora_up_add
+from subspace.kernels.low_rank import lora_down, lora_up_add
 
 EPSILON = 1e-6
 
@@ -65,7 +66,9 @@ class LoRADash(LowRankAdapter["LoRADash.Config"]):
         return torch.cat([self.A, self.Vt]), torch.cat([self.scale * self.B, self.U * self.delta], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        dashed = F.linear(x, self.in_dtype("Vt", x.dtype)) * self.in_dtype("delta", x.dtype)
+        Vt, p = self.in_dtype("Vt", x.dtype), self.input_dropout()
+        x, read = lora_down(x, Vt, p) if p else (x, F.linear(x, Vt))  # sites that drop nothing may share x
+        dashed = read * self.in_dtype("delta", x.dtype)
         return lora_up_add(super().forward(x), dashed, self.in_dtype("U", x.dtype))
 
     @classmethod
@@ -77,6 +80,8 @@ class LoRADash(LowRankAdapter["LoRADash.Config"]):
         access.for_each_weight(adapters, cls.choose)
         for adapter in adapters:
             adapter.seen = None
+            # Until now its gradient was zero. In the authors' code it had none, and the optimizer meets it here.
+            access.reset_optimizer_state(adapter.delta, torch.ones(adapter.config.d, dtype=torch.bool))
 
     def choose(self, W: Tensor) -> None:
         """Fill U and Vt with the directions of W, ``(out, in)``, that the update changes most for their size."""

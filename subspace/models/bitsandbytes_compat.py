@@ -1,6 +1,6 @@
-"""All uses of bitsandbytes' internals: how it stores a quantised linear layer and computes with it.
+"""All uses of bitsandbytes' internals: how it stores quantised linear layers and optimizer states, and computes.
 
-Everything else asks :mod:`subspace.models.frozen_weights`. Each line of the table has a canary in
+Of layers, everything else asks :mod:`subspace.models.frozen_weights`. Each line of the table has a canary in
 `tests/models/test_bitsandbytes_compat.py`, which fails with the reason below when an upstream release changes the name.
 
 | internal name | checked with | what breaks without it | why it is used |
@@ -10,6 +10,7 @@ Everything else asks :mod:`subspace.models.frozen_weights`. Each line of the tab
 | `autograd._functions.matmul` | 0.50.2 | int8 under ZeRO-3 | a product with a given state |
 | `autograd._functions.MatMul8bitLt`, `MatMul8bitFp` | 0.50.2 | planning for int8 | what the meta device can run |
 | `layer.support_avx512bf16_for_cpu` | 0.50.2 | 4-bit weights are destroyed on some CPUs | no switch |
+| an optimizer state's `qmap1 qmap2 absmax1 absmax2`, blocks of 256 | 0.50.2 | schedules with 8-bit AdamW | no reader |
 
 The scales of an int8 weight, ``SCB``, are one float for each row; a weight's value is ``row scale / 127 * int8``. They
 are attributes of the parameter until the layer's first forward pass, which moves them to the layer's state.
@@ -18,7 +19,7 @@ are attributes of the parameter until the layer's first forward pass, which move
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from subspace.common.patching import patched
+
+#: Elements of an optimizer's state that share a scale.
+BLOCK = 256
 
 
 def storage_format(layer: Any) -> str:
@@ -155,3 +159,27 @@ def int8_products_on_meta() -> Iterator[None]:
 
     with patched(_functions, "MatMul8bitLt", _functions.MatMul8bitFp):
         yield
+
+
+def read_moment(state: Mapping[str, Any], name: str, index: Tensor) -> Tensor:
+    """Return some values, float32, of a moment that an optimizer keeps in 8 bits: ``state1`` or ``state2``.
+
+    ``index (n,)`` has their places in the flattened moment.
+    """
+    codes, scales, values = _coded(state, name)
+    places = index.to(codes.device)
+    found: Tensor = values[codes.view(-1)[places].long().to(values.device)] * scales[index // BLOCK]
+    return found
+
+
+def clear_moment(state: Mapping[str, Any], name: str, index: Tensor) -> None:
+    """Set values of a moment that an optimizer keeps in 8 bits to zero; arguments as of :func:`read_moment`."""
+    codes, _, values = _coded(state, name)
+    zero = values.abs().argmin()
+    codes.view(-1)[index.to(codes.device)] = zero.to(codes.device, codes.dtype)
+
+
+def _coded(state: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a moment's codes, the scale of each block, and the value of each code."""
+    number = name.removeprefix("state")
+    return state[name], state[f"absmax{number}"], state[f"qmap{number}"]

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from subspace.adapters.inject import inject, trained_parameters
+from subspace.adapters.parameter_count import count_trained
 from subspace.common.host_memory import resident_memory
 from subspace.config import RunConfig
 from subspace.data.dataset import Data, is_encoded, open_data
@@ -217,7 +218,7 @@ def build_plan(
         accumulate=run.layout.accumulate,
         tokens=estimate.batch.tokens,
         lengths=work.lengths,
-        trained=run.trained,
+        trained=count_trained(model),
         parts=(*estimate.fixed, *estimate.activations.parts()),
         loading=loading,
         peak=estimate.peak(estimate.activations),

@@ -12,17 +12,9 @@ from subspace.adapters.base import Adapter
 from subspace.adapters.inject import initialize_distributed
 from subspace.common.progress import no_progress, show_progress
 from subspace.distributed.collectives import is_main
-from subspace.distributed.deepspeed_compat import loss_scale
-from subspace.distributed.zero import (
-    clear_moment,
-    full_gradients,
-    gathered,
-    has_zero_optimizer,
-    is_sharded,
-    write_parameter,
-)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from subspace.distributed.deepspeed_compat import OptimizerSlice, basic_optimizer, loss_scale, optimizer_slice
+from subspace.distributed.zero import full_gradients, gathered, is_sharded, write_parameter
+from subspace.training.late_starts import late_starts
 
 
 class DeepSpeedOptimizerAccess:
@@ -64,16 +56,13 @@ class DeepSpeedOptimizerAccess:
         write_parameter(parameter, value)
 
     def reset_optimizer_state(self, parameter: nn.Parameter, where: Tensor) -> None:
-        """Set Adam's moments to zero where ``where`` is true."""
-        if has_zero_optimizer(parameter):
-            for key in MOMENTS:
-                clear_moment(parameter, key, where)
-            return
-        optimizer = self.engine.optimizer if self.engine is not None else self.optimizer
-        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        for key in MOMENTS:
-            if key in state:
-                state[key].masked_fill_(where.to(state[key].device), 0)
+        """Let Adam begin anew where ``where`` is true: with moments of zero, and counting its steps from there."""
+        engine, at = self.engine, OptimizerSlice(0, parameter, 0, parameter.numel())
+        optimizer = self.optimizer if engine is None else basic_optimizer(engine)
+        own = at if engine is None else optimizer_slice(engine, parameter)
+        if optimizer is not None and own is not None:
+            places = where.flatten()[own.start : own.start + own.length].nonzero().view(-1)
+            late_starts(optimizer).begin(optimizer, own.key, places.to(own.key.device) + own.offset)
 
     def for_each_weight(self, adapters: Sequence[Adapter], look: Callable[[Any, Tensor], None]) -> None:
         """Call ``look(adapter, W)`` for each adapter on one rank; see :func:`initialize_distributed`."""

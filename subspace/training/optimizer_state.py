@@ -14,11 +14,15 @@ ZeRO's memory layout, and the terms used here:
 - The *key* of a slice is the tensor that the optimizer was given, under which it keeps its state (``state[key]``): the
   parameter itself, or the flat float32 part, which holds the slices of many tensors one after the other.
 - State in *blocks* is that of bitsandbytes' 8-bit optimizers: one scale for 256 values, across the borders of tensors.
+
+A key has one step count. Elements that began later (:mod:`subspace.training.late_starts`) are stored with the step
+count at which they did; a whole tensor that did, and is a key, has a step count of its own. Either is restored as the
+other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +34,17 @@ from subspace.distributed.collectives import all_reduce_sum, gather_objects, ran
 from subspace.distributed.deepspeed_compat import (
     OptimizerSlice,
     basic_optimizer,
-    link_optimizer_state,
     local_shard,
     optimizer_slice,
     optimizer_state_on_nvme,
 )
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
+from subspace.training.late_starts import late_starts
 from subspace.training.optimizers import allocate_state
 
 MASTER = "master"  # float32 copies, where the model's own parameters are not float32
-STEP, BLOCK = "step", "block"
+STEP, BEGUN, BLOCK = "step", "begun", "block"
 MOMENTS_IN_BLOCKS = ("state1", "state2")
 
 
@@ -71,16 +75,20 @@ def gather_optimizer_state(engine: Any) -> dict[str, Tensor]:
     Before the first step there is none. Adam's step count is a scalar. State in blocks cannot be cut at a tensor's
     ends; it is returned as each process has it, as ``{"block/RANK/NUMBER/KEY": ...}``.
     """
-    parameters, state = trained_parameters(engine.module), basic_optimizer(engine).state
+    parameters, optimizer = trained_parameters(engine.module), basic_optimizer(engine)
     scalars: dict[str, Tensor] = {}
     slices: dict[str, list[tuple[_NamedSlice, Tensor]]] = {}  # by kind of state, such as exp_avg
     blocks = _own_blocks(engine)
+    begun = {key: late_starts(optimizer).begun(key) for key in _keys(engine)}
     for piece in _slices(engine):
-        for kind, value in {} if blocks else state.get(piece.at.key, {}).items():
+        for kind, value in {} if blocks else optimizer.state.get(piece.at.key, {}).items():
             if kind == STEP:
                 scalars[f"{kind}/{piece.name}"] = torch.as_tensor(value).cpu().clone()  # safetensors cannot save views
             else:
                 slices.setdefault(kind, []).append((piece, piece.read(value)))
+        of_key = begun[piece.at.key]
+        if of_key is not None and piece.read(of_key).any():
+            slices.setdefault(BEGUN, []).append((piece, piece.read(of_key)))
         if parameters[piece.name].dtype != torch.float32:
             slices.setdefault(MASTER, []).append((piece, piece.read(piece.at.key)))
 
@@ -108,6 +116,7 @@ def restore_optimizer_state(engine: Any, saved: dict[str, Tensor]) -> None:
         kind, _, parameter = name.partition("/")
         if kind != BLOCK:
             by_name[parameter][kind] = value
+    begun: dict[Tensor, list[tuple[_NamedSlice, float, Tensor | None]]] = {}
     for piece in _slices(engine):
         values = by_name[piece.name]
         key = piece.at.key
@@ -116,19 +125,32 @@ def restore_optimizer_state(engine: Any, saved: dict[str, Tensor]) -> None:
             # where the model's own parameters are rounded (float16), else from the parameters, which are exact.
             master = piece.cut(values.pop(MASTER)) if MASTER in values else _model_values(parameters[piece.name], piece)
             piece.read(key).copy_(master)
+        begun.setdefault(key, []).append((piece, float(values.get(STEP, 0)), values.pop(BEGUN, None)))
         state = allocate_state(optimizer, key) if values else {}
         for kind, value in values.items():
             if kind == STEP:
-                state[kind] = _step_count(optimizer, value, key.device)
+                other = torch.as_tensor(state.get(kind, 0)).cpu()  # of an earlier slice
+                state[kind] = _step_count(optimizer, max(value, other), key.device)
             else:
                 # For a key with many slices, the first one allocates the moment and each fills in its own part.
                 if kind not in state:
                     state[kind] = torch.zeros_like(key, requires_grad=False)
                 piece.read(state[kind]).copy_(piece.cut(value))
     _restore_blocks(engine, {name: value for name, value in saved.items() if name.startswith(f"{BLOCK}/")})
-    # ZeRO-1 and -2 find their state through links that DeepSpeed creates after the first step.
-    if optimizer.state:
-        link_optimizer_state(engine)
+    for key, pieces in begun.items():
+        _restore_late_starts(optimizer, key, pieces)
+
+
+def _restore_late_starts(
+    optimizer: torch.optim.Optimizer, key: Tensor, pieces: Sequence[tuple[_NamedSlice, float, Tensor | None]]
+) -> None:
+    """Restore where the elements of a key began, of each slice's step count and, within it, its late elements'."""
+    count, found = max(step for _, step, _ in pieces), torch.zeros(key.numel(), device=key.device)
+    for piece, step, begun in pieces:
+        # A slice that was counted less than the key is late as a whole.
+        piece.read(found).copy_((count - step) + (torch.zeros(piece.at.length) if begun is None else piece.cut(begun)))
+    if found.any():
+        late_starts(optimizer).restore(optimizer, key, found)
 
 
 def _step_count(optimizer: torch.optim.Optimizer, value: Tensor, device: torch.device) -> Tensor | int:

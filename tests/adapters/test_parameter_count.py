@@ -12,6 +12,7 @@ from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.parameter_count import count_trained, match_budget
 from subspace.adapters.registry import list_methods
 from subspace.errors import UserError
+from subspace.methods.flexlora import FlexLoRA
 from tests.helpers.tiny_models import tiny_llama
 
 DIALS = [name for name, method in list_methods().items() if method.size_setting]
@@ -31,8 +32,27 @@ def test_what_is_counted_is_what_is_trained(method: str) -> None:
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     counted = count_trained(model, method)
     assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
-    inject(model, method, start=False)
-    assert counted == sum(p.numel() for p in trained_parameters(model).values())
+    created = inject(model, method, start=False)
+    idle = sum(adapter.idle_params() for adapter in created.values())
+    assert counted == sum(p.numel() for p in trained_parameters(model).values()) - idle
+    assert counted == count_trained(model)
+    assert (idle > 0) == (method == "flexlora")
+
+
+def test_directions_that_a_layer_may_gain_do_not_count() -> None:
+    """As many are alive in all layers together for ever: those of ``headroom=0``."""
+    model = tiny_llama()
+    counted = count_trained(model, "flexlora", {"r": 5, "headroom": 0})
+    assert count_trained(model, "flexlora", {"r": 5, "headroom": 3}) == counted
+    assert match_budget("flexlora", model, counted, headroom=7) == 5
+    first, second, *_ = inject(model, "flexlora", {"r": 5, "headroom": 3}, targets=["q_proj"]).values()
+    before = count_trained(model)
+    assert isinstance(first, FlexLoRA)
+    assert isinstance(second, FlexLoRA)
+    first.alive[0], second.alive[6] = 0, 1
+    assert count_trained(model) == before
+    second.alive[7] = 1
+    assert count_trained(model) == before + 64 + 64 + 1
 
 
 def test_a_size_is_found_again_from_its_count() -> None:

@@ -21,7 +21,7 @@ from subspace.common.paths import REPOSITORY
 from subspace.distributed import deepspeed_compat as compat
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
-from subspace.distributed.zero import clear_moment, full_gradients, gathered, write_parameter
+from subspace.distributed.zero import full_gradients, gathered, write_parameter
 
 WIDTH, RATE = 6, 0.5
 
@@ -144,18 +144,6 @@ def test_the_optimizer_keeps_its_state_under_the_slices_key(started: Started) ->
     # The gradient of the sum over two rows of ones is 2 everywhere; beta1 is 0.9.
     moment = state["exp_avg"].view(-1)[at.offset : at.offset + at.length]
     assert torch.allclose(moment, torch.full_like(moment, 0.2)), blame("engine.basic_optimizer")
-
-
-def test_restored_state_is_linked_to_its_parameter() -> None:
-    started = Started(1)
-    at = compat.optimizer_slice(started.engine, started.weight)
-    assert at is not None
-    optimizer = compat.basic_optimizer(started.engine)
-    optimizer.state[at.key] = {key: torch.ones_like(at.key) for key in ("exp_avg", "exp_avg_sq")}
-    compat.link_optimizer_state(started.engine)
-    clear_moment(started.weight, "exp_avg", torch.ones_like(started.start, dtype=torch.bool))
-    moment = optimizer.state[at.key]["exp_avg"].view(-1)[at.offset : at.offset + at.length]
-    assert not moment.any(), blame("optimizer._lazy_init_hp_params_optimizer_state")
 
 
 def test_gradients_are_seen_between_backward_and_step(started: Started) -> None:

@@ -23,7 +23,7 @@ LLAMA_7B: list[tuple[str, dict[str, Any], int]] = [
     ("bitfit", {}, 876_544),
     ("dora", R, 56_975_360),
     ("dora", {"r": 4}, 7_888_896),
-    ("flexlora", {"r": 32, "headroom": 0}, 56_103_936),
+    ("flexlora", {"r": 32, "headroom": 4}, 56_103_936),
     ("flora", R, 56_262_656),
     ("full", {}, 6_738_415_616),
     ("houlsby", {"bottleneck": 32}, 17_041_408),

@@ -18,10 +18,15 @@ pytestmark = pytest.mark.processes
 STEPS, KILLED_AFTER = 8, 4
 NOISY = ["method=lora", "method.r=4", "method.dropout=0.2"]
 SCHEDULED = ["method=adalora", "method.r=6", "method.target_r=2", "method.every=1"]
+GROWN = ["method=flexlora", "method.r=4", "method.every=1", "method.warm_up=0", "method.decay=constant"]
 CALM = ["method=lora", "method.r=4"]
 LAYOUTS = {**{f"zero{stage}": stage for stage in STAGES}, "offload": 2}
 #: What is resumed in the same layout: a schedule where its state is whole and where it is in parts.
-SAME = {**{("noisy", engine): NOISY for engine in LAYOUTS}, **{("scheduled", e): SCHEDULED for e in ("zero1", "zero3")}}
+SAME = {
+    **{("noisy", engine): NOISY for engine in LAYOUTS},
+    **{("scheduled", engine): SCHEDULED for engine in ("zero1", "zero3")},
+    ("grown", "zero1"): GROWN,
+}
 #: Where a run went until it was killed, and where it goes on: ranks and engine.
 MOVES = [
     ((1, "zero0"), (2, "zero1")),

@@ -187,7 +187,7 @@ class AllReduce(Check):
                 advice = "name the fast interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); NCCL_DEBUG=INFO says which"
                 yield warning(f"{backend} moves {speed / 1e9:.3f} GB/s, where {least / 1e9:g} is little", advice)
         if seen.plan and seen.ranks > 1:
-            shown.append(f"a step reduces {size(4 * seen.plan.trained)} of gradients")
+            shown.append(f"a step reduces {size(seen.plan.adapter)} of gradients")
         yield ok("; ".join(shown))
 
 

@@ -210,7 +210,8 @@ def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
         config = read_config(what, overrides)
     else:
         config = _read_defaults("base", "model.path", what, overrides)
-    name = re.sub(r"[^\w.+-]+", "-", config.model.path).strip("-")
+    given = "-".join(filter(None, (config.model.path, config.model.revision)))
+    name = re.sub(r"[^\w.+-]+", "-", given).strip("-")
     return EvaluationSubject(config.model, config.evaluate, Path(config.runs) / name)
 
 
@@ -238,6 +239,8 @@ def _override(values: Layer, overrides: Sequence[str]) -> Layer:
             name = f"{name}.name"
         elif re.fullmatch(r"method(\.\d+)?\.file", name):  # another source
             values = {k: v for k, v in values.items() if k != name.replace(".file", ".sha256")}
+        elif name == "model.path":  # the revision is of the model that it replaces
+            values = {k: v for k, v in values.items() if k != "model.revision"}
         own[name] = given
     return merge_layers(values, _names_first(own))
 
@@ -270,6 +273,8 @@ def _read_file(file: Path, above: Sequence[Path] = ()) -> Layer:
     if any(re.fullmatch(r"method(\.\d+)?\.(name|file)", name) for name in own):
         several = any(name.startswith(f"{METHOD}.0.") for name in own)
         below = {k: v for k, v in below.items() if not k.startswith(f"{METHOD}.") and not (several and k == "targets")}
+    if "model.path" in own:
+        below.pop("model.revision", None)
     return merge_layers(below, own)
 
 

@@ -22,6 +22,9 @@ from subspace.distributed.deepspeed_config import (
 )
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
+from subspace.models.config import ModelConfig
+from subspace.models.inspection import inspect_model
+from subspace.models.prepare import find_files
 from subspace.training.acceleration import check_accelerations
 from subspace.training.compatibility import check_compatibility, check_packing
 from subspace.training.logging import check_trackers
@@ -73,8 +76,9 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device, *, her
         here: whether that is on this machine, which then must have what the run needs.
 
     Raises:
-        UserError: settings that conflict with one another, the engine file or the machine.
+        UserError: settings that conflict with one another, the model's files, the engine file or the machine.
     """
+    config = replace(config, model=_inspected(config.model))
     layout = compute_batch_layout(config.train.batch_size, config.train.micro_batch_size, world_size)
     engine = resolve_deepspeed_config(
         read_engine_file(config.engine),
@@ -95,6 +99,15 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device, *, her
     if config.data.packing:
         check_packing([method for method, _ in methods])
     return ResolvedRun(config, layout, engine, device)
+
+
+def _inspected(model: ModelConfig) -> ModelConfig:
+    """Return the settings as they are of the model's files; as given where it is not here, which opening it reports."""
+    try:
+        find_files(model)
+    except UserError:
+        return model
+    return inspect_model(model)
 
 
 def step_draw(config: RunConfig, layout: BatchLayout) -> Fed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import socket
 import subprocess
 import time
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ import torch
 
 from subspace.adapters.inject import adapters, inject
 from subspace.adapters.parameter_count import count_adapters, count_trained
+from subspace.adapters.serialization import read_description
 from subspace.adapters.targets import coverage
 from subspace.common.files import is_disk_full, write_json
 from subspace.common.host_memory import set_malloc_trim
@@ -34,9 +36,11 @@ from subspace.distributed.device import device, on_gpu
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.distributed.launcher import launched_rank, launched_world_size
 from subspace.errors import UserError
+from subspace.models.base_record import BaseRecord, base_record, check_base, identify
 from subspace.models.frozen_weights import weight_memory_bytes
+from subspace.models.inspection import settle
 from subspace.models.liger_compat import apply_liger
-from subspace.models.loading import open_model, open_tokenizer, summarize_model
+from subspace.models.loading import ModelSummary, open_model, open_tokenizer, summarize_model
 from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan
 from subspace.training.acceleration import compile_layers
 from subspace.training.checkpoint import last_checkpoint_hint
@@ -45,9 +49,10 @@ from subspace.training.determinism import check_deterministic, deterministic_alg
 from subspace.training.logging import LOG_FILE, TrainLogger, peak_memory
 from subspace.training.loop import train
 from subspace.training.optimizers import lr_factor, make_optimizer, parameter_groups
-from subspace.training.resume import Checkpoint, compare_with_checkpoint, find_checkpoint
+from subspace.training.resume import ADAPTER, Checkpoint, compare_with_checkpoint, find_checkpoint
 
 ENVIRONMENT_FILE = "environment.json"
+ANOTHER_NAME = ", or give this run another name (name=...)"
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -68,22 +73,24 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
     if not resume:
         ensure_new_run_dir(config.folder)
     data, plan = open_run_data(run)
+    base = identify(run.config.model)  # here for the same reason: the first time, every byte is read
 
     # The loop's watchdog reports a hang; the timeout of collectives must be longer than its own.
     init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes), deterministic=wanted)
     with deterministic_algorithms(wanted=wanted):
-        return _train_on_rows(run, data, plan, resume=resume)
+        return _train_on_rows(run, data, plan, base, resume=resume)
 
 
-def _train_on_rows(run: ResolvedRun, data: Data, plan: StepPlan, *, resume: bool) -> Path:
+def _train_on_rows(run: ResolvedRun, data: Data, plan: StepPlan, base: BaseRecord, *, resume: bool) -> Path:
     """Train on the planned rows and return the run's folder. Collective over ranks."""
     config = run.config
-    resumed, notices = find_resume_point(config.folder) if resume else (None, [])
-    model, methods = build_model(run, initialize=resumed is None)
+    check_same_base(base)
+    resumed, notices = find_resume_point(config.folder, base) if resume else (None, [])
+    model, summary, methods = build_model(run, initialize=resumed is None)
     run = run.with_adapters(model)
     if resumed:
         notices += describe_resume(resumed, run)
-    notices += [*run.engine.notices, *data.notices, *write_run_metadata(run, model, methods, data, resumed)]
+    notices += [*run.engine.notices, *data.notices, *write_run_metadata(run, model, summary, methods, data, resumed)]
 
     began = time.perf_counter()
     with TrainLogger(
@@ -102,7 +109,7 @@ def _train_on_rows(run: ResolvedRun, data: Data, plan: StepPlan, *, resume: bool
         engine = start_engine(run, model, steps=len(plan))
         weight_bytes = gather_objects(weight_memory_bytes(model))
         torch.manual_seed(config.train.seed + rank())  # dropout must differ between ranks
-        state = _train(run, engine, data, plan, logger, resumed)
+        state = _train(run, engine, data, plan, base, logger, resumed)
     if is_main():
         write_outcome(config.folder, state, time.perf_counter() - began, weight_bytes)
     barrier()
@@ -121,16 +128,34 @@ def open_run_data(run: ResolvedRun) -> tuple[Data, StepPlan]:
     return data, step_plan(data, config, run.layout)
 
 
-def find_resume_point(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the checkpoint to continue from, if there is one, and notices. Collective over ranks."""
+def check_same_base(base: BaseRecord) -> None:
+    """Raise UserError if another process has another base: hosts may have other files. Collective over ranks."""
+    own = (socket.gethostname(), base.short())
+    first, *others = gather_objects(own)
+    for host, found in others:
+        parts = [name for name in ("weights", "tokenizer") if found.get(name) != first[1].get(name)]
+        if parts:
+            raise UserError(
+                f"{base.path} has other {' and '.join(parts)} on {host} than on {first[0]}. Copy one host's to all"
+            )
+
+
+def find_resume_point(folder: Path, base: BaseRecord) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint to continue from, if there is one, and notices. Collective over ranks.
+
+    Raises:
+        UserError: it is one of another base.
+    """
     checkpoint, notices = find_checkpoint(folder)
     if not checkpoint:
         notices.append(f"{folder} holds no checkpoint to resume from: the run starts at its beginning")
+    elif notice := check_base(f"the run {folder}", checkpoint.facts.get("base"), base, ANOTHER_NAME):
+        notices.append(notice)
     return checkpoint, notices
 
 
-def build_model(run: ResolvedRun, *, initialize: bool) -> tuple[Any, list[dict[str, Any]]]:
-    """Load the model, inject the adapters, and return it with one report per method.
+def build_model(run: ResolvedRun, *, initialize: bool) -> tuple[Any, ModelSummary, list[dict[str, Any]]]:
+    """Load the model, inject the adapters, and return it with a summary of the model alone and one report per method.
 
     Without ``initialize``, the adapters are not initialised from the weights, because a checkpoint overwrites them.
     Collective over ranks.
@@ -138,17 +163,24 @@ def build_model(run: ResolvedRun, *, initialize: bool) -> tuple[Any, list[dict[s
     config = run.config
     torch.manual_seed(config.train.seed)
     model: Any = open_model(config.model, zero3=run.engine.settings if run.engine.stage == 3 else None)
+    base_record(model)  # of the files as they are now: they may change before the adapters are saved
+    summary = summarize_model(model, config.model)
     model.train()
     model.config.use_cache = False
     if config.train.liger:
         apply_liger(model)
     progress = show_progress if is_main() else no_progress
     methods = [inject_method(model, entry, config.train.seed, progress, start=initialize) for entry in config.method]
-    return model, methods
+    return model, summary, methods
 
 
 def write_run_metadata(
-    run: ResolvedRun, model: Any, methods: list[dict[str, Any]], data: Data, resumed: Checkpoint | None
+    run: ResolvedRun,
+    model: Any,
+    summary: ModelSummary,
+    methods: list[dict[str, Any]],
+    data: Data,
+    resumed: Checkpoint | None,
 ) -> list[str]:
     """Write ``config.yaml`` and ``environment.json``; return notices of test items in the training data. Collective."""
     config, notices = run.config, []
@@ -158,7 +190,7 @@ def write_run_metadata(
         write_config(config, config.folder / "config.yaml")
         about = describe_environment() | {
             "engine": run.engine.settings,
-            "model": asdict(summarize_model(model, config.model)),
+            "model": asdict(summary),
             "data": data.report | {"seen": notices},
             "adapters": {"methods": methods, "sites": list(adapters(model)), "trained": count_trained(model)},
         }
@@ -182,11 +214,17 @@ def start_engine(run: ResolvedRun, model: Any, *, steps: int) -> Any:
 
 
 def _train(
-    run: ResolvedRun, engine: Any, data: Data, plan: StepPlan, logger: TrainLogger, resumed: Checkpoint | None
+    run: ResolvedRun,
+    engine: Any,
+    data: Data,
+    plan: StepPlan,
+    base: BaseRecord,
+    logger: TrainLogger,
+    resumed: Checkpoint | None,
 ) -> TrainState:
     """Run the training loop; raise UserError if the disk is full."""
     config = run.config
-    settings = {"config": config.as_dict(), "engine": run.engine.settings}
+    settings = {"config": config.as_dict(), "engine": run.engine.settings, "base": base.as_dict()}
     about = {"model": config.model.path}
     try:
         return train(
@@ -239,14 +277,26 @@ def ensure_new_run_dir(folder: Path) -> None:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Return True if the run's folder holds the finished training of this exact configuration."""
+    """Return True if the run's folder holds the finished training of this exact configuration.
+
+    Raises:
+        UserError: it does, but of another base.
+    """
     try:
         ended = "outcome" in json.loads((config.folder / ENVIRONMENT_FILE).read_text())
         before = read_config(config.folder / "config.yaml", found_in_run=True)
-        free = {name: getattr(config, name) for name in ("name", "runs", "evaluate", "published")}
-        return ended and replace(before, **free) == config
+        model = settle(config.model)
+        # The base is compared by its bytes.
+        place = {name: getattr(before.model, name) for name in ("path", "revision")}
+        free = {name: getattr(before, name) for name in ("name", "runs", "evaluate", "published")}
+        same = ended and replace(config, model=replace(model, **place), **free) == before
     except (OSError, ValueError, UserError):
         return False
+    recorded = read_description(config.folder / ADAPTER).get("base") if same else None
+    if not recorded:
+        return same and before.model == config.model
+    check_base(f"the run {config.folder}", recorded, identify(model), ANOTHER_NAME)
+    return True
 
 
 def write_outcome(folder: Path, state: TrainState, seconds: float, weight_bytes: list[int]) -> None:

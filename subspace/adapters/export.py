@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 from subspace.adapters.inject import adapters
 from subspace.adapters.merging import SharedTensors, frozen, merge_site, mergeable_adapters, note_untied
-from subspace.adapters.serialization import load_adapter
+from subspace.adapters.serialization import check_adapter_base, load_adapter
 from subspace.adapters.targets import PARTS
 from subspace.common.files import write_folder, write_json
 from subspace.distributed.device import device
 from subspace.errors import UserError
+from subspace.models.base_record import identify
 from subspace.models.config import ModelConfig
 from subspace.models.files import suppress_library_logs
 from subspace.models.float32_blocks import blocks, float32_blocks
+from subspace.models.inspection import inspect_model
 from subspace.models.loading import open_model, open_shape, open_tokenizer, stored_dtype
 from subspace.models.transformers_compat import decoder_layers, is_quantized
 
@@ -89,6 +91,9 @@ def export_merged(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"cannot write the merged model to {out}: it exists. Give another folder, or remove it")
+    config = inspect_model(config)
+    base = identify(config)
+    check_adapter_base(adapter, base=base)
     attention = "sdpa" if config.attention == "flash_attention_2" else config.attention
     exact = replace(config, dtype="float32", quantize="none", attention=attention, gradient_checkpointing=False)
     written = replace(config, dtype=dtype or config.dtype).dtype
@@ -119,7 +124,7 @@ def export_merged(
             tokenizer.save_pretrained(partial)
         rounded = _logits(model, probe)
         del model, merging.model
-        reread = _open(replace(exact, path=str(partial)))  # without an adapter
+        reread = _open(replace(exact, path=str(partial), revision=None))  # without an adapter
         after = _logits(reread, probe.to(reread.device)).to(rounded.device)
         del reread
         if not _difference(after, rounded) <= tolerance:
@@ -135,7 +140,7 @@ def export_merged(
             written_difference=_difference(after, unmerged),
             same_tokens=float((after.argmax(-1) == unmerged.argmax(-1)).float().mean()),
         )
-        about = {"base": config.path, "adapter": str(adapter), **asdict(report)}
+        about = {"base": config.path, "base_record": base.as_dict(), "adapter": str(adapter), **asdict(report)}
         write_json(partial / "merge.json", about)
     return report
 

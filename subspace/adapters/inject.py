@@ -22,6 +22,7 @@ from subspace.distributed.collectives import broadcast_, rank, world_size
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
 from subspace.kernels.working_copies import WorkingCopies
+from subspace.models.base_record import note_base
 from subspace.models.bitsandbytes_compat import storage_format
 from subspace.models.frozen_weights import (
     find_weight_file,
@@ -97,6 +98,8 @@ def inject(
         UserError: an unknown method, setting or target, or a method that these weights cannot serve.
     """
     cls, presets = resolve_method(method)
+    if not adapters(model):
+        note_base(model)
     if reason := cls.check_model(model):
         raise UserError(f"method {cls.name} does not fit {type(model).__name__}: {reason}")
     config = settings if isinstance(settings, MethodConfig) else configure(cls, {**presets, **(settings or {})})

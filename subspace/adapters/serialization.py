@@ -1,17 +1,20 @@
 """Adapter files: what training leaves behind, in safetensors, with everything needed to put it into a fresh model.
 
 A folder holds ``adapter.safetensors`` (every adapter's trained tensors and persistent buffers, by their names in the
-model, float32) and ``adapter.json`` (method, settings and sites of each group, and the base model; of a method from
-outside the package, also where it came from). Nothing is pickled, and nothing that stands there is run. Writing is
-collective, because under ZeRO-3 each rank holds a part; rank 0 writes, and what it wrote is read back and compared
-before the call returns.
+model, float32) and ``adapter.json`` (method, settings and sites of each group, and the record of the base model,
+:mod:`subspace.models.base_record`; of a method from outside the package, also where it came from). Nothing is pickled,
+and nothing that stands there is run. Writing is collective, because under ZeRO-3 each rank holds a part; rank 0 writes,
+and what it wrote is read back and compared before the call returns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,9 @@ from subspace.common.files import write_folder, write_json
 from subspace.distributed.collectives import barrier, broadcast_object, is_main
 from subspace.distributed.zero import full_shape, gather_copies
 from subspace.errors import UserError
+from subspace.models.base_record import BaseRecord, base_record, check_base, note_base
+
+logger = logging.getLogger("subspace")
 
 TENSORS = "adapter.safetensors"
 SETTINGS = "adapter.json"
@@ -42,7 +48,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], /, **about: A
     """
     folder = Path(folder)
     tensors = gather_copies(_named_tensors(model).items())
-    problem = _write(folder, tensors, model, about) if is_main() else None
+    problem = None
+    if is_main():
+        try:
+            base = base_record(model)
+        except UserError as error:  # what was trained is worth more than the record
+            logger.warning("note: %s is saved without a record of its base: %s", folder, error)
+            base = None
+        problem = _write(folder, tensors, model, base, about)
     problem = broadcast_object(problem)
     barrier()
     if problem:
@@ -50,16 +63,26 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], /, **about: A
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trained: bool = False) -> dict[str, Any]:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, trained: bool = False, any_base: bool = False
+) -> dict[str, Any]:
     """Inject the adapters that a folder describes into a fresh model, and fill them. Returns the file's description.
 
-    The adapters are frozen unless ``trained``.
+    Args:
+        model: the base that the adapters were trained on, from whatever path.
+        folder: the adapter's.
+        trained: leave the adapters trainable; they are frozen otherwise.
+        any_base: do not compare the model with the base on record, only names and shapes.
 
     Raises:
-        UserError: no adapter there, or one that does not fit the model.
+        UserError: no adapter there, one of another base, or one that does not fit the model.
     """
     folder = Path(folder)
     description, tensors = read_adapter(folder)
+    if not any_base:
+        if not adapters(model):
+            note_base(model)
+        check_adapter_base(folder, description, base_record(model), " or load with any_base=True")
     for group in description["adapters"]:
         targets = [re.escape(site) for site in group["sites"]]
         try:
@@ -92,9 +115,21 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, trained: b
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return an adapter folder's description and tensors."""
-    try:
+    with _damage_errors(folder):
+        return read_description(folder), load_file(folder / TENSORS)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return an adapter folder's description."""
+    with _damage_errors(folder):
         description: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
-        return description, load_file(folder / TENSORS)
+        return description
+
+
+@contextlib.contextmanager
+def _damage_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise UserError(
             f"no adapter in {folder}: {Path(str(error.filename or TENSORS)).name} is not there. "
@@ -102,6 +137,23 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"the adapter in {folder} is damaged: {error}. Train again, or copy the file again") from None
+
+
+def check_adapter_base(
+    folder: Path, description: Mapping[str, Any] | None = None, base: BaseRecord | None = None, cure: str = ""
+) -> None:
+    """Raise UserError if an adapter's folder records another base than ``base``; log a note if they cannot be compared.
+
+    Args:
+        folder: the adapter's.
+        description: what its ``adapter.json`` says; None reads it.
+        base: the model that it is to be put into.
+        cure: see :func:`subspace.models.base_record.check_base`.
+    """
+    description = read_description(folder) if description is None else description
+    notice = check_base(f"the adapter in {folder}", description.get("base"), base, cure)
+    if notice and is_main():
+        logger.warning("note: %s", notice)
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -113,10 +165,11 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for tensor, name in names.items()}
 
 
-def _describe(model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
+def _describe(model: nn.Module, base: BaseRecord | None, about: dict[str, Any]) -> dict[str, Any]:
     names = {id(adapter): site for site, adapter in adapters(model).items()}
     return {
         "format": FORMAT,
+        "base": base and base.as_dict(),
         "about": about,
         "adapters": [
             {
@@ -132,7 +185,9 @@ def _describe(model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], model: nn.Module, about: dict[str, Any]) -> str | None:
+def _write(
+    folder: Path, tensors: dict[str, Tensor], model: nn.Module, base: BaseRecord | None, about: dict[str, Any]
+) -> str | None:
     """Write the folder, whole or not at all, and read the tensors back; return what went wrong."""
     if not tensors:
         return f"nothing to save in {folder}: the model has no adapters"
@@ -145,7 +200,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], model: nn.Module, about: di
     try:
         with write_folder(folder) as work:
             save_file(float32, work / TENSORS, metadata={"format": "pt"})
-            write_json(work / SETTINGS, _describe(model, about))
+            write_json(work / SETTINGS, _describe(model, base, about))
             if different := _differing(work / TENSORS, float32):
                 raise OSError(f"it reads back differently ({different[0]}); is the disk sound?")
     except (OSError, SafetensorError) as error:

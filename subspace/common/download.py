@@ -212,13 +212,22 @@ def hub_records(hub: Hub, revision: str) -> Iterable[dict[str, Any]]:
 
 
 def hub_model(repo: str, revision: str | None = None, *, every_file: bool = False) -> Path:
-    """Download a model into the hub's cache, resuming partial files, and verify it against the hub's checksums."""
+    """Download a model into the hub's cache, resuming partial files, and verify it against the hub's checksums.
+
+    Args:
+        repo: its name on the hub, ``ORGANIZATION/NAME``.
+        revision: a branch, tag or commit; None for the main branch.
+        every_file: all files, not only those that this project reads.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
-    with _hub_errors(repo, "model"):
+    with _hub_errors(repo, "model", revision):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
         patterns = None if every_file else _MODEL_FILES
-        folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=patterns))
+        # By its name, not its commit: so the cache remembers what the name stood for, and a run finds it offline.
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        if folder.name != info.sha:  # it moved between the two calls
+            info = HfApi().model_info(repo, revision=folder.name, files_metadata=True, timeout=HUB_SECONDS)
     for file in info.siblings or ():
         path = folder / file.rfilename
         if path.is_file() and file.lfs and file_sha256(path) != file.lfs.sha256:
@@ -228,14 +237,33 @@ def hub_model(repo: str, revision: str | None = None, *, every_file: bool = Fals
 
 
 def hub_model_here(repo: str, revision: str | None = None) -> Path | None:
-    """Return the folder of a hub model that is already cached on this machine, without contacting the hub."""
+    """Return the folder of a hub model that is already cached on this machine, without contacting the hub.
+
+    A commit may be given by its first seven digits or more, if they are those of one commit here.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = revision
+    if revision and re.fullmatch("[0-9a-f]{7,39}", revision):
+        begun = [commit for commit in hub_revisions_here(repo) if commit.startswith(revision)]
+        wanted = begun[0] if len(begun) == 1 else revision
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo, revision=wanted, local_files_only=True, allow_patterns=_MODEL_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError):
         return None
+
+
+def hub_revisions_here(repo: str) -> dict[str, list[str]]:
+    """Return the commits of a hub model that are cached on this machine, each with its known branches and tags."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    found: dict[str, list[str]] = {path.name: [] for path in sorted(folder.glob("snapshots/*")) if path.is_dir()}
+    for ref in sorted(path for path in folder.glob("refs/**/*") if path.is_file()):
+        if (commit := ref.read_text(encoding="utf-8").strip()) in found:
+            found[commit].append(str(ref.relative_to(folder / "refs")))
+    return found
 
 
 @dataclass(frozen=True)
@@ -280,7 +308,7 @@ def hub_data_files(
     if known and revision == known.commit:
         return known
     try:
-        with _hub_errors(repo, "data set"):
+        with _hub_errors(repo, "data set", revision):
             info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
     except _HubIsSilent:
         if known is None:
@@ -331,7 +359,7 @@ class _HubIsSilent(UserError):
 
 
 @contextmanager
-def _hub_errors(repo: str, kind: str) -> Iterator[None]:
+def _hub_errors(repo: str, kind: str, revision: str | None = None) -> Iterator[None]:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -340,10 +368,10 @@ def _hub_errors(repo: str, kind: str) -> Iterator[None]:
         raise UserError(
             f"the hub's {kind} {repo} is gated: accept its terms on the hub, then 'hf auth login'"
         ) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise UserError(
-            f"the hub has no {kind} {repo} in this revision, or not for you: 'hf auth login' if it is private"
-        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"the hub's {kind} {repo} has no branch, tag or commit {revision or 'main'!r}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"the hub has no {kind} {repo}, or not for you: 'hf auth login' if it is private") from None
     except Exception as error:
         # All other connection errors (DNS, proxies, certificates, timeouts, offline mode).
         if is_disk_full(error):

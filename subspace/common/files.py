@@ -25,6 +25,7 @@ from subspace.errors import UserError
 
 MANIFEST = "prepared.json"
 PARTIAL = ".partial"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 # One file.
@@ -86,6 +87,12 @@ def fsync_path(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Return True if a file is the few lines that git leaves in place of a large one where git-lfs is not installed."""
+    with file.open("rb") as opened:
+        return opened.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def file_sha256(file: Path) -> str:

@@ -80,6 +80,7 @@ def evaluate(
     progress: Progress = no_progress,
     jobs: Sequence[Job] | None = None,
     checksum: str = "",
+    base: Mapping[str, str] | None = None,
 ) -> list[TaskResult]:
     """Score a model on the tasks. Collective: all ranks call it, and each returns all results.
 
@@ -94,6 +95,7 @@ def evaluate(
         progress: progress display, used on the first process.
         jobs: result of ``build_jobs`` for these settings and a model of the same base; None builds them.
         checksum: checksum of base and adapters, needed if the model has adapters of several subjects.
+        base: the base's record, to be kept beside the numbers.
 
     Returns:
         One result for each protocol and task, in the order of the jobs.
@@ -137,6 +139,7 @@ def evaluate(
                     fingerprint_fields=job.fingerprint_fields,
                     items=file,
                     subject=subject,
+                    base=dict(base or {}),
                 )
                 if folder and file and is_main():
                     write_items(file, records)

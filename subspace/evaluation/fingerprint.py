@@ -1,4 +1,4 @@
-"""Checksum of a model's weights and adapters, by which stored results are matched to the model."""
+"""Checksum of a model's weights and adapters, by which stored results are matched to the model, wherever it lies."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from subspace.adapters.registry import method_origin
 from subspace.distributed.collectives import all_reduce_sum
 from subspace.distributed.zero import full_shape, local_shard
 from subspace.evaluation.results import digest
+from subspace.models.base_record import plain_config
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,7 +34,7 @@ def weights_checksum(model: Any) -> str:
         [site, adapter.name, asdict(adapter.config), *method_origin(type(adapter)).items()]
         for site, adapter in adapters(model).items()
     ]
-    return digest([parts, settings, str(model.config.to_dict())])
+    return digest([parts, settings, plain_config(model.config.to_dict())])
 
 
 def _sum(tensor: Tensor) -> Tensor:

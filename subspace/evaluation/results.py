@@ -48,6 +48,8 @@ class TaskResult:
     fingerprint_fields: Mapping[str, str]
     items: Path | None = field(default=None, compare=False)
     subject: str = ""  # checksum of the scored weights; empty if none was computed
+    #: The base's record: path, the hub's commit, checksums of weights and tokenizer. Of earlier versions, empty.
+    base: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def fingerprint(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from subspace.adapters.inject import adapters, remove_adapters
 from subspace.adapters.multi_adapter import AdaptersBySite, batch_adapters, can_batch_adapters
-from subspace.adapters.serialization import load_adapter
+from subspace.adapters.serialization import check_adapter_base, load_adapter
 from subspace.common.progress import Progress, no_progress
 from subspace.data.leakage import MAX_OVERLAP, find_overlap
 from subspace.data.samples import Sample
@@ -30,7 +30,9 @@ from subspace.evaluation.fingerprint import weights_checksum
 from subspace.evaluation.protocols.base import Scorer
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import TaskResult
+from subspace.models.base_record import identify
 from subspace.models.config import ModelConfig
+from subspace.models.inspection import inspect_model
 from subspace.models.loading import open_model, open_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,10 @@ def evaluate_subjects(
 
     ``on_jobs`` is called with the jobs of each group of subjects before they are scored.
     """
+    subjects = [replace(subject, model=inspect_model(subject.model)) for subject in subjects]
+    for subject in subjects:  # before any of them is loaded
+        if subject.adapter:
+            check_adapter_base(subject.adapter, base=identify(subject.model))
     results: dict[int, list[TaskResult]] = {}
     bases: dict[tuple[ModelConfig, int | None], dict[str, list[int]]] = {}
     for number, subject in enumerate(subjects):
@@ -77,10 +83,10 @@ def _score_group(
 
     def score(number: int, jobs: Sequence[Job], checksum: str = "") -> None:
         subject = subjects[number]
-        labels = {"model_name": subject.model.path, "adapter": subject.method, "checksum": checksum}
         results[number] = evaluate(
-            model, tokenizer, subject.evaluate, subject.folder, jobs=jobs, progress=progress, **labels
-        )
+            model, tokenizer, subject.evaluate, subject.folder, jobs=jobs, progress=progress, checksum=checksum,
+            model_name=subject.model.path, adapter=subject.method, base=identify(subject.model).short(),
+        )  # fmt: skip
 
     for number, subject in enumerate(subjects):
         check_contamination(subject, [job.sample for job in jobs])

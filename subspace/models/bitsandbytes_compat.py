@@ -43,6 +43,12 @@ def weight_format(weight: Any) -> str:
     return {"Params4bit": "4bit", "Int8Params": "int8"}.get(type(weight).__name__, "plain")
 
 
+def quantization_kind(weight: Any) -> str:
+    """Return a weight's value of ``model.quantize``: ``nf4``, ``fp4``, ``int8``, or ``none``."""
+    kind = weight_format(weight)
+    return str(weight.quant_type) if kind == "4bit" else {"plain": "none"}.get(kind, kind)
+
+
 def dequantize_4bit(weight: Any) -> Tensor:
     """Return the values of a 4-bit weight, ``(out, in)``, in the dtype that it was quantised from."""
     from bitsandbytes import functional

@@ -12,6 +12,9 @@ class ModelConfig(Settings):
     """Settings of the base model: its source, and the dtype, quantisation and kernels of its frozen weights."""
 
     path: str = setting("smollm2-135m", "a prepared model's name, a hub id, or a local folder or GGUF file")
+    revision: str | None = setting(
+        None, "a hub model's branch, tag or commit, also given as path@revision; null for its main branch"
+    )
     dtype: str = setting(
         "bfloat16", "dtype of the frozen weights and of computation", choices=("float32", "bfloat16", "float16")
     )

@@ -14,8 +14,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from subspace.common.files import is_lfs_pointer
 from subspace.errors import UserError
 from subspace.models.transformers_compat import is_causal_lm, is_masked_lm
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
+#: Other files that a tokenizer may be read from.
+TOKENIZER_PARTS = ("merges.txt", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+MOST_HEADER = 100_000_000  # bytes of a safetensors file's description, by its format
 WORKING = "LLaMA, Mistral, Qwen2, Qwen3, Gemma and Phi-3 checkpoints work"
 
 NOT_A_MODEL = {
@@ -76,6 +80,7 @@ class ModelFiles:
         """Return the architecture's configuration; raise UserError if it is not a decoder."""
         from transformers import AutoConfig
 
+        self._check_pointers([self.folder / (self.gguf or "config.json")])
         with (
             as_user_error(f"cannot read the configuration of model {self.name!r} in {self.folder}"),
             suppress_library_logs(),
@@ -94,34 +99,130 @@ class ModelFiles:
             )
         return described
 
-    def check_weights(self) -> None:
-        """Raise UserError if weight files are missing."""
+    @property
+    def commit(self) -> str | None:
+        """The hub's commit that the files are of; None for other folders."""
+        inside = self.folder.absolute()
+        return inside.name if inside.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", inside.name) else None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what stands in ``config.json``; nothing if it cannot be read, which :meth:`architecture` reports."""
+        return {} if self.gguf else read_json(self.folder / "config.json")
+
+    def weight_files(self) -> list[Path]:
+        """Return the files that the weights are read from, and no others in the folder; empty if there are none."""
         if self.gguf:
-            return
-        present = [name for name in WEIGHTS if (self.folder / name).is_file()]
-        if not present:
+            return [self.folder / self.gguf]
+        present = [self.folder / name for name in WEIGHTS if (self.folder / name).is_file()]
+        if not present or not present[0].name.endswith(".index.json"):
+            return present[:1]
+        self._check_pointers(present[:1])
+        with as_user_error(f"cannot read {present[0]}"):
+            index = json.loads(present[0].read_text(encoding="utf-8"))
+            return [self.folder / name for name in sorted(set(index["weight_map"].values()))]
+
+    def check_weights(self) -> None:
+        """Raise UserError if weight files are missing, cut, or not what their names say."""
+        files = self.weight_files()
+        if not files:
             raise UserError(
                 f"model {self.name!r} has no weights: none of {', '.join(WEIGHTS)} is in {self.folder}. "
                 "Download the folder again"
             )
-        if present[0].endswith(".index.json"):
-            with as_user_error(f"cannot read {self.folder / present[0]}"):
-                index = json.loads((self.folder / present[0]).read_text(encoding="utf-8"))
-                shards = set(index["weight_map"].values())
-            absent = sorted(name for name in shards if not (self.folder / name).is_file())
-            if absent:
-                raise UserError(
-                    f"model {self.name!r} lacks {len(absent)} of the {len(shards)} weight files in its index, "
-                    f"e.g. {absent[0]}, in {self.folder}. Download the folder again"
-                )
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise UserError(
+                f"model {self.name!r} lacks {len(absent)} of the {len(files)} weight files in its index, "
+                f"e.g. {absent[0]}, in {self.folder}. Download the folder again"
+            )
+        self._check_pointers(files)
+        self.headers()
+
+    def headers(self) -> dict[str, StoredTensor]:
+        """Return what the safetensors files say of their tensors, by name; nothing of files in another format."""
+        found: dict[str, StoredTensor] = {}
+        for file in self.weight_files():
+            if file.suffix == ".safetensors":
+                try:
+                    found |= read_header(file)
+                except ValueError as error:
+                    raise UserError(
+                        f"cannot open model {self.name!r}: {file.name} in {self.folder} is cut or damaged: {error}. To "
+                        "mend it, download the folder again, or only that file"
+                    ) from None
+        return found
+
+    def tokenizer_files(self) -> list[Path]:
+        """Return the files that are there of those that a tokenizer is read from."""
+        listed = [self.folder / name for name in (*TOKENIZERS, *TOKENIZER_PARTS)]
+        return [file for file in (*listed, *sorted(self.folder.glob("*.tiktoken"))) if file.is_file()]
 
     def check_tokenizer(self) -> None:
         """Raise UserError if there are no tokenizer files."""
-        if not self.gguf and not any((self.folder / name).is_file() for name in TOKENIZERS):
+        if self.gguf:
+            return
+        self._check_pointers(self.tokenizer_files())
+        if not any((self.folder / name).is_file() for name in TOKENIZERS):
             raise UserError(
                 f"model {self.name!r} has no tokenizer: none of {', '.join(TOKENIZERS)} is in {self.folder}. "
                 "Copy the files of the original model's tokenizer there"
             )
+
+    def _check_pointers(self, files: list[Path]) -> None:
+        pointers = [file.name for file in files if is_lfs_pointer(file)]
+        if pointers:
+            raise UserError(
+                f"cannot open model {self.name!r}: {', '.join(pointers[:3])} in {self.folder} "
+                f"{'is a pointer' if len(pointers) == 1 else 'are pointers'} of Git LFS, a few lines in place of the "
+                "file, as a clone without git-lfs leaves them. Run `git lfs install` and `git lfs pull` in that folder"
+            )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON file's mapping; an empty one if the file is missing or damaged, which its own reader reports."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file: its dtype as the format names it, its shape, and its first and last byte."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name, without reading them.
+
+    Raises:
+        ValueError: it is no such file, or not as long as its own description says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        head = opened.read(8)
+        length = int.from_bytes(head, "little")
+        if size < 8 or length > MOST_HEADER:
+            raise ValueError(f"it begins with {head!r}, which no safetensors file does")
+        described = opened.read(length)
+    if len(described) < length:
+        raise ValueError(f"it has {size:,} bytes, fewer than the description of its tensors")
+    try:
+        content = json.loads(described)
+        content.pop("__metadata__", None)
+        found = {
+            name: StoredTensor(each["dtype"], tuple(each["shape"]), *(8 + length + at for at in each["data_offsets"]))
+            for name, each in content.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("the description of its tensors cannot be read") from None
+    expected = max((tensor.end for tensor in found.values()), default=8 + length)
+    if expected != size:
+        raise ValueError(f"it has {size:,} bytes where its tensors take {expected:,}")
+    return found
 
 
 @contextlib.contextmanager

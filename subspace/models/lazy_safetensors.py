@@ -61,15 +61,6 @@ def _open(
     return safe_open(file, framework=framework, device=device, backend="pread")
 
 
-def stored_dtypes(folder: Path) -> set[torch.dtype | None]:
-    """Return the dtypes of all tensors in a folder's safetensors files; None stands for one that torch has not got."""
-    found: set[torch.dtype | None] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as stored:
-            found |= {DTYPES.get(stored.get_slice(name).get_dtype()) for name in stored.keys()}  # noqa: SIM118
-    return found
-
-
 class _LazyShard:
     """Replacement for the object that ``safetensors.safe_open`` returns, which yields lazy tensors."""
 

@@ -23,17 +23,20 @@ from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError, nearest
 from subspace.kernels.attention import ATTENTION_NAME, row_blocked_attention
 from subspace.kernels.rms_norm import patch_rms_norm
+from subspace.models.base_record import note_origin
 from subspace.models.bitsandbytes_compat import (
     keep_4bit_weights_intact,
     make_int8_zero3_compatible,
+    quantization_kind,
     quantize_meta_weights,
 )
 from subspace.models.config import ModelConfig
 from subspace.models.declared import ModelShape, model_shapes
-from subspace.models.files import ModelFiles, as_user_error, suppress_library_logs
+from subspace.models.files import ModelFiles, as_user_error, read_json, suppress_library_logs
 from subspace.models.frozen_weights import num_parameters, weight_memory_bytes
-from subspace.models.lazy_safetensors import stored_dtypes, streaming_safetensors
-from subspace.models.prepare import model_folder
+from subspace.models.inspection import DEQUANTIZED, check_report, inspect_model, settle, stored_quantization
+from subspace.models.lazy_safetensors import DTYPES, streaming_safetensors
+from subspace.models.prepare import find_files
 from subspace.models.transformers_compat import (
     keep_alive_with,
     mark_unquantized,
@@ -75,18 +78,25 @@ def open_model(
     Raises:
         UserError: no such model, damaged or mismatched files, or an unsupported combination of settings.
     """
+    config = settle(config)
     files = find_files(config)
+    files.check_weights()
+    if zero3 is not None and not files.gguf:
+        inspect_model(config)  # loading reports nothing of tensors without a place while it shards
     where = where or device()
     model, report = _load_weights(config, files, zero3, held or getattr(torch, config.dtype), where)
-    _check_report(report, config, type(model).__name__)
-    if files.gguf:
+    check_report(report, files, type(model).__name__, model.config)
+    if files.gguf or _dequantized(files):
         mark_unquantized(model)
+    elif stored_quantization(files) is not None:
+        _cast_unquantized(model, held or getattr(torch, config.dtype))
     keep_4bit_weights_intact(model)
     if zero3 is not None:
         make_int8_zero3_compatible(model)
     _prepare_to_train(model, config, where)
     if config.gradient_checkpointing:
         model.config.use_cache = False
+    note_origin(model, config, files)
     opened: PreTrainedModel = model.eval()
     return opened
 
@@ -94,17 +104,17 @@ def open_model(
 def _load_weights(
     config: ModelConfig, files: ModelFiles, zero3: dict[str, Any] | None, dtype: torch.dtype, where: torch.device
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the model as transformers loads it, and its report of missing and mismatched tensors."""
+    """Return the model as transformers loads it, and its report of missing, unexpected and mismatched tensors."""
     from transformers import AutoModelForCausalLM
 
-    architecture = files.architecture(trust_remote_code=config.trust_remote_code)
-    files.check_weights()
-    quantization = _quantization(config, files, sharded=zero3 is not None)
-    sharding = zero3 is not None and not quantization
+    architecture: Any = files.architecture(trust_remote_code=config.trust_remote_code)
+    quantization = _quantization(config, files, architecture, sharded=zero3 is not None)
+    whole = quantization is not None or stored_quantization(files) is not None
+    sharding = zero3 is not None and not whole
     # Weights that are sharded as they load take their dtype from the engine's bf16 section; without it, float32.
     engine = {**zero3, "bf16": {"enabled": config.dtype == "bfloat16"}} if zero3 is not None and sharding else None
     loading = zero3_loading(engine)
-    reading = streaming_safetensors(files.folder, mmap_dtype=None if sharding or quantization else dtype, lazy=sharding)
+    reading = streaming_safetensors(files.folder, mmap_dtype=None if sharding or whole else dtype, lazy=sharding)
     with as_user_error(f"cannot open model {config.path!r} with {config}"), suppress_library_logs(), reading:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder,
@@ -116,7 +126,7 @@ def _load_weights(
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # _check_report raises for them, by name
+            ignore_mismatched_sizes=True,  # check_report raises for them, by name
             output_loading_info=True,
         )
     model, report = loaded
@@ -126,25 +136,20 @@ def _load_weights(
 
 def stored_dtype(config: ModelConfig) -> torch.dtype:
     """Return the 16-bit dtype that all tensors in the model's files have; float32 if they do not have one."""
-    files = find_files(config)
-    found = stored_dtypes(files.folder) if not files.gguf else set()
+    found = {DTYPES.get(tensor.dtype) for tensor in find_files(config).headers().values()}
     return next((dtype for dtype in (torch.float16, torch.bfloat16) if found == {dtype}), torch.float32)
 
 
-def _check_report(report: dict[str, Any], config: ModelConfig, architecture: str) -> None:
-    """Raise UserError if tensors were missing, which transformers fills with random values, or had another shape."""
-    if report["mismatched_keys"]:
-        name, stored, expected = min(report["mismatched_keys"])
-        raise UserError(
-            f"cannot open model {config.path!r}: its files do not fit its config.json, e.g. {name} is {tuple(stored)}, "
-            f"not {tuple(expected)}. Download or export the folder again"
-        )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UserError(
-            f"cannot open model {config.path!r}: its files lack {', '.join(missing[:3])} of {architecture} "
-            f"({len(missing)} missing in all). Download or export the folder again"
-        )
+def _cast_unquantized(model: Any, dtype: torch.dtype) -> None:
+    """Give a quantised model's other weights their dtype: from quantised files they come as they are stored."""
+    for parameter in model.parameters():
+        if quantization_kind(parameter) == "none" and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _dequantized(files: ModelFiles) -> bool:
+    stored = stored_quantization(files)
+    return stored is not None and stored.method in DEQUANTIZED
 
 
 def _prepare_to_train(model: Any, config: ModelConfig, where: torch.device) -> None:
@@ -172,9 +177,11 @@ def open_shape(config: ModelConfig, planned: torch.device | None = None) -> PreT
         architecture: Any = AutoConfig.for_model(**shapes[config.path].config)
     else:
         try:
-            architecture = find_files(config).architecture(trust_remote_code=config.trust_remote_code)
+            files = find_files(config)
         except UserError as error:
             raise UserError(f"{error}. Without files: {nearest(config.path, shapes)}") from None
+        config = inspect_model(config)
+        architecture = files.architecture(trust_remote_code=config.trust_remote_code)
     with torch.device("meta"), as_user_error(f"cannot open model {config.path!r}"), suppress_library_logs():
         shape: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
@@ -204,6 +211,7 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     files = find_files(config)
     files.check_tokenizer()
+    _check_special_tokens(files)
     architecture = files.architecture(trust_remote_code=config.trust_remote_code)
     with as_user_error(f"cannot open the tokenizer of model {config.path!r}"), suppress_library_logs():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -218,10 +226,30 @@ def open_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
                 f'Add "eos_token": "..." to {files.folder / "tokenizer_config.json"}'
             )
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    pad, rows = tokenizer.pad_token_id, architecture.vocab_size
+    pad, rows = tokenizer.pad_token_id, architecture.get_text_config().vocab_size
+    if tokenizer.eos_token_id >= rows:
+        raise UserError(
+            f"the tokenizer of model {config.path!r} ends a text with {tokenizer.eos_token!r}, its token "
+            f"{tokenizer.eos_token_id}, but the model's embedding has {rows} rows. Is it the tokenizer of this model? "
+            f'"eos_token" of {files.folder / "tokenizer_config.json"} must name a token of the vocabulary'
+        )
     if pad is None or pad == tokenizer.eos_token_id or pad >= rows:
         tokenizer.pad_token = _spare_token(config, tokenizer, rows)
     return tokenizer
+
+
+def _check_special_tokens(files: ModelFiles) -> None:
+    """Raise UserError for special tokens that are empty texts, which some exports write where there is none."""
+    if files.gguf:
+        return
+    for file in (files.folder / "tokenizer_config.json", files.folder / "special_tokens_map.json"):
+        for name, token in read_json(file).items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if re.fullmatch(r"(bos|eos|unk|pad)_token", name) and text == "":
+                raise UserError(
+                    f"the tokenizer of model {files.name!r} has an empty {name}, which no text can hold, in {file}. "
+                    f'Set "{name}" there to the text of that token, or to null'
+                )
 
 
 @dataclass(frozen=True)
@@ -229,9 +257,10 @@ class ModelSummary:
     """Summary of a loaded model, for the log."""
 
     path: str
+    revision: str | None  # the hub's commit
     architecture: str
     dtype: str
-    quantize: str
+    quantize: str  # what the linear layers are
     attention: str
     parameters: int  # of the full model; shared ones count once
     bytes: int  # on this process
@@ -246,13 +275,15 @@ class ModelSummary:
 
 
 def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary:
-    """Return a summary of the loaded model."""
+    """Return a summary of the loaded model, before anything is put into it."""
     parameters = list(model.parameters())
+    kinds = sorted({quantization_kind(parameter) for parameter in parameters} - {"none"})
     return ModelSummary(
         path=config.path,
+        revision=config.revision,
         architecture=type(model).__name__,
         dtype=config.dtype,
-        quantize=config.quantize,
+        quantize=", ".join(kinds) or "none",
         attention=config.attention,
         parameters=sum(num_parameters(parameter) for parameter in parameters),
         bytes=weight_memory_bytes(model),
@@ -261,19 +292,21 @@ def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary
     )
 
 
-def find_files(config: ModelConfig) -> ModelFiles:
-    """Return the files of a model on this machine; raise UserError if there are none."""
-    path = Path(config.path).expanduser()
-    return ModelFiles.at(config.path, path if path.exists() else model_folder(config.path))
-
-
-def _quantization(config: ModelConfig, files: ModelFiles, *, sharded: bool) -> Any:
-    """Return transformers' bitsandbytes configuration, or None."""
+def _quantization(config: ModelConfig, files: ModelFiles, architecture: Any, *, sharded: bool) -> Any:
+    """Return transformers' configuration of what is to be quantised or dequantised as it loads, or None."""
     if files.gguf and (sharded or config.quantize != "none"):
         raise UserError(
             f"model {config.path!r} is a GGUF file, which is opened dequantised and whole: `quantize` and ZeRO-3 need "
             "a folder with safetensors, such as `subspace prepare` makes of the embedded model"
         )
+    stored = stored_quantization(files)
+    if stored is not None and stored.method in DEQUANTIZED:
+        import transformers
+
+        return getattr(transformers, DEQUANTIZED[stored.method])(dequantize=True)
+    if stored is not None:  # the files' own, but for the dtype to compute in
+        architecture.quantization_config["bnb_4bit_compute_dtype"] = config.dtype
+        return None
     if config.quantize == "none":
         return None
     with as_user_error(f"cannot quantise model {config.path!r} with {config}"):

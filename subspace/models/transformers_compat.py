@@ -163,9 +163,10 @@ def is_quantized(model: Any) -> bool:
 
 
 def mark_unquantized(model: Any) -> None:
-    """Mark a model that was loaded dequantised from a GGUF file as unquantised, so that it can be saved."""
+    """Mark a model that was loaded dequantised, from a GGUF file or fp8, as unquantised, so that it can be saved."""
     model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def replace_linears(model: nn.Module, quantization: Any) -> None:

@@ -40,6 +40,7 @@ ADAPTER, TENSORS, FACTS = "adapter", "training.safetensors", "training.json"
 HISTORY = "history"
 #: Settings that must equal the checkpoint's, because they determine its numbers; and exceptions.
 FIXED_KEYS = ("model.", "method", "targets", "data.", "train.batch_size", "train.seed", "train.optimizer")
+PLACE_KEYS = ("model.path", "model.revision")  # the base is compared by its bytes, where a checkpoint records it
 MUTABLE_KEYS = ("model.attention", "model.gradient_checkpointing", "model.trust_remote_code")
 UNREPORTED_KEYS = (
     "name",
@@ -145,7 +146,8 @@ def compare_with_checkpoint(
         UserError: a changed setting that determines the checkpoint's numbers.
     """
     changed = _changes(saved.facts["config"], config)
-    refused = [c for key, c in changed.items() if key.startswith(FIXED_KEYS) and not key.startswith(MUTABLE_KEYS)]
+    mutable = MUTABLE_KEYS + PLACE_KEYS[0 if saved.facts.get("base") else 1 :]
+    refused = [c for key, c in changed.items() if key.startswith(FIXED_KEYS) and not key.startswith(mutable)]
     if refused:
         raise UserError(
             f"{saved.path.parent.parent} was trained with other settings, which cannot change during a run: "

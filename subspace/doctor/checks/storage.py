@@ -37,7 +37,8 @@ from subspace.doctor.base import (
     warning,
 )
 from subspace.errors import UserError
-from subspace.models.loading import find_files
+from subspace.models.inspection import inspect_model
+from subspace.models.prepare import find_files
 from subspace.planning.plan import Plan
 
 #: Bytes below which a disk counts as full, whatever is planned.
@@ -235,9 +236,7 @@ def _digest(look: Callable[[RunConfig], list[Any]], config: RunConfig) -> dict[s
 
 
 def _model(config: RunConfig) -> list[Any]:
-    files = find_files(config.model)
-    files.check_weights()
-    files.check_tokenizer()
+    files = find_files(inspect_model(config.model))
     kinds = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer*")
     return sorted({(path.name, path.stat().st_size) for kind in kinds for path in files.folder.glob(kind)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -16,17 +17,17 @@ pytestmark = pytest.mark.cluster
 ARGUMENTS = ("doctor", "run.yaml", "evaluate.tasks=[]", "--wait", "60")
 
 
-def examine(hosts: Hosts, place: Path, hostfile: str = "node1 slots=1\nnode2 slots=1\n") -> Program:
+def examine(hosts: Hosts, place: Path, *more: str, hostfile: str = "node1 slots=1\nnode2 slots=1\n") -> Program:
     """Run the doctor on the first host for both."""
     (place / "examined").write_text(hostfile)
-    command = ["bash", "launch/cluster.sh", "examined", *ARGUMENTS]
+    command = ["bash", "launch/cluster.sh", "examined", *ARGUMENTS, *more]
     return hosts[0].run(*command, folder=place, environment={"DS_ENV_FILE": "environment"})
 
 
 def states(said: str) -> dict[str, str]:
-    """Return each check's state from a printed table, whose lines may begin with a host's name."""
+    """Return each check's state from a printed table."""
     names = "|".join(re.escape(check.name) for check in CHECKS)
-    return dict(re.findall(rf"^(?:\w+: )? *({names}) +(ok|warning|failed|skipped)\b", said, re.MULTILINE))
+    return dict(re.findall(rf"^ *({names}) +(ok|warning|failed|skipped)\b", said, re.MULTILINE))
 
 
 def not_ok(said: str) -> dict[str, str]:
@@ -40,6 +41,13 @@ def test_two_hosts_are_well(hosts: Hosts, place: Path) -> None:
     assert (program.poll(), program.err) == (0, ""), program.out
     assert not_ok(program.out) == {}
     assert "2 processes on node1 (0), node2 (1), met at 10.77.0.1:" in program.out
+
+
+def test_a_program_can_read_what_several_hosts_print(hosts: Hosts, place: Path) -> None:
+    program = examine(hosts, place, "--json")
+    assert program.poll() == 0, program.err
+    told = json.loads(program.out)
+    assert "node2" in json.dumps(told)
 
 
 def test_a_host_that_is_off_is_named_at_once(hosts: Hosts, place: Path) -> None:

@@ -115,17 +115,15 @@ def stopped_by(run: Run, number: signal.Signals) -> None:
     assert [path.name for path in checkpoints(run.folder)] == [f"step-{last:06d}"]
 
 
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGUSR1, id="SIGUSR1"), pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_makes_a_checkpoint(start: Callable[..., Run], number: signal.Signals) -> None:
     stopped_by(start(number.name, 2), number)
 
 
 def test_a_stopped_run_goes_on_and_is_known_as_finished(start: Callable[..., Run], whole: Path) -> None:
     run = start("stopped", 2)
-    stopped_by(run, signal.SIGTERM)
+    stopped_by(run, signal.SIGUSR1)
     assert start("stopped", 2, "--resume").end()[0] == 0
     assert (run.folder / "adapter" / TENSORS).read_bytes() == (whole / "adapter" / TENSORS).read_bytes()
     assert logged(run.folder) == logged(whole)

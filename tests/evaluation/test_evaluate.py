@@ -89,10 +89,10 @@ def test_what_is_left_on_disk(tmp_path: Path, protocol: str) -> None:
     (piqa, hellaswag) = results
     assert piqa.items == tmp_path / "evaluation" / protocol / "piqa.jsonl"
     records = read_items(piqa.items)
-    sample = take_sample(tasks_module.find_task("piqa"), "test", 17).items
+    sample = take_sample(tasks_module.find_task("piqa"), "test", 9).items
     assert [record["id"] for record in records] == [item["id"] for item in sample]
-    assert piqa.metrics["acc"].value == sum(record["correct"]["acc"] for record in records) / 17
-    assert piqa.n == 17
+    assert piqa.metrics["acc"].value == sum(record["correct"]["acc"] for record in records) / 9
+    assert piqa.n == 9
     assert piqa.fingerprint != hellaswag.fingerprint
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -346,7 +346,7 @@ def test_every_process_is_given_all_results(by_two: Path, way: str) -> None:
 
 @pytest.mark.processes
 def test_adapters_on_a_base_that_is_spread_answer_as_on_a_whole_one(tmp_path: Path) -> None:
-    base, names = tmp_path / "saved", ["lora", "houlsby", "prefix"]
+    base, names = tmp_path / "saved", ["lora", "prefix"]
     tiny_llama(base / "base")
     for name in names:
         model = tiny_llama()

@@ -26,7 +26,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = make_material(root)
 
     def job(name: str, engine: Path) -> tuple[str, str, list[str]]:
-        return "run", str(file), [f"runs={root}", f"name={name}", f"engine={engine}", "train.micro_batch_size=2"]
+        return (
+            "run",
+            str(file),
+            [
+                f"runs={root}",
+                f"name={name}",
+                f"engine={engine}",
+                "train.micro_batch_size=2",
+                "train.steps=3",
+            ],
+        )
 
     launch([job("reference", root / "zero0.json")], root, ranks=1)
     jobs = []

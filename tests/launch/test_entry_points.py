@@ -46,13 +46,10 @@ def test_deepspeed_launcher_and_subspace_train_give_the_same_run(tmp_path: Path)
         "2",
     ]
     start(by_subspace, tmp_path)
-    one = tmp_path / "one"
-    start([sys.executable, "-m", "subspace", "train", str(config), f"runs={tmp_path}", "name=one"], tmp_path)
 
     curve = logged(tmp_path / "subspace")
     assert len(curve) == 6
     assert curve[-1] < curve[0] - 0.1
     assert logged(tmp_path / "deepspeed") == curve
-    assert logged(one) == pytest.approx(curve, abs=1e-5)
     adapters = [saved_adapter(tmp_path / name) for name in ("deepspeed", "subspace")]
     assert all((adapters[0][name] == tensor).all() for name, tensor in adapters[1].items())

@@ -27,7 +27,7 @@ from subspace.models.loading import open_model, open_tokenizer
 from tests.helpers.items import items
 from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 
-SETTINGS: dict[str, Any] = {"tasks": "piqa,hellaswag", "limit": 17, "batch_tokens": 300}
+SETTINGS: dict[str, Any] = {"tasks": "piqa,hellaswag", "limit": 9, "batch_tokens": 300}
 ZERO3 = str(REPOSITORY / "ds_configs" / "zero3.json")
 
 
@@ -61,7 +61,7 @@ def made_items(count: int) -> Iterator[None]:
 
 def score_subjects(folder: Path, protocol: str, stage: int, base: str, methods: list[str]) -> list[TaskResult]:
     """Score a saved model as it is and with saved adapters, on made-up items; spread over the processes at stage 3."""
-    settings = {**SETTINGS, "limit": 7, "engine": ZERO3 if stage == 3 else None}
+    settings = {**SETTINGS, "engine": ZERO3 if stage == 3 else None}
     config = config_module.EvaluateConfig(protocol=protocol, **settings)
     model = ModelConfig(path=f"{base}/base", dtype="float32")
     subjects = [EvaluationSubject(model, config, folder / "base")]

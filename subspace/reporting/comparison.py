@@ -18,7 +18,6 @@ from subspace.reporting.statistics import ALPHA, POWER, Difference
 from subspace.reporting.tables import interval
 
 HEAD = ("task", "items", "before", "after", "lost", "gained", "difference", "p", "p (Holm)", "detectable")
-FEW_FLIPS = 10  # with fewer, a bootstrap of the flipped items is unreliable
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Comparison:
     def grid(self) -> Grid:
         """The comparison as a table."""
         seeds = len(self.first.runs) > 1 or len(self.other.runs) > 1
-        test = "the hierarchical bootstrap over seeds and items" if seeds else "McNemar's exact test (means: in strata)"
+        test = "Student's t, over seeds and items" if seeds else "McNemar's exact test (means: in strata)"
         notes = [
             f"before: {self.first.about}",
             f"after: {self.other.about}",
@@ -81,10 +80,6 @@ class Comparison:
             f"means over {self.others} of methods",
             f"detectable: the smallest true difference detected on these items with probability {100 * POWER:.0f} %",
         ]
-        if few := [
-            title(line.task) for line in self.tasks if 0 < line.difference.lost + line.difference.gained < FEW_FLIPS
-        ]:
-            notes.append(f"fewer than {FEW_FLIPS} items flipped, so the interval is too narrow: {', '.join(few)}")
         named = {line.task for line in self.tasks}
         means = [line for line in self.means if line.task not in named]  # the mean of one task repeats its row
         rows = tuple(line.texts for line in (*self.tasks, *means))

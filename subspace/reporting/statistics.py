@@ -4,12 +4,16 @@ Runs are scored on the same items, so all comparisons of runs are paired by item
 and 1 a task, ``(seeds, items)``: whether each seed's answer is correct. The seeds share their items, so seeds and items
 are crossed, not nested: a hard item is hard for every seed, and resampling items separately for each seed would count
 the same item repeatedly. Tasks are strata: each keeps its number of items, and a mean weighs all tasks equally.
+
+Where all items agree, their variance is zero, but not what is unknown. So intervals count a few made-up items at either
+end of the scale besides: together as many whatever the number of tasks. They never have width zero, never leave the
+scale, and cover the truth from one item on (``tests/reporting/test_statistics.py``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -17,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 LEVEL, POWER, ALPHA = 0.95, 0.8, 0.05
+#: Draws of the randomisation test over several tasks.
 DRAWS = 20_000
 # Share of items that only one of two runs answers correctly, assumed before it is known.
 ASSUMED_DISCORDANCE = 0.15
@@ -49,19 +54,14 @@ class Difference(NamedTuple):
 def estimate(run: Run) -> Estimate:
     """Return the accuracy, as an unweighted mean over tasks, with its standard error and interval.
 
-    One seed: the standard error is the stratified binomial one, sqrt(sum(p (1 - p) / n)) / k, and the interval Wilson's
-    at the number of items of equal standard error (E. Korn, B. Graubard (1998), Survey Methodology 24:193, with the
-    score interval). For one task that is Wilson's own. Several seeds: the hierarchical bootstrap's, which holds for the
-    method, not only for these seeds.
+    One task and one seed: the interval is Wilson's. Otherwise it is that of A. Agresti, B. Coull (1998), The American
+    Statistician 52:119, for strata: z^2 / 2 items made up at either end. Several seeds: it holds for the method, not
+    only for these seeds; see :func:`_interval`.
     """
-    if len(run[0]) > 1:
-        bootstrap = _hierarchical([(run, 1)])
-        return Estimate(bootstrap.value, bootstrap.error, max(0.0, bootstrap.low), min(1.0, bootstrap.high))
-    shares, k = [float(task.mean()) for task in run], len(run)
-    value = sum(shares) / k
-    variance = sum(p * (1 - p) / task.size for p, task in zip(shares, run, strict=True)) / k**2
-    items = value * (1 - value) / variance if variance else k**2 / sum(1 / task.size for task in run)
-    return Estimate(value, math.sqrt(variance), *wilson(value, items))
+    value, error = _value(run), _error([(run, 1)])
+    if len(run) == 1 and len(run[0]) == 1:
+        return Estimate(value, error, *wilson(value, run[0].size))
+    return Estimate(value, error, *_interval([(run, 1)], (0.0, 1.0), _z(LEVEL) ** 2 / 2)[:2])
 
 
 def wilson(share: float, items: float, level: float = LEVEL) -> tuple[float, float]:
@@ -80,23 +80,23 @@ def seed_spread(run: Run) -> float | None:
     return float(_seed_means(run).std(ddof=1)) if len(run[0]) > 1 else None
 
 
-def difference(before: Run, after: Run, draws: int = DRAWS) -> Difference:
+def difference(before: Run, after: Run) -> Difference:
     """Return the difference (``after`` - ``before``) of the mean over tasks of two runs on the same items.
 
-    One seed each: the paired bootstrap's interval; the p-value is McNemar's, over several tasks its stratified form.
-    More seeds in either: the hierarchical bootstrap's interval, and Student's t by its standard error.
+    The interval is that of D. Bonett, R. Price (2012), Journal of Educational and Behavioral Statistics 37:479, for
+    strata: one item made up that only the first run answers, and one that only the second does. One seed each: the
+    p-value is McNemar's, over several tasks its stratified form. More seeds in either: Student's t, as the interval.
     """
-    bootstrap = _hierarchical([(before, -1), (after, 1)], draws)
+    runs = [(before, -1), (after, 1)]
+    value = _value(after) - _value(before)
+    error = _error(runs)
+    low, high, p = _interval(runs, (-1.0, 1.0), 1.0)
     pairs = [(first.mean(0), second.mean(0)) for first, second in zip(before, after, strict=True)]
     lost = [float((first * (1 - second)).sum()) for first, second in pairs]
     gained = [float(((1 - first) * second).sum()) for first, second in pairs]
-    if len(before[0]) > 1 or len(after[0]) > 1:
-        p = _student(bootstrap)
-    elif len(pairs) == 1:
-        p = mcnemar(round(lost[0]), round(gained[0]))
-    else:
-        p = _stratified_mcnemar([round(n) for n in lost], [round(n) for n in gained], [len(a) for a, _ in pairs])
-    value, error, low, high, _ = bootstrap
+    if len(before[0]) == len(after[0]) == 1:
+        down, up = [round(n) for n in lost], [round(n) for n in gained]
+        p = mcnemar(*down, *up) if len(pairs) == 1 else _stratified_mcnemar(down, up, [len(a) for a, _ in pairs])
     return Difference(value, error, low, high, p, sum(lost), sum(gained))
 
 
@@ -196,77 +196,98 @@ def detectable_between(before: Run, after: Run) -> float | None:
         )
     from scipy.special import stdtrit
 
-    bootstrap = _hierarchical([(before, -1), (after, 1)])
-    return float((stdtrit(bootstrap.df, 1 - ALPHA / 2) + stdtrit(bootstrap.df, POWER)) * bootstrap.error)
+    variances = _variances([(before, -1), (after, 1)], (-1.0, 1.0), 1.0)
+    df, error = _freedom(variances), math.sqrt(sum(variance for variance, _ in variances))
+    smallest = float((stdtrit(df, 1 - ALPHA / 2) + stdtrit(df, POWER)) * error)
+    return smallest if smallest < 1 else None
 
 
-class _Bootstrap(NamedTuple):
-    value: float
-    error: float
-    low: float
-    high: float
-    df: float
+Signed = Sequence[tuple[Run, int]]
+"""Runs on the same items, each with 1 or -1: what is estimated is the signed sum of their means."""
 
 
-def _hierarchical(runs: Sequence[tuple[Run, int]], draws: int = DRAWS) -> _Bootstrap:
-    """Return the bootstrap of the signed sum of runs' means, over seeds and over items, which runs and seeds share.
+def _interval(runs: Signed, scale: tuple[float, float], made_up: float) -> tuple[float, float, float]:
+    """Return the ends of an interval, and the two-sided p-value of the signed sum of means being 0.
 
-    Resampling both directly would count the residual variance, which is neither the seeds' nor the items', three times
-    (A. Owen (2007), Annals of Applied Statistics 1:386). So a drawn seed contributes its deviation from the mean,
-    rescaled to the variance of the seeds alone (J. Carpenter, H. Goldstein, J. Rasbash (2003), Applied Statistics
-    52:431), which the two-way analysis of variance gives; a drawn item contributes its mean over seeds, which includes
-    the residual.
+    It is Student's t about the mean with the made-up items, with the degrees of freedom of F. Satterthwaite (1946),
+    Biometrics Bulletin 2:110; with one seed in every run it is normal.
 
-    With one seed in every run the interval is the bootstrap's percentiles. With a few seeds percentiles are unreliable,
-    so it is Student's t with the bootstrap's standard error and the degrees of freedom of F. Satterthwaite (1946),
-    Biometrics Bulletin 2:110.
+    Args:
+        runs: the runs.
+        scale: the smallest and the largest value of an item.
+        made_up: number of items made up at either end of the scale, over all tasks.
+    """
+    from scipy.special import stdtr, stdtrit
+
+    variances = _variances(runs, scale, made_up)
+    error, df = math.sqrt(sum(variance for variance, _ in variances)), _freedom(variances)
+    k = len(runs[0][0])
+    center = sum(
+        (means.sum() + made_up / k * sum(scale)) / (len(means) + 2 * made_up / k) for means in _item_means(runs)
+    )
+    center = float(center) / k
+    half = float(stdtrit(df, (1 + LEVEL) / 2)) * error
+    return max(scale[0], center - half), min(scale[1], center + half), 2 * float(stdtr(df, -abs(center) / error))
+
+
+def _error(runs: Signed) -> float:
+    """Return the standard error of the signed sum of means, by the two-way analysis of variance."""
+    seeds = sum(_seed_variances(run)[1] / len(run[0]) for run, _ in runs)
+    return math.sqrt(_variances(runs, (0.0, 0.0), 0.0)[0][0] + seeds)
+
+
+def _variances(runs: Signed, scale: tuple[float, float], made_up: float) -> list[tuple[float, float]]:
+    """Return the components of the variance of the signed sum of means, with their degrees of freedom.
+
+    The first is of the items, which runs and seeds share: of their means over seeds, which include the residual. One
+    follows for each run of several seeds.
     """
     k = len(runs[0][0])
-    random = np.random.default_rng(0)
-    value = sum(sign * float(_seed_means(run).mean()) for run, sign in runs)
-
-    drawn, item_variance = np.zeros(draws), 0.0
-    for task in range(k):
-        means = np.sum([sign * run[task].mean(0) for run, sign in runs], axis=0)
-        n = len(means)
-        item_variance += float(means.var()) / n / k**2
-        # A mean over few seeds has few distinct values, so a draw of n items reduces to the count of each value.
-        values, counts = np.unique(means, return_counts=True)
-        drawn += (random.multinomial(n, counts / n, size=draws) @ values / n - means.mean()) / k
-
-    # The components of the variance, with their degrees of freedom.
-    parts = [(item_variance, max(1, sum(task.shape[1] - 1 for task in runs[0][0])))]
-    for run, sign in runs:
-        seeds = len(run[0])
-        if seeds > 1:
-            deviations = _seed_means(run) - _seed_means(run).mean()
-            observed = float(deviations.var(ddof=1))
-            alone = observed - sum(_interaction(task) / task.shape[1] for task in run) / k**2
-            if alone > 1e-12:
-                deviations *= math.sqrt(alone / float(deviations.var()))
-                drawn += sign * deviations[random.integers(seeds, size=(draws, seeds))].mean(1)
+    of_items, freedom = 0.0, 0.0
+    for means in _item_means(runs):
+        n = len(means) + 2 * made_up / k
+        center = (means.sum() + made_up / k * sum(scale)) / n
+        squares = (means**2).sum() + made_up / k * (scale[0] ** 2 + scale[1] ** 2)
+        of_items += max(0.0, float(squares / n - center**2)) / n / k**2
+        freedom += len(means) - 1
+    seeds_of = {len(run[0]) for run, _ in runs}
+    # With one seed the made-up items stand for what a t distribution would allow for.
+    parts = [(of_items, max(1.0, freedom) if seeds_of != {1} else math.inf)]
+    for run, _ in runs:
+        if (seeds := len(run[0])) > 1:
             # In simulation neither variance gives 95 % coverage: the observed one weighs the seeds too much, their own
             # too little. Hence the geometric mean.
-            parts.append((math.sqrt(observed * max(alone, 0.0)) / seeds, seeds - 1))
-
-    error = float(drawn.std())
-    if len(parts) == 1:
-        low, high = np.quantile(value + drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return _Bootstrap(value, error, float(low), float(high), math.inf)
-    from scipy.special import stdtrit
-
-    if error == 0:
-        return _Bootstrap(value, error, value, value, math.inf)
-    df = error**4 / sum(variance**2 / freedom for variance, freedom in parts)
-    half = float(stdtrit(df, (1 + LEVEL) / 2)) * error
-    return _Bootstrap(value, error, value - half, value + half, df)
+            parts.append((math.sqrt(math.prod(_seed_variances(run))) / seeds, seeds - 1))
+    return parts
 
 
-def _student(b: _Bootstrap) -> float:
-    """Return the two-sided p-value of Student's t test by the bootstrap's standard error."""
-    from scipy.special import stdtr
+def _seed_variances(run: Run) -> tuple[float, float]:
+    """Return the variance over seeds of a run's mean, as observed and of the seeds alone.
 
-    return 2 * float(stdtr(b.df, -abs(b.value) / b.error)) if b.error else float(b.value == 0)
+    The observed one includes the residual, which the items' does, too, and which would be counted twice (A. Owen
+    (2007), Annals of Applied Statistics 1:386).
+    """
+    if len(run[0]) == 1:
+        return 0.0, 0.0
+    observed = float(_seed_means(run).var(ddof=1))
+    residual = sum(_interaction(task) / task.shape[1] for task in run) / len(run) ** 2
+    return observed, max(0.0, observed - residual)
+
+
+def _freedom(variances: Sequence[tuple[float, float]]) -> float:
+    total = sum(variance for variance, _ in variances)
+    spread = sum(variance**2 / freedom for variance, freedom in variances)
+    return total**2 / spread if spread else math.inf
+
+
+def _item_means(runs: Signed) -> Iterator[Array]:
+    """Yield for each task its items' signed sums of means over seeds."""
+    for task in range(len(runs[0][0])):
+        yield np.asarray(sum(sign * run[task].mean(0) for run, sign in runs))
+
+
+def _value(run: Run) -> float:
+    return float(np.mean([task.mean() for task in run]))
 
 
 def _seed_means(run: Run) -> Array:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from subspace.adapters.virtual_tokens import num_virtual_tokens
 from subspace.data.tokenization import common_prefix_length
 from subspace.errors import UserError
+from subspace.evaluation.finite import require_finite
 from subspace.models.lm_head import lm_head_on_positions
 from subspace.models.transformers_compat import attention_kernel, attention_window
 
@@ -112,10 +113,16 @@ class Choices:
         self.sizes = [(len(rows), max(len(row.ids) for row in rows)) for rows in self.rows]
 
     def scores(self, model: nn.Module, batch: Sequence[int]) -> list[list[float]]:
-        """Return for each of these items the log-probabilities of its choices, in nats, by one forward pass."""
+        """Return for each of these items the log-probabilities of its choices, in nats, by one forward pass.
+
+        Raises:
+            NonFiniteOutput: one of them is NaN or infinite.
+        """
         rows = iter(score_choices(model, [row for number in batch for row in self.rows[number]]))
         # The choices of an item are in one row, or in one row each.
-        return [list(chain.from_iterable(islice(rows, len(self.rows[number])))) for number in batch]
+        scores = [list(chain.from_iterable(islice(rows, len(self.rows[number])))) for number in batch]
+        require_finite(scores)
+        return scores
 
 
 def score_choices(model: nn.Module, rows: Sequence[ScoringRow]) -> list[list[float]]:

@@ -26,6 +26,7 @@ from subspace.distributed.collectives import broadcast_object, is_main, rank
 from subspace.evaluation.batching import OOMSplitter, assign_to_ranks, plan_batches, token_budget
 from subspace.evaluation.config import EvaluateConfig
 from subspace.evaluation.fingerprint import weights_checksum
+from subspace.evaluation.finite import NonFiniteOutput, non_finite_failure
 from subspace.evaluation.protocols import SCORERS
 from subspace.evaluation.protocols.base import Scorer
 from subspace.evaluation.records import ItemRecord
@@ -164,7 +165,15 @@ def _score(
 ) -> list[ItemRecord]:
     """Return the records of all items on every rank; each rank scores its share of the remaining batches."""
     scorer, began, scored = job.scorer, time.perf_counter(), 0
-    splitter = OOMSplitter(model, lambda batch: scorer.score(model, batch), scorer.sizes)
+
+    def attempt(batch: list[int]) -> list[ItemRecord]:
+        try:
+            return scorer.score(model, batch)
+        except NonFiniteOutput as error:
+            item = job.sample.items[batch[error.index % len(batch)]]["id"]
+        raise non_finite_failure(model, item, f"{job.sample.task.title}, by {scorer.name}")
+
+    splitter = OOMSplitter(model, attempt, scorer.sizes)
     plan = plan_batches(scorer.sizes, partial.budget)
     remaining = [batch for batch in plan if not partial.records.keys() >= set(batch)]
     before = set(range(len(scorer.sizes))).difference(*remaining)

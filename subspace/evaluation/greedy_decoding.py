@@ -14,8 +14,11 @@ from subspace.adapters.virtual_tokens import num_virtual_tokens
 from subspace.data.tokenization import common_prefix_length
 from subspace.distributed.collectives import all_reduce_sum
 from subspace.distributed.zero import requires_synchronized_forward
+from subspace.evaluation.finite import NonFiniteOutput
 from subspace.models.lm_head import lm_head_on_positions
 from subspace.models.transformers_compat import attention_window
+
+NOT_FINITE = -1
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ def decode_greedily(
         draft: token ids that an answer is likely to begin with.
         fixed: keep finished rows in the batch until the end, because the model treats rows by their index (adapters of
             several subjects).
+
+    Raises:
+        NonFiniteOutput: the logits after an unfinished row are NaN or infinite.
     """
     device = next(model.parameters()).device
     synchronized = requires_synchronized_forward(model)
@@ -97,6 +103,8 @@ def decode_greedily(
         for row, new_tokens, num_accepted in zip(rows, tokens.tolist(), accepted.sum(1).tolist(), strict=True):
             for token in new_tokens[: num_accepted + 1]:
                 if row not in complete:
+                    if token == NOT_FINITE:
+                        raise NonFiniteOutput(row)
                     written[row].append(token)
                     if finished(written[row]) or len(written[row]) == max_new_tokens:
                         complete.add(row)
@@ -107,7 +115,7 @@ def decode_greedily(
             num_active = int(all_reduce_sum(torch.tensor(num_active, device=device)))
         if not num_active:
             return written
-        ids = tokens.gather(1, accepted.sum(1, keepdim=True))
+        ids = tokens.gather(1, accepted.sum(1, keepdim=True)).clamp(min=0)  # a finished row's may be NOT_FINITE
         guess = guess[:0]
         if not fixed and 0 < len(active) < len(rows):
             rows = [rows[i] for i in active]
@@ -126,6 +134,8 @@ def _may_pass_the_window(model: Any, tokens: int) -> bool:
 def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int) -> tuple[Tensor, Any]:
     """Return the argmax token after each of the last ``last`` positions, and the extended cache.
 
+    Where the largest logit is NaN or infinite the token is ``NOT_FINITE``, so that telling needs no read of its own.
+
     Shapes: ``ids`` ``(rows, tokens)``, ``mask`` ``(rows, cached tokens + tokens)``, result ``(rows, last)``.
     """
     rows, width = ids.shape
@@ -133,4 +143,5 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int)
     indices = torch.arange(rows * width, device=ids.device).view(rows, width)[:, -last:].flatten()
     with lm_head_on_positions(model, indices):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    return out.logits[0].argmax(-1).view(rows, last), out.past_key_values
+    largest, tokens = out.logits[0].max(-1)  # NaN is the largest of all
+    return tokens.where(largest.isfinite(), NOT_FINITE).view(rows, last), out.past_key_values

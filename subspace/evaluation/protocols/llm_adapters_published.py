@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from subspace.common.random_state import seeded
 from subspace.data.items import Item
@@ -28,6 +28,7 @@ from subspace.data.tokenization import encode_prompt
 from subspace.distributed.zero import requires_synchronized_forward
 from subspace.evaluation.answer_extraction import answer_record, extractor
 from subspace.evaluation.config import DEFAULT_DEFECTS, LLM_ADAPTERS_PUBLISHED
+from subspace.evaluation.finite import NonFiniteOutput
 from subspace.evaluation.protocols.base import ProtocolScorer, render_prompts
 from subspace.evaluation.protocols.llm_adapters import end_tokens
 from subspace.evaluation.records import ItemRecord
@@ -120,6 +121,7 @@ class LLMAdaptersPublished(ProtocolScorer):
                 attention_mask=mask,
                 generation_config=settings,
                 synced_gpus=requires_synchronized_forward(model),
+                logits_processor=[_require_finite],
             )
         return [self._record(number, row[length:].tolist()) for number, row in zip(batch, written, strict=True)]
 
@@ -129,6 +131,14 @@ class LLMAdaptersPublished(ProtocolScorer):
         parts = text.split(MARKER)
         answer = parts[-1 if "last_response" in self.defects else 1].strip()
         return answer_record(self.extractor, self.task, self.items[number], self.hashes[number], answer)
+
+
+def _require_finite(_: Tensor, scores: Tensor) -> Tensor:
+    """Raise NonFiniteOutput if the log-probabilities ``(items * beams, vocabulary)`` after a row are not finite."""
+    broken = (~scores.amax(-1).isfinite()).nonzero()
+    if len(broken):
+        raise NonFiniteOutput(int(broken[0]) // NUM_BEAMS)
+    return scores
 
 
 @contextmanager

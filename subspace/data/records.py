@@ -80,7 +80,7 @@ def source_rows(source: Source, prompt: str, tokenizer: PreTrainedTokenizerBase,
         told[:] = [*source.notices, *bad.settle(source.name, seen.rows, bad_rows), *seen.notices(source.name)]
         return texts
 
-    return TextRows(source.name, (*source.fingerprint, prompt, bad_rows), read, chat, told)
+    return TextRows(source.short_name, (*source.fingerprint, prompt, bad_rows), read, chat, told)
 
 
 def _texts(row: Row, prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[str, str] | BadRow:

@@ -1,4 +1,4 @@
-"""A hub of models on this machine, which speaks the protocol that ``huggingface_hub`` asks by.
+"""A hub of models and data sets on this machine, which speaks the protocol that ``huggingface_hub`` asks by.
 
 It serves commits of folders under branches and tags: a repository's information, its tree, and its files, of which
 weights are LFS files with their SHA-256. ``hub.use(monkeypatch, cache)`` points the client of this process at it.
@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub
 import pytest
 
-LFS = (".safetensors", ".bin", ".model")
+LFS = (".safetensors", ".bin", ".model", ".parquet", ".gz")
 
 
 class Hub:
@@ -30,10 +30,15 @@ class Hub:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
         self.refs: dict[str, dict[str, str]] = {}
         self.asked: list[str] = []
+        self.broken: set[str] = set()  # files of which zeros arrive
 
     def commit(self, repo: str, folder: Path, *refs: str) -> str:
         """Add a folder's files as a commit, and let these branches and tags be it; return its hash."""
         files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+        return self.push(repo, files, *refs)
+
+    def push(self, repo: str, files: dict[str, bytes], *refs: str) -> str:
+        """Add these files as a commit, as ``commit``; of data sets and models one at most has a name."""
         sha = hashlib.sha1(b"".join(name.encode() + content for name, content in files.items())).hexdigest()
         self.commits.setdefault(repo, {})[sha] = files
         self.refs.setdefault(repo, {}).update(dict.fromkeys(refs or ("main",), sha))
@@ -57,11 +62,11 @@ class Hub:
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Return the status, headers and body of an answer."""
         match unquote(path).strip("/").split("/"):
-            case ["api", "models", owner, name, *rest]:
+            case ["api", "models" | "datasets", owner, name, *rest]:
                 repo = f"{owner}/{name}"
                 revision = "/".join(rest[1:]) if rest else "main"
-            case [owner, name, "resolve", revision, file]:
-                repo, rest = f"{owner}/{name}", ["resolve", file]
+            case ["datasets", owner, name, "resolve", revision, *file] | [owner, name, "resolve", revision, *file]:
+                repo, rest = f"{owner}/{name}", ["resolve", "/".join(file)]
             case _:
                 return 404, {}, b""
         if repo not in self.commits:
@@ -74,7 +79,8 @@ class Hub:
             if rest[1] not in files:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
             content = files[rest[1]]
-            return 200, {"ETag": f'"{_etag(rest[1], content)}"', "X-Repo-Commit": sha}, content
+            sent = bytes(len(content)) if rest[1] in self.broken else content
+            return 200, {"ETag": f'"{_etag(rest[1], content)}"', "X-Repo-Commit": sha}, sent
         tree = [_entry(name, content) for name, content in files.items()]
         siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"], "lfs": e.get("lfs")} for e in tree]
         about: Any = tree if rest[:1] == ["tree"] else {

@@ -145,8 +145,8 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = reported(capsys, str(file), "evaluate.tasks=openbookqa", "data.validation=0")
     found = report["suites"][0]["found"]
-    assert found["exact"] == {items[3]["id"]: "mine.jsonl row 0"}
-    assert found["n-gram"][items[long]["id"]] == "mine.jsonl row 1"
+    assert found["exact"] == {items[3]["id"]: f"{file}, line 1"}
+    assert found["n-gram"][items[long]["id"]] == f"{file}, line 2"
     assert len(found["n-gram"]) <= 2  # the words of the template are nobody's
 
     assert main(["data", str(file), "evaluate.tasks=openbookqa", "data.validation=0", "--items"]) == 0

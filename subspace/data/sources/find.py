@@ -44,6 +44,11 @@ class Source:
     columns: Mapping[str, str | None] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 
+    @property
+    def short_name(self) -> str:
+        """The end of the name, for a folder of the cache."""
+        return self.name.rstrip("/").rpartition("/")[2][-40:] or "rows"
+
     @cached_property
     def fingerprint(self) -> tuple[str, ...]:
         """All that determines the rows: the names and bytes of the files, and the columns."""
@@ -242,8 +247,9 @@ def _splits(folder: Path, config: str | None, name: str) -> dict[str, list[Path]
         try:
             builder = datasets.load_dataset_builder(str(folder.resolve()), config, cache_dir=cache)
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            if "Available: [" in str(error) or "among the available configs: [" in str(error):
-                configs = re.findall(r"'([^']+)'", str(error).rpartition("[")[2])
+            # Of the two sentences about configurations, both list them.
+            if listed := re.search(r"(?:Available|available configs): \[([^\]]*)\]", str(error)):
+                configs = re.findall(r"'([^']+)'", listed[1])
                 asked = f"has no configuration '{config}'" if config else "has several configurations"
                 hint = nearest(config or "", configs)
                 raise UserError(f"{name} {asked}: write {name.partition(':')[0]}:CONFIG. {hint}") from None

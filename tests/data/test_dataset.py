@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import threading
@@ -69,6 +70,11 @@ def answers(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix == ".json":
         path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["instruction", "input", "output"])
+            writer.writeheader()
+            writer.writerows(rows)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     else:
@@ -167,6 +173,32 @@ def test_a_file_that_is_not_there_names_its_neighbour(tmp_path: Path, tokenizer:
     write(tmp_path / "mine.jsonl", OWN)
     with pytest.raises(UserError, match=r"is not there\. Did you mean 'mine\.jsonl'"):
         open_data(settings(tmp_path / "mien.jsonl"), tokenizer)
+
+
+def test_data_of_one_s_own_is_mixed_with_a_task(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = write(prepared / "own.csv", OWN)
+    data = open_data(settings(f"toy:4,{file}*2,{file}:1"), tokenizer)
+    assert data.report["parts"] == {"toy/train": 4, str(file): 7}
+    assert [text.count("la la") for text in answers(data, tokenizer)[4:7]] == [0, 0, 1]
+    assert len(data.train) == 11
+
+
+def test_bad_rows_are_refused_together_or_left_out_and_told_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    file = write(tmp_path / "own.json", [*OWN, {"instruction": "a"}, {**OWN[0], "id": 7, "output": 5}, {"output": "b"}])
+    with pytest.raises(UserError, match=r"3 of 6 rows cannot be trained on: .*row 4: no 'output'.*row 5.*row 6"):
+        open_data(settings(file), tokenizer)
+    for _ in range(2):  # the second time from the cache
+        data = open_data(settings(write(tmp_path / "own.json", [*OWN, {"id": 1}]), bad_rows="drop"), tokenizer)
+        assert len(data.train) == 3
+        assert data.notices[0].startswith(f"1 of 4 rows of {file} are left out: no keys that rows are recognised by")
+
+
+def test_columns_of_a_file_are_mapped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = write(tmp_path / "own.parquet", [{"frage": "is ice cold?", "antwort": "true", "chosen": "x"}])
+    columns = {"instruction": "frage", "output": "antwort", "chosen": None}
+    assert answers(open_data(settings(file, columns=columns), tokenizer), tokenizer) == ["\n   true<|end_of_text|>"]
 
 
 # Chats.

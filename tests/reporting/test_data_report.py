@@ -153,3 +153,44 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     assert "tags as [title] left out" in " ".join(shown.split())
     assert f"{items[3]['id']}" in shown.partition("test items in the training text")[2]
+
+
+# Rows of one's own.
+
+BAD = [{"instruction": "a", "output": 5}, {"instruction": "a", "output": "b", "chosen": "c"}, {"instruction": "a"}]
+
+
+def test_a_file_is_shown_without_suites_model_or_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows are refused, nothing else is looked at."""
+    monkeypatch.setattr("subspace.models.loading.open_tokenizer", None)
+    good = [{"instruction": "q", "output": "a", "id": n} for n in range(5)]
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([*good, *BAD]))
+    assert main(["data", str(file), "--json"]) == 2
+    (source,) = json.loads(capsys.readouterr().out)["sources"]
+    assert (source["rows"], source["shapes"], source["unused"]) == (8, {"instruction": 5}, {"id": 5})
+    assert list(source["bad"].values()) == [1, 1, 1]
+    assert source["first_bad"][0] == f"{file}, row 6: 'output' is int, not text"
+    assert main(["data", str(file)]) == 2
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("of the shape: instruction", "with the key id, which is not used", "refused", "data.bad_rows=drop"):
+        assert text in shown
+
+
+@pytest.mark.model
+def test_a_file_s_rows_and_tokens_are_counted_without_suites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any) -> None:
+        raise AssertionError("no suite is looked at")
+
+    monkeypatch.setattr("subspace.reporting.data_report.find_tasks", never)
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([{"instruction": f"q{n % 3}", "output": "a"} for n in range(6)] + BAD))
+    report = reported(capsys, str(file), "data.validation=0", "data.bad_rows=drop")
+    assert report["suites"] == []
+    (part,), (source,) = report["parts"], report["sources"]
+    assert (part["rows"], part["repeats"], part["alike"]) == (6, 3, 0)
+    assert (source["rows"], sum(source["bad"].values())) == (9, 3)

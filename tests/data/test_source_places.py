@@ -206,8 +206,8 @@ def test_a_data_set_on_the_hub_is_read_by_configuration_and_split(hub: Hub) -> N
         "org/name": "org/name has several configurations: write org/name:CONFIG. There are: other, plain",
         "org/name:plian": "has no configuration 'plian': write org/name:CONFIG. Did you mean 'plain'",
         "org/name:plain[dev]": r"org/name:plain has no split 'dev': write org/name:plain\[SPLIT\]",
-        "org/gone": "the hub has no data set org/gone in this revision, or not for you",
-        "org/name:plain@v9": "the hub has no data set org/name in this revision",
+        "org/gone": "the hub has no data set org/gone, or not for you",
+        "org/name:plain@v9": "v9",
     }.items():
         with pytest.raises(UserError, match=says):
             find_source(text)

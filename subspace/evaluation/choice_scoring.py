@@ -19,20 +19,31 @@ from torch import Tensor, nn
 
 from subspace.adapters.virtual_tokens import num_virtual_tokens
 from subspace.data.tokenization import common_prefix_length
+from subspace.distributed.zero import requires_synchronized_forward
 from subspace.errors import UserError
 from subspace.evaluation.finite import require_finite
+from subspace.models.context import (
+    adds_distances,
+    attention_window,
+    has_recurrent_layers,
+    max_positions,
+    rotation_limit,
+)
 from subspace.models.lm_head import lm_head_on_positions
-from subspace.models.transformers_compat import attention_kernel, attention_window
+from subspace.models.transformers_compat import attention_kernel
 
 
 def can_score_as_tree(model: Any, longest: int) -> bool:
     """Return True if a model can score rows of up to ``longest`` tokens as trees.
 
-    Trees need a 4-d mask, which only these attention kernels accept, and which replaces the mask of a sliding window.
+    Trees need a 4-d mask, which only these attention kernels accept, and which replaces the mask of a sliding window
+    and ALiBi's distances. Recurrent layers read a tree as one text.
     """
-    window = attention_window(model.config)
-    within = window is None or longest + num_virtual_tokens(model) <= window
-    return attention_kernel(model.config) in ("sdpa", "eager") and within
+    config = model.config
+    if attention_kernel(config) not in ("sdpa", "eager") or has_recurrent_layers(model) or adds_distances(config):
+        return False
+    limits = [limit for limit in (attention_window(config), rotation_limit(config)) if limit is not None]
+    return all(longest + num_virtual_tokens(model) <= limit for limit in limits)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Choices:
     def __init__(self, model: nn.Module, choices: Sequence[Sequence[tuple[list[int], int]]]) -> None:
         """Build the rows; ``choices`` has for each item its choices, as token ids and the number of context tokens."""
         config: Any = model.config
-        window = config.max_position_embeddings
+        window = max_positions(config)
         longest = max(len(ids) for item in choices for ids, _ in item)
         self.truncated = sum(any(len(ids) > window + 1 for ids, _ in item) for item in choices)
         share = can_score_as_tree(model, longest)
@@ -118,11 +129,33 @@ class Choices:
         Raises:
             NonFiniteOutput: one of them is NaN or infinite.
         """
-        rows = iter(score_choices(model, [row for number in batch for row in self.rows[number]]))
+        rows = iter(_score_rows(model, [row for number in batch for row in self.rows[number]]))
         # The choices of an item are in one row, or in one row each.
         scores = [list(chain.from_iterable(islice(rows, len(self.rows[number])))) for number in batch]
         require_finite(scores)
         return scores
+
+
+def _score_rows(model: Any, rows: Sequence[ScoringRow]) -> list[list[float]]:
+    """Return ``score_choices`` of all rows; those whose positions depend on their length are scored one by one."""
+    limit = rotation_limit(model.config)
+    long = [] if limit is None else [i for i, r in enumerate(rows) if len(r.ids) + num_virtual_tokens(model) > limit]
+    if not long:
+        return score_choices(model, rows)
+    if requires_synchronized_forward(model):
+        raise UserError(
+            f"a text of {max(len(rows[i].ids) for i in long)} tokens was to be scored under ZeRO-3, but beyond {limit} "
+            "this model's positions depend on each text's length, and ranks would make unequal numbers of passes. "
+            "Score it without evaluate.engine"
+        )
+    rest = [i for i in range(len(rows)) if i not in long]
+    groups = [*([rest] if rest else []), *([i] for i in long)]
+    scored = {
+        i: scores
+        for group in groups
+        for i, scores in zip(group, score_choices(model, [rows[i] for i in group]), strict=True)
+    }
+    return [scored[i] for i in range(len(rows))]
 
 
 def score_choices(model: nn.Module, rows: Sequence[ScoringRow]) -> list[list[float]]:

@@ -14,9 +14,10 @@ from subspace.adapters.virtual_tokens import num_virtual_tokens
 from subspace.data.tokenization import common_prefix_length
 from subspace.distributed.collectives import all_reduce_sum
 from subspace.distributed.zero import requires_synchronized_forward
+from subspace.errors import UserError
 from subspace.evaluation.finite import NonFiniteOutput
+from subspace.models.context import attention_window, has_recurrent_layers, rotation_limit
 from subspace.models.lm_head import lm_head_on_positions
-from subspace.models.transformers_compat import attention_window
 
 NOT_FINITE = -1
 
@@ -38,8 +39,11 @@ class SharedPrefix:
 def prefill_shared_prefix(model: nn.Module, prompts: Sequence[Sequence[int]]) -> SharedPrefix | None:
     """Return the prefilled common prefix of all prompts, or None if that saves nothing.
 
-    Under ZeRO-3 it does not: a pass gathers all weights, which costs more than the prefix saves.
+    Under ZeRO-3 it does not: a pass gathers all weights, which costs more than the prefix saves. Recurrent layers would
+    read the padding behind it.
     """
+    if has_recurrent_layers(model):
+        return None
     count = min(common_prefix_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     if not count or requires_synchronized_forward(model):
         return None
@@ -65,7 +69,9 @@ def decode_greedily(
     generates longest.
 
     Where a text may become longer than the model's sliding window, neither prefix nor draft is used: the window counts
-    places, and padding in the middle of a row would take some.
+    places, and padding in the middle of a row would take some. Nor with recurrent layers, which cannot take back what
+    they have read. Texts whose rotary positions may depend on the longest of a batch are read alone and anew for each
+    token, the only way in which what they say does not depend on what was cached.
 
     Args:
         model: a causal language model.
@@ -79,12 +85,42 @@ def decode_greedily(
 
     Raises:
         NonFiniteOutput: the logits after an unfinished row are NaN or infinite.
+        UserError: rows are to be read alone, but the model is sharded or ``fixed``.
     """
+    limited = _may_pass_the_window(model, max(map(len, prompts)) + len(draft) + max_new_tokens)
+    if limited or has_recurrent_layers(model):
+        prefix, draft = None, ()
+    alone = _to_read_alone(model, prompts, max_new_tokens)
+    if alone and (fixed or requires_synchronized_forward(model)):
+        raise UserError(
+            f"a text of {max(len(prompts[row]) for row in alone)} tokens is to be continued, where this model's "
+            "positions depend on the longest text of a batch, so that it must be read alone. Score with "
+            "evaluate.batch_adapters=false and without evaluate.engine"
+        )
+    done = {row: _decode_alone(model, prompts[row], finished, max_new_tokens, row) for row in alone}
+    if rest := [row for row in range(len(prompts)) if row not in done]:
+        try:
+            written = _decode_batch(
+                model, [prompts[row] for row in rest], finished, max_new_tokens, prefix, draft, fixed
+            )
+        except NonFiniteOutput as error:
+            raise NonFiniteOutput(rest[error.index]) from None
+        done |= zip(rest, written, strict=True)
+    return [done[row] for row in range(len(prompts))]
+
+
+def _decode_batch(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    finished: Callable[[list[int]], bool],
+    max_new_tokens: int,
+    prefix: SharedPrefix | None,
+    draft: Sequence[int],
+    fixed: bool,
+) -> list[list[int]]:
+    """Return what ``decode_greedily`` does, of prompts that can be one batch."""
     device = next(model.parameters()).device
     synchronized = requires_synchronized_forward(model)
-    if _may_pass_the_window(model, max(map(len, prompts)) + len(draft) + max_new_tokens):
-        # Padding behind the shared prefix and rejected draft tokens would take places of the window.
-        prefix, draft = None, ()
     cache, shared = (prefix.rows(len(prompts)), len(prefix.ids)) if prefix else (None, 0)
     texts = [[*prompt[shared:], *draft] for prompt in prompts]
     padding = [max(map(len, texts)) - len(text) for text in texts]
@@ -125,13 +161,39 @@ def decode_greedily(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 
 
+def _to_read_alone(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """Return the rows whose positions may come to depend on the longest text of a batch."""
+    limit = rotation_limit(model.config)
+    if limit is None:
+        return []
+    longest = limit - max_new_tokens - num_virtual_tokens(model)
+    return [row for row, prompt in enumerate(prompts) if len(prompt) > longest]
+
+
+def _decode_alone(
+    model: nn.Module, prompt: Sequence[int], finished: Callable[[list[int]], bool], max_new_tokens: int, row: int
+) -> list[int]:
+    """Return the token ids that the model generates after a prompt, reading the whole text anew for each."""
+    written: list[int] = []
+    device = next(model.parameters()).device
+    while not written or not (finished(written) or len(written) == max_new_tokens):
+        ids = torch.tensor([[*prompt, *written]], device=device)
+        token = int(_forward(model, ids, torch.ones_like(ids), None, 1, cached=False)[0])
+        if token == NOT_FINITE:
+            raise NonFiniteOutput(row)
+        written.append(token)
+    return written
+
+
 def _may_pass_the_window(model: Any, tokens: int) -> bool:
     """Return True if a token of a text this long may not see all that is before it."""
     window = attention_window(model.config)
     return window is not None and tokens + num_virtual_tokens(model) > window
 
 
-def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int) -> tuple[Tensor, Any]:
+def _forward(
+    model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int, *, cached: bool = True
+) -> tuple[Tensor, Any]:
     """Return the argmax token after each of the last ``last`` positions, and the extended cache.
 
     Where the largest logit is NaN or infinite the token is ``NOT_FINITE``, so that telling needs no read of its own.
@@ -142,6 +204,6 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, last: int)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
     indices = torch.arange(rows * width, device=ids.device).view(rows, width)[:, -last:].flatten()
     with lm_head_on_positions(model, indices):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cached)
     largest, tokens = out.logits[0].max(-1)  # NaN is the largest of all
     return tokens.where(largest.isfinite(), NOT_FINITE).view(rows, last), out.past_key_values

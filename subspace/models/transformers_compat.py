@@ -16,6 +16,7 @@ release changes the name.
 | `quantizers.auto.AutoHfQuantizer` | 5.23.0 | planning for quantised models | quantises without any file |
 | `integrations.sdpa_attention`, `masking_utils.sdpa_mask` | 5.23.0 | attention on a CPU | our fallback |
 | `model._no_split_modules` | 5.23.0 | `train.compile` | the only list of a model's layer classes |
+| `model._is_stateful` | 5.23.0 | Mamba and its kin are scored by trees and drafts | no public reader |
 | `attention.layer_idx`, `embedding.scalar_embed_scale` | 5.23.0 | prefixes, prompts | no public reader |
 | `masking_utils.find_packed_sequence_indices` | 5.23.0 | a wait for the GPU in every micro-batch | asks for a value |
 | `cu_seq_lens_q` and three more arguments | 5.23.0 | packing with flash attention waits in every layer | documented |
@@ -52,11 +53,9 @@ def attention_kernel(config: PreTrainedConfig | Any) -> str:
     return kernel
 
 
-def attention_window(config: PreTrainedConfig | Any) -> int | None:
-    """Return from how many tokens on some layer of a model sees only a part of a text; None where all see the whole."""
-    text = config.get_text_config()
-    spans = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((span for span in spans if span), default=None)
+def is_stateful(model: Any) -> bool:
+    """Return True if transformers says that a model's cache cannot be rolled back."""
+    return bool(getattr(model, "_is_stateful", False))
 
 
 def register_attention(name: str, attention: Callable[..., Any]) -> None:

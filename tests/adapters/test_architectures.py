@@ -92,8 +92,9 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], str, int, str]] = {
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
-def build(architecture: str) -> PreTrainedModel:
-    sizes = {key: value for key, value in {**SIZES, **ARCHITECTURES[architecture][0]}.items() if value is not None}
+def build(architecture: str, **changes: Any) -> PreTrainedModel:
+    asked = {**SIZES, **(ARCHITECTURES[architecture][0] if architecture in ARCHITECTURES else {}), **changes}
+    sizes = {key: value for key, value in asked.items() if value is not None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from subspace.adapters.inject import adapters, inject, remove_adapters, trained_parameters
 from subspace.evaluation.choice_scoring import Choices
 from subspace.evaluation.greedy_decoding import decode_greedily, prefill_shared_prefix
-from subspace.models.transformers_compat import attention_window
+from subspace.models.context import attention_window
 from tests.helpers.tiny_models import SIZES
 
 WINDOW, N = 6, 4

@@ -188,4 +188,4 @@ def test_the_file_keeps_its_name_for_the_fields_of_the_fingerprint(tmp_path: Pat
     write_results(tmp_path, [result()])
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert row["ingredients"] == INGREDIENTS
-    assert list(row)[9:] == ["seconds", "ingredients", "items", "subject", "fingerprint"]
+    assert list(row)[9:] == ["seconds", "ingredients", "items", "subject", "base", "fingerprint"]

@@ -177,3 +177,10 @@ def test_a_patch_ends_with_its_block_and_leaves_no_attribute_behind() -> None:
     with pytest.raises(ZeroDivisionError), patched(layer, "forward", lambda x: 1 / x):
         layer(0)
     assert "forward" not in vars(layer)
+
+
+def test_models_that_keep_a_state_say_so() -> None:
+    from transformers import JambaForCausalLM, LlamaForCausalLM
+
+    told = [compat.is_stateful(kind) for kind in (JambaForCausalLM, LlamaForCausalLM)]
+    assert told == [True, False], f"{VERSION} changed _is_stateful"

@@ -22,12 +22,14 @@ from torch import nn
 from subspace.data.items import Item, relabel
 from subspace.data.tasks import Task, prompt_template
 from subspace.data.tokenization import common_prefix_length, encode_prompt, encode_rows
+from subspace.errors import UserError
 from subspace.evaluation.answer_extraction import answer_record, extractor
 from subspace.evaluation.config import LLM_ADAPTERS
 from subspace.evaluation.greedy_decoding import SharedPrefix, decode_greedily, prefill_shared_prefix
 from subspace.evaluation.protocols.base import ProtocolScorer, render_prompts
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import digest
+from subspace.models.context import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +57,12 @@ class LLMAdapters(ProtocolScorer):
         self.prefix: SharedPrefix | None = None
 
         config: Any = model.config
-        window = config.max_position_embeddings - task.max_new_tokens
+        window = max_positions(config) - task.max_new_tokens
+        if window < 1:
+            raise UserError(
+                f"{task.name} asks for answers of up to {task.max_new_tokens} tokens, but the model reads only "
+                f"{max_positions(config)} at once, the question included. Make max_new_tokens of the task smaller"
+            )
         encoded = [encode_prompt(tokenizer, text) for text in texts]
         self.truncated = sum(len(ids) > window for ids in encoded)
         self.prompts = [ids[-window:] for ids in encoded]

@@ -351,6 +351,20 @@ def test_dash_prefers_what_changes_most_for_its_size() -> None:
     assert torch.allclose(adapter.Vt[0].float(), Vt[-1], atol=1e-5)
 
 
+def test_each_of_dashs_branches_drops_by_a_mask_of_its_own() -> None:
+    """As in the authors' code. The two branches are opposite here, so that a common mask would cancel."""
+    adapter: Any = make("lora-dash", r=1, d=1, alpha=1.0, dropout=0.2, moved=0.0)
+    adapter.A.data.fill_(1.0), adapter.Vt.fill_(1.0), adapter.delta.data.fill_(1.0)
+    adapter.U[:, 0] = torch.randn(OUT).double()
+    adapter.B.data.copy_(-adapter.U)
+    x = torch.ones(4000, IN).double()
+    of_one = IN * 0.2 / 0.8  # the variance of a sum of IN dropped ones
+    torch.manual_seed(5)
+    sums = (adapter.train()(x) - adapter.frozen(x)) @ adapter.U[:, 0] / adapter.U.square().sum()
+    assert sums.var().item() == pytest.approx(2 * of_one, rel=0.1)
+    assert torch.allclose(adapter.eval()(x), adapter.frozen(x))
+
+
 def test_entropy() -> None:
     """[24]."""
     assert spectral_entropy(torch.tensor([2.0, -2.0, 2.0])) == pytest.approx(1.0)

@@ -217,18 +217,18 @@ def test_cells_are_counted_and_a_quote_that_never_ends_is_the_file_s(tmp_path: P
 
 def test_a_table_s_nulls_are_absent_and_values_of_mixed_types_come_back(tmp_path: Path) -> None:
     """In a table every call of a tool has the arguments of all; and ``datasets`` keeps what fits no type as JSON."""
-    calls = [{"city": "Rome"}, {"sum": 3, "of": ["a", 1]}]
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "go"},
-                {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": call}}]},
-            ]
-        }
-        for call in calls
-    ]
+
+    def calling(*calls: dict[str, Any]) -> list[dict[str, Any]]:
+        asked = {"role": "user", "content": "go"}
+        functions = [{"function": {"name": "f", "arguments": call}} for call in calls]
+        return [{"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [f]}]} for f in functions]
+
+    plain, mixed = [{"city": "Rome"}, {"sum": 3}], [{"city": "Rome"}, {"sum": 3, "of": ["a", 1]}]
+    rows, table = calling(*mixed), pyarrow.Table.from_pylist(calling(*plain))
+    assert "'sum': None" in str(table.to_pylist())
     files: dict[str, Callable[[Path], object]] = {
-        "plain.parquet": lambda file: parquet.write_table(pyarrow.Table.from_pylist(rows[:1] * 2), file),
+        "plain.parquet": lambda file: parquet.write_table(table, file),
+        "plain": lambda file: datasets.Dataset(table).save_to_disk(file),
         "hf.parquet": lambda file: datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(file),
         "saved": lambda file: datasets.Dataset.from_list(rows, on_mixed_types="use_json").save_to_disk(file),
         "rows.json": lambda file: file.write_text(json.dumps(rows)),
@@ -238,4 +238,4 @@ def test_a_table_s_nulls_are_absent_and_values_of_mixed_types_come_back(tmp_path
         found = list(find_source(str(tmp_path / name)).rows())
         assert all(isinstance(row, Row) for row in found)
         arguments = [row.messages[1]["tool_calls"][0]["function"]["arguments"] for row in found]  # type: ignore[union-attr]
-        assert arguments == ([calls[0]] * 2 if name.startswith("plain") else calls), name
+        assert arguments == (plain if name.startswith("plain") else mixed), name

@@ -85,6 +85,7 @@ def _train_on_rows(run: ResolvedRun, data: Data, plan: StepPlan, base: BaseRecor
     """Train on the planned rows and return the run's folder. Collective over ranks."""
     config = run.config
     check_same_base(base)
+    check_same_rows(data)
     resumed, notices = find_resume_point(config.folder, base) if resume else (None, [])
     model, summary, methods = build_model(run, initialize=resumed is None)
     run = run.with_adapters(model)
@@ -137,6 +138,16 @@ def check_same_base(base: BaseRecord) -> None:
         if parts:
             raise UserError(
                 f"{base.path} has other {' and '.join(parts)} on {host} than on {first[0]}. Copy one host's to all"
+            )
+
+
+def check_same_rows(data: Data) -> None:
+    """Raise UserError if another process has other rows: hosts may have other files. Collective over ranks."""
+    (host, own), *others = gather_objects((socket.gethostname(), data.digest))
+    for other, found in others:
+        if found != own:
+            raise UserError(
+                f"{data.report['mixture']} has other rows on {other} than on {host}. Copy one host's to all"
             )
 
 

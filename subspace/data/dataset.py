@@ -6,6 +6,7 @@ is encoded, so only the rows that a run's steps use and the held-out rows are en
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,11 @@ class Data:
     notices: tuple[str, ...]
     parts: dict[str, int] = field(default_factory=dict)
     packing: bool = False
+
+    @property
+    def digest(self) -> str:
+        """A checksum of the texts of all rows, those included that are not trained on."""
+        return hashlib.sha256(self.train.table.keys.tobytes()).hexdigest()[:16]
 
     def batch(self, numbers: Sequence[int], *, one_sequence: bool = False) -> Batch:
         """Return these rows of the training data; with ``one_sequence`` as flash attention takes packed ones."""

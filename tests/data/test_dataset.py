@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from subspace import run as run_module
 from subspace.api import prepare
 from subspace.common.files import build_dir_atomically
 from subspace.common.paths import cache_folder
@@ -193,6 +194,22 @@ def test_bad_rows_are_refused_together_or_left_out_and_told_again(
         data = open_data(settings(write(tmp_path / "own.json", [*OWN, {"id": 1}]), bad_rows="drop"), tokenizer)
         assert len(data.train) == 3
         assert data.notices[0].startswith(f"1 of 4 rows of {file} are left out: no keys that rows are recognised by")
+
+
+def test_hosts_with_other_files_are_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = []
+    for rows in (OWN, OWN[:2], OWN[::-1], OWN):
+        data = open_data(settings(write(tmp_path / "own.json", rows)), tokenizer)
+        digests.append(data.digest)
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[3]
+    monkeypatch.setattr(run_module, "gather_objects", lambda own: [own, own])
+    run_module.check_same_rows(data)
+    monkeypatch.setattr(run_module, "gather_objects", lambda own: [own, ("b", digests[1])])
+    with pytest.raises(UserError, match=r"own.json has other rows on b than on .*Copy one host's to all"):
+        run_module.check_same_rows(data)
 
 
 def test_columns_of_a_file_are_mapped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

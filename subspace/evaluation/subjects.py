@@ -149,7 +149,16 @@ def check_contamination(subject: EvaluationSubject, samples: Iterable[Sample]) -
 
     With ``evaluate.on_contamination=warn`` a note is logged in either case.
     """
-    for name, (seen, of) in find_overlap(subject.mixture, samples, subject.columns).items():
+    try:
+        overlap = find_overlap(subject.mixture, samples, subject.columns)
+    except UserError as error:  # files that were moved, say
+        unknown = f"{subject.folder} was trained on {subject.mixture}, and whether it saw the items is unknown: {error}"
+        if subject.evaluate.on_contamination == "error":
+            raise UserError(f"{unknown}. evaluate.on_contamination=warn scores it all the same") from None
+        if is_main():
+            logger.warning("note: %s", unknown)
+        return
+    for name, (seen, of) in overlap.items():
         finding = f"{subject.folder} was trained on {subject.mixture}, which holds {seen} of {of} items of {name}"
         if seen > MAX_OVERLAP * of and subject.evaluate.on_contamination == "error":
             raise UserError(

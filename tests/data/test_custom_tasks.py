@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -217,6 +218,32 @@ def test_a_few_are_told(rows: int, settings: Any, tmp_path: Path, capsys: pytest
     trained = [f"how many are {n} and {n}?" for n in range(rows)]
     subjects.check_contamination(trained_on(tmp_path, trained, **settings), [sample()])
     assert f"which holds {rows} of 200 items of gsm8k" in capsys.readouterr().err
+
+
+def test_rows_that_are_gone_are_told_and_need_not_stop_a_scoring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = trained_on(tmp_path, ["how many"])
+    Path(subject.mixture).unlink()
+    with pytest.raises(UserError, match=r"whether it saw the items is unknown: .*own.json is not there.*=warn"):
+        subjects.check_contamination(subject, [sample()])
+    warned = trained_on(tmp_path, ["how many"], on_contamination="warn")
+    Path(subject.mixture).unlink()
+    subjects.check_contamination(warned, [sample()])
+    assert "whether it saw the items is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["own.jsonl.gz", "own.csv", "folder", "own.json*1"])
+def test_items_are_found_in_data_of_every_kind(name: str, tmp_path: Path) -> None:
+    rows = [{"frage": f"how many are {n} and {n}?", "antwort": "b"} for n in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "own.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "own.csv").write_text("frage,antwort\n" + "".join(f"{row['frage']},b\n" for row in rows))
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.jsonl").write_text(lines)
+    columns = {"question": "frage", "answer": "antwort"}
+    assert unseen.find_overlap(str(tmp_path / name), [sample()], columns) == {"gsm8k": (3, 200)}
 
 
 def test_other_questions_are_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

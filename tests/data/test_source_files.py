@@ -223,7 +223,8 @@ def test_a_table_s_nulls_are_absent_and_values_of_mixed_types_come_back(tmp_path
         functions = [{"function": {"name": "f", "arguments": call}} for call in calls]
         return [{"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [f]}]} for f in functions]
 
-    plain, mixed = [{"city": "Rome"}, {"sum": 3}], [{"city": "Rome"}, {"sum": 3, "of": ["a", 1]}]
+    plain: list[dict[str, Any]] = [{"city": "Rome"}, {"sum": 3}]
+    mixed: list[dict[str, Any]] = [{"city": "Rome"}, {"sum": 3, "of": ["a", 1]}]
     rows, table = calling(*mixed), pyarrow.Table.from_pylist(calling(*plain))
     assert "'sum': None" in str(table.to_pylist())
     files: dict[str, Callable[[Path], object]] = {

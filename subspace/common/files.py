@@ -89,10 +89,14 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def is_lfs_pointer(file: Path) -> bool:
-    """Return True if a file is the few lines that git leaves in place of a large one where git-lfs is not installed."""
+def refuse_lfs_pointer(file: Path, request: str = "") -> None:
+    """Raise UserError if a file is the few lines that git leaves in place of a large one without git-lfs."""
     with file.open("rb") as opened:
-        return opened.read(len(LFS_POINTER)) == LFS_POINTER
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{request}{file.name} in {file.parent} is a pointer of Git LFS, a few lines in place of the file, as "
+                "a clone without git-lfs leaves them. Run `git lfs install` and `git lfs pull` in that folder"
+            )
 
 
 def file_sha256(file: Path) -> str:

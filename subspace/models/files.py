@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from subspace.common.files import is_lfs_pointer
+from subspace.common.files import refuse_lfs_pointer
 from subspace.errors import UserError
 from subspace.models.transformers_compat import is_causal_lm, is_masked_lm
 
@@ -168,13 +168,8 @@ class ModelFiles:
             )
 
     def _check_pointers(self, files: list[Path]) -> None:
-        pointers = [file.name for file in files if is_lfs_pointer(file)]
-        if pointers:
-            raise UserError(
-                f"cannot open model {self.name!r}: {', '.join(pointers[:3])} in {self.folder} "
-                f"{'is a pointer' if len(pointers) == 1 else 'are pointers'} of Git LFS, a few lines in place of the "
-                "file, as a clone without git-lfs leaves them. Run `git lfs install` and `git lfs pull` in that folder"
-            )
+        for file in files:
+            refuse_lfs_pointer(file, f"cannot open model {self.name!r}: ")
 
 
 def read_json(file: Path) -> dict[str, Any]:

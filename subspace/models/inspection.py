@@ -31,9 +31,10 @@ logger = logging.getLogger("subspace")
 COMPUTED = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb|rope)\.|(^|\.)(inv_freq|position_ids|masked_bias)$")
 #: A causal mask, which has four dimensions, unlike a bias of that name.
 MASK = re.compile(r"(^|\.)attn(ention)?\.bias$")
+AHEAD = "layers for predicting several tokens at once"
 #: Parts of a checkpoint that its language model works without, and what they are.
 EXTRAS = {
-    r"(^|\.)(mtp|nextn)(\.|_)|(^|\.)mtp$": "layers for predicting several tokens at once",
+    r"(^|\.)(mtp|nextn)(\.|_)": AHEAD,
     r"(^|\.)(vision|visual|image|audio|speech|multi_modal|mm)_?\w*\.": "parts for images or sound",
 }
 #: Quantised formats that are opened dequantised: their tensors are computed in ``model.dtype``.
@@ -135,18 +136,18 @@ def inspect_model(config: ModelConfig) -> ModelConfig:
     key = repr((stamp(files), files.settings(), config.trust_remote_code))
     if files.headers() and key not in _inspected and stored_quantization(files) is None:
         architecture = files.architecture(trust_remote_code=config.trust_remote_code)
-        report, name = _load_without_values(files, architecture, trust_remote_code=config.trust_remote_code)
-        check_report(report, files, name, architecture)
+        model, report = _load_without_values(files, architecture, trust_remote_code=config.trust_remote_code)
+        check_report(report, files, model)
         _inspected.add(key)
     return settled
 
 
 def _load_without_values(
     files: ModelFiles, architecture: PreTrainedConfig, *, trust_remote_code: bool
-) -> tuple[dict[str, Any], str]:
-    """Return transformers' report of tensors that are missing, unexpected or of other shapes, and the model's class.
+) -> tuple[Any, dict[str, Any]]:
+    """Return a model without values, and transformers' report of tensors that are missing, unexpected or misshapen.
 
-    The model is loaded onto the meta device: by the names that each architecture's conversions make, but no value is
+    It is loaded onto the meta device: by the names that each architecture's conversions make, but no value is
     read from the disk.
     """
     from transformers import AutoModelForCausalLM
@@ -164,14 +165,15 @@ def _load_without_values(
             output_loading_info=True,
         )
     model, report = loaded
-    return report, type(model).__name__
+    return model, report
 
 
-def check_report(report: Mapping[str, Any], files: ModelFiles, architecture: str, config: Any) -> None:
+def check_report(report: Mapping[str, Any], files: ModelFiles, model: Any) -> None:
     """Raise UserError for tensors that are missing, which transformers fills with random values, or have no place.
 
     Tensors that no model needs are passed over; of whole parts that are left out, a note says what they are.
     """
+    architecture, config = type(model).__name__, model.config
     again = "Download or export the folder again"
     if report["mismatched_keys"]:
         name, stored, expected = min(report["mismatched_keys"])
@@ -191,6 +193,9 @@ def check_report(report: Mapping[str, Any], files: ModelFiles, architecture: str
             f"cannot open model {files.name!r}: its config.json has no place for {', '.join(homeless[:3])} of its "
             f"files ({len(homeless)} in all), and without them it is another model. {_likely(homeless, config)}"
         )
+    # transformers passes over these in silence, in the architectures that it knows to have them.
+    ahead = {name for name in files.headers() if _extra_part(name, config) == AHEAD}
+    extras |= dict.fromkeys(ahead - {name for name, _ in model.named_parameters()}, AHEAD)
     for part in sorted(set(extras.values())):
         names = sorted(name for name, of in extras.items() if of == part)
         _tell(f"model {files.name!r}: {len(names)} tensors are not used, {part} ({names[0]})")
@@ -207,7 +212,7 @@ def _extra_part(name: str, config: Any) -> str | None:
     """Return what part of the checkpoint a tensor is of, if the language model works without that part."""
     layers, ahead = getattr(config, "num_hidden_layers", 0), getattr(config, "num_nextn_predict_layers", 0) or 0
     if (found := re.search(r"(^|\.)layers\.(\d+)\.", name)) and layers <= int(found[2]) < layers + ahead:
-        return "layers for predicting several tokens at once"
+        return AHEAD
     return next((part for pattern, part in EXTRAS.items() if re.search(pattern, name)), None)
 
 

@@ -85,7 +85,7 @@ def open_model(
         inspect_model(config)  # loading reports nothing of tensors without a place while it shards
     where = where or device()
     model, report = _load_weights(config, files, zero3, held or getattr(torch, config.dtype), where)
-    check_report(report, files, type(model).__name__, model.config)
+    check_report(report, files, model)
     if files.gguf or _dequantized(files):
         mark_unquantized(model)
     elif stored_quantization(files) is not None:

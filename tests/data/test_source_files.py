@@ -240,3 +240,10 @@ def test_a_table_s_nulls_are_absent_and_values_of_mixed_types_come_back(tmp_path
         assert all(isinstance(row, Row) for row in found)
         arguments = [row.messages[1]["tool_calls"][0]["function"]["arguments"] for row in found]  # type: ignore[union-attr]
         assert arguments == (plain if name.startswith("plain") else mixed), name
+
+
+@pytest.mark.parametrize("name", [f"rows{kind}{packed}" for kind in KINDS for packed in ("", ".gz")] + ["rows.zip"])
+def test_a_pointer_of_git_lfs_is_told_as_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n")
+    with pytest.raises(UserError, match=rf"{re.escape(name)} in .* is a pointer of Git LFS.*git lfs pull"):
+        list(file_records(tmp_path / name))

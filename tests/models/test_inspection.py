@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from subspace import config as config_module
 from subspace.doctor.base import Asked
@@ -26,7 +27,7 @@ from subspace.models.loading import open_model, open_shape, open_tokenizer, summ
 from subspace.planning.plan import build_plan
 from subspace.run import train_run
 from tests.helpers.material import make_material
-from tests.helpers.tiny_models import ARCHITECTURES, bpe_tokenizer, save, tiny, tiny_llama
+from tests.helpers.tiny_models import ARCHITECTURES, SIZES, bpe_tokenizer, save, tiny, tiny_llama
 
 WEIGHTS = "model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
@@ -194,6 +195,53 @@ def test_every_architecture_as_it_is_saved_is_whole(architecture: str, tmp_path:
     tiny(architecture, tmp_path / "model")
     config = ModelConfig(path=str(tmp_path / "model"))
     assert inspect_model(config) == settle(config) == config
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_next": {
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}
+
+
+def with_experts(architecture: str, folder: Path) -> ModelConfig:
+    """Save a tiny mixture of experts, each expert with tensors of its own in the file."""
+    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        AutoConfig.for_model(architecture, **{**SIZES, **EXPERTS[architecture]})
+    )
+    save(model, bpe_tokenizer(), folder)
+    assert any(".experts.3." in name for name in load_file(folder / WEIGHTS))
+    return ModelConfig(path=str(folder))
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_tensors_that_are_joined_as_they_load_have_their_place(architecture: str, tmp_path: Path) -> None:
+    config = with_experts(architecture, tmp_path / "model")
+    assert inspect_model(config) == config
+    name = next(
+        name for name in load_file(tmp_path / "model" / WEIGHTS) if "layers.1" in name and ".experts.3." in name
+    )
+    with_tensors(**{name.replace("layers.1", "layers.7"): torch.ones(4)})(tmp_path / "model")
+    with pytest.raises(UserError, match="no place for model.layers.7"):
+        inspect_model(config)
+
+
+def test_layers_that_transformers_passes_over_in_silence_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = with_experts("qwen3_next", tmp_path / "model")
+    with_tensors(**{"mtp.fc.weight": torch.ones(4)})(tmp_path / "model")
+    with caplog.at_level(logging.WARNING):
+        inspect_model(config)
+    assert "1 tensors are not used, layers for predicting several tokens at once (mtp.fc.weight)" in caplog.text
 
 
 # Empty special tokens.

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
+from subspace.common.files import refuse_lfs_pointer
 from subspace.data.rows import BadRow
 from subspace.data.sources.json_records import Records, json_records
 from subspace.data.sources.tables import arrow_records, csv_records, parquet_records, tsv_records
@@ -80,6 +81,7 @@ def file_records(path: Path, shown: str = "", *, nulls: bool = False) -> Iterato
     if found is None:
         raise UserError(f"{shown} is no data file of a kind that is read. {WHAT_IS_READ}")
     with _damage(shown), path.open("rb") as file:
+        refuse_lfs_pointer(path)
         if found.packed == ".zip":
             yield from _zipped(file, shown, nulls=nulls)
         else:

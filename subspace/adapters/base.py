@@ -123,6 +123,9 @@ class Adapter(nn.Module, Generic[C]):
     #: Trained tensors whose first gradient comes with a later step of a schedule.
     delayed_grad_params: ClassVar[frozenset[str]] = frozenset()
 
+    #: How many matrices of the model it adapts: those of a stack of experts, else one.
+    num_matrices: int = 1
+
     #: Frozen parameters of the base that the adapter holds in its place, by their names there.
     original_params: Mapping[str, nn.Parameter] = {}
     base: Any  # the frozen module, of whatever class the model or bitsandbytes made it
@@ -133,7 +136,7 @@ class Adapter(nn.Module, Generic[C]):
         self.base = base
         self.config = config
         self.group = 0  # which injection made it, and so whose schedule it follows; set by inject
-        self.num_siblings = 1  # adapters of that injection, itself included; set by inject
+        self.num_siblings = 1  # matrices that the injection adapts, its own included; set by inject
         self.loss_tap = LossTap()  # one for all adapters of the model; set by inject
         self.copies = WorkingCopies()  # one for all adapters of the model; set by inject
         self.ends_sublayer = False  # its input is not that of its module's other sites; set by inject
@@ -147,6 +150,11 @@ class Adapter(nn.Module, Generic[C]):
         self.register_load_state_dict_post_hook(_clear_cache)  # type: ignore[no-untyped-call]
         if type(self).penalty is not Adapter.penalty:
             self.register_forward_hook(_charge_penalty)
+
+    @property
+    def method_class(self) -> type[Adapter]:
+        """The class of the method, which says what it is and acts for all of its adapters."""
+        return type(self)
 
     def attach(self, model: nn.Module) -> None:
         """Register hooks on the surrounding model. Default: none."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from subspace.adapters.base import Adapter, MethodConfig
+from subspace.adapters.experts.adapter import ExpertsAdapter, experts_refusal
 from subspace.adapters.penalties import LossTap
-from subspace.adapters.registry import configure, resolve_method
+from subspace.adapters.registry import configure, list_methods, resolve_method
 from subspace.adapters.targets import ends_sublayer, find_target_modules, matches_target
 from subspace.common.progress import Progress, no_progress
 from subspace.common.random_state import seeded
@@ -24,6 +25,7 @@ from subspace.errors import UserError
 from subspace.kernels.working_copies import WorkingCopies
 from subspace.models.base_record import note_base
 from subspace.models.bitsandbytes_compat import storage_format
+from subspace.models.expert_weights import ExpertWeight, replace_site
 from subspace.models.frozen_weights import (
     find_weight_file,
     gather_weight_on_rank,
@@ -59,7 +61,9 @@ def initialize_distributed(
 def _weight(adapter: Adapter, owner: int) -> Tensor | None:
     """Return the adapter's W on its owner, None elsewhere."""
     if adapter.weight_source is None:
-        return gather_weight_on_rank(owner, adapter.base)
+        # A stack of experts' matrices stays in its dtype; each is raised when it is its turn.
+        dtype = None if isinstance(adapter.base, ExpertWeight) else torch.float32
+        return gather_weight_on_rank(owner, adapter.base, dtype)
     if owner != rank():
         return None
     W = read_checkpoint_weight(*adapter.weight_source, adapter.base)
@@ -104,7 +108,10 @@ def inject(
         raise UserError(f"method {cls.name} does not fit {type(model).__name__}: {reason}")
     config = settings if isinstance(settings, MethodConfig) else configure(cls, {**presets, **(settings or {})})
     found = find_target_modules(
-        model, cls.target_kind(config), targets if targets is not None else cls.default_targets(config)
+        model,
+        cls.target_kind(config),
+        targets if targets is not None else cls.default_targets(config),
+        no_experts=_no_experts(cls),
     )
     check_module = {name: cls.check_module(config, site) for name, site in found.items()}
     sites = {name: site for name, site in found.items() if check_module[name] is None}
@@ -128,18 +135,28 @@ def inject(
     created = {name: _build_adapter(cls, configs[name], name, site, seed) for name, site in sites.items()}
     before = list(adapters(model).values())
     group = 1 + max((adapter.group for adapter in before), default=-1)
+    matrices = sum(adapter.num_matrices for adapter in created.values())
     loss_tap, copies = (before[0].loss_tap, before[0].copies) if before else (LossTap(), WorkingCopies())
     for name, adapter in created.items():
         adapter.weight_source = checkpoints[name]
-        adapter.group, adapter.num_siblings, adapter.loss_tap = group, len(created), loss_tap
+        adapter.group, adapter.num_siblings, adapter.loss_tap = group, matrices, loss_tap
         adapter.copies, adapter.ends_sublayer = copies, ends_sublayer(name)
-        model.set_submodule(name, adapter)
+        replace_site(model, name, adapter)
         adapter.train(model.training)
     copies.attach(model)
     for adapter in created.values():
         adapter.attach(model)
     _initialize(list(created.values()), progress, all_of_them=start)
     return created
+
+
+def _no_experts(cls: type[Adapter]) -> str:
+    """Return why a method is not put at experts' matrices, for a message; "" for one that is."""
+    reason = experts_refusal(cls)
+    if reason is None:
+        return ""
+    able = ", ".join(name for name, other in list_methods().items() if experts_refusal(other) is None)
+    return f"method {cls.name} cannot train experts' matrices: {reason}. These can: {able}"
 
 
 def _apply_patterns(
@@ -192,7 +209,7 @@ def remove_adapters(model: nn.Module) -> None:
     for name, adapter in reversed(adapters(model).items()):  # an adapter may wrap a module that holds others
         adapter.detach()
         adapter.copies.detach()
-        model.set_submodule(name, adapter.base)
+        replace_site(model, name, adapter.base)
 
 
 def adapter_groups(model: nn.Module) -> list[list[Adapter]]:
@@ -205,8 +222,11 @@ def adapter_groups(model: nn.Module) -> list[list[Adapter]]:
 
 def assign_groups(model: nn.Module, group_of: Mapping[str, int]) -> None:
     """Set which adapters, by site, share a schedule and a penalty."""
-    sizes = Counter(group_of.values())
-    for site, adapter in adapters(model).items():
+    found = adapters(model)
+    sizes = Counter[int]()
+    for site, group in group_of.items():
+        sizes[group] += found[site].num_matrices
+    for site, adapter in found.items():
         if site in group_of:
             adapter.group, adapter.num_siblings = group_of[site], sizes[group_of[site]]
 
@@ -230,7 +250,7 @@ def _build_adapter(cls: type[Adapter], config: MethodConfig, name: str, site: nn
     # The CPU's generator is borrowed, so that methods may use torch.nn.init as everywhere else.
     seed = int.from_bytes(digest[:8], "little")
     with seeded(seed), torch.device("meta" if device.type == "meta" else "cpu"):
-        adapter = cls(site, config)
+        adapter = ExpertsAdapter(site, config, cls) if isinstance(site, ExpertWeight) else cls(site, config)
     if device.type != "meta":
         for tensor in (*adapter.own_tensors().values(), *adapter.buffers(recurse=False)):
             tensor.data = tensor.data.to(device)
@@ -241,7 +261,7 @@ def _initialize(created: Sequence[Adapter], progress: Progress, *, all_of_them: 
     """Initialise adapters from their frozen weights, each on one rank, and broadcast the result to all ranks."""
     if not created or any(p.is_meta for p in created[0].parameters()):
         return
-    if type(created[0]).init_from_weight is not Adapter.init_from_weight:
+    if created[0].method_class.init_from_weight is not Adapter.init_from_weight:
         # What no file keeps has to be taken from W again, also where the rest will be overwritten.
         wanted = [a for a in created if all_of_them or a._non_persistent_buffers_set]
         initialize_distributed(wanted, lambda adapter, W: adapter.init_from_weight(W), progress)

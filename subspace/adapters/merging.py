@@ -15,6 +15,7 @@ from subspace.adapters.inject import adapters
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
 from subspace.models.bitsandbytes_compat import storage_format
+from subspace.models.expert_weights import replace_site
 
 #: The attribute of a merged model that holds what was replaced. It is the model's, so that a copy of the model has it.
 _UNDO = "_subspace_replaced_by_merge"
@@ -79,7 +80,7 @@ def merge_site(
         if new is not None and isinstance(value, nn.Parameter):  # a trained tensor itself: other sites may have it
             new = shared.setdefault(value, new)
         setattr(layer, name, new)
-    model.set_submodule(site, layer)
+    replace_site(model, site, layer)
     return Replaced(adapter, held)
 
 
@@ -100,7 +101,7 @@ def unmerge(model: nn.Module) -> None:
         layer: Any = old.adapter.base
         for name, held in old.held.items():
             setattr(layer, name, held)
-        model.set_submodule(site, old.adapter)
+        replace_site(model, site, old.adapter)
     if _shares(model):
         model.config.tie_word_embeddings = True  # type: ignore[union-attr]
     delattr(model, _UNDO)

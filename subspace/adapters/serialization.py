@@ -176,7 +176,7 @@ def _describe(model: nn.Module, base: BaseRecord | None, about: dict[str, Any]) 
                 "method": group[0].name,
                 "group": group[0].group,  # which share a schedule, though their settings differ by site
                 "settings": asdict(config),
-                **({"origin": origin} if (origin := method_origin(type(group[0]))) else {}),
+                **({"origin": origin} if (origin := method_origin(group[0].method_class)) else {}),
                 "sites": [names[id(adapter)] for adapter in group if adapter.config == config],
             }
             for group in adapter_groups(model)

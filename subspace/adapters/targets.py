@@ -3,7 +3,7 @@
 A *site* is a module that an adapter can wrap. There are six kinds:
 
 =============  =====================================================================================================
-``linear``     a linear layer, chosen by ``targets``
+``linear``     a linear layer, or a mixture's stack of experts' matrices, chosen by ``targets``
 ``sublayer``   the linear that ends a sub-layer (attention or MLP); what it returns is what the sub-layer returns
 ``attention``  a whole attention module, whose keys and values a method may extend
 ``mlp``        a whole feed-forward block
@@ -27,10 +27,12 @@ from typing import Any
 from torch import nn
 
 from subspace.errors import UserError, nearest
+from subspace.models.expert_weights import ExpertWeight, expert_weights
 from subspace.models.frozen_weights import is_linear, is_matrix, num_parameters
+from subspace.models.transformers_compat import bypassed_layers, is_router
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-#: The target that means every linear layer but the head.
+#: The target that means every linear layer but the head, and every expert.
 ALL_LINEAR = "all-linear"
 #: LLaMA's linear layers of attention and MLP.
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -61,6 +63,8 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "attn.c_proj": ("o_proj",),
     "mlp.c_fc": ("up_proj",),  # GPT-2, GPT-Neo, StarCoder
     "mlp.c_proj": ("down_proj",),
+    "shared_mlp.input_linear": GATE_UP,  # Granite's mixtures
+    "shared_mlp.output_linear": ("down_proj",),
     "dense_h_to_4h": ("up_proj",),  # GPT-NeoX, Falcon, Bloom
     "dense_4h_to_h": ("down_proj",),
 }
@@ -75,19 +79,28 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 
 def find_target_modules(
-    model: nn.Module, kind: str, targets: Sequence[str] | str | None = None
+    model: nn.Module, kind: str, targets: Sequence[str] | str | None = None, *, no_experts: str = ""
 ) -> dict[str, nn.Module]:
     r"""Return the sites of a kind in a model, by name, in the model's order.
 
     Each target is a regular expression for a whole module name, or for its end after a dot: ``q_proj``,
     ``self_attn\.(q|v)_proj``, ``layers\.[0-3]\..*``; ``all-linear`` is every one but the head. Without targets,
     ``linear`` means those of ``DEFAULT_TARGETS`` that the model has, or all if it has none, and another kind all of its
-    sites. The output head is a site only for a target that names it.
+    sites. The output head is a site only for a target that names it. Experts' stacks of matrices are linear layers in
+    all of this, each one site.
+
+    Args:
+        model: in which to look.
+        kind: of sites.
+        targets: which of them.
+        no_experts: why experts' matrices are no sites, a sentence; they are where it is empty.
 
     Raises:
         UserError: a target without a site, or one of whose sites some hold another adapter already.
     """
     sites = _sites(model, kind)
+    experts = [name for name, module in sites.items() if no_experts and isinstance(module, ExpertWeight)]
+    sites = {name: module for name, module in sites.items() if name not in experts}
     if targets is None:
         return _usual_sites(model, kind, sites)
     targets = [targets] if isinstance(targets, str) else targets
@@ -98,6 +111,13 @@ def find_target_modules(
     for target in targets:
         matches, taken = (_matches(target, _reach(model, kind, names, target)) for names in (sites, occupied))
         if not matches:
+            if passed := sorted(_matches(target, _bypassed(model))):
+                raise UserError(
+                    f"target {target!r} is a layer of a state-space mixer, {passed[0]}, whose weight the model's code "
+                    f"takes out of it: an adapter there would never be called. {_known(sites, target)}"
+                )
+            if _matches(target, experts):
+                raise UserError(f"target {target!r} is the experts' of a mixture. {no_experts}".rstrip(".") + ".")
             reason = "already holds an adapter" if taken else f"matches no {kind} of {type(model).__name__}"
             raise UserError(f"target {target!r} {reason}. {_known(sites, target)}")
         if taken:
@@ -129,12 +149,31 @@ def _usual_sites(model: nn.Module, kind: str, sites: Mapping[str, nn.Module]) ->
 
 def _sites(model: nn.Module, kind: str) -> dict[str, nn.Module]:
     """Return all modules of a kind that hold no adapter yet."""
-    inside = decoder_prefixes(model)
+    inside, bypassed = decoder_prefixes(model), set(_bypassed(model)) if kind in ("linear", "sublayer") else set()
     return {
         name: module
-        for name, module in _outside_adapters(model)
-        if is_inside(name, inside) and _is_of_kind(kind, name, module)
+        for name, module in _candidates(model, kind)
+        if name not in bypassed and is_inside(name, inside) and _is_of_kind(kind, name, module)
     }
+
+
+def _bypassed(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers whose weights the model's code takes out of them."""
+    return [
+        f"{name}.{child}"
+        for name, module in _outside_adapters(model)
+        for child in bypassed_layers(module)
+        if isinstance(getattr(module, child, None), nn.Linear)
+    ]
+
+
+def _candidates(model: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module]]:
+    """Walk a model's modules outside adapters and, for linear layers, the stacks of matrices that they hold."""
+    for name, module in _outside_adapters(model):
+        yield name, module
+        if kind == "linear":
+            for key, stack in expert_weights(module):
+                yield f"{name}.{key}", stack
 
 
 def _occupied(model: nn.Module, kind: str) -> list[str]:
@@ -169,7 +208,7 @@ def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, 
 
 def _is_of_kind(kind: str, name: str, module: nn.Module) -> bool:
     if kind == "linear":
-        return is_linear(module)
+        return (is_linear(module) or isinstance(module, ExpertWeight)) and not is_router(module)
     if kind == "sublayer":
         return is_linear(module) and ends_sublayer(name)
     if kind == "module":
@@ -286,9 +325,9 @@ def coverage(model: nn.Module, kind: str, sites: Sequence[str]) -> Coverage:
             continue
         own = () if hasattr(module, "base") else module.named_parameters(recurse=False)  # an adapter's are no weights
         for tensor, parameter in own:
-            if is_matrix(parameter):
-                reached[is_inside(plain, reach)] += num_parameters(parameter)
-                if not is_inside(plain, reach):
-                    full = plain if tensor == "weight" else f"{plain}.{tensor}"
+            full = plain if tensor == "weight" else f"{plain}.{tensor}"
+            if is_matrix(parameter) and not tensor.endswith("bias"):  # experts' biases are stacks, too
+                reached[is_inside(full, reach)] += num_parameters(parameter)
+                if not is_inside(full, reach):
                     missing[re.sub(r"\.\d+\.", ".*.", full)] += num_parameters(parameter)
     return Coverage(reached[True], reached.total(), tuple(name for name, _ in missing.most_common()))

@@ -31,7 +31,7 @@ def weights_checksum(model: Any) -> str:
         total = _sum(tensor) if shard is None else all_reduce_sum(_sum(shard))
         parts.append([name, list(full_shape(tensor)), str(tensor.dtype), int(total)])
     settings = [
-        [site, adapter.name, asdict(adapter.config), *method_origin(type(adapter)).items()]
+        [site, adapter.name, asdict(adapter.config), *method_origin(adapter.method_class).items()]
         for site, adapter in adapters(model).items()
     ]
     return digest([parts, settings, plain_config(model.config.to_dict())])

@@ -7,7 +7,7 @@ read it, and :func:`subspace.adapters.inject._weight` chooses for a method that 
 | --- | --- | --- | --- |
 | `dequantized_weight(layer)` | W, maybe the layer's own memory | its own | inside a forward pass |
 | `gather_weight_fp32(layer)` | a copy, on every rank | float32 | outside one; collective |
-| `gather_weight_on_rank(owner, layer)` | a copy on one rank, None on the others | float32 | outside one; collective |
+| `gather_weight_on_rank(owner, layer)` | a copy on one rank, else None | float32, or own | outside one; collective |
 | `read_checkpoint_weight(folder, name)` | W before quantisation, from its file | float32 | anywhere |
 
 A linear layer is one of torch's, one of bitsandbytes', which derive from these, or transformers' ``Conv1D``, GPT-2's,
@@ -76,10 +76,14 @@ def gather_weight_fp32(layer: Any) -> Tensor:
         return dequantized_weight(layer).to(torch.float32, copy=True)
 
 
-def gather_weight_on_rank(owner: int, layer: Any) -> Tensor | None:
-    """Return the result of :func:`gather_weight_fp32` on rank ``owner``, None on others. All ranks must call it."""
+def gather_weight_on_rank(owner: int, layer: Any, dtype: torch.dtype | None = torch.float32) -> Tensor | None:
+    """Return a copy of the whole W on rank ``owner``, None on others. All ranks must call it, outside a forward.
+
+    ``dtype`` None is W's own.
+    """
     with gathered([layer.weight]):
-        return dequantized_weight(layer).to(torch.float32, copy=True) if owner == rank() else None
+        W = dequantized_weight(layer)
+        return W.to(dtype or W.dtype, copy=True) if owner == rank() else None
 
 
 def read_checkpoint_weight(folder: str | Path, name: str, layer: Any = None) -> Tensor | None:

@@ -32,6 +32,7 @@ from subspace.models.bitsandbytes_compat import (
 )
 from subspace.models.config import ModelConfig
 from subspace.models.declared import ModelShape, model_shapes
+from subspace.models.expert_weights import dtype_of_experts
 from subspace.models.files import ModelFiles, as_user_error, read_json, suppress_library_logs
 from subspace.models.frozen_weights import num_parameters, weight_memory_bytes
 from subspace.models.inspection import DEQUANTIZED, check_report, inspect_model, settle, stored_quantization
@@ -266,9 +267,12 @@ class ModelSummary:
     bytes: int  # on this process
     device: str
     sharded: bool
+    experts: str = ""  # the dtype of experts' matrices, which bitsandbytes cannot quantise
 
     def __str__(self) -> str:
         quantized = "" if self.quantize == "none" else f", linears in {self.quantize}"
+        if quantized and self.experts:
+            quantized += f" (not the experts, which bitsandbytes leaves in {self.experts})"
         share = " (this process's share)" if self.sharded else ""
         size = f"{self.parameters / 1e6:,.1f} M parameters, {self.bytes / 1e6:,.1f} MB{share} on {self.device}"
         return f"{self.path}: {self.architecture}, {size}, {self.dtype}{quantized}, {self.attention} attention"
@@ -289,6 +293,7 @@ def summarize_model(model: PreTrainedModel, config: ModelConfig) -> ModelSummary
         bytes=weight_memory_bytes(model),
         device=str(device()),
         sharded=any(is_sharded(parameter) for parameter in parameters),
+        experts=dtype_of_experts(model),
     )
 
 

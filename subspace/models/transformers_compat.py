@@ -21,17 +21,21 @@ release changes the name.
 | `masking_utils.find_packed_sequence_indices` | 5.23.0 | a wait for the GPU in every micro-batch | asks for a value |
 | `cu_seq_lens_q` and three more arguments | 5.23.0 | packing with flash attention waits in every layer | documented |
 | `norm.variance_epsilon` | 5.23.0 | the fast norm on a CPU | read by `kernels/rms_norm.py` |
+| sources of classes with `A_log`; names in `Router` | 5.23.0 | adapters that are passed by, or crash | no list |
+| `experts.is_transposed` | 5.23.0 | adapters at experts whose shapes leave it open | no public reader |
 
 Functions that are public but documented as experimental (`AttentionInterface.register`) are used here too.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +189,55 @@ def layer_number(attention: Any) -> int:
 def embedding_gain(embedding: nn.Module) -> float:
     """Return the factor on the embedding's rows: 1 except for Gemma, whose embedding class has its own."""
     return float(getattr(embedding, "scalar_embed_scale", 1.0))
+
+
+def is_router(module: nn.Module) -> bool:
+    """Return True for a mixture's router, which may derive from a linear layer (Llama 4, Phi) and return more."""
+    return type(module).__name__.endswith("Router")
+
+
+def bypassed_layers(module: nn.Module) -> frozenset[str]:
+    """Return the names of the linear layers of a state-space mixer whose weights its code takes out of them.
+
+    Mamba's mixers hand them to fused kernels, so that an adapter in the layer's place would never be called.
+    """
+    return _weights_read(type(module)) if hasattr(module, "A_log") else frozenset()  # type: ignore[arg-type]
+
+
+@cache
+def _weights_read(mixer: type) -> frozenset[str]:
+    try:
+        source = inspect.getsource(mixer)
+    except (OSError, TypeError):  # there is none
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device))", source))
+
+
+def experts_are_transposed(experts: Any, shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
+    """Return True if experts' matrices are stored ``(experts, in, out)``, False if ``(experts, out, in)``.
+
+    Args:
+        experts: the module that holds them.
+        shapes: of its parameters ``gate_up_proj`` or ``up_proj``, and ``down_proj``.
+
+    Returns:
+        None for a module of another kind.
+    """
+    declared = getattr(experts, "is_transposed", None)
+    if isinstance(declared, bool):
+        return declared
+    if not {"gate_up_proj", "down_proj"} <= shapes.keys():
+        return None
+    (_, a, b), (_, c, d) = shapes["gate_up_proj"], shapes["down_proj"]  # (2 i, h) and (h, i), or (h, 2 i) and (i, h)
+    if (a, b) == (2 * d, c):
+        return False
+    return True if (a, b) == (d, 2 * c) else None
+
+
+def experts_per_token(config: Any, experts: int) -> int:
+    """Return how many of a mixture's routed experts compute each token; all of them where the model does not say."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    return next((int(found) for name in names if (found := getattr(config, name, None))), experts)
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

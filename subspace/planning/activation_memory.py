@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -163,6 +164,14 @@ def _attention(
     return out
 
 
+def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **others: Any) -> Tensor:
+    """Run a mixture's grouped product as one matrix's; the meta device would take bfloat16 alone."""
+    if has_torch_function((weight,)):
+        product: Tensor = handle_torch_function(_grouped_mm, (weight,), x, weight, offs=offs, **others)
+        return product
+    return x @ weight[0]
+
+
 def _dropped_indices(count: int, p: float) -> Tensor:
     """Return as many indices as sparse dropout, used on CPU, draws and saves for the backward pass."""
     return torch.empty(dropout.indices_drawn(count, p), dtype=torch.int64, device="meta")
@@ -174,6 +183,8 @@ def _kernels(*, gpu: bool) -> Iterator[None]:
     # Not a torch dispatch mode, which the thread that recomputes activations would not inherit.
     with contextlib.ExitStack() as stack:
         stack.enter_context(patched(nn.functional, "scaled_dot_product_attention", _attention))
+        if hasattr(nn.functional, "grouped_mm"):
+            stack.enter_context(patched(nn.functional, "grouped_mm", _grouped_mm))
         # What int8's CUDA products keep for the backward pass is what these keep: their input.
         with contextlib.suppress(ImportError):
             stack.enter_context(int8_products_on_meta())

@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 
+from subspace.models.expert_weights import stacks_of_experts
 from subspace.models.frozen_weights import is_linear, layer_sizes
+from subspace.models.transformers_compat import experts_per_token
 from subspace.planning.devices import DeviceSpec
 
 #: Upper end of the time range on this machine, as a multiple of the time of the matrix products alone.
@@ -22,9 +23,15 @@ UTILIZATION = (0.6, 0.15)
 CLOCKS = {"cpu": (1024, 1), "cuda": (8192, 20)}
 
 
-def matrix_work(model: nn.Module, tokens: int, *, recomputed: bool) -> float:
-    """Return the floating-point operations of the frozen products in training on so many tokens."""
+def matrix_work(model: Any, tokens: int, *, recomputed: bool) -> float:
+    """Return the floating-point operations of the frozen products in training on so many tokens.
+
+    Of a mixture's routed experts, each token has the products of a few.
+    """
     numbers = sum(math.prod(layer_sizes(module)) for module in model.modules() if is_linear(module))
+    for stack in stacks_of_experts(model):
+        used = min(experts_per_token(model.config, stack.num_experts), stack.num_experts)
+        numbers += used * stack.in_features * stack.out_features
     return 2.0 * numbers * tokens * _passes(recomputed)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from subspace.adapters.inject import adapters, trained_parameters
 from subspace.distributed.deepspeed_config import OFFLOAD
 from subspace.models.bitsandbytes_compat import scale_tensors, storage_format
+from subspace.models.expert_weights import dtype_of_experts
 
 #: Bytes that bitsandbytes needs on a CPU for each element of a matrix that it quantises: the matrix, a float32 copy,
 #: and code book indices as int64. On a GPU it is one kernel.
@@ -39,6 +40,7 @@ class StaticMemory:
         self.state = round(state * self.trained)  # the full optimizer state
         self.whole = self.spread = self.scales = self.own = self.largest = self.quantized = 0
         mine = {id(t) for adapter in adapters(model).values() for t in adapter.own_tensors().values()}
+        self.experts = dtype_of_experts(model)
         threshold = self.zero.get("stage3_param_persistence_threshold", 0) if self.stage == 3 else None
         seen: set[int] = set()
         for module in model.modules():
@@ -62,7 +64,10 @@ class StaticMemory:
         """Yield the items in use between two steps."""
         frozen_away = bool(self.zero.get("offload_param"))
         states_away = bool(self.zero.get(OFFLOAD))
-        yield MemoryItem("frozen weights" + (" (this process's share)" if self.spread else ""), self.share, frozen_away)
+        share = " (this process's share)" if self.spread else ""
+        # bitsandbytes quantises linear layers; stacks of experts' matrices stay as they are.
+        whole = f", experts in {self.experts}" if self.experts and self.quantized else ""
+        yield MemoryItem(f"frozen weights{whole}{share}", self.share, frozen_away)
         if self.scales:
             yield MemoryItem("scales of the quantisation", self.scales)
         if self.stage == 3:

@@ -119,7 +119,7 @@ def run_schedules(
 ) -> None:
     """Call the methods' schedules, before the update, when gradients are available, or after it. Collective."""
     for group in groups:
-        getattr(type(group[0]), when)(group, progress, access)
+        getattr(group[0].method_class, when)(group, progress, access)
         if when == "after_step":
             for adapter in group:
                 adapter.clear_cache()  # computed from values that have changed

@@ -15,6 +15,7 @@ from subspace.adapters.inject import adapters, inject, trained_parameters
 from subspace.adapters.registry import list_methods
 from subspace.adapters.targets import ALL_LINEAR, DEFAULT_TARGETS, coverage, find_target_modules, usual_names
 from subspace.errors import UserError
+from tests.helpers.tiny_models import MIXTURES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 384,
@@ -41,8 +42,9 @@ DEEPSEEK = {
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4,
 }  # fmt: skip
+EXPERTS, UP_EXPERTS = "gate_up_proj down_proj", "up_proj down_proj"
 #: By transformers' model_type: what it needs besides the sizes, the linear layers that usual targets mean, the share of
-#: the decoder's weights that they are, in per cent, and the largest of what they leave out where that is experts.
+#: the decoder's weights that they are, in per cent, and which of them are stacks of experts' matrices.
 ARCHITECTURES: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "llama": ({}, LLAMA, 67, ""),
     "mistral": ({}, LLAMA, 67, ""),
@@ -69,25 +71,38 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "falcon": ({"head_dim": None}, NEOX, 90, ""),
     "bloom": ({}, NEOX, 92, ""),
     "lfm2": ({}, "q_proj k_proj v_proj w3 w2", 67, ""),
-    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2}, "q_proj k_proj v_proj", 7, "experts.gate_up_proj"),
-    "qwen3_moe": (MOE, "q_proj k_proj v_proj", 22, "experts.gate_up_proj"),
-    "qwen2_moe": ({**MOE, "shared_expert_intermediate_size": 32}, LLAMA, 28, "experts.gate_up_proj"),
-    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2}, "q_proj k_proj v_proj", 7, "experts.gate_up_proj"),
+    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2}, FUSED_MLP, 96, EXPERTS),
+    "qwen3_moe": (MOE, FUSED_MLP, 88, EXPERTS),
+    "qwen2_moe": ({**MOE, "shared_expert_intermediate_size": 32}, f"{FUSED_MLP} up_proj", 85, EXPERTS),
+    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2}, FUSED_MLP, 96, EXPERTS),
     "llama4_text": (
-        {"num_local_experts": 2, "intermediate_size_mlp": 128}, LLAMA, 29, "experts.gate_up_proj",
+        {"num_local_experts": 2, "intermediate_size_mlp": 128}, f"{FUSED_MLP} up_proj", 86, EXPERTS,
     ),
     "deepseek_v3": (
-        DEEPSEEK, "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj up_proj down_proj", 42, "experts.gate_up_proj",
+        DEEPSEEK, "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj up_proj gate_up_proj down_proj", 75, EXPERTS,
     ),
     "qwen3_next": (
         {**MOE, **LINEAR, "shared_expert_intermediate_size": 32},
-        "in_proj_qkvz q_proj k_proj v_proj up_proj down_proj", 34, "experts.gate_up_proj",
+        f"in_proj_qkvz {FUSED_MLP} up_proj", 85, EXPERTS,
     ),
     "jamba": (
         {"num_experts": 2, "mamba_d_state": 8, "use_mamba_kernels": False, "attn_layer_period": 2,
          "attn_layer_offset": 1},
-        LLAMA, 21, "experts.gate_up_proj",
+        f"{FUSED_MLP} up_proj", 64, EXPERTS,
     ),
+    "glm4_moe": (
+        {**MOE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        f"{FUSED_MLP} up_proj", 77, EXPERTS,
+    ),
+    "phimoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, FUSED_MLP, 96, EXPERTS),
+    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, FUSED_MLP, 96, EXPERTS),
+    "granitemoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, FUSED_MLP, 96, EXPERTS),
+    "granitemoehybrid": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "mamba_n_heads": 4, "layer_types": ["mamba", "attention"]},
+        f"{FUSED_MLP} input_linear output_linear", 90, EXPERTS,
+    ),
+    "nemotron_h": (MIXTURES["nemotron_h"], LLAMA, 87, UP_EXPERTS),
+    "cohere2": ({}, LLAMA, 67, ""),
 }  # fmt: skip
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -107,12 +122,13 @@ def last_names(names: Any) -> set[str]:
 
 @every_architecture
 def test_usual_targets_are_what_the_architecture_calls_them(architecture: str) -> None:
-    model, (_, names, share, largest) = build(architecture), ARCHITECTURES[architecture]
+    model, (_, names, share, experts) = build(architecture), ARCHITECTURES[architecture]
     found = inject(model, "lora", {"r": 2})
     assert last_names(found) == set(names.split())
     reach = coverage(model, "linear", list(found))
     assert round(100 * reach.reached / reach.total) == share
-    assert largest in (reach.missing[0] if reach.missing else "")
+    assert last_names(site for site in found if ".experts." in site) == set(experts.split())
+    assert not any("experts" in name and "shared" not in name for name in reach.missing)
     assert f"{share}%" in str(reach)
     model(torch.randint(3, 380, (2, 8)), labels=torch.randint(3, 380, (2, 8))).loss.backward()
     assert not [name for name, parameter in trained_parameters(model).items() if parameter.grad is None]
@@ -122,10 +138,31 @@ def test_usual_targets_are_what_the_architecture_calls_them(architecture: str) -
 def test_all_linear_is_every_linear_layer_but_the_head(architecture: str) -> None:
     model: Any = build(architecture)
     head = model.get_output_embeddings()
-    kinds = nn.Linear, Conv1D
-    linears = [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    linears, passed = [], {"jamba": "dt_proj", "granitemoehybrid": "mamba.out_proj"}.get(architecture, "no layer")
+    for name, module in model.named_modules():
+        plain = isinstance(module, (nn.Linear, Conv1D)) and "Router" not in type(module).__name__
+        if plain and module is not head and not name.endswith(passed):
+            linears.append(name)
+        if name.endswith(".experts"):
+            linears += [f"{name}.{key}" for key, p in module.named_parameters(recurse=False) if p.ndim == 3]
     assert list(find_target_modules(model, "linear", [ALL_LINEAR])) == linears
     assert list(find_target_modules(model, "linear", ALL_LINEAR)) == linears
+
+
+@every_architecture
+def test_all_linear_can_be_trained(architecture: str) -> None:
+    model: Any = build(architecture).train()
+    inject(model, "lora", {"r": 2}, targets=ALL_LINEAR)
+    ids = torch.randint(3, 380, (2, 8))
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert not [name for name, parameter in trained_parameters(model).items() if parameter.grad is None]
+
+
+def test_a_layer_that_the_models_code_passes_by_is_refused_by_name() -> None:
+    with pytest.raises(
+        UserError, match=r"target 'dt_proj' is a layer of a state-space mixer, model\S+mamba\.dt_proj, whose"
+    ):
+        inject(build("jamba"), "lora", targets=["q_proj", "dt_proj"])
 
 
 @every_architecture

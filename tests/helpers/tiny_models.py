@@ -56,6 +56,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {},  # fused projections
 }
 
+#: The same for mixtures of experts, each of which stores or computes its experts in a way of its own.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},  # transposed, with biases
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 128},  # transposed, all in one product
+    "nemotron_h": {  # no gate
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 32, "layers_block_type": ["attention", "moe"],
+    },
+}  # fmt: skip
+
 TEXT = """The quick brown fox jumps over the lazy dog. A man is holding a book and reads it to his children.
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
 ### Instruction: Please answer the following question with true or false, question: is ice cream cold?
@@ -68,13 +80,16 @@ Solution1: pour the milk into a bowl. Solution2: boil the eggs for 12 minutes. E
 
 def tiny(architecture: str, folder: Path | None = None, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Build a random model of an architecture, in eval mode; save it in ``folder``, with a tokenizer, if given."""
-    config = AutoConfig.for_model(architecture, **{**SIZES, **ARCHITECTURES[architecture], **overrides})
+    own = ARCHITECTURES[architecture] if architecture in ARCHITECTURES else MIXTURES[architecture]
+    config = AutoConfig.for_model(architecture, **{**SIZES, **own, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms start as the identity and biases at zero, which would hide mistakes
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1 if "norm" in name else 0.3)
+            elif "experts" in name and not parameter.is_meta and not parameter.any():  # as their biases
+                parameter.data.normal_(std=0.15)
     if folder is not None:
         save(model, bpe_tokenizer(), folder)
     return model

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from subspace.common.patching import patched
 from subspace.models import transformers_compat as compat
-from tests.helpers.tiny_models import tiny, tiny_llama
+from tests.helpers.tiny_models import MIXTURES, tiny, tiny_llama
 
 VERSION = f"transformers {transformers.__version__}"
 
@@ -184,3 +184,43 @@ def test_models_that_keep_a_state_say_so() -> None:
 
     told = [compat.is_stateful(kind) for kind in (JambaForCausalLM, LlamaForCausalLM)]
     assert told == [True, False], f"{VERSION} changed _is_stateful"
+
+
+def test_experts_say_how_their_matrices_lie_where_their_shapes_do_not() -> None:
+    blame = f"{VERSION} changed is_transposed, which use_experts_implementation sets"
+    for architecture in MIXTURES:
+        model = tiny(architecture)
+        modules = [module for name, module in model.named_modules() if name.endswith(".experts")]
+        assert modules
+        for experts in modules:
+            if architecture != "llama4_text":
+                assert experts.is_transposed is (architecture == "gpt_oss"), blame
+            shapes = {name: tuple(p.shape) for name, p in experts.named_parameters() if p.ndim == 3}
+            assert compat.experts_are_transposed(experts, shapes) is (architecture in ("gpt_oss", "llama4_text"))
+    assert compat.experts_are_transposed(torch.nn.Conv1d(2, 3, 4), {"weight": (3, 2, 4)}) is None
+
+
+def test_a_mixture_tells_how_many_experts_a_token_has() -> None:
+    assert [compat.experts_per_token(tiny(name).config, 99) for name in MIXTURES] == [2, 2, 2, 1, 2]
+    assert compat.experts_per_token(tiny_llama().config, 99) == 99
+
+
+def test_routers_and_layers_that_are_passed_by_are_known() -> None:
+    from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+    from transformers.models.llama4.modeling_llama4 import Llama4Router
+    from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    blame = f"{VERSION} changed how state-space mixers read their layers' weights"
+    for kind, layers in ((JambaMambaMixer, {"dt_proj"}), (GraniteMoeHybridMambaLayer, {"out_proj"})):
+        mixer = object.__new__(kind)
+        mixer.__dict__["A_log"] = None
+        assert {name for name in compat.bypassed_layers(mixer) if name.endswith("proj")} == layers, blame
+    delta = object.__new__(Qwen3NextGatedDeltaNet)
+    delta.__dict__["A_log"] = None
+    assert not {name for name in compat.bypassed_layers(delta) if name.endswith("proj")}, blame
+    assert not compat.bypassed_layers(tiny_llama())
+    for router in (Llama4Router, PhimoeTopKRouter):
+        assert compat.is_router(object.__new__(router)), f"{VERSION} renamed its routers"
+        assert issubclass(router, torch.nn.Linear)

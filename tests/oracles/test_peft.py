@@ -290,3 +290,49 @@ def test_prompts(method: str, settings: dict[str, Any], kind: str, names: dict[s
         expected = theirs[name].grad
         assert expected is not None
         assert torch.allclose(adapter.trained()[key].grad, expected, atol=1e-5 * float(expected.abs().max()))  # type: ignore[arg-type]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_lora_at_experts_is_pefts_target_parameters(architecture: str, rslora: bool) -> None:
+    """PEFT adds dW to the stack, ours multiplies by its factors: same updates, outputs and gradients."""
+    names = ["up_proj" if architecture == "nemotron_h" else "gate_up_proj", "down_proj"]
+    mine, frozen = tiny(architecture), tiny(architecture)
+    inject(mine, "lora", {"r": 2, "alpha": 4, "rslora": rslora}, targets=[rf"experts\.{name}" for name in names])
+    torch.manual_seed(3)
+    for parameter in trained_parameters(mine).values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    wanted = [f"experts.{name}" for name in names]
+    config = peft.LoraConfig(r=2, lora_alpha=4, use_rslora=rslora, target_modules=[], target_parameters=wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other: Any = peft.get_peft_model(tiny(architecture), config)
+    wrappers = {}
+    for name, module in other.named_modules():
+        if hasattr(module, "parameter_name"):
+            holder = name.removeprefix("base_model.model.").partition(".experts")[0]
+            wrappers[f"{holder}.experts.{module.parameter_name}"] = module
+    assert wrappers.keys() == adapters(mine).keys()
+    for site, adapter in adapters(mine).items():
+        A, B = adapter.trained()["A"].detach(), adapter.trained()["B"].detach()
+        wrappers[site].lora_A["default"].weight.data = A.flatten(0, 1).clone()
+        wrappers[site].lora_B["default"].weight.data = B.permute(1, 2, 0).flatten(1).clone()
+        merged = adapter.merged()["weight"]
+        assert merged is not None
+        update = merged - adapter.base.weight
+        theirs = wrappers[site].get_delta_weight("default")
+        assert torch.allclose(update, theirs, atol=1e-5 * theirs.abs().max().item())
+    own, their = mine(IDS, use_cache=False).logits, other(IDS, use_cache=False).logits
+    assert torch.allclose(own, their, atol=2e-5 * their.abs().max().item())
+    assert (own - frozen(IDS, use_cache=False).logits).abs().max() > 1e-3 * their.abs().max()
+    for logits in (own, their):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+    for site, adapter in adapters(mine).items():
+        count, wrapper = adapter.num_matrices, wrappers[site]
+        A = wrapper.lora_A["default"].weight.grad.unflatten(0, (count, -1))
+        B = wrapper.lora_B["default"].weight.grad.unflatten(1, (-1, count)).permute(2, 0, 1)
+        for name, exact in (("A", A), ("B", B)):
+            found = adapter.trained()[name].grad
+            assert found is not None
+            assert torch.allclose(found, exact, atol=1e-4 * exact.abs().max().item()), (site, name)

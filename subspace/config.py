@@ -174,7 +174,9 @@ def with_current_names(plain: Mapping[str, Any]) -> dict[str, Any]:
 
     current = dict(plain)
     for name, cls in SECTIONS.items():
-        current[name] = current_names(cls, plain.get(name, {}))
+        # What was no setting yet was as it is by default now.
+        defaults = {key: info.default for key, info in declared_settings(cls).items()}
+        current[name] = {**defaults, **current_names(cls, plain.get(name, {}))}
     method = plain[METHOD]
     current[METHOD] = entry(method) if isinstance(method, Mapping) else [entry(values) for values in method]
     return current

@@ -13,6 +13,7 @@ from subspace.adapters.parameter_count import count_numbers
 from subspace.config import RunConfig
 from subspace.data.dataset import Data, Fed
 from subspace.data.sampler import StepPlan, draw_steps
+from subspace.data.tasks import find_mixture
 from subspace.distributed.deepspeed_config import (
     BatchLayout,
     EngineConfig,
@@ -98,7 +99,14 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device, *, her
         raise UserError("train.validate_every needs held-out rows, but data.validation is 0. Set it to 120, say")
     if config.data.packing:
         check_packing([method for method, _ in methods])
-    return ResolvedRun(config, layout, engine, device)
+    return ResolvedRun(_with_data_defaults(config), layout, engine, device)
+
+
+def _with_data_defaults(config: RunConfig) -> RunConfig:
+    """Return the configuration with what null stands for in the settings of the data, where that is known."""
+    if any(part.data for part in find_mixture(config.data.mixture).parts):
+        return config  # the longest row and the tokenizer decide
+    return replace(config, data=config.data.of_tasks())
 
 
 def _inspected(model: ModelConfig) -> ModelConfig:

@@ -40,7 +40,7 @@ from subspace.models.base_record import BaseRecord, base_record, check_base, ide
 from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.inspection import settle
 from subspace.models.liger_compat import apply_liger
-from subspace.models.loading import ModelSummary, open_model, open_tokenizer, summarize_model
+from subspace.models.loading import ModelSummary, model_limits, open_model, open_tokenizer, summarize_model
 from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan
 from subspace.training.acceleration import compile_layers
 from subspace.training.checkpoint import last_checkpoint_hint
@@ -92,6 +92,7 @@ def _train_on_rows(run: ResolvedRun, data: Data, plan: StepPlan, base: BaseRecor
     if resumed:
         notices += describe_resume(resumed, run)
     notices += [*run.engine.notices, *data.notices, *write_run_metadata(run, model, summary, methods, data, resumed)]
+    notices.append(data.example)
 
     began = time.perf_counter()
     with TrainLogger(
@@ -125,7 +126,8 @@ def open_run_data(run: ResolvedRun) -> tuple[Data, StepPlan]:
     config = run.config
     progress = show_progress if launched_rank() == 0 else no_progress
     draw = step_draw(config, run.layout)
-    data = open_data(config.data, open_tokenizer(config.model), config.train.seed, progress, draw)
+    limits = model_limits(config.model)
+    data = open_data(config.data, open_tokenizer(config.model), config.train.seed, progress, draw, limits)
     return data, step_plan(data, config, run.layout)
 
 

@@ -44,6 +44,10 @@ def values(key: SettingInfo) -> Any:
     """Return a value that a setting may have and that is not its default."""
     if key.name == "published":
         return {"source": "a paper", "boolq": 70.5}
+    if key.name == "columns":
+        return {"instruction": "question"}
+    if key.name == "date":
+        return "2024-02-29"
     word = next((choice for choice in key.choices if choice not in (key.default, *(key.default or []))), "other")
     changed = {bool: not key.default, int: 3, float: 0.75, str: word, list: [word], dict: {"anywhere": {}}}
     kinds = [typing.get_origin(kind) or kind for kind in key.types]

@@ -45,7 +45,7 @@ def setting(
         max: The largest value of a number.
         choices: The allowed values of a text, or of each entry of a list.
         formerly: Its old name, still accepted with a notice.
-        former_values: Old values under that name, each with its current one.
+        former_values: Old values, each with its current one; under the old name only, if it has one.
     """
     metadata = {
         "doc": doc,
@@ -120,8 +120,9 @@ class Settings:
 
 
 def current_names(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with old setting names, as declared by ``formerly``, replaced by the current ones."""
-    former = {info.formerly: info for info in declared_settings(cls).values() if info.formerly}
+    """Return values with old names and values of settings, as they declare them, replaced by the current ones."""
+    declared = declared_settings(cls)
+    former = {info.formerly or name: info for name, info in declared.items() if info.formerly or info.former_values}
     current: dict[str, Any] = {}
     for key, value in values.items():
         info = former.get(key)

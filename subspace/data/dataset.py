@@ -15,11 +15,14 @@ import numpy as np
 
 from subspace.common.progress import Progress, no_progress
 from subspace.data import tokenization
+from subspace.data.chat.example import show_row
+from subspace.data.chat.limits import NO_LIMITS, ModelLimits
+from subspace.data.chat.row_cache import RowCache
 from subspace.data.collate import IGNORE_INDEX, Batch, TokenRow, collate
-from subspace.data.config import DataConfig
-from subspace.data.records import TextRows, source_rows, task_rows
+from subspace.data.config import TASK_LENGTH, DataConfig
+from subspace.data.records import task_rows
 from subspace.data.tasks import Mixture, MixturePart, find_mixture, prompt_template
-from subspace.data.token_cache import Integers, PartCache, TokenTable, open_table, split_by_part
+from subspace.data.token_cache import Integers, Part, PartCache, TokenTable, open_table, split_by_part
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ class Data:
     """Training and held-out rows of a run; ``report`` has their counts, and ``notices`` messages to the user.
 
     ``parts`` maps the name of each task's split, or file, in the table of token ids to its first row there.
+    ``example`` is one row as it is trained on, for people to look at.
     """
 
     train: Tokenized
@@ -88,6 +92,7 @@ class Data:
     notices: tuple[str, ...]
     parts: dict[str, int] = field(default_factory=dict)
     packing: bool = False
+    example: str = ""
 
     @property
     def digest(self) -> str:
@@ -126,6 +131,7 @@ def open_data(
     seed: int = 0,
     progress: Progress = no_progress,
     fed: Fed | None = None,
+    limits: ModelLimits = NO_LIMITS,
 ) -> Data:
     """Return the mixture's data as token ids, encoding rows that are not in the cache. Safe to call concurrently.
 
@@ -135,16 +141,24 @@ def open_data(
         seed: decides which rows are held out, and which are drawn if a mixture or ``limit`` takes a part of them.
         progress: progress display of the encoding.
         fed: the rows that will be read, as ``partial(draw_steps, batch=16, steps=12)``; None for all.
+        limits: what the model can take.
 
     Raises:
-        UserError: a mixture, task or file does not exist, or has no row that fits into ``max_length``.
+        UserError: a mixture, task or file does not exist, or has no row that fits into ``max_length``; or a row has
+            tokens that the model does not.
     """
     mixture, parts, absent = _concatenate_parts(config, tokenizer, progress)
-    rows = _select_rows(mixture, parts, config, tokenizer, seed)
+    max_length = _max_length(config, parts, limits)
+    rows = _select_rows(mixture, parts, config, tokenizer, seed, max_length)
     table = open_table(list(parts.values()), rows.encoded(fed))
+    limits.check_ids(
+        table.ids,
+        lambda at: _place(parts, int(np.flatnonzero(table.position == at)[0])),
+        lambda number: str(tokenizer.convert_ids_to_tokens(number)),
+    )
     prefix = len(tokenization.bos_prefix(tokenizer))
     train, validation, read = (
-        Tokenized(table, numbers, config.max_length, prefix) for numbers in (rows.train, rows.validation, rows.fed(fed))
+        Tokenized(table, numbers, max_length, prefix) for numbers in (rows.train, rows.validation, rows.fed(fed))
     )
     report = _report(mixture, absent, rows, train, read)
     assert tokenizer.pad_token_id is not None
@@ -154,22 +168,34 @@ def open_data(
         pad_id=int(tokenizer.pad_token_id),
         loss_on=config.loss_on,
         report=report,
-        notices=(*(told for part in parts.values() for told in part.told), *_notices(report, config.max_length, read)),
+        notices=(
+            *(told for part in parts.values() for told in part.told),
+            *rows.notices,
+            *_notices(report, max_length, read),
+        ),
         parts=dict(zip(parts, _begins(parts), strict=True)),
         packing=config.packing,
+        example=show_row(read[0], tokenizer, config.loss_on, _place(parts, int(read.order[0]))),
     )
 
 
-def is_encoded(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, fed: Fed | None = None) -> bool:
+def is_encoded(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    fed: Fed | None = None,
+    limits: ModelLimits = NO_LIMITS,
+) -> bool:
     """Return True if the cache has all token ids that ``open_data`` would need."""
     mixture, parts, _ = _concatenate_parts(config, tokenizer, no_progress)
     if not all(part.is_indexed for part in parts.values()):
         return False
-    rows = _select_rows(mixture, parts, config, tokenizer, seed).encoded(fed)
+    max_length = _max_length(config, parts, limits)
+    rows = _select_rows(mixture, parts, config, tokenizer, seed, max_length).encoded(fed)
     return not any(len(part.missing(numbers)) for part, _, numbers in split_by_part(list(parts.values()), rows))
 
 
-Parts = dict[str, PartCache]
+Parts = dict[str, Part]
 """Prepared parts of a mixture by name: each once, with rows numbered consecutively through all."""
 
 
@@ -178,19 +204,35 @@ def _concatenate_parts(
 ) -> tuple[Mixture, Parts, list[str]]:
     """Return the mixture, its prepared parts, and the names of the parts that are not prepared."""
     mixture = find_mixture(config.mixture)
-    prepared = {part.name: rows for part in mixture.parts if (rows := part_rows(part, config, tokenizer))}
+    prepared = {part.name: rows for part in mixture.parts if (rows := _part(part, config, tokenizer, progress))}
     absent = [part.name for part in mixture.parts if part.name not in prepared]
     if not prepared:
         raise UserError(f"nothing of {mixture.name} is in the source it was prepared from: {', '.join(absent)}")
-    return mixture, {name: PartCache(rows, tokenizer, progress) for name, rows in prepared.items()}, absent
+    return mixture, prepared, absent
 
 
-def part_rows(part: MixturePart, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TextRows | None:
-    """Return the rows of a part of a mixture, or None if the source of its task does not have them."""
-    template = prompt_template(config.prompt)
+def _part(part: MixturePart, config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Part | None:
+    """Return a part of a mixture, or None if the source of its task does not have its rows."""
+    template = prompt_template(config.prompt_name)
     if part.task:
-        return task_rows(part.task, part.split, template)
-    return source_rows(part.source(config.columns), template, tokenizer, config.bad_rows)
+        rows = task_rows(part.task, part.split, template)
+        return PartCache(rows, tokenizer, progress) if rows else None
+    return RowCache(part.source(config.columns), tokenizer, template, config, progress)
+
+
+def _max_length(config: DataConfig, parts: Parts, limits: ModelLimits) -> int:
+    """Return the most tokens of a row: what is set, or what the data takes, and no more than the model does."""
+    own = [part for part in parts.values() if isinstance(part, RowCache)]
+    longest = max((int(part.needed(0).max()) for part in own if len(part)), default=0)
+    wanted = config.max_length or max(longest, TASK_LENGTH if len(own) < len(parts) else 2)
+    return min(wanted, limits.positions or wanted)
+
+
+def _place(parts: Parts, row: int) -> str:
+    """Return the place of a row."""
+    begins = _begins(parts)
+    number = int(np.searchsorted(begins, row, side="right")) - 1
+    return list(parts.values())[number].place(row - begins[number])
 
 
 def _begins(parts: Parts) -> list[int]:
@@ -202,8 +244,8 @@ def _begins(parts: Parts) -> list[int]:
 class _Selection:
     """Rows to train on and to hold out, numbered through all parts, and counts of rows.
 
-    ``by_part`` counts the rows of each part of the mixture, ``total`` all of them, and ``dropped`` those whose answers
-    do not fit.
+    ``by_part`` counts the rows of each part of the mixture, ``total`` all of them, and ``dropped`` those that do not
+    fit: of people's own rows ``too_long``, of which ``notices`` tell, and tasks' rows whose answers do not.
     """
 
     by_part: dict[str, int]
@@ -211,6 +253,8 @@ class _Selection:
     dropped: int
     train: Integers
     validation: Integers
+    too_long: int = 0
+    notices: tuple[str, ...] = ()
 
     def fed(self, fed: Fed | None) -> Integers:
         """Return the training rows that the steps use, each as often as the mixture has it."""
@@ -222,9 +266,9 @@ class _Selection:
 
 
 def _select_rows(
-    mixture: Mixture, parts: Parts, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    mixture: Mixture, parts: Parts, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, max_length: int
 ) -> _Selection:
-    """Return the rows to train on and to hold out, by the keys of their texts and the lengths of their answers."""
+    """Return the rows to train on and to hold out, by the keys of their texts and their lengths."""
     draw = np.random.default_rng(seed)
     begins = dict(zip(parts, _begins(parts), strict=True))
     taken = {
@@ -233,16 +277,19 @@ def _select_rows(
         if part.name in parts
     }
     order = np.concatenate(list(taken.values()))
-    keys, answer_lengths = (np.concatenate(columns) for columns in zip(*(p.index for p in parts.values()), strict=True))
+    keys = np.concatenate([part.index[0] for part in parts.values()])
     if mixture.deduplicate:
         order = order[np.sort(np.unique(keys[order], return_index=True)[1])]
 
-    # The answer needs a token before it, and is never cut.
-    needed = answer_lengths[order] + max(len(tokenization.bos_prefix(tokenizer)), 1)
-    kept = order[needed <= config.max_length]
+    # An answer needs a token before it, and is never cut; a row of one's own is not cut at all.
+    prefix = len(tokenization.bos_prefix(tokenizer))
+    needed = np.concatenate([part.needed(prefix) for part in parts.values()])
+    kept = order[needed[order] <= max_length]
+    too_long = _too_long(parts, order, needed, max_length)
+    notices = (_tell_too_long(parts, too_long, needed, config, max_length),) if len(too_long) else ()
     if not len(kept):
-        least = f"its shortest answer takes {needed.min()} with the token before it" if len(needed) else "it has none"
-        raise UserError(f"no row of {mixture.name} fits into data.max_length={config.max_length} tokens: {least}")
+        least = f"the shortest takes {needed[order].min()}" if len(order) else "it has none"
+        raise UserError(f"no row of {mixture.name} fits into data.max_length={max_length} tokens: {least}")
     train, validation = _hold_out(kept, keys, config.validation, mixture.name, draw)
     if config.limit is not None and config.limit < len(train):
         train = train[np.sort(draw.permutation(len(train))[: config.limit])]
@@ -250,7 +297,25 @@ def _select_rows(
     for number, part_rows in taken.items():
         name = _name(mixture.parts[number])
         by_part[name] = by_part.get(name, 0) + len(part_rows)
-    return _Selection(by_part, len(order), len(order) - len(kept), train, validation)
+    return _Selection(by_part, len(order), len(order) - len(kept), train, validation, len(too_long), notices)
+
+
+def _too_long(parts: Parts, order: Integers, needed: Integers, max_length: int) -> Integers:
+    """Return the rows of people's own that do not fit."""
+    own = np.concatenate([np.full(len(part), isinstance(part, RowCache)) for part in parts.values()])
+    found: Integers = order[own[order] & (needed[order] > max_length)]
+    return found
+
+
+def _tell_too_long(parts: Parts, found: Integers, needed: Integers, config: DataConfig, max_length: int) -> str:
+    """Return a notice about rows that do not fit, or raise UserError if they are to be refused."""
+    limit = "data.max_length" if max_length == config.max_length else "the model's positions"
+    first = ", ".join(f"{_place(parts, int(row))} ({needed[row]:,})" for row in found[:3])
+    what = f"{len(found):,} rows are longer than {limit}, {max_length:,} tokens: {first}"
+    what += ", ..." if len(found) > 3 else ""
+    if config.too_long == "refuse":
+        raise UserError(f"{what}. Shorten them, allow more, or leave them out: data.too_long=drop")
+    return f"{what}. They are left out, because no row of yours is cut"
 
 
 def _report(mixture: Mixture, absent: list[str], rows: _Selection, train: Tokenized, fed: Tokenized) -> dict[str, Any]:
@@ -269,6 +334,7 @@ def _report(mixture: Mixture, absent: list[str], rows: _Selection, train: Tokeni
         "answer_tokens": int(fed.answers.sum()),
         "cut": int((fed.uncut_lengths > fed.max_length).sum()),
         "dropped": rows.dropped,
+        "too_long": rows.too_long,
     }
 
 
@@ -283,8 +349,9 @@ def _notices(report: dict[str, Any], max_length: int, fed: Tokenized) -> Iterato
             f"{report['cut']:,} of {report['fed']:,} rows are longer than data.max_length={max_length} tokens and lose "
             f"the beginning of their prompt; {int(fed.uncut_lengths.max())} would keep all"
         )
-    if report["dropped"]:
-        yield f"{report['dropped']:,} rows were dropped: their answers alone are longer than data.max_length"
+    if report["dropped"] > report["too_long"]:
+        dropped = report["dropped"] - report["too_long"]
+        yield f"{dropped:,} rows were dropped: their answers alone are longer than data.max_length"
 
 
 def _take(available: int, part: MixturePart, draw: np.random.Generator) -> Integers:

@@ -147,9 +147,8 @@ class PartCache:
 
     @property
     def told(self) -> list[str]:
-        """Notices to the user about the rows, as reading them gave."""
-        facts = read_manifest(self._beside("index"))
-        return list(facts.get("told", [])) if facts else []
+        """Notices to the user about the rows: none."""
+        return []
 
     def needed(self, prefix: int) -> Integers:
         """Return how long a row must be allowed to be for each of these: the answer and a token before it are kept.
@@ -206,7 +205,7 @@ class PartCache:
             "key": keys.view(np.int64),  # Arrow and the order of rows take them as signed
             "answer_length": [len(self._ended(ids)) for ids in answers],
         }
-        return {**self._save(columns, work), "told": self.part.told}
+        return self._save(columns, work)
 
     def _build_rows(self, work: Path, rows: Integers) -> dict[str, Any]:
         columns: dict[str, Any] = {"row": rows, **self._encode([self.texts[row] for row in rows])}
@@ -218,7 +217,7 @@ class PartCache:
         with self.progress(f"encoding {self.part.name}", len(texts), "rows") as at:
             for begin in range(0, len(texts), ENCODED_AT_ONCE):
                 chunk = texts[begin : begin + ENCODED_AT_ONCE]
-                for ids, start in tokenization.encode_rows(self.tokenizer, chunk, special=not self.part.chat):
+                for ids, start in tokenization.encode_rows(self.tokenizer, chunk):
                     ended = self._ended(ids)
                     columns["input_ids"].append(np.asarray(ended, dtype=np.int32))
                     columns["answer_start"].append(start)
@@ -227,13 +226,8 @@ class PartCache:
         return columns
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Return the ids with an end token, which most chat templates have written already."""
         # By id: as text, an end would have to be recognised again, which not every tokenizer does.
-        return ids if ids and ids[-1] in self._own_ends else [*ids, self.tokenizer.eos_token_id]
-
-    @cached_property
-    def _own_ends(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids) if self.part.chat else set()
+        return [*ids, self.tokenizer.eos_token_id]
 
     def _save(self, columns: dict[str, Any], work: Path) -> dict[str, Any]:
         save_table(columns, work)
@@ -267,6 +261,8 @@ class Part(Protocol):
     def is_indexed(self) -> bool: ...
     @property
     def index(self) -> tuple[Integers, Integers]: ...
+    @property
+    def told(self) -> list[str]: ...
     def __len__(self) -> int: ...
     def needed(self, prefix: int) -> Integers: ...
     def missing(self, rows: Integers) -> Integers: ...

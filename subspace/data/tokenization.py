@@ -36,9 +36,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, 
     return encoded
 
 
-def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]], *, special: bool = True
-) -> list[tuple[list[int], int]]:
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Return for every (prompt, answer) to train on its ids, and the number of the prompt's.
 
     The prompt's ids equal those of ``encode_prompt``, and the answer's those of ``encode_answers``.
@@ -46,11 +44,10 @@ def encode_rows(
     Args:
         tokenizer: the model's.
         rows: (prompt, answer) texts.
-        special: begin with the tokenizer's prefix (BOS); False for chat templates, which contain it already.
     """
     prompts = [_cut(prompt, answer)[0] for prompt, answer in rows]
     ids = _encode(tokenizer, prompts)
-    start = bos_prefix(tokenizer) if special else []
+    start = bos_prefix(tokenizer)
     encoded = []
     for prompt, answer in zip(prompts, encode_answers(tokenizer, rows), strict=True):
         context = start + ids[prompt] or _beginning(tokenizer)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from subspace.data.chat.limits import ModelLimits
 from subspace.distributed.device import device
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError, nearest
@@ -251,6 +252,18 @@ def _check_special_tokens(files: ModelFiles) -> None:
                     f"the tokenizer of model {files.name!r} has an empty {name}, which no text can hold, in {file}. "
                     f'Set "{name}" there to the text of that token, or to null'
                 )
+
+
+def model_limits(config: ModelConfig) -> ModelLimits:
+    """Return how long a row may be for the model, and how many rows its embedding has."""
+    files = find_files(config)
+    architecture: Any = files.architecture(trust_remote_code=config.trust_remote_code)
+    text = architecture.get_text_config()
+    positions, scaling = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    if positions and original and factor:
+        positions = max(positions, int(original * factor))
+    return ModelLimits(positions, getattr(text, "vocab_size", None))
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.parameter_count import count_trained
 from subspace.common.host_memory import resident_memory
 from subspace.config import RunConfig
+from subspace.data.config import TASK_LENGTH
 from subspace.data.dataset import Data, is_encoded, open_data
 from subspace.data.sampler import shard_batch
 from subspace.data.tasks import find_mixture
 from subspace.distributed.deepspeed_config import BatchLayout
 from subspace.distributed.device import device
 from subspace.errors import UserError
-from subspace.models.loading import open_shape, open_tokenizer
+from subspace.models.loading import model_limits, open_shape, open_tokenizer
 from subspace.planning.activation_memory import ActivationMemory, BatchShape, trace_activation_memory
 from subspace.planning.devices import CUDA_CONTEXT, DeviceSpec, PlannedDevice, gpu_overheads
 from subspace.planning.run_time import matrix_work, seconds_here, seconds_on
@@ -63,12 +64,16 @@ class TrainingWork:
         try:
             tokenizer = open_tokenizer(config.model)
             draw = step_draw(config, layout)
-            known = is_encoded(config.data, tokenizer, config.train.seed, draw)
+            limits = model_limits(config.model)
+            # How long rows of one's own are is known once they are encoded.
+            own = any(part.data for part in find_mixture(config.data.mixture).parts)
+            known = own or is_encoded(config.data, tokenizer, config.train.seed, draw, limits)
         except UserError:
             known = False
         if known:
-            return cls._from_data(config, layout, open_data(config.data, tokenizer, config.train.seed, fed=draw))
-        longest = -(-config.data.max_length // 8) * 8
+            data = open_data(config.data, tokenizer, config.train.seed, fed=draw, limits=limits)
+            return cls._from_data(config, layout, data)
+        longest = -(-(config.data.max_length or TASK_LENGTH) // 8) * 8
         columns = longest - 1 if config.data.loss_on == "all" else min(ANSWER, longest - 1)
         rows = find_mixture(config.data.mixture).rows
         rows = min(rows or config.data.limit or 0, config.data.limit or rows or 0)

@@ -182,7 +182,7 @@ def build_report(
         progress: progress display.
     """
     opened = open_data(data, tokenizer, seed, progress)
-    template = prompt_template(data.prompt)
+    template = prompt_template(data.prompt_name)
     mixture_parts = {part.name: part for part in find_mixture(data.mixture).parts}
     own = any(part.data for part in mixture_parts.values())
     window = _window(model)
@@ -210,7 +210,7 @@ def build_report(
                     majority=sample.majority,
                     answers=_answers(task, sample.items),
                     repeats=count_duplicates(text_keys(text).normalised for text in task_texts),
-                    cut=sum(length > data.max_length for length in trained),
+                    cut=sum(length > opened.train.max_length for length in trained),
                     beyond=sum(length > window for length in read) if window else 0,
                     longest=max(trained),
                     too_short=sum(begin <= n < end for n in matcher.too_short),
@@ -225,7 +225,7 @@ def build_report(
     notices = [*opened.notices]
     if own and tasks:
         notices.append("rows of one's own are compared by their instructions and turns: 'question' is as 'normalised'")
-    return Report(opened.report["mixture"], data.max_length, ngram, tuple(parts), tuple(suites), tuple(notices))
+    return Report(opened.report["mixture"], opened.train.max_length, ngram, tuple(parts), tuple(suites), tuple(notices))
 
 
 def _match_parts(
@@ -257,7 +257,7 @@ def _match_parts(
                 rows=int(in_part.sum()),
                 repeats=int(in_part.sum()) - distinct,
                 alike=(distinct if part.task else len(exact)) - len(alike),
-                cut=int((lengths[in_part] > data.max_length).sum()),
+                cut=int((lengths[in_part] > opened.train.max_length).sum()),
                 longest=int(lengths[in_part].max(initial=0)),
                 answers=dict(sorted(answers.items())),
             )

@@ -8,7 +8,9 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from subspace.api import prepare
 from subspace.common.files import build_dir_atomically
 from subspace.common.paths import cache_folder
 from subspace.data import tokenization as tokenization_module
+from subspace.data.chat.limits import ModelLimits
 from subspace.data.collate import IGNORE_INDEX, TokenRow, collate
 from subspace.data.config import DataConfig
 from subspace.data.dataset import Data, is_encoded, open_data
@@ -228,22 +231,42 @@ TURNS = [
 ]
 
 
-def test_a_chat_is_written_by_the_tokenizer_and_its_last_turn_is_trained(tmp_path: Path) -> None:
+def labelled(data: Data, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the pieces of the first row that have labels, decoded from the labels."""
+    (labels,) = collate([data.train[0]], 0, data.loss_on)["labels"].tolist()
+    pieces = groupby(labels, lambda label: label != IGNORE_INDEX)
+    return [str(tokenizer.decode(list(piece))) for has_loss, piece in pieces if has_loss]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [
+        ("answers", [" true<|end_of_text|>", " the answer is no<|end_of_text|>"]),
+        ("answer", [" true<|end_of_text|>", " the answer is no<|end_of_text|>"]),  # its name until version 0.2
+        ("last-answer", [" the answer is no<|end_of_text|>"]),
+    ],
+)
+def test_a_chat_is_written_by_the_tokenizer_and_its_answers_are_trained(
+    loss_on: str, expected: list[str], tmp_path: Path
+) -> None:
     tokenizer = bpe_tokenizer(pad_token=PAD, chat_template=CHAT)
-    data = open_data(settings(write(tmp_path / "chat.jsonl", [{"messages": TURNS}])), tokenizer)
+    data = open_data(settings(write(tmp_path / "chat.jsonl", [{"messages": TURNS}]), loss_on=loss_on), tokenizer)
     row = data.train[0]
     assert tokenizer.decode(row.input_ids) == (
         "<|begin_of_text|>user: is ice cold?<|end_of_text|>\n<|begin_of_text|>assistant: true<|end_of_text|>\n"
         "<|begin_of_text|>user: and fire?<|end_of_text|>\n<|begin_of_text|>assistant: the answer is no<|end_of_text|>"
     )
-    assert tokenizer.decode(row.input_ids[row.answer_start :]) == " the answer is no<|end_of_text|>"
+    assert labelled(data, tokenizer) == expected
+    assert data.train.answers.tolist() == [sum(len(tokenizer.encode(t, add_special_tokens=False)) for t in expected)]
+    everything = replace(data, loss_on="all")
+    assert labelled(everything, tokenizer) == [str(tokenizer.decode(row.input_ids[1:]))]
 
 
 def test_a_template_without_an_end_gets_one(tmp_path: Path) -> None:
     bare = CHAT.replace("<|begin_of_text|>", "").replace("<|end_of_text|>", "")
     tokenizer = bpe_tokenizer(pad_token=PAD, chat_template=bare)
     data = open_data(settings(write(tmp_path / "chat.jsonl", [{"messages": TURNS}])), tokenizer)
-    assert answers(data, tokenizer) == [" the answer is no<|end_of_text|>"]
+    assert labelled(data, tokenizer) == [" true", " the answer is no<|end_of_text|>"]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +276,7 @@ def test_a_template_without_an_end_gets_one(tmp_path: Path) -> None:
         ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
         (
             "{{ messages | length }}{% if add_generation_prompt %}assistant{% endif %}",
-            "differently once it is answered",
+            "leaves out a turn of the role 'user'",
         ),
     ],
 )
@@ -289,19 +312,80 @@ def test_the_length_named_would_keep_all(prepared: Path, tokenizer: PreTrainedTo
 
 def test_a_row_whose_answer_does_not_fit_is_dropped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [*OWN, {"instruction": "sing", "output": "la " * 50}]
-    data = open_data(settings(write(tmp_path / "own.jsonl", rows), max_length=40), tokenizer)
-    assert (len(data.train), data.report["dropped"], data.report["rows"]) == (3, 1, 4)
-    assert "1 rows were dropped" in data.notices[-1]
+    file = write(tmp_path / "own.jsonl", rows)
+    data = open_data(settings(file, max_length=40), tokenizer)
+    assert (len(data.train), data.report["dropped"], data.report["too_long"], data.report["rows"]) == (3, 1, 1, 4)
+    assert data.notices[-1] == (
+        f"1 rows are longer than data.max_length, 40 tokens: {file}, line 7 (63). They are left out, because no row of "
+        "yours is cut"
+    )
+    with pytest.raises(UserError, match=r"1 rows are longer than .* line 7 \(63\)\. Shorten them"):
+        open_data(settings(file, max_length=40, too_long="refuse"), tokenizer)
 
 
-def test_an_answer_keeps_a_token_before_it(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_by_default_the_longest_row_fits_and_the_models_positions_bound_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [*OWN, {"instruction": "sing", "output": "la " * 500}]
+    file = write(tmp_path / "own.jsonl", rows)
+    whole = open_data(settings(file, max_length=None), tokenizer)
+    longest = int(whole.train.lengths.max())
+    assert len(whole.train) == 4
+    assert whole.train.max_length == longest > 500
+    bounded = open_data(settings(file, max_length=None), tokenizer, limits=ModelLimits(positions=longest - 1))
+    assert len(bounded.train) == 3
+    assert f"1 rows are longer than the model's positions, {longest - 1} tokens" in bounded.notices[-1]
+
+
+def test_tasks_are_cut_at_256_tokens_by_default(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert open_data(settings("toy", max_length=None), tokenizer).train.max_length == 256
+
+
+def test_a_token_beyond_the_models_embedding_is_named_with_its_row(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [*OWN, {"instruction": "sing", "output": "a covid song"}]
+    file = write(tmp_path / "own.jsonl", rows)
+    tokenizer.add_tokens(["covid"])
+    limits = ModelLimits(embeddings=384)
+    with pytest.raises(UserError, match=r"own.jsonl, line 7: the token 'covid' has the id 384, .* only 384 rows"):
+        open_data(settings(file), tokenizer, limits=limits)
+    assert len(open_data(settings(write(tmp_path / "few.jsonl", OWN)), tokenizer, limits=limits).train) == 3
+
+
+def test_no_row_that_fits_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     file = write(tmp_path / "own.jsonl", [{"instruction": "sing", "output": "la la la"}])
-    row = open_data(settings(file), tokenizer).train[0]
-    answer = row.input_ids[row.answer_start :]
-    shortest = open_data(settings(file, max_length=len(answer) + 1), tokenizer).train[0]
-    assert shortest == TokenRow([row.input_ids[0], *answer], 1)
-    with pytest.raises(UserError, match=f"no row of .* its shortest answer takes {len(answer) + 1}"):
-        open_data(settings(file, max_length=len(answer)), tokenizer)
+    length = len(open_data(settings(file), tokenizer).train[0].input_ids)
+    with pytest.raises(UserError, match=f"no row of .* the shortest takes {length}"):
+        open_data(settings(file, max_length=length - 1), tokenizer)
+
+
+def test_one_row_is_shown_with_what_is_trained_in_brackets(tmp_path: Path) -> None:
+    tokenizer = bpe_tokenizer(pad_token=PAD, chat_template=CHAT)
+    turns = [*TURNS[:3], {"role": "assistant", "content": "no\x1b[2J"}]
+    data = open_data(settings(write(tmp_path / "chat.jsonl", [{"messages": turns}])), tokenizer)
+    head, _, text = data.example.partition("\n")
+    assert f"chat.jsonl, line 1), {data.train.answers[0]} of its {len(data.train[0].input_ids)} tokens trained" in head
+    assert text == (
+        "<|begin_of_text|>user: is ice cold?<|end_of_text|>\n<|begin_of_text|>assistant:⟦ true<|end_of_text|>⟧\n"
+        "<|begin_of_text|>user: and fire?<|end_of_text|>\n"
+        "<|begin_of_text|>assistant: ⟦no\\x1b[2J<|end_of_text|>⟧"
+    )
+
+
+def test_rows_that_are_refused_leave_nothing_in_the_cache(tmp_path: Path) -> None:
+    tokenizer = bpe_tokenizer(pad_token=PAD, chat_template=CHAT)
+    file = write(
+        tmp_path / "chat.jsonl", [{"messages": TURNS}, {"messages": [*TURNS, {"role": "assistant", "content": ""}]}]
+    )
+    with pytest.raises(UserError, match="a turn of the assistant's says nothing"):
+        open_data(settings(file), tokenizer)
+    assert not [path for path in (tmp_path / "cache").glob("tokens/*") if path.is_dir()]
+    data = open_data(settings(file, bad_rows="drop"), tokenizer)
+    assert len(data.train) == 1
+    assert "1 of 2 rows of" in data.notices[0]
+    with pytest.raises(UserError, match="a turn of the assistant's says nothing"):
+        open_data(settings(file), tokenizer)
 
 
 # Mixtures.

@@ -153,7 +153,7 @@ def test_a_packed_run_learns_what_a_padded_one_does(material: Path, tmp_path: Pa
         f"engine={material.parent / f'zero{stage}.json'}",
         f"runs={tmp_path}",
         "train.micro_batch_size=4",
-        "data.max_length=20",
+        "data.max_length=100",
     ]
     apart, together = (
         train_run(config_module.read_config(material, [*own, f"name={packing}", f"data.packing={packing}"]))

@@ -95,13 +95,6 @@ def test_a_token_across_the_cut_would_spoil_the_prompt(tmp_path: Path) -> None:
     assert ids[:count] != encode_prompt(tokenizer, PROMPT)  # else the tests above hold for no reason
 
 
-def test_a_chat_s_text_gets_no_beginning_of_its_own() -> None:
-    tokenizer = bpe_tokenizer()
-    ((ids, count),) = encode_rows(tokenizer, [("a fox", " jumps")], special=False)
-    assert ids == tokenizer.encode("a fox jumps", add_special_tokens=False)
-    assert count == len(tokenizer.encode("a fox", add_special_tokens=False))
-
-
 def test_prefix_ignores_an_end_that_the_tokenizer_adds() -> None:
     from tokenizers import processors
 

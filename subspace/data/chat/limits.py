@@ -50,3 +50,6 @@ class ModelLimits:
                     "the model's own tokenizer, or a model that was resized and saved"
                 )
             at += len(batch)
+
+
+NO_LIMITS = ModelLimits()

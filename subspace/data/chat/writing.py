@@ -177,7 +177,7 @@ def _write(form: Form, template: ChatTemplate, options: Mapping[str, Any], train
         text = template.render(turns, tools, options)
     except Exception as error:  # a template may raise any exception
         meant = type(error).__name__ == "TemplateError"  # by raise_exception, and not for want of something
-        return _Fault(int(meant), f"the tokenizer's chat template refuses the row: {_said(error)}")
+        return _Fault(int(meant), f"the tokenizer's chat template refuses the conversation: {_said(error)}")
     marks = Marks(itertools.chain(all_texts(turns), all_texts(tools), [template.source(tools=bool(tools))]))
     literals = template.literals(tools=bool(tools))
     tiers = (Tier(), Tier(literals), Tier(literals, tools=False), Tier(literals, tools=False, calls=False))

@@ -67,7 +67,7 @@ def trained(name: str, row: Row) -> list[str] | str:
         ("chatml", ["Answer 1.<|im_end|>", "Answer 2.<|im_end|>", "Answer 3.<|im_end|>"]),
         ("llama2", [" Answer 1. <|end_of_text|>", " Answer 2. <|end_of_text|>", " Answer 3. <|end_of_text|>"]),
         ("llama3", ["Answer 1.<|eot_id|>", "Answer 2.<|eot_id|>", "Answer 3.<|eot_id|>"]),
-        ("gemma", "the tokenizer's chat template refuses the row: System role not supported: "),
+        ("gemma", "the tokenizer's chat template refuses the conversation: System role not supported: "),
         ("mistral", [" Answer 1.<|end_of_text|>", " Answer 2.<|end_of_text|>", " Answer 3.<|end_of_text|>"]),
         ("phi", ["Answer 1.<|end|>", "Answer 2.<|end|>", "Answer 3.<|end|>\n<|end_of_text|>"]),
         ("r1", [f"Answer {i}.<｜end▁of▁sentence｜>" for i in (1, 2, 3)]),
@@ -91,7 +91,7 @@ def test_the_answers_of_three_turns_are_trained_with_their_ends(name: str, expec
     ("name", "expected"),
     [
         ("chatml", 'leaves out the call of a tool: turn 2: "get_weather"'),
-        ("llama2", "refuses the row: Roles must alternate"),
+        ("llama2", "refuses the conversation: Roles must alternate"),
         ("llama3", ['{"name": "get_weather", "parameters": {"city": "Paris"}}<|eot_id|>', "Answer 2.<|eot_id|>"]),
         (
             "mistral",

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from subspace.common.progress import Progress, no_progress
 from subspace.common.tables import Grid
+from subspace.data.chat.limits import NO_LIMITS, ModelLimits
 from subspace.data.config import DataConfig
 from subspace.data.contamination import (
     KINDS,
@@ -85,7 +86,7 @@ class Suite:
 
 @dataclass(frozen=True)
 class Report:
-    """Statistics of a mixture and of the tasks."""
+    """Statistics of a mixture and of the tasks; ``example`` is one row as it is trained on."""
 
     mixture: str
     max_length: int
@@ -93,6 +94,7 @@ class Report:
     parts: tuple[Part, ...]
     suites: tuple[Suite, ...]
     notices: tuple[str, ...]
+    example: str = ""
 
     @property
     def grids(self) -> list[Grid]:
@@ -109,7 +111,8 @@ class Report:
             (
                 "repeats: rows whose prompt and answer occurred before; alike: of the others, those with the "
                 "question and choices of another, normalised",
-                f"over {self.max_length}: rows that are longer, in tokens, and lose the beginning of their prompt",
+                f"over {self.max_length}: rows that are longer, in tokens, and lose the beginning of their prompt; of "
+                "one's own none is cut",
                 *self.notices,
             ),
             last=1,
@@ -167,6 +170,7 @@ def build_report(
     seed: int = 0,
     ngram: int = NGRAM,
     compare: bool = True,
+    limits: ModelLimits = NO_LIMITS,
     progress: Progress = no_progress,
 ) -> Report:
     """Return statistics of the training text and the test items of a run with these settings.
@@ -179,9 +183,10 @@ def build_report(
         seed: the run's seed, which decides which rows are held out or drawn.
         ngram: number of consecutive words that make a match.
         compare: look for the tasks' items in the training text.
+        limits: what the model can take.
         progress: progress display.
     """
-    opened = open_data(data, tokenizer, seed, progress)
+    opened = open_data(data, tokenizer, seed, progress, limits=limits)
     template = prompt_template(data.prompt_name)
     mixture_parts = {part.name: part for part in find_mixture(data.mixture).parts}
     own = any(part.data for part in mixture_parts.values())
@@ -225,7 +230,15 @@ def build_report(
     notices = [*opened.notices]
     if own and tasks:
         notices.append("rows of one's own are compared by their instructions and turns: 'question' is as 'normalised'")
-    return Report(opened.report["mixture"], opened.train.max_length, ngram, tuple(parts), tuple(suites), tuple(notices))
+    return Report(
+        opened.report["mixture"],
+        opened.train.max_length,
+        ngram,
+        tuple(parts),
+        tuple(suites),
+        tuple(notices),
+        opened.example,
+    )
 
 
 def _match_parts(

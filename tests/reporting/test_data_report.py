@@ -191,6 +191,8 @@ def test_a_file_s_rows_and_tokens_are_counted_without_suites(
     file.write_text(json.dumps([{"instruction": f"q{n % 3}", "output": "a"} for n in range(6)] + BAD))
     report = reported(capsys, str(file), "data.validation=0", "data.bad_rows=drop")
     assert report["suites"] == []
+    assert report["example"].startswith(f"one of the rows ({file}, row 1), ")
+    assert "\u27e6" in report["example"]
     (part,), (source,) = report["parts"], report["sources"]
     assert (part["rows"], part["repeats"], part["alike"]) == (6, 3, 0)
     assert (source["rows"], sum(source["bad"].values())) == (9, 3)

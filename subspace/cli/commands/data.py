@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
             print(json.dumps({"sources": own.as_dict()}, indent=2))
         return UserError.status
 
-    from subspace.models.loading import open_tokenizer
+    from subspace.models.loading import model_limits, open_tokenizer
     from subspace.reporting.data_report import build_report
 
     # Suites of the literature say nothing about a file of one's own, unless they are asked for.
@@ -59,6 +59,7 @@ def _run(options: argparse.Namespace) -> int:
         seed=config.train.seed,
         ngram=options.ngram,
         compare=asked or not own.sources,
+        limits=model_limits(config.model),
         progress=show_progress,
     )
     if options.json:
@@ -66,6 +67,8 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     for grid in [*found.grids, found.items] if options.items else found.grids:
         show(grid)
+    if found.example:
+        print(found.example)
     return 0
 
 

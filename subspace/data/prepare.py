@@ -62,9 +62,13 @@ def tasks_to_prepare(names: Sequence[str]) -> list[Task]:
     """Return the tasks that are named, or belong to a named suite or mixture; ``all`` is the commonsense suites."""
     wanted: set[str] = set()
     for name in names:
-        tasks = list_tasks("commonsense" if name == "all" else name)
-        is_task = name in list_tasks(None)
-        wanted |= set(tasks) or ({name} if is_task else {part.task for part in find_mixture(name).parts if part.task})
+        tasks = set(list_tasks("commonsense" if name == "all" else name))
+        if not tasks:
+            is_task = name in list_tasks(None)
+            tasks = {name} if is_task else {part.task for part in find_mixture(name).parts if part.task}
+        if not tasks:
+            raise UserError(f"{name} is data of your own, which needs no preparation: 'subspace data {name}' shows it")
+        wanted |= tasks
     return [task for name, task in list_tasks(None).items() if name in wanted]
 
 

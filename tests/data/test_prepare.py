@@ -234,6 +234,7 @@ def test_another_source_is_taken_when_asked_for(world: Callable[..., Path]) -> N
     ("arguments", "says"),
     [
         (([], ["toi"], "auto"), "no mixture, task, file or folder is called 'toi'. Did you mean 'toy'"),
+        (([], ["mine.jsonl"], "auto"), "mine.jsonl is data of your own, which needs no preparation"),
         (([], ["toy"], "pipy"), "no source is called 'pipy'"),
         ((["smolm2-135m"], [], "auto"), "no model and no folder is called 'smolm2-135m'"),
     ],

@@ -213,6 +213,12 @@ def test_a_data_set_on_the_hub_is_read_by_configuration_and_split(hub: Hub) -> N
             find_source(text)
 
 
+def test_a_path_that_has_the_form_of_a_name_on_the_hub_is_told_as_both(hub: Hub, here: Path) -> None:
+    fill(here / "org", mine_jsonl=lines("a"))
+    with pytest.raises(UserError, match="no file or folder org/gone is here; and the hub has no data set org/gone"):
+        find_source("org/gone")
+
+
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub) -> None:
     first = hub.push("org/name", {"rows.jsonl": lines("old")}, "v1")
     hub.push("org/name", {"rows.jsonl": lines("new")})

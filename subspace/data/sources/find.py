@@ -156,7 +156,12 @@ def find_source(text: str, columns: Mapping[str, str | None] | None = None, spli
     if found:
         files, notices = _local(found, name, split)
     elif hub := hub_name(name):
-        files, notices = _from_hub(hub, split)
+        try:
+            files, notices = _from_hub(hub, split)
+        except UserError as error:
+            if not Path(name).parent.is_dir():
+                raise
+            raise UserError(f"no file or folder {name} is here; and {error}") from None
     else:
         raise UserError(_not_there(name))
     return Source(text, tuple(files), columns or {}, tuple(notices))

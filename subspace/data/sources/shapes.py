@@ -166,8 +166,8 @@ def _no_shape(fields: Mapping[str, Any]) -> Bad:
     if question := next((key for key in QUESTIONS if key in fields), None):
         answer = dict(zip(QUESTIONS, ANSWERS, strict=True))[question]
         return Bad(f"no '{answer}'", f"this row has {has}")
-    shapes = "instruction and output, prompt and completion, question and answer, messages, conversations or text"
-    return Bad(f"no keys that rows are recognised by: {shapes}; data.columns maps others", f"this row has {has}")
+    known = "instruction and output, prompt and completion, question and answer, messages, conversations, or text"
+    return Bad("no keys that rows are recognised by", f"it has {has}; rows have {known}, or data.columns maps others")
 
 
 def _conversation(where: str, name: str, fields: Mapping[str, Any]) -> tuple[str, Row, set[str]]:

@@ -24,7 +24,6 @@ from subspace.common.settings import (
     SettingInfo,
     Settings,
     check_settings,
-    current_names,
     declared_settings,
     one_notice_per_origin,
     setting,
@@ -161,25 +160,6 @@ def read_given(file: Path) -> dict[str, Any]:
         (nested.setdefault(section, {}) if section else nested)[key] = given.value
     entries = [nested.pop(section) for section in list(nested) if section.startswith(f"{METHOD}.")]
     return {**nested, METHOD: entries} if entries else nested
-
-
-def with_current_names(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return :meth:`RunConfig.as_dict` of an earlier version, as a checkpoint keeps it, under the present names."""
-
-    def entry(values: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            return current_names(registry.resolve_method(str(values["name"]))[0].Config, values)
-        except UserError:  # a method that is not registered here; loading it reports that
-            return dict(values)
-
-    current = dict(plain)
-    for name, cls in SECTIONS.items():
-        # What was no setting yet was as it is by default now.
-        defaults = {key: info.default for key, info in declared_settings(cls).items()}
-        current[name] = {**defaults, **current_names(cls, plain.get(name, {}))}
-    method = plain[METHOD]
-    current[METHOD] = entry(method) if isinstance(method, Mapping) else [entry(values) for values in method]
-    return current
 
 
 def read_data_config(what: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from subspace.adapters import registry
 from subspace.adapters.inject import trained_parameters
 from subspace.adapters.parameter_count import count_numbers
-from subspace.config import RunConfig
+from subspace.common.settings import current_names, declared_settings
+from subspace.config import METHOD, SECTIONS, RunConfig
 from subspace.data.dataset import Data, Fed
 from subspace.data.sampler import StepPlan, draw_steps
 from subspace.data.tasks import find_mixture
@@ -134,3 +138,22 @@ def step_plan(data: Data, config: RunConfig, layout: BatchLayout) -> StepPlan:
         seed=config.train.seed,
         group_by_length=config.data.group_by_length,
     )
+
+
+def with_current_names(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return :meth:`RunConfig.as_dict` of an earlier version, as a checkpoint keeps it, under the present names."""
+
+    def entry(values: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return current_names(registry.resolve_method(str(values["name"]))[0].Config, values)
+        except UserError:  # a method that is not registered here; loading it reports that
+            return dict(values)
+
+    current = dict(plain)
+    for name, cls in SECTIONS.items():
+        # What was no setting yet was as it is by default now.
+        defaults = {key: info.default for key, info in declared_settings(cls).items()}
+        current[name] = {**defaults, **current_names(cls, plain.get(name, {}))}
+    method = plain[METHOD]
+    current[METHOD] = entry(method) if isinstance(method, Mapping) else [entry(values) for values in method]
+    return current

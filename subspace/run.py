@@ -27,7 +27,7 @@ from subspace.common.files import is_disk_full, write_json
 from subspace.common.host_memory import set_malloc_trim
 from subspace.common.paths import checkout
 from subspace.common.progress import Progress, no_progress, show_progress
-from subspace.config import MethodEntry, RunConfig, read_config, with_current_names, write_config
+from subspace.config import MethodEntry, RunConfig, read_config, write_config
 from subspace.data.dataset import Data, open_data
 from subspace.data.leakage import overlap_notices
 from subspace.data.sampler import StepPlan
@@ -41,7 +41,7 @@ from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.inspection import settle
 from subspace.models.liger_compat import apply_liger
 from subspace.models.loading import ModelSummary, model_limits, open_model, open_tokenizer, summarize_model
-from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan
+from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan, with_current_names
 from subspace.training.acceleration import compile_layers
 from subspace.training.checkpoint import last_checkpoint_hint
 from subspace.training.checkpointer import TrainState

@@ -300,7 +300,7 @@ def peft_side(options: Any, *, alike: bool = False) -> Run:
     folder = tempfile.mkdtemp(prefix="subspace-bench-")
 
     def fed(number: int) -> dict[str, Any]:
-        ids, start = data.train[number]
+        ids, start, *_ = data.train[number]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * start + ids[start:]}
 
     def run(steps: range) -> tuple[int, list[float]]:

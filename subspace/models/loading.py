@@ -182,7 +182,7 @@ def open_shape(config: ModelConfig, planned: torch.device | None = None) -> PreT
             files = find_files(config)
         except UserError as error:
             raise UserError(f"{error}. Without files: {nearest(config.path, shapes)}") from None
-        config = inspect_model(config)
+        config = inspect_model(config) if files.weight_files() else settle(config)  # a shape needs no weights
         architecture = files.architecture(trust_remote_code=config.trust_remote_code)
     with torch.device("meta"), as_user_error(f"cannot open model {config.path!r}"), suppress_library_logs():
         shape: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

@@ -368,3 +368,16 @@ def test_a_copy_of_a_folder_is_inspected_anew(model: Path, tmp_path: Path) -> No
     another_layer(copy)
     with pytest.raises(UserError, match="no place"):
         inspect_model(ModelConfig(path=str(copy)))
+
+
+def test_a_shape_needs_no_weights(model: Path, tmp_path: Path) -> None:
+    """A folder with a configuration alone can be planned and filled, but not opened."""
+    (tmp_path / "bare").mkdir()
+    shutil.copy(model / "config.json", tmp_path / "bare")
+    bare = ModelConfig(path=str(tmp_path / "bare"))
+    shape = open_shape(bare)
+    assert sum(p.numel() for p in shape.parameters()) == sum(
+        p.numel() for p in open_model(ModelConfig(path=str(model))).parameters()
+    )
+    with pytest.raises(UserError, match="has no weights"):
+        open_model(bare)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from subspace.adapters.experts.adapter import ExpertsAdapter, experts_refusal
+from subspace.adapters.export import export_merged
 from subspace.adapters.inject import adapters, inject, remove_adapters, trained_parameters
 from subspace.adapters.merging import merge, unmerge
 from subspace.adapters.multi_adapter import can_batch_adapters
@@ -22,7 +24,11 @@ from subspace.adapters.registry import list_methods, resolve_method
 from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.adapters.targets import find_target_modules
 from subspace.errors import UserError
+from subspace.models.bitsandbytes_compat import weight_format
+from subspace.models.config import ModelConfig
+from subspace.models.loading import open_model, open_shape, summarize_model
 from subspace.planning.activation_memory import BatchShape, trace_activation_memory
+from subspace.planning.static_memory import StaticMemory
 from tests.helpers.tiny_models import MIXTURES, tiny
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17], [8, 8, 250, 31, 2, 90, 4, 11]])
@@ -323,3 +329,45 @@ def test_what_is_no_product_with_experts_is_an_error_and_not_the_frozen_weight()
     ):
         with pytest.raises(UserError, match="the model's experts were asked for .* experts_implementation"):
             use()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_base_in_sixteen_bits_has_the_same_gradients_to_its_rounding(method: str) -> None:
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = mixture("qwen3_moe").to(dtype)
+        inject(model, method, {"r": 2}, targets=EXPERTS)
+        assert all(parameter.dtype == torch.float32 for parameter in trained_parameters(model).values())
+        perturb(model)
+        loss_of(model(IDS, use_cache=False).logits.float()).backward()
+        gradients.append(torch.cat([gradient_of(p).flatten() for p in trained_parameters(model).values()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_a_merged_folder_is_an_ordinary_mixture(architecture: str, tmp_path: Path) -> None:
+    model: Any = tiny(architecture, tmp_path / "base")
+    inject(model, "lora", {"r": 2})
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    base = ModelConfig(path=str(tmp_path / "base"), dtype="float32", attention="eager")
+    export_merged(base, tmp_path / "adapter", tmp_path / "merged")
+    reread = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = model(IDS, use_cache=False).logits
+    assert torch.allclose(reread(IDS, use_cache=False).logits, expected, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_quantised_base_keeps_its_experts_and_says_so(tmp_path: Path) -> None:
+    tiny("qwen3_moe", tmp_path)
+    config = ModelConfig(path=str(tmp_path), dtype="bfloat16", quantize="nf4")
+    model: Any = open_model(config)
+    created = inject(model, "lora", {"r": 2})
+    formats = {weight_format(adapter.base.weight) for adapter in created.values() if adapter.num_matrices > 1}
+    assert formats == {"plain"}
+    assert {weight_format(adapter.base.weight) for adapter in created.values()} == {"plain", "4bit"}
+    loss_of(model(IDS, use_cache=False).logits.float()).backward()
+    assert all(gradient_of(parameter).any() for name, parameter in trained_parameters(model).items() if ".B" in name)
+    said = str(summarize_model(model, config))
+    assert "linears in nf4 (not the experts, which bitsandbytes leaves in bfloat16)" in said
+    planned = StaticMemory(open_shape(config), {"zero_optimization": {"stage": 0}}, 1, 8, gpu=False)
+    assert "frozen weights, experts in bfloat16" in [item.name for item in planned.parts()]

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from subspace.adapters.base import OptimizerAccess
 from subspace.adapters.inject import adapters, trained_parameters
 from subspace.adapters.serialization import read_adapter
-from subspace.distributed.collectives import broadcast_object, is_main
+from subspace.distributed.collectives import all_reduce_host, broadcast_object, is_main, world_size
 from subspace.distributed.deepspeed_compat import loss_scale_exhausted, skipped_steps
 from subspace.errors import RunFailed, RunStopped, UserError
 from subspace.training.checkpoint import last_checkpoint_hint
@@ -55,6 +56,11 @@ class TrainingHealthCheck:
             f"{site}.{name}" for site, adapter in adapters(model).items() for name in adapter.delayed_grad_params
         }
         self.start = dict(start or {name: checksum(access.value(p)) for name, p in self.parameters.items()})
+        self.without_gradient = {name for name in self.parameters if name not in self.late}
+        self._hooks = [
+            self.parameters[name].register_post_accumulate_grad_hook(partial(self._reached, name))  # type: ignore[no-untyped-call]
+            for name in self.without_gradient
+        ]
         self.skipped_in_a_row = 0
         self.loss = math.nan  # of the last step that was read
         self.unread: list[tuple[int, Tensor]] = []  # steps, each with loss and largest gradient
@@ -76,9 +82,31 @@ class TrainingHealthCheck:
                     raise self._late_failure(step, _describe(loss)) from error
 
     def record(self, step: int, stats: StepStats) -> None:
-        """Remember a step's loss and largest gradient, between its last backward pass and its update; read nothing."""
+        """Remember a step's loss and largest gradient, between its last backward pass and its update; read nothing.
+
+        Raises:
+            RunFailed: in the first step, trained tensors to which no gradient came. Collective over ranks.
+        """
+        if self._hooks:
+            self._check_reached()
         self.unread.append((step, torch.stack([stats.loss, stats.max_gradient])))
         self.not_updated = step
+
+    def _reached(self, name: str, parameter: Tensor) -> None:
+        self.without_gradient.discard(name)
+
+    def _check_reached(self) -> None:
+        """Raise RunFailed for tensors that no process's loss reached. An expert without tokens has zeros: it is one."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        missed = all_reduce_host([int(name in self.without_gradient) for name in self.parameters])
+        cut_off = [name for name, count in zip(self.parameters, missed, strict=True) if count == world_size()]
+        if cut_off:
+            raise RunFailed(
+                f"after the first backward pass {len(cut_off)} of {len(self.parameters)} trained tensors have no "
+                f"gradient, first {cut_off[0]}: the loss does not depend on them. Leave their layers out of `targets`"
+            )
 
     def read(self, engine: Any) -> float:
         """Read what was recorded since the last time, and return the last step's loss.

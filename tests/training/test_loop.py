@@ -378,11 +378,25 @@ def test_a_tensor_that_does_not_learn_stops_the_run(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut(self: LoRA, x: Tensor) -> Tensor:
-        return self.frozen(x) + (x @ self.A.T) @ self.B.detach().T + 0 * self.A.sum()
+        return self.frozen(x) + (x @ self.A.T) @ (0 * self.B.T)
 
     monkeypatch.setattr(LoRA, "forward", cut)
     with pytest.raises(RunFailed, match=r"after 2 steps 20 of 20 trained tensors have not moved"):
         train(material, tmp_path, "cut")
+
+
+def test_tensors_that_the_loss_does_not_reach_are_named_after_the_first_backward_pass(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(self: LoRA, x: Tensor) -> Tensor:
+        return self.frozen(x) + (x @ self.A.T) @ self.B.detach().T
+
+    monkeypatch.setattr(LoRA, "forward", cut)
+    words = (
+        r"after the first backward pass 10 of 20 trained tensors have no gradient, first \S+\.B: .* out of `targets`"
+    )
+    with pytest.raises(RunFailed, match=words):
+        train(material, tmp_path, "unreached")
 
 
 def test_learning_rate_of_zero_is_noticed(material: Path, tmp_path: Path) -> None:

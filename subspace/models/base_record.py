@@ -32,7 +32,7 @@ from subspace.common.hashing import hash_json
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
-from subspace.models.files import ModelFiles, read_header, read_json
+from subspace.models.files import ModelFiles, as_user_error, read_header, read_json
 from subspace.models.lazy_safetensors import DTYPES
 from subspace.models.prepare import find_files
 
@@ -201,7 +201,8 @@ def _tensors(file: Path) -> Tensors:
             found = dict(zip(order, checksums, strict=True))
         return {name: (tensor.dtype, list(tensor.shape), found[name]) for name, tensor in tensors.items()}
     if file.suffix == ".bin":
-        stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        with as_user_error(f"cannot open {file}"):
+            stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         return {name: _describe(tensor) for name, tensor in stored.items() if isinstance(tensor, Tensor)}
     return {file.suffix: ("file", [file.stat().st_size], file_sha256(file))}
 

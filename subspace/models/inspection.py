@@ -134,7 +134,7 @@ def inspect_model(config: ModelConfig) -> ModelConfig:
     files.check_weights()
     files.check_tokenizer()
     key = repr((stamp(files), files.settings(), config.trust_remote_code))
-    if files.headers() and key not in _inspected and stored_quantization(files) is None:
+    if not files.gguf and key not in _inspected and stored_quantization(files) is None:
         architecture = files.architecture(trust_remote_code=config.trust_remote_code)
         model, report = _load_without_values(files, architecture, trust_remote_code=config.trust_remote_code)
         check_report(report, files, model)

@@ -142,6 +142,17 @@ def refusal(call: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
+def test_pickled_weights_are_looked_at_as_well(material: Path, model: Path) -> None:
+    another_layer(model)
+    torch.save(load_file(model / WEIGHTS), model / "pytorch_model.bin")
+    (model / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"no place for model\.layers\.2.*9 in all"):
+        inspect_model(ModelConfig(path=str(model)))
+    (model / "pytorch_model.bin").write_bytes((model / "pytorch_model.bin").read_bytes()[:-5000])
+    with pytest.raises(UserError, match="cannot open"):
+        train_run(config_module.read_config(material))
+
+
 # What does no harm.
 
 
@@ -360,6 +371,38 @@ def test_fp8_files_are_opened_dequantised(tmp_path: Path) -> None:
     assert summarize_model(opened, config).quantize == "none"
     with pytest.raises(UserError, match="are quantised by fp8, and are opened dequantised"):
         open_model(ModelConfig(path=str(tmp_path / "fp8"), quantize="nf4"))
+
+
+#: The sixteen numbers of four bits, of the OCP's microscaling formats (MX 1.0).
+FP4 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def test_mxfp4_files_are_opened_dequantised(tmp_path: Path) -> None:
+    """As gpt-oss is published: two numbers in a byte, and an exponent for every 32 of them."""
+    folder = tmp_path / "mxfp4"
+    described = AutoConfig.for_model("gpt_oss", **{**SIZES, "intermediate_size": 64, "num_local_experts": 4})
+    model = AutoModelForCausalLM.from_config(described)  # type: ignore[no-untyped-call]
+    save(model, bpe_tokenizer(), folder)
+    tensors, expected = load_file(folder / WEIGHTS), {}
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inner, outer = parameter.shape
+            blocks = torch.randint(256, (experts, outer, inner // 32, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(118, 122, (experts, outer, inner // 32), generator=generator, dtype=torch.uint8)
+            pairs = torch.stack([FP4[(blocks & 15).long()], FP4[(blocks >> 4).long()]], -1).flatten(-2)
+            W = (pairs * 2.0 ** (scales.float() - 127)[..., None]).reshape(experts, outer, inner)
+            expected[name] = W.transpose(1, 2)
+            del tensors[name]
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    quantized("mxfp4", modules_to_not_convert=["model.layers.*.self_attn", "lm_head"])(folder)
+    config = ModelConfig(path=str(folder), dtype="float32", attention="eager")
+    opened = open_model(inspect_model(config))
+    for name, W in expected.items():
+        assert torch.allclose(opened.get_parameter(name), W, rtol=1e-2), name
+    assert summarize_model(opened, config).quantize == "none"
+    assert torch.isfinite(opened(torch.arange(9)[None]).logits).all()
 
 
 def test_a_copy_of_a_folder_is_inspected_anew(model: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     found = build_report(
         config.data,
         config.evaluate,
-        config.model.path,
+        "@".join(filter(None, (config.model.path, config.model.revision))),
         open_tokenizer(config.model),
         seed=config.train.seed,
         ngram=options.ngram,

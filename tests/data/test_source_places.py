@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import datasets
+import pyarrow
 import pytest
 
 from subspace.data.rows import Row
@@ -22,6 +24,14 @@ from tests.helpers.hub import Hub, serving
 def lines(*names: str) -> bytes:
     """Return JSON lines of a row for each name."""
     return b"".join(json.dumps({"instruction": name, "output": "a"}).encode() + b"\n" for name in names)
+
+
+def feather(name: str) -> bytes:
+    """Return a Feather file of one row."""
+    sink, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist([{"instruction": name, "output": "a"}])
+    with pyarrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
 
 
 def asked(text: str, **options: Any) -> list[str]:
@@ -67,12 +77,14 @@ def test_files_are_found_by_path_home_and_pattern(here: Path) -> None:
 
 def test_a_folder_s_shards_are_read_and_what_is_left_out_is_told(here: Path) -> None:
     shards = {f"train-0000{n}-of-00002_jsonl": lines(f"train {n}") for n in range(2)}
-    fill(here / "d", **shards, test_jsonl=lines("test"), extra_csv=b"a,b\n1,2\n", README_md=b"# card\n")
+    declared = b"{config_name: default, data_files: [{split: train, path: train*}, {split: test, path: test*}]}"
+    card = b"---\nconfigs: [" + declared + b"]\n---\n"
+    fill(here / "d", **shards, test_jsonl=lines("test"), extra_csv=b"a,b\n1,2\n", notes_txt=b"no", README_md=card)
     assert asked("d") == asked("d/") == asked("d[train]") == ["train 0", "train 1"]
     assert asked("d[test]") == asked("d", split="test") == ["test"]
     told = find_source("d").notices
     assert "the split train is trained on, and not test" in told[0]
-    assert told[1] == "d: 1 data files of other kinds are not read: extra.csv"
+    assert told[1] == "d: 2 other files are not read: extra.csv, notes.txt"
     with pytest.raises(UserError, match=r"d has no split 'dev': write d\[SPLIT\]. There are: test, train"):
         find_source("d[dev]")
     assert find_source("d").files[0].shown == "d/train-00000-of-00002.jsonl"
@@ -83,6 +95,18 @@ def test_a_folder_of_one_kind_without_splits_is_read_whole(here: Path) -> None:
     assert asked("d") == ["x", "z"]
     with pytest.raises(UserError, match=r"holds no data file of a kind that is read. Files of these kinds are read"):
         find_source(str(fill(here / "empty", notes_docx=b"x")))
+
+
+def test_a_folder_s_files_of_several_kinds_are_read_together_by_their_splits(here: Path) -> None:
+    csv = b"instruction,output\n%s,a\n"
+    fill(here / "d", train_JSONL=lines("upper"), train2_csv_gz=gzip.compress(csv % b"csv"), config_json=b"{}")
+    fill(here / "d", test_ndjson_xz=lzma.compress(lines("test")), LICENSE=b"x", _hidden_jsonl=lines("hidden"))
+    assert sorted(asked("d")) == ["csv", "upper"]
+    assert asked("d[test]") == ["test"]
+    assert find_source("d").notices[1:] == ("d: 1 other files are not read: LICENSE",)
+    folder = fill(here / "e", x_feather=feather("x"), y_txt=b"a", z_txt=b"b", v_txt=b"c")
+    assert asked(str(folder)) == ["x"]
+    assert find_source(str(folder)).notices == (f"{folder}: 3 other files are not read: v.txt, y.txt, z.txt",)
 
 
 def test_a_saved_data_set_is_read_with_its_order_and_splits(here: Path) -> None:

@@ -23,6 +23,8 @@ from subspace.data.sources.tables import batch_records
 from subspace.errors import UserError, nearest
 
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what ``save_to_disk`` writes
+CARD = "README.md"  # may declare the configurations and splits of a folder
+ABOUT = {CARD, SAVED, SAVED_SPLITS, "config.json", "dataset_info.json", "dataset_infos.json"}  # no data
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?")
 _PATTERN = re.compile(r"[*?\[]")
 _SPLIT = re.compile(r"(?P<name>.*[^\[\]])\[(?P<split>[\w.-]+)\]")
@@ -218,19 +220,42 @@ def _folder(folder: Path, split: str | None) -> Found:
     if (folder / SAVED_SPLITS).is_file():
         splits = {path.parent.name: [DataFile(path.parent, str(path.parent))] for path in folder.glob(f"*/{SAVED}")}
     else:
-        named, root = _splits(folder, None, str(folder)), folder.resolve()
-        splits = {
-            name: [DataFile(path, str(folder / path.relative_to(root))) for path in paths]
-            for name, paths in named.items()
-        }
+        splits = _folder_splits(folder)
     files, notices = _choose(splits, split, str(folder))
-    listed = {file.path.resolve() for files in splits.values() for file in files}
     if not (folder / SAVED_SPLITS).is_file():
-        inside = (path for path in sorted(folder.rglob("*")) if path.is_file() and file_kind(path.name))
-        left = [path.name for path in inside if path.resolve() not in listed and not path.name.startswith((".", "_"))]
+        listed = {file.path.resolve() for files in splits.values() for file in files}
+        inside = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.resolve() not in listed)
+        left = [path.name for path in inside if path.name not in ABOUT and not path.name.startswith((".", "_"))]
         if left:
-            notices.append(f"{folder}: {len(left):,} data files of other kinds are not read: {', '.join(left[:3])}")
+            notices.append(f"{folder}: {len(left):,} other files are not read: {', '.join(left[:3])}")
     return files, notices
+
+
+def _folder_splits(folder: Path) -> dict[str, list[DataFile]]:
+    """Return the data files of each split of a folder."""
+    root = folder.resolve()
+    if (folder / CARD).is_file():
+        named = _splits(folder, None, str(folder))
+        return {
+            split: [DataFile(path, str(folder / path.relative_to(root))) for path in paths]
+            for split, paths in named.items()
+        }
+    # ``datasets`` reads files of one kind only. A layout in which all have the same leaves it the splits.
+    inside = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and file_kind(path.name))
+    known = [path for path in inside if path.name not in ABOUT and not any(part[0] in "._" for part in path.parts)]
+    with tempfile.TemporaryDirectory() as work:
+        layout = Path(work).resolve() / folder.resolve().name
+        layout.mkdir()
+        for path in known:
+            same = layout / f"{path}.json"
+            same.parent.mkdir(parents=True, exist_ok=True)
+            same.touch()
+        named = _splits(layout, None, str(folder))
+        found = {
+            split: [folder / path.relative_to(layout).with_suffix("") for path in paths]
+            for split, paths in named.items()
+        }
+    return {split: [DataFile(path, str(path)) for path in paths] for split, paths in found.items()}
 
 
 def _choose(splits: Mapping[str, list[DataFile]], split: str | None, name: str) -> Found:
@@ -282,7 +307,7 @@ def _from_hub(wanted: HubName, split: str | None) -> Found:
                 (layout / file).parent.mkdir(parents=True, exist_ok=True)
                 (layout / file).touch()
             if files.readme is not None:
-                (layout / "README.md").write_bytes(files.readme.read_bytes())
+                (layout / CARD).write_bytes(files.readme.read_bytes())
             root = layout.resolve()
             splits = {
                 split: [DataFile(path, path.relative_to(root).as_posix()) for path in paths]

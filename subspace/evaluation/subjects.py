@@ -47,6 +47,9 @@ def evaluate_subjects(
 
     ``on_jobs`` is called with the jobs of each group of subjects before they are scored.
     """
+    for subject in subjects:  # what the settings alone decide is refused first
+        if subject.evaluate.engine:
+            resolve_deepspeed_config_for_inference(subject.evaluate.engine, subject.model.dtype)
     subjects = [replace(subject, model=inspect_model(subject.model)) for subject in subjects]
     for subject in subjects:  # before any of them is loaded
         if subject.adapter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from subspace.adapters.inject import trained_parameters
 from subspace.adapters.parameter_count import count_numbers
 from subspace.common.settings import current_names, declared_settings
 from subspace.config import METHOD, SECTIONS, RunConfig
+from subspace.data.config import DataConfig
 from subspace.data.dataset import Data, Fed
 from subspace.data.sampler import StepPlan, draw_steps
 from subspace.data.tasks import find_mixture
@@ -32,6 +33,7 @@ from subspace.models.inspection import inspect_model
 from subspace.models.prepare import find_files
 from subspace.training.acceleration import check_accelerations
 from subspace.training.compatibility import check_compatibility, check_packing
+from subspace.training.config import TrainConfig
 from subspace.training.logging import check_trackers
 from subspace.training.optimizers import check_optimizer
 
@@ -99,8 +101,7 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device, *, her
         check_accelerations(compiled=config.train.compile, liger=config.train.liger, gpu=on_gpu)
     check_compatibility(config.model, methods, engine.settings, here=here)
     check_trackers(config.train.trackers)
-    if config.train.validate_every and not config.data.validation:
-        raise UserError("train.validate_every needs held-out rows, but data.validation is 0. Set it to 120, say")
+    check_validation(config)
     if config.data.packing:
         check_packing([method for method, _ in methods])
     return ResolvedRun(_with_data_defaults(config), layout, engine, device)
@@ -122,14 +123,43 @@ def _inspected(model: ModelConfig) -> ModelConfig:
     return inspect_model(model)
 
 
-def step_draw(config: RunConfig, layout: BatchLayout) -> Fed:
-    """Return a function from the number of rows to those that the run trains on; only these are tokenised."""
+def check_validation(config: RunConfig) -> None:
+    """Raise UserError where a setting needs validations, or held-out rows, that another setting excludes."""
     train = config.train
-    return partial(draw_steps, batch=layout.batch, epochs=train.epochs, steps=train.steps, seed=train.seed)
+    wants = [f"train.patience={train.patience}"] if train.patience else []
+    wants += ["train.save_final=best"] if train.save_final == "best" else []
+    if wants and not train.validates:
+        raise UserError(
+            f"{' and '.join(wants)} need validations, but train.validate_every is 0. Leave that out, and there is one "
+            "an epoch, or set it to a number of steps"
+        )
+    if train.validates and config.data.validation == 0:
+        wants = [f"train.validate_every={train.validate_every}"] if train.validate_every else wants
+        raise UserError(f"{' and '.join(wants)} needs held-out rows, but data.validation is 0. Leave that out")
 
 
-def step_plan(data: Data, config: RunConfig, layout: BatchLayout) -> StepPlan:
-    """Return the rows of each step."""
+def data_settings(config: RunConfig) -> DataConfig:
+    """Return the data settings as a run has them: without a number given, rows are held out where they are used."""
+    if config.data.validation is None and not config.train.validates:
+        return replace(config.data, validation=0)
+    return config.data
+
+
+def step_draw(config: RunConfig, layout: BatchLayout) -> Fed:
+    """Return a function from the number of rows to those that the run may train on; only these are tokenised."""
+    train = config.train
+    return partial(
+        draw_steps,
+        batch=layout.batch,
+        epochs=train.epochs,
+        steps=train.steps,
+        seed=train.seed,
+        group_by_length=config.data.group_by_length,
+    )
+
+
+def step_plan(data: Data, config: RunConfig, layout: BatchLayout, *, former: bool = False) -> StepPlan:
+    """Return the rows of each step; ``former`` as for :class:`StepPlan`."""
     return StepPlan(
         data.train.lengths,
         batch=layout.batch,
@@ -137,6 +167,7 @@ def step_plan(data: Data, config: RunConfig, layout: BatchLayout) -> StepPlan:
         steps=config.train.steps,
         seed=config.train.seed,
         group_by_length=config.data.group_by_length,
+        former=former,
     )
 
 
@@ -157,3 +188,52 @@ def with_current_names(plain: Mapping[str, Any]) -> dict[str, Any]:
     method = plain[METHOD]
     current[METHOD] = entry(method) if isinstance(method, Mapping) else [entry(values) for values in method]
     return current
+
+
+def schedule_notices(config: RunConfig, data: Data, plan: StepPlan) -> list[str]:
+    """Return what the run's steps are, and the settings of its schedule that cannot have the effect they are for."""
+    return [_count_notice(data, plan), *_ineffective(config, data, plan)]
+
+
+def _count_notice(data: Data, plan: StepPlan) -> str:
+    rows, steps = plan.num_rows, len(plan)
+    last = plan.rows_until(steps) - plan.rows_until(steps - 1)
+    if steps == 1:
+        taken = f"1 step of {last:,}"
+    else:
+        taken = f"{steps:,} steps of {plan.batch:,}" + (f", the last of {last:,}" if last < plan.batch else "")
+    times, rest = divmod(plan.taken, rows)
+    often = {0: "not at all", 1: "once"}
+    visits = f"each {often.get(times, f'{times:,} times')}"
+    if rest:
+        visits = f"{rest:,} of them {often.get(times + 1, f'{times + 1:,} times')}, the others {visits[5:]}"
+    if min(plan.batch, plan.taken) > rows:
+        visits += "; a step takes more rows than there are, so some twice or more"
+    return f"{rows:,} rows to train on, {len(data.validation):,} held out: {taken}; {visits}"
+
+
+def _ineffective(config: RunConfig, data: Data, plan: StepPlan) -> Iterator[str]:
+    train, steps = config.train, len(plan)
+    if (warmup := train.warmup(steps)) >= steps and warmup > 1:
+        reached = steps / warmup
+        yield (
+            f"train.warmup_steps={warmup} is no less than the run's {steps} steps: the learning rate ends at "
+            f"{reached:.0%} of train.learning_rate={train.learning_rate:g}, and train.schedule has no effect"
+        )
+    if len(data.validation) and not train.validates:
+        yield (
+            f"data.validation={config.data.validation} holds rows out of training, but nothing looks at them: set "
+            "train.validate_every, or leave data.validation out"
+        )
+    period = train.validation_period(plan.num_rows)
+    if train.patience and (train.patience + 1) * period >= steps:
+        yield (
+            f"train.patience={train.patience} has no effect: with a validation every {period} steps, there are too few "
+            f"of them in {steps} steps for so many without a better loss"
+        )
+    if train.lora_plus_rule == "peft" and train.lora_plus_lr_ratio == 1:
+        yield "train.lora_plus_rule=peft has no effect, because train.lora_plus_lr_ratio is 1"
+    if not train.save_every and not train.validates and train.keep_checkpoints != TrainConfig().keep_checkpoints:
+        yield f"train.keep_checkpoints={train.keep_checkpoints} has no effect: train.save_every=0 saves none"
+    if config.data.limit is not None and config.data.limit > plan.num_rows:
+        yield f"data.limit={config.data.limit:,} has no effect: there are {plan.num_rows:,} rows to train on"

@@ -28,31 +28,40 @@ from subspace.common.host_memory import set_malloc_trim
 from subspace.common.paths import checkout
 from subspace.common.progress import Progress, no_progress, show_progress
 from subspace.config import MethodEntry, RunConfig, read_config, write_config
-from subspace.data.dataset import Data, open_data
+from subspace.data.dataset import Data
 from subspace.data.leakage import overlap_notices
 from subspace.data.sampler import StepPlan
 from subspace.distributed.collectives import barrier, gather_objects, is_main, rank, world_size
 from subspace.distributed.device import device, on_gpu
 from subspace.distributed.engine import init_distributed, init_engine
-from subspace.distributed.launcher import launched_rank, launched_world_size
+from subspace.distributed.launcher import launched_world_size
 from subspace.errors import UserError
 from subspace.models.base_record import BaseRecord, base_record, check_base, identify
 from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.inspection import settle
 from subspace.models.liger_compat import apply_liger
-from subspace.models.loading import ModelSummary, model_limits, open_model, open_tokenizer, summarize_model
-from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan, with_current_names
+from subspace.models.loading import ModelSummary, open_model, summarize_model
+from subspace.resolve import ResolvedRun, resolve_run, schedule_notices
+from subspace.resumption import (
+    ANOTHER_NAME,
+    describe_resume,
+    find_resume_point,
+    open_run_data,
+    with_former_defaults,
+)
 from subspace.training.acceleration import compile_layers
 from subspace.training.checkpoint import last_checkpoint_hint
 from subspace.training.checkpointer import TrainState
 from subspace.training.determinism import check_deterministic, deterministic_algorithms
 from subspace.training.logging import LOG_FILE, TrainLogger, peak_memory
 from subspace.training.loop import train
-from subspace.training.optimizers import lr_factor, make_optimizer, parameter_groups
-from subspace.training.resume import ADAPTER, Checkpoint, compare_with_checkpoint, find_checkpoint
+from subspace.training.optimizers import ineffective_settings, lr_factor, make_optimizer, parameter_groups
+from subspace.training.resume import (
+    ADAPTER,
+    Checkpoint,
+)
 
 ENVIRONMENT_FILE = "environment.json"
-ANOTHER_NAME = ", or give this run another name (name=...)"
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -72,26 +81,32 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
     run = resolve_run(config, launched_world_size(), device())
     if not resume:
         ensure_new_run_dir(config.folder)
-    data, plan = open_run_data(run)
+    material = open_run_data(run)
     base = identify(run.config.model)  # here for the same reason: the first time, every byte is read
 
     # The loop's watchdog reports a hang; the timeout of collectives must be longer than its own.
     init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes), deterministic=wanted)
     with deterministic_algorithms(wanted=wanted):
-        return _train_on_rows(run, data, plan, base, resume=resume)
+        check_same_base(base)
+        check_same_rows(material[0])
+        resumed, notices = None, list[str]()
+        if resume:
+            run, material, resumed, notices = find_resume_point(run, material, base)
+        return _train_on_rows(run, *material, base, resumed, notices)
 
 
-def _train_on_rows(run: ResolvedRun, data: Data, plan: StepPlan, base: BaseRecord, *, resume: bool) -> Path:
+def _train_on_rows(
+    run: ResolvedRun, data: Data, plan: StepPlan, base: BaseRecord, resumed: Checkpoint | None, notices: list[str]
+) -> Path:
     """Train on the planned rows and return the run's folder. Collective over ranks."""
     config = run.config
-    check_same_base(base)
-    check_same_rows(data)
-    resumed, notices = find_resume_point(config.folder, base) if resume else (None, [])
     model, summary, methods = build_model(run, initialize=resumed is None)
     run = run.with_adapters(model)
     if resumed:
-        notices += describe_resume(resumed, run)
-    notices += [*run.engine.notices, *data.notices, *write_run_metadata(run, model, summary, methods, data, resumed)]
+        notices = [*notices, *describe_resume(resumed, run, plan)]
+    notices = [*notices, *run.engine.notices, *data.notices, *schedule_notices(config, data, plan)]
+    notices += ineffective_settings(model, config.train)
+    notices += write_run_metadata(run, model, summary, methods, data, resumed)
     notices.append(data.example)
 
     began = time.perf_counter()
@@ -118,19 +133,6 @@ def _train_on_rows(run: ResolvedRun, data: Data, plan: StepPlan, base: BaseRecor
     return config.folder
 
 
-def open_run_data(run: ResolvedRun) -> tuple[Data, StepPlan]:
-    """Open the tokenised rows and assign them to steps.
-
-    Called before the process group is initialised, so that tokenising a large data set cannot time out a collective.
-    """
-    config = run.config
-    progress = show_progress if launched_rank() == 0 else no_progress
-    draw = step_draw(config, run.layout)
-    limits = model_limits(config.model)
-    data = open_data(config.data, open_tokenizer(config.model), config.train.seed, progress, draw, limits)
-    return data, step_plan(data, config, run.layout)
-
-
 def check_same_base(base: BaseRecord) -> None:
     """Raise UserError if another process has another base: hosts may have other files. Collective over ranks."""
     own = (socket.gethostname(), base.short())
@@ -151,20 +153,6 @@ def check_same_rows(data: Data) -> None:
             raise UserError(
                 f"{data.report['mixture']} has other rows on {other} than on {host}. Copy one host's to all"
             )
-
-
-def find_resume_point(folder: Path, base: BaseRecord) -> tuple[Checkpoint | None, list[str]]:
-    """Return the checkpoint to continue from, if there is one, and notices. Collective over ranks.
-
-    Raises:
-        UserError: it is one of another base.
-    """
-    checkpoint, notices = find_checkpoint(folder)
-    if not checkpoint:
-        notices.append(f"{folder} holds no checkpoint to resume from: the run starts at its beginning")
-    elif notice := check_base(f"the run {folder}", checkpoint.facts.get("base"), base, ANOTHER_NAME):
-        notices.append(notice)
-    return checkpoint, notices
 
 
 def build_model(run: ResolvedRun, *, initialize: bool) -> tuple[Any, ModelSummary, list[dict[str, Any]]]:
@@ -252,14 +240,6 @@ def _train(
         ) from None
 
 
-def describe_resume(checkpoint: Checkpoint, run: ResolvedRun) -> list[str]:
-    """Return notices of the step a run resumes at and the changed settings; raise UserError for a forbidden change."""
-    facts = {**checkpoint.facts, "config": with_current_names(checkpoint.facts["config"])}
-    checkpoint = replace(checkpoint, facts=facts)
-    changes = compare_with_checkpoint(checkpoint, run.config.as_dict(), run.engine.settings, run.layout.ranks)
-    return [f"resumes after step {checkpoint.facts['step']}", *(f"changed: {change}" for change in changes)]
-
-
 def inject_method(
     model: torch.nn.Module, part: MethodEntry, seed: int, progress: Progress, *, start: bool
 ) -> dict[str, Any]:
@@ -298,6 +278,7 @@ def is_finished(config: RunConfig) -> bool:
     try:
         ended = "outcome" in json.loads((config.folder / ENVIRONMENT_FILE).read_text())
         before = read_config(config.folder / "config.yaml", found_in_run=True)
+        config = with_former_defaults(config, before.as_dict())
         model = settle(config.model)
         # The base is compared by its bytes.
         place = {name: getattr(before.model, name) for name in ("path", "revision")}

@@ -19,7 +19,7 @@ from subspace.common.paths import REPOSITORY
 from subspace.common.settings import SettingInfo
 from subspace.errors import UserError
 from subspace.resolve import with_current_names
-from subspace.training.resume import Checkpoint, compare_with_checkpoint
+from subspace.training.resume import changed_settings, check_resumable
 from tests.helpers.tiny_models import tiny_llama
 
 RECIPES = REPOSITORY / "launch" / "recipes"
@@ -467,7 +467,7 @@ def test_an_old_checkpoint_s_configuration_is_compared_under_the_present_names(f
     new_names = ("batch_size", "micro_batch_size", "max_grad_norm", "save_final", "lora_plus_lr_ratio")
     stored["train"] |= {key: value for key, value in run.as_dict()["train"].items() if key not in new_names}
     facts = {"config": with_current_names(stored), "engine": {}, "ranks": 1}
-    checkpoint = Checkpoint(Path("runs/old/checkpoints/step"), facts, {}, {})
-    assert compare_with_checkpoint(checkpoint, run.as_dict(), {}, 1) == []
+    check_resumable(Path("runs/old"), facts, run.as_dict())
+    assert changed_settings(facts, run.as_dict(), {}, 1) == []
     other = dataclasses.replace(run, train=dataclasses.replace(run.train, max_grad_norm=1.0))
-    assert compare_with_checkpoint(checkpoint, other.as_dict(), {}, 1) == ["train.max_grad_norm: 0.5 -> 1.0"]
+    assert changed_settings(facts, other.as_dict(), {}, 1) == ["train.max_grad_norm: 0.5 -> 1.0"]

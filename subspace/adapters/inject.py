@@ -236,6 +236,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def has_schedule(method: type[Adapter]) -> bool:
+    """Return True if a method acts before or after steps of the optimizer, by how many there are."""
+    return any({"before_step", "after_step"} & vars(cls).keys() for cls in method.__mro__ if cls is not Adapter)
+
+
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """Return the role of every trained tensor, by its name in the model."""
     of = {

@@ -54,7 +54,12 @@ class DataConfig(Settings):
         former_values={"answer": "answers"},
     )
     date: str = setting("2025-01-01", "what a chat template that writes the date writes, in all rows of all days")
-    validation: int = setting(120, "number of rows held out for validation", min=0)
+    validation: int | None = setting(
+        None,
+        "number of rows held out for validation; null for 120, at most a tenth, where train.validate_every, "
+        "train.patience or train.save_final=best makes one due, else none",
+        min=0,
+    )
     limit: int | None = setting(None, "rows to train on, drawn at random; null for all", min=1)
     group_by_length: bool = setting(True, "batch rows of similar length, which reduces padding")
     packing: bool = setting(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Fed = Callable[[int], Integers]
-"""Function from the number of training rows to the numbers of those that a run's steps use; see ``draw_steps``."""
+"""Function from the number of training rows to the numbers of those that a run's steps may use; see ``draw_steps``."""
+
+HELD_OUT = 120
+"""Rows held out where a validation is due and no number is given, of a tenth of the rows at most."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class Tokenized:
 class Data:
     """Training and held-out rows of a run; ``report`` has their counts, and ``notices`` messages to the user.
 
-    ``parts`` maps the name of each task's split, or file, in the table of token ids to its first row there.
+    ``parts`` maps the name of each task's split, or file, in the table of token ids to its first row there, and
+    ``place`` a row of that table to its place, as ``rows.jsonl, line 3``.
     ``example`` is one row as it is trained on, for people to look at.
     """
 
@@ -92,6 +97,7 @@ class Data:
     notices: tuple[str, ...]
     parts: dict[str, int] = field(default_factory=dict)
     packing: bool = False
+    place: Callable[[int], str] = str
     example: str = ""
 
     @property
@@ -105,6 +111,25 @@ class Data:
         tensors = collate(rows, self.pad_id, self.loss_on, room=self.train.max_length if self.packing else None)
         return Batch.from_labels(tensors, one_sequence=one_sequence)
 
+    def surplus_batch(self, number: int, *, one_sequence: bool = False) -> Batch:
+        """Return a batch without labels, for a process that has no rows where others have: all must compute as often.
+
+        It has the tokens of a row, which count for nothing.
+        """
+        tensors = collate([self.train[number]], self.pad_id, room=self.train.max_length if self.packing else None)
+        tensors["labels"].fill_(IGNORE_INDEX)
+        return replace(Batch.from_labels(tensors, one_sequence=one_sequence), num_tokens=0)
+
+    def where(self, number: int) -> str:
+        """Return the place of a row of the training data, as ``rows.jsonl, line 3``."""
+        return self.place(int(self.train.order[number]))
+
+    def counts(self, numbers: Integers) -> dict[str, int]:
+        """Return how many rows these are, each counted once, and their tokens, for the run's report."""
+        rows = np.unique(numbers)
+        tokens, answers = int(self.train.lengths[rows].sum()), int(self.train.answers[rows].sum())
+        return {"fed": len(rows), "tokens": tokens, "answer_tokens": answers}
+
     def validation_batches(
         self, micro_batch: int, rank: int, ranks: int, *, one_sequence: bool = False
     ) -> Iterator[Batch]:
@@ -114,7 +139,7 @@ class Data:
             UserError: there are no held-out rows.
         """
         if not len(self.validation):
-            raise UserError("a loss on held-out rows was asked for, but data.validation is 0: no rows are held out")
+            raise UserError("a loss on held-out rows was asked for, but no rows are held out (data.validation)")
         longest_first = np.argsort(-self.validation.lengths, kind="stable")
         for start in range(0, len(longest_first), micro_batch * ranks):
             group = longest_first[start : start + micro_batch * ranks]
@@ -175,6 +200,7 @@ def open_data(
         ),
         parts=dict(zip(parts, _begins(parts), strict=True)),
         packing=config.packing,
+        place=partial(_place, parts),
         example=show_row(read[0], tokenizer, config.loss_on, _place(parts, int(read.order[0]))),
     )
 
@@ -363,11 +389,22 @@ def _take(available: int, part: MixturePart, draw: np.random.Generator) -> Integ
 
 
 def _hold_out(
-    order: Integers, keys: Integers, count: int, name: str, draw: np.random.Generator
+    order: Integers, keys: Integers, count: int | None, name: str, draw: np.random.Generator
 ) -> tuple[Integers, Integers]:
-    """Return the rows to train on and to hold out; duplicates are never held out, since a copy would be trained on."""
+    """Return the rows to train on and to hold out; duplicates are never held out, since a copy would be trained on.
+
+    Without a ``count``, these are :data:`HELD_OUT` rows, of a tenth of them at most, but one at least.
+    """
     _, inverse, times = np.unique(keys[order], return_inverse=True, return_counts=True)
     once = np.flatnonzero(times[inverse] == 1)
+    if count is None:
+        count = max(1, min(HELD_OUT, len(order) // 10, len(once)))
+        if count > len(once) or count >= len(order):
+            raise UserError(
+                f"a validation is due, for which no row of {name} can be held out: of its {len(order):,} rows "
+                f"{len(once):,} occur only once, and some must remain to train on. Set train.validate_every=0, and "
+                "neither train.patience nor train.save_final=best"
+            )
     if count > len(once) or count >= len(order):
         raise UserError(
             f"data.validation={count} rows were to be held out of {name}, but of its {len(order):,} rows {len(once):,} "

@@ -1,8 +1,14 @@
-"""Sampling of the rows of each optimizer step, and their assignment to ranks and micro-batches."""
+"""Sampling of the rows of each optimizer step, and their assignment to ranks and micro-batches.
+
+The rows of a run are the beginning of an endless sequence: every epoch is a new shuffle of all rows, and the epochs
+follow one another without a seam, so that a step may span two of them. A run takes a number of rows from it, in steps
+of ``batch`` rows; what is left for the last step makes a smaller one. A longer run begins as a shorter one, but for
+that last step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +20,43 @@ GROUPED_STEPS = 64  # steps whose rows are sorted by length together: more reduc
 Integers = npt.NDArray[np.int64]
 
 
-def draw_steps(num_rows: int, *, batch: int, epochs: float = 1.0, steps: int | None = None, seed: int = 0) -> Integers:
-    """Return the rows that a run's steps take from the shuffled data, in the order of the shuffle: ``(steps, batch)``.
+def count_rows(num_rows: int, *, batch: int, epochs: float = 1.0, steps: int | None = None) -> int:
+    """Return how many rows a run takes, each as often as it takes it.
 
-    Every epoch is a new shuffle of all rows, and the epochs are concatenated, so a step may span two of them. Every
-    step has exactly ``batch`` rows, every epoch has every row once, and only rows that do not fill a last step are left
-    over. The result is known before any row is encoded.
+    Args:
+        num_rows: number of rows to train on.
+        batch: rows of a step, over all processes.
+        epochs: passes over all rows, used if ``steps`` is None.
+        steps: number of full steps, whatever the epochs.
+
+    Raises:
+        UserError: there are no rows, or the epochs are less than one row.
+    """
+    if not num_rows:
+        raise UserError("there are no rows to train on")
+    if steps is not None:
+        return steps * batch
+    if not (taken := round(epochs * num_rows)):
+        raise UserError(
+            f"train.epochs={epochs:g} of {num_rows:,} rows are less than one row, so nothing would be trained. Set "
+            "train.epochs=1, or train.steps for a number of steps"
+        )
+    return taken
+
+
+def draw_steps(
+    num_rows: int,
+    *,
+    batch: int,
+    epochs: float = 1.0,
+    steps: int | None = None,
+    seed: int = 0,
+    group_by_length: bool = True,
+) -> Integers:
+    """Return the rows whose lengths :class:`StepPlan` must know, in the order of the shuffles, full steps of them.
+
+    The result is known before any row is encoded. With ``group_by_length`` it ends with a block of steps that are
+    grouped together, of which the run may need the first ones only.
 
     Args:
         num_rows: number of rows to train on.
@@ -27,23 +64,32 @@ def draw_steps(num_rows: int, *, batch: int, epochs: float = 1.0, steps: int | N
         epochs: passes over all rows, used if ``steps`` is None.
         steps: number of steps, whatever the epochs.
         seed: seed of the shuffles.
+        group_by_length: whether steps are grouped by length.
 
     Raises:
-        UserError: there are no rows.
+        UserError: there are no rows to train on.
     """
-    if not num_rows:
-        raise UserError("there are no rows to train on")
-    count = max(1, int(epochs * num_rows / batch)) if steps is None else steps
-    passes = -(-count * batch // num_rows)
-    shuffled = [np.random.default_rng((seed, epoch)).permutation(num_rows) for epoch in range(passes)]
-    return np.concatenate(shuffled)[: count * batch].reshape(count, batch)
+    wanted = -(-count_rows(num_rows, batch=batch, epochs=epochs, steps=steps) // batch)
+    blocks = _blocks(num_rows, batch, wanted) if group_by_length else iter(())
+    return _shuffled(num_rows, batch * max([wanted, *(end for _, end in blocks)]), seed)
 
 
 class StepPlan:
     """Rows of each optimizer step: ``plan[k]`` has those of step k, longest first, over all processes.
 
-    The rows are those of ``draw_steps``. With ``group_by_length``, the rows of 64 successive steps are regrouped by
-    length among these steps. Only the lengths of rows that a step takes matter.
+    With ``group_by_length``, the rows of up to 64 successive steps are regrouped by length among these steps. Steps are
+    grouped within an epoch, wherever the run ends, so that a longer run has the same steps; one that spans two epochs
+    is left as it is. Only the lengths of the rows of :func:`draw_steps` matter.
+
+    Args:
+        lengths: the number of tokens of each row.
+        batch: rows of a step, over all processes.
+        epochs: passes over all rows, used if ``steps`` is None.
+        steps: number of steps, whatever the epochs.
+        seed: seed of the shuffles.
+        group_by_length: whether steps are grouped by length.
+        former: plan as up to version 0.1, for its checkpoints: without a smaller last step, and with steps grouped
+            among all of the run.
     """
 
     def __init__(
@@ -54,20 +100,68 @@ class StepPlan:
         steps: int | None = None,
         seed: int = 0,
         group_by_length: bool = True,
+        *,
+        former: bool = False,
     ) -> None:
         lengths = np.asarray(lengths)
-        drawn = draw_steps(len(lengths), batch=batch, epochs=epochs, steps=steps, seed=seed)
-        if group_by_length:
-            groups = range(0, len(drawn), GROUPED_STEPS)
-            drawn = np.concatenate([_regroup(drawn[at : at + GROUPED_STEPS], lengths, (seed, at, 0)) for at in groups])
-        longest_first = np.argsort(-lengths[drawn], axis=1, kind="stable")
-        self._rows = np.take_along_axis(drawn, longest_first, axis=1)
+        self.batch, self.num_rows, self.former = batch, len(lengths), former
+        if former and steps is None:
+            steps = max(1, int(epochs * len(lengths) / batch))
+        self.taken = count_rows(len(lengths), batch=batch, epochs=epochs, steps=steps)
+        wanted = -(-self.taken // batch)
+        blocks = list(_former_blocks(wanted) if former else _blocks(len(lengths), batch, wanted))
+        drawn = _shuffled(len(lengths), batch * max([wanted, *(end for _, end in blocks)]), seed).reshape(-1, batch)
+        for begin, end in blocks if group_by_length else ():
+            drawn[begin:end] = _regroup(drawn[begin:end], lengths, (seed, begin, 0))
+        self._rows = drawn[:wanted]
+        self._lengths = lengths
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, step: int) -> list[int]:
-        return [int(row) for row in self._rows[step]]
+        step = range(len(self))[step]
+        rows = self._rows[step][: self.taken - step * self.batch]
+        return [int(row) for row in rows[np.argsort(-self._lengths[rows], kind="stable")]]
+
+    def rows_until(self, steps: int) -> int:
+        """Return how many rows the first ``steps`` steps take."""
+        return min(steps * self.batch, self.taken)
+
+    @property
+    def ends_small(self) -> bool:
+        """Whether the last step has fewer rows than the others, of which there are some."""
+        return len(self) > 1 and self.taken < len(self) * self.batch
+
+    @property
+    def all_rows(self) -> Integers:
+        """The rows of all steps, each as often as it is taken."""
+        return self._rows.ravel()[: self.taken]
+
+
+def _shuffled(num_rows: int, count: int, seed: int) -> Integers:
+    """Return the first rows of the endless sequence of shuffles."""
+    passes = -(-count // num_rows)
+    shuffled = [np.random.default_rng((seed, epoch)).permutation(num_rows) for epoch in range(passes)]
+    return np.concatenate(shuffled)[:count]
+
+
+def _blocks(num_rows: int, batch: int, steps: int) -> Iterator[tuple[int, int]]:
+    """Yield the first and the end of the steps that are grouped together, of all blocks that begin before ``steps``.
+
+    They depend on the data and the batch alone. Of each epoch they are its whole steps, 64 at a time.
+    """
+    epoch = 0
+    while (first := -(-epoch * num_rows // batch)) < steps:
+        end = (epoch + 1) * num_rows // batch
+        for begin in range(first, min(end, steps), GROUPED_STEPS):
+            yield begin, min(begin + GROUPED_STEPS, end)
+        epoch += 1
+
+
+def _former_blocks(steps: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, steps, GROUPED_STEPS):
+        yield begin, min(begin + GROUPED_STEPS, steps)
 
 
 def _regroup(steps: Integers, lengths: npt.NDArray[np.int64], seed: tuple[int, int, int]) -> Integers:
@@ -81,18 +175,10 @@ def _regroup(steps: Integers, lengths: npt.NDArray[np.int64], seed: tuple[int, i
 
 
 def shard_batch(numbers: Sequence[int], rank: int, ranks: int, accumulate: int) -> list[list[int]]:
-    """Return this rank's micro-batches of a step's rows.
+    """Return this rank's micro-batches of a step's rows, ``accumulate`` of them; some are empty in a small step.
 
     ``numbers`` are sorted by length, longest first. Ranks process rows of similar length at the same time, so that none
     waits for another.
-
-    Raises:
-        UserError: there are fewer rows than micro-batches.
     """
-    if len(numbers) < ranks * accumulate:
-        raise UserError(
-            f"a step of {len(numbers)} rows cannot be shared by {ranks} processes in {accumulate} micro-batches each. "
-            f"Make train.batch_size at least {ranks * accumulate}"
-        )
     together = np.array_split(np.asarray(numbers), accumulate)
     return [[int(number) for number in part[rank::ranks]] for part in together]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ from subspace.planning.activation_memory import ActivationMemory, BatchShape, tr
 from subspace.planning.devices import CUDA_CONTEXT, DeviceSpec, PlannedDevice, gpu_overheads
 from subspace.planning.run_time import matrix_work, seconds_here, seconds_on
 from subspace.planning.static_memory import MemoryItem, StaticMemory
-from subspace.resolve import ResolvedRun, resolve_run, step_draw, step_plan
+from subspace.resolve import ResolvedRun, data_settings, resolve_run, step_draw, step_plan
 from subspace.training.config import STATE_BYTES
 
 #: Assumed tokens of an answer with its EOS, where the data is not prepared.
@@ -64,20 +65,22 @@ class TrainingWork:
         try:
             tokenizer = open_tokenizer(config.model)
             draw = step_draw(config, layout)
+            data = data_settings(config)
             limits = model_limits(config.model)
             # How long rows of one's own are is known once they are encoded.
             own = any(part.data for part in find_mixture(config.data.mixture).parts)
-            known = own or is_encoded(config.data, tokenizer, config.train.seed, draw, limits)
+            known = own or is_encoded(data, tokenizer, config.train.seed, draw, limits)
         except UserError:
             known = False
         if known:
-            data = open_data(config.data, tokenizer, config.train.seed, fed=draw, limits=limits)
-            return cls._from_data(config, layout, data)
+            return cls._from_data(
+                config, layout, open_data(data, tokenizer, config.train.seed, fed=draw, limits=limits)
+            )
         longest = -(-(config.data.max_length or TASK_LENGTH) // 8) * 8
         columns = longest - 1 if config.data.loss_on == "all" else min(ANSWER, longest - 1)
         rows = find_mixture(config.data.mixture).rows
         rows = min(rows or config.data.limit or 0, config.data.limit or rows or 0)
-        steps = config.train.steps or (int(config.train.epochs * rows / layout.batch) or None)
+        steps = config.train.steps or (math.ceil(round(config.train.epochs * rows) / layout.batch) or None)
         batch = BatchShape(
             layout.micro_batch, longest, columns, layout.micro_batch * columns, masked=config.data.packing
         )
@@ -86,11 +89,13 @@ class TrainingWork:
     @classmethod
     def _from_data(cls, config: RunConfig, layout: BatchLayout, data: Data) -> TrainingWork:
         lengths, steps = data.train.lengths, step_plan(data, config, layout)
-        rows = [steps[number] for number in range(len(steps))]
-        parts = [part for step in rows for part in shard_batch(step, 0, layout.ranks, layout.accumulate)]
-        micro_batches = np.array(parts)
+        # A smaller last step needs no more memory than a full one, where there is one.
+        rows = [steps[number] for number in range(len(steps) - steps.ends_small)]
+        parts = [part for step in rows for part in shard_batch(step, 0, layout.ranks, layout.accumulate) if part]
+        largest = max(map(len, parts))
+        micro_batches = np.array([part for part in parts if len(part) == largest])
         longest = _shape(data, parts[int(_fed(data, micro_batches).argmax())])
-        tokens = int(lengths[np.array(rows)].sum())
+        tokens = int(lengths[steps.all_rows].sum())
         return cls(longest, "the heaviest of the data", len(steps), tokens, data, micro_batches)
 
     def heaviest(self, footprint: ActivationMemory) -> BatchShape:

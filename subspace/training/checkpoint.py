@@ -72,10 +72,15 @@ def find_corruption(checkpoint: Path) -> str | None:
     return None
 
 
-def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return a run's newest intact checkpoint, and notices of damaged ones, which are renamed."""
+def find_newest(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
+    """Return a run's newest intact checkpoint, and notices of damaged ones, which are renamed.
+
+    With ``before``, only checkpoints of earlier steps count.
+    """
     passed_over: list[str] = []
     for path in reversed(checkpoints(folder)):
+        if before is not None and int(path.name.removeprefix("step-")) >= before:
+            continue
         problem = find_corruption(path)
         if problem is None:
             return path, passed_over

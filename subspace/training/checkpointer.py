@@ -46,10 +46,20 @@ class ConsumedSamples:
 
     def __init__(self, data: Data, plan: StepPlan) -> None:
         self.keys, self.plan, self.hash = data.train.keys, plan, hashlib.sha256()
+        self.held_out = len(data.validation)
 
     def add(self, step: int) -> None:
         """Add the rows of a step, counted from 1, to the checksum."""
         self.hash.update(self.keys[self.plan[step - 1]].tobytes())
+
+    def facts(self, steps: int) -> dict[str, int]:
+        """Return how many rows the first steps took, how many steps the run has, and how many rows are held out.
+
+        Empty for a plan as of a former version, so that its checkpoints are known.
+        """
+        if self.plan.former:
+            return {}
+        return {"rows": self.plan.rows_until(steps), "planned": len(self.plan), "held_out": self.held_out}
 
     def checksum(self) -> str:
         """Return the checksum of all rows added so far."""
@@ -57,7 +67,12 @@ class ConsumedSamples:
 
     def verify(self, steps: int, checksum: str) -> None:
         """Add the rows of the first steps; raise UserError if the result differs from the checksum."""
-        for step in range(1, min(steps, len(self.plan)) + 1):
+        if steps > len(self.plan):
+            raise UserError(
+                f"the run cannot be resumed: it has {steps} steps already, more than the {len(self.plan)} that are "
+                "asked for. Raise train.steps or train.epochs, or give this run another name"
+            )
+        for step in range(1, steps + 1):
             self.add(step)
         if self.checksum() != checksum:
             raise UserError(
@@ -100,11 +115,18 @@ class Checkpointer:
         self.saved_step = state.steps
         return state
 
-    def save_if_due(self, state: TrainState, last_step: int) -> None:
-        """Save a checkpoint every ``save_every`` steps, at the last step, and after the best validation."""
-        every = self.config.save_every
-        due = every and (state.steps % every == 0 or state.steps == last_step)
-        if due or state.best_step == state.steps:
+    def is_due(self, step: int) -> bool:
+        """Return True every ``save_every`` steps, at the last step, and before it where it has fewer rows.
+
+        A longer run has a full step in its place, and goes on from the checkpoint before it.
+        """
+        every, plan = self.config.save_every, self.consumed.plan
+        ends = (len(plan), len(plan) - plan.ends_small)
+        return bool(every) and (step % every == 0 or step in ends)
+
+    def save_if_due(self, state: TrainState) -> None:
+        """Save a checkpoint at the steps where one is due, and after the best validation."""
+        if self.is_due(state.steps) or state.best_step == state.steps:
             self.save(state)
 
     def save(self, state: TrainState) -> None:
@@ -116,6 +138,7 @@ class Checkpointer:
             "step": state.steps,
             "outcome": asdict(state),
             "fed": self.consumed.checksum(),
+            **self.consumed.facts(state.steps),
             "start": self.health.start,
             "seconds": self.logger.seconds(),
             **self.settings,

@@ -15,13 +15,16 @@ STATE_BYTES: Mapping[str, float] = {
     "paged_adamw8bit": 2 + 2 * 4 / 256,
 }
 
+#: Steps of warm-up where none are given, in a run of ten times as many or more; in a shorter one a tenth of its steps.
+WARMUP_STEPS, WARMUP_SHARE = 100, 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
     """Settings of training."""
 
-    epochs: float = setting(3.0, "passes over the data", min=0)
-    steps: int | None = setting(None, "optimizer steps; overrides epochs", min=1)
+    epochs: float = setting(3.0, "passes over the data; the last step has the rows that are left", min=0)
+    steps: int | None = setting(None, "optimizer steps, all of batch_size rows; overrides epochs", min=1)
     batch_size: int = setting(
         16, "rows per optimizer step, over all processes and micro-batches", min=1, formerly="batch"
     )
@@ -45,7 +48,9 @@ class TrainConfig(Settings):
     )
     learning_rate: float = setting(2e-4, "peak learning rate", min=0)
     schedule: str = setting("linear", "learning rate schedule after warm-up", choices=("linear", "cosine", "constant"))
-    warmup_steps: int = setting(100, "optimizer steps of linear warm-up", min=0)
+    warmup_steps: int | None = setting(
+        None, "optimizer steps of linear warm-up; null for 100, at most a tenth of the run", min=0
+    )
     weight_decay: float = setting(
         0.0, "AdamW's weight decay, on factors only, never on scales, biases or prompts", min=0
     )
@@ -62,7 +67,12 @@ class TrainConfig(Settings):
     log_every: int = setting(
         10, "optimizer steps between lines of log.jsonl and looks for values that are not finite", min=1
     )
-    validate_every: int = setting(0, "optimizer steps between validations on the held-out rows; 0 disables them", min=0)
+    validate_every: int | None = setting(
+        None,
+        "optimizer steps between validations on the held-out rows; 0 disables them; null for once an epoch where "
+        "train.patience or train.save_final=best needs them, else none",
+        min=0,
+    )
     patience: int = setting(0, "stop after so many validations without a better loss; 0 disables early stopping", min=0)
     save_every: int = setting(200, "optimizer steps between checkpoints; 0 saves only the best", min=0)
     keep_checkpoints: int = setting(2, "number of last checkpoints to keep, besides the best", min=1)
@@ -71,3 +81,20 @@ class TrainConfig(Settings):
     )
     save_final: str = setting("last", "the adapter to save at the end", choices=("last", "best"), formerly="keep")
     trackers: list[str] = setting(["tensorboard"], "trackers to log to besides log.jsonl: tensorboard, wandb")
+
+    @property
+    def validates(self) -> bool:
+        """Whether validations are due."""
+        if self.validate_every is None:
+            return bool(self.patience) or self.save_final == "best"
+        return self.validate_every > 0
+
+    def warmup(self, steps: int) -> int:
+        """Return the optimizer steps of warm-up in a run of so many steps."""
+        return min(WARMUP_STEPS, steps // WARMUP_SHARE) if self.warmup_steps is None else self.warmup_steps
+
+    def validation_period(self, rows: int) -> int:
+        """Return the optimizer steps between validations in a run on so many rows; 0 without validations."""
+        if self.validate_every is None:
+            return max(1, round(rows / self.batch_size)) if self.validates else 0
+        return self.validate_every

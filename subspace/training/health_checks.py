@@ -25,6 +25,7 @@ from subspace.adapters.serialization import read_adapter
 from subspace.distributed.collectives import all_reduce_host, broadcast_object, is_main, world_size
 from subspace.distributed.deepspeed_compat import loss_scale_exhausted, skipped_steps
 from subspace.errors import RunFailed, RunStopped, UserError
+from subspace.training.blame import LossTrace
 from subspace.training.checkpoint import last_checkpoint_hint
 from subspace.training.steps import StepStats
 
@@ -45,12 +46,16 @@ class TrainingHealthCheck:
         access: to its gradients and values.
         start: checksums of the trained tensors' initial values, for a resumed run; None computes them now.
         folder: the run's, whose last checkpoint is named in errors.
+
+    Attributes:
+        trace: finds what makes a loss not finite, if it is set.
     """
 
     def __init__(
         self, model: nn.Module, access: OptimizerAccess, start: Mapping[str, str] | None = None, folder: Path = Path()
     ) -> None:
         self.access, self.folder = access, folder
+        self.trace: LossTrace | None = None
         self.parameters: Mapping[str, nn.Parameter] = trained_parameters(model)
         self.late = {
             f"{site}.{name}" for site, adapter in adapters(model).items() for name in adapter.delayed_grad_params
@@ -79,7 +84,8 @@ class TrainingHealthCheck:
                 unread = self._take_unread()
             for step, loss, gradient in unread:
                 if not math.isfinite(loss + gradient):
-                    raise self._late_failure(step, _describe(loss)) from error
+                    # Not collective: the other ranks may have no error.
+                    raise self._late_failure(step, _describe(loss), None) from error
 
     def record(self, step: int, stats: StepStats) -> None:
         """Remember a step's loss and largest gradient, between its last backward pass and its update; read nothing.
@@ -120,7 +126,7 @@ class TrainingHealthCheck:
         for step, loss, gradient in self._take_unread():
             self.loss = loss
             if not math.isfinite(loss) or not (math.isfinite(gradient) or engine.fp16_enabled()):
-                raise self._failure(step, _describe(loss))
+                raise self._failure(step, _describe(loss), trace=None if math.isfinite(loss) else self.trace)
             if math.isfinite(gradient):
                 self.skipped_in_a_row = 0
                 continue
@@ -169,27 +175,37 @@ class TrainingHealthCheck:
         self.unread = []
         return [(step, *values) for step, values in zip(steps, torch.stack(results).tolist(), strict=True)]
 
-    def _failure(self, step: int, what: str) -> RunFailed:
-        """Return an error that names the first non-finite tensor and the last checkpoint. Collective."""
+    def _failure(self, step: int, what: str, trace: LossTrace | None = None) -> RunFailed:
+        """Return an error that names what is not finite first, and the last checkpoint. Collective.
+
+        ``trace`` is given where the loss is not: then all gradients are not either, whatever made it so.
+        """
+        where = trace.bad_frozen_weight() if trace else None
         if step != self.not_updated:
-            return self._late_failure(step, what)
-        values = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.value(p)).all()]
-        found = zip(self.parameters, self.access.grads(list(self.parameters.values())), strict=True)
-        gradients = [name for name, gradient in found if not torch.isfinite(gradient).all()]
-        where = (
-            f"{values[0]} holds a value that is not finite"
-            if values
-            else f"the gradient of {gradients[0]} is not finite ({len(gradients)} of {len(self.parameters)} tensors)"
-            if gradients
-            else "every trained tensor is finite: the frozen model or the data gives it"
-        )
+            # By now the update has spoilt the adapters. What still makes no finite loss without them, did so before.
+            where = where or (trace.bad_output(step, without_adapters=True) if trace else None)
+            rows = f"its rows are {trace.rows(step)}" if trace else None
+            return self._late_failure(step, what, where or rows)
+        where = where or self._bad_value() or (trace.bad_output(step) if trace else None) or self._bad_gradient()
         return RunFailed(f"step {step}: {what}; {where}. The step was not taken. {last_checkpoint_hint(self.folder)}")
 
-    def _late_failure(self, step: int, what: str) -> RunFailed:
+    def _bad_value(self) -> str | None:
+        values = [name for name, p in self.parameters.items() if not torch.isfinite(self.access.value(p)).all()]
+        return f"{values[0]} holds a value that is not finite" if values else None
+
+    def _bad_gradient(self) -> str:
+        found = zip(self.parameters, self.access.grads(list(self.parameters.values())), strict=True)
+        gradients = [name for name, gradient in found if not torch.isfinite(gradient).all()]
+        if not gradients:
+            return "every trained tensor is finite, and so is the loss of each row alone"
+        return f"the gradient of {gradients[0]} is not finite ({len(gradients)} of {len(self.parameters)} tensors)"
+
+    def _late_failure(self, step: int, what: str, where: str | None) -> RunFailed:
         """Return an error for a step whose update has been made, but not saved."""
         return RunFailed(
-            f"step {step}: {what}, which was found a few steps later. {last_checkpoint_hint(self.folder)}; nothing was "
-            "saved from that step on. With train.log_every=1 the tensor that it begins in is named"
+            f"step {step}: {what}, which was found a few steps later{f'; {where}' if where else ''}. "
+            f"{last_checkpoint_hint(self.folder)}; nothing was saved from that step on. With train.log_every=1 the "
+            "tensor that it begins in is named"
         )
 
 

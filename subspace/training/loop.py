@@ -27,6 +27,7 @@ from subspace.distributed.signals import SignalHandler
 from subspace.distributed.watchdog import Watchdog
 from subspace.models.lm_head import SummedLoss
 from subspace.models.padding import needs_padding_mask
+from subspace.training.blame import LossTrace
 from subspace.training.checkpointer import Checkpointer, ConsumedSamples, TrainState
 from subspace.training.config import TrainConfig
 from subspace.training.health_checks import TrainingHealthCheck
@@ -82,7 +83,9 @@ def train(
     checkpointer = Checkpointer(engine, folder, config, health, consumed, logger, settings, about)
     state = checkpointer.restore(resumed) if resumed else TrainState()
     first, last = state.steps + 1, len(plan)
+    every = config.validation_period(plan.num_rows)
     summed_loss = SummedLoss(engine, masks_padding=needs_padding_mask(engine))
+    health.trace = LossTrace(engine, summed_loss, data, plan)
     collated = micro_batches(data, plan, layout, engine.device, first=first, one_sequence=summed_loss.one_sequence)
     with (
         SignalHandler() as signals,
@@ -106,32 +109,34 @@ def train(
                 engine, summed_loss, batches, counts, layout, offload=config.offload_activations
             )
             health.record(step, stats)
-            if is_read(step, last, config, engine):
+            validates = bool(every) and (step % every == 0 or step == last)
+            if validates or checkpointer.is_due(step) or is_read(step, last, config, engine):
                 state.loss = health.read(engine)
             run_schedules("before_step", groups, TrainProgress(step, last), access)
+            learning_rate = engine.get_lr()[0]  # of this step; the engine's step sets the next one's
             norm = optimizer_step(engine)
             run_schedules("after_step", groups, TrainProgress(step, last), access)
             health.check_updated(step, engine)
 
             consumed.add(step)
             state.steps = step
-            logger.step(step, loss=state.loss, learning_rate=engine.get_lr()[0], norm=norm, tokens=counts.read)
-            if config.validate_every and (step % config.validate_every == 0 or step == last):
+            logger.step(step, loss=state.loss, learning_rate=learning_rate, norm=norm, tokens=counts.read)
+            if validates:
                 loss = validation_loss(engine, summed_loss, data, layout, watchdog, step)
                 state.add_validation(loss)
                 logger.validation(step, loss)
-            checkpointer.save_if_due(state, last)
+            checkpointer.save_if_due(state)
         checkpointer.save_final(state)
     return state
 
 
 def is_read(step: int, last: int, config: TrainConfig, engine: Any) -> bool:
-    """Return True for steps whose loss and gradients are read: all that are logged, validated or saved.
+    """Return True for steps whose loss and gradients are read, besides those that are validated or saved.
 
     Every step in float16, where DeepSpeed reads the gradients anyway, and skips steps.
     """
-    periods = (config.log_every, config.validate_every, config.save_every, MAX_UNREAD_STEPS)
-    return engine.fp16_enabled() or step in (1, last) or any(every and step % every == 0 for every in periods)
+    periods = (config.log_every, MAX_UNREAD_STEPS)
+    return engine.fp16_enabled() or step in (1, last) or any(step % every == 0 for every in periods)
 
 
 def validation_loss(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subspace.adapters.inject import parameter_roles, trained_parameters
+from subspace.adapters.inject import adapters, parameter_roles, trained_parameters
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
 from subspace.training.config import TrainConfig
@@ -79,9 +79,31 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
 
 
+def ineffective_settings(model: nn.Module, config: TrainConfig) -> list[str]:
+    """Return messages on settings of the optimizer that apply to none of a method's tensors."""
+    roles: dict[str, set[str]] = {}
+    one_dimensional: dict[str, bool] = {}
+    for adapter in adapters(model).values():
+        trained = adapter.trained()
+        roles.setdefault(adapter.name, set()).update(adapter.roles[name] for name in trained)
+        flat = any(len(full_shape(p)) == 1 and adapter.roles[name] != "core" for name, p in trained.items())
+        one_dimensional[adapter.name] = flat or one_dimensional.get(adapter.name, False)
+    messages = []
+    for method, own in roles.items():
+        what = f"method {method}, which trains {', '.join(sorted(own))} tensors"
+        if config.weight_decay and not own.intersection(DECAYED_ROLES):
+            messages.append(f"train.weight_decay={config.weight_decay:g} has no effect on {what}: only factors decay")
+        as_peft = config.lora_plus_rule == "peft" and one_dimensional[method]
+        if config.lora_plus_lr_ratio != 1 and "up" not in own and not as_peft:
+            ratio = f"train.lora_plus_lr_ratio={config.lora_plus_lr_ratio:g}"
+            messages.append(f"{ratio} has no effect on {what}: it applies to up factors")
+    return messages
+
+
 def lr_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the learning rate factor of optimizer step ``step``, counted from 0."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    passed = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    """Return the learning rate factor of optimizer step ``step``, counted from 0, in a run of so many steps."""
+    warmup = config.warmup(steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    passed = min(1.0, (step - warmup) / max(1, steps - warmup))
     return {"linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2, "constant": 1.0}[config.schedule]

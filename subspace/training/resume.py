@@ -61,6 +61,15 @@ class Checkpoint:
     training: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """The place of a checkpoint, None if there is none, what it says of itself, and notices for the user."""
+
+    path: Path | None
+    facts: dict[str, Any]
+    notices: list[str]
+
+
 def save_checkpoint(
     engine: Any,
     target: Path,
@@ -113,15 +122,20 @@ def save_checkpoint(
         raise
 
 
-def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return a run's newest intact checkpoint, if it has one, and notices for the user. Collective over ranks.
+def find_checkpoint(folder: Path, before: int | None = None) -> FoundCheckpoint:
+    """Find a run's newest intact checkpoint; with ``before``, of those of earlier steps. Collective over ranks.
 
     The first process reads, so the folder need not be there for the others.
     """
-    path, notices = broadcast_object(checkpoint.find_newest(folder) if is_main() else None)
+    path, notices = broadcast_object(checkpoint.find_newest(folder, before) if is_main() else None)
     if path is None:
-        return None, notices
+        return FoundCheckpoint(None, {}, notices)
     facts: dict[str, Any] = broadcast_object(json.loads((path / FACTS).read_text()) if is_main() else None)
+    return FoundCheckpoint(path, facts, notices)
+
+
+def read_checkpoint(path: Path, facts: dict[str, Any]) -> Checkpoint:
+    """Return the content of a checkpoint, which the first process reads. Collective over ranks."""
     contents = []
     for content in (
         read_adapter(path / ADAPTER)[1] if is_main() else {},
@@ -134,30 +148,37 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             f"{path} holds adapters only, because the optimizer was offloaded to NVMe: it cannot be resumed from. "
             "Evaluate or merge its adapter, or train again with the optimizer on the CPU"
         )
-    return Checkpoint(path, facts, *contents), notices
+    return Checkpoint(path, facts, *contents)
 
 
-def compare_with_checkpoint(
-    saved: Checkpoint, config: Mapping[str, Any], engine: Mapping[str, Any], ranks: int
-) -> list[str]:
-    """Return the settings that differ from the checkpoint's, as ``train.max_grad_norm: 1.0 -> 0.5``.
+def check_resumable(folder: Path, facts: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise UserError for a setting that determines a checkpoint's numbers and is not as it was.
 
-    Raises:
-        UserError: a changed setting that determines the checkpoint's numbers.
+    Args:
+        folder: the run's.
+        facts: what the checkpoint says of itself.
+        config: the settings of now.
     """
-    changed = _changes(saved.facts["config"], config)
-    mutable = MUTABLE_KEYS + PLACE_KEYS[0 if saved.facts.get("base") else 1 :]
+    changed = _changes(facts["config"], config)
+    mutable = MUTABLE_KEYS + PLACE_KEYS[0 if facts.get("base") else 1 :]
     refused = [c for key, c in changed.items() if key.startswith(FIXED_KEYS) and not key.startswith(mutable)]
     if refused:
         raise UserError(
-            f"{saved.path.parent.parent} was trained with other settings, which cannot change during a run: "
+            f"{folder} was trained with other settings, which cannot change during a run: "
             f"{', '.join(refused)}. Resume with the settings of its config.yaml, or give this run another name"
         )
+
+
+def changed_settings(
+    facts: Mapping[str, Any], config: Mapping[str, Any], engine: Mapping[str, Any], ranks: int
+) -> list[str]:
+    """Return the settings that differ from a checkpoint's, as ``train.max_grad_norm: 1.0 -> 0.5``."""
+    changed = _changes(facts["config"], config)
     reported = [c for key, c in changed.items() if not key.startswith(UNREPORTED_KEYS)]
-    of_engine = _changes(saved.facts["engine"], engine)
+    of_engine = _changes(facts["engine"], engine)
     reported += [f"engine {c}" for key, c in of_engine.items() if not key.startswith(("train_", "gradient_"))]
-    if ranks != saved.facts["ranks"]:
-        reported.append(f"processes: {saved.facts['ranks']} -> {ranks}")
+    if ranks != facts["ranks"]:
+        reported.append(f"processes: {facts['ranks']} -> {ranks}")
     return reported
 
 

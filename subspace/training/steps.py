@@ -64,12 +64,18 @@ def micro_batches(
 ) -> list[Callable[[], list[Batch]]]:
     """Return a function for each step from ``first`` on, which returns this rank's share of its rows in micro-batches.
 
-    They are in CPU memory, page-locked if they will be copied to a GPU.
+    They are in CPU memory, page-locked if they will be copied to a GPU. Every process has as many in every step; where
+    a step has too few rows for that, some are without labels.
     """
 
     def collate(step: int) -> list[Batch]:
-        parts = shard_batch(plan[step - 1], rank(), layout.ranks, layout.accumulate)
-        batches = [data.batch(part, one_sequence=one_sequence) for part in parts]
+        rows = plan[step - 1]
+        batches = [
+            data.batch(part, one_sequence=one_sequence)
+            if part
+            else data.surplus_batch(rows[-1], one_sequence=one_sequence)
+            for part in shard_batch(rows, rank(), layout.ranks, layout.accumulate)
+        ]
         return [batch.pinned() for batch in batches] if device.type == "cuda" else batches
 
     return [partial(collate, step) for step in range(first, len(plan) + 1)]

@@ -28,7 +28,7 @@ from subspace.data import tokenization as tokenization_module
 from subspace.data.chat.limits import ModelLimits
 from subspace.data.collate import IGNORE_INDEX, TokenRow, collate
 from subspace.data.config import DataConfig
-from subspace.data.dataset import Data, is_encoded, open_data
+from subspace.data.dataset import Data, _hold_out, is_encoded, open_data
 from subspace.data.prepare import task_items
 from subspace.data.sampler import StepPlan, draw_steps, shard_batch
 from subspace.data.tokenization import encode_prompt
@@ -455,6 +455,24 @@ def test_more_rows_than_there_are_cannot_be_held_out(
         open_data(settings("nested", validation=count), tokenizer)
 
 
+@pytest.mark.parametrize("rows", [3, 9, 10, 50, 200, 1000, 1199, 1200, 5000])
+@pytest.mark.parametrize("copies", [0, 1])
+def test_without_a_number_at_most_a_tenth_is_held_out(rows: int, copies: int) -> None:
+    order = np.arange(rows)
+    keys = np.where(order < copies, -1, order)  # the first of them equals none, or the last
+    keys[-1] = -1
+    train, held = _hold_out(order, keys, None, "rows.jsonl", np.random.default_rng(0))
+    assert len(held) == min(120, max(1, rows // 10))
+    assert sorted([*train, *held]) == order.tolist()
+    assert not copies or not {0, rows - 1} & set(held)
+
+
+@pytest.mark.parametrize("keys", [[1], [1, 1], [1, 1, 2, 2]])
+def test_a_validation_for_which_nothing_can_be_held_out_is_refused(keys: list[int]) -> None:
+    with pytest.raises(UserError, match=r"a validation is due, for which no row of rows.jsonl .*validate_every=0"):
+        _hold_out(np.arange(len(keys)), np.array(keys), None, "rows.jsonl", np.random.default_rng(0))
+
+
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 4), (3, 2), (8, 1)])
 def test_ranks_share_the_held_out_rows(
     ranks: int, micro: int, prepared: Path, tokenizer: PreTrainedTokenizerBase
@@ -469,7 +487,7 @@ def test_ranks_share_the_held_out_rows(
 
 
 def test_a_loss_on_no_rows_is_refused(prepared: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match="data.validation is 0"):
+    with pytest.raises(UserError, match="no rows are held out"):
         next(open_data(settings("toy"), tokenizer).validation_batches(2, 0, 1))
 
 
@@ -544,7 +562,7 @@ def test_what_another_process_is_just_writing_is_not_read(prepared: Path, tokeni
 
 # Only what is fed is encoded.
 
-FED = partial(draw_steps, batch=4, steps=3, seed=0)
+FED = partial(draw_steps, batch=4, steps=3, seed=0, group_by_length=False)
 NUMBER = datasets.Value("int64")
 OLD_COLUMNS = datasets.Features(
     {"input_ids": datasets.List(datasets.Value("int32")), "answer_start": NUMBER, "length": NUMBER, "key": NUMBER}
@@ -568,7 +586,8 @@ def test_only_rows_that_are_fed_or_held_out_are_encoded(
 def test_a_run_is_fed_the_same_whether_or_not_all_is_encoded(
     mixture: str, group: bool, prepared: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    few, whole = (open_data(settings(mixture, validation=5), tokenizer, 3, fed=fed) for fed in (FED, None))
+    fed_rows = partial(draw_steps, batch=4, steps=3, seed=0, group_by_length=group)
+    few, whole = (open_data(settings(mixture, validation=5), tokenizer, 3, fed=fed) for fed in (fed_rows, None))
     plans = [StepPlan(data.train.lengths, batch=4, steps=3, group_by_length=group) for data in (few, whole)]
     assert rows_of(plans[0]) == rows_of(plans[1])
     fed = rows_of(plans[0])
@@ -583,7 +602,7 @@ def test_a_longer_run_encodes_what_the_shorter_one_did_not(
 ) -> None:
     open_data(settings("toy"), tokenizer, fed=FED)
     counted = count_encodings(monkeypatch)
-    longer = partial(draw_steps, batch=4, steps=5, seed=0)
+    longer = partial(draw_steps, batch=4, steps=5, seed=0, group_by_length=False)
     assert not is_encoded(settings("toy"), tokenizer, fed=longer)
     for _ in range(2):
         open_data(settings("toy"), tokenizer, fed=longer)
@@ -648,16 +667,81 @@ def test_every_epoch_has_every_row_once(group: bool) -> None:
 
 def test_epochs_follow_one_another_without_a_seam() -> None:
     plan = StepPlan(LENGTHS, batch=8, epochs=3, group_by_length=False)
-    assert len(plan) == 3 * 1003 // 8
-    assert Counter(rows_of(plan)[: 1003 // 8 * 8]).most_common(1)[0][1] == 1
-    assert set(Counter(rows_of(plan)).values()) == {2, 3}
+    assert [len(plan[step]) for step in range(len(plan))] == [8] * (3 * 1003 // 8) + [3 * 1003 % 8]
+    for begin in (0, 1003, 2006):
+        in_a_shuffle = [row for step in range(begin // 8 + 1, (begin + 1003) // 8) for row in plan[step]]
+        assert len(set(in_a_shuffle)) == len(in_a_shuffle)
+
+
+def some_data(number: int) -> dict[str, Any]:
+    """Return lengths and settings of a plan: few rows or many, fewer than a step or not, grouped or not."""
+    draw = np.random.default_rng(number)
+    return {
+        "lengths": draw.integers(5, 300, int(draw.integers(1, 1 + int(draw.choice([5, 60, 1500]))))),
+        "batch": int(draw.integers(1, 40)),
+        "seed": number,
+        "group_by_length": bool(draw.integers(2)),
+    }
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_of_any_data_every_epoch_takes_every_row_once_and_the_last_step_what_is_left(number: int) -> None:
+    data, epochs = some_data(number), number % 4 + 1
+    rows, batch = len(data["lengths"]), data["batch"]
+    plan = StepPlan(**data, epochs=epochs)
+    assert Counter(rows_of(plan)) == dict.fromkeys(range(rows), epochs)
+    sizes = [len(plan[step]) for step in range(len(plan))]
+    assert sizes[:-1] == [batch] * (len(plan) - 1)
+    assert sizes[-1] == rows * epochs - batch * (len(plan) - 1) > 0
+    assert plan.ends_small == (sizes[-1] < batch and len(plan) > 1)
+    assert [plan.rows_until(step) for step in range(len(plan) + 1)] == [0, *np.cumsum(sizes)]
+    assert sorted(plan.all_rows) == sorted(rows_of(plan))
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_of_any_data_a_longer_plan_begins_as_a_shorter_one(number: int) -> None:
+    data, draw = some_data(number), np.random.default_rng(number)
+    short, long = (StepPlan(**data, epochs=epochs) for epochs in (number % 3 + 1, number % 3 + 2))
+    full = len(short) - (short.taken % data["batch"] > 0)
+    assert all(short[step] == long[step] for step in range(full))
+    if full < len(short):
+        assert not Counter(short[full]) - Counter(long[full])  # the longer run's step has the same rows and some more
+    few = int(draw.integers(1, 100))
+    short, long = (StepPlan(**data, steps=steps) for steps in (few, few + int(draw.integers(0, 200))))
+    assert [short[step] for step in range(few)] == [long[step] for step in range(few)]
+    # Only the lengths of rows that are asked for matter.
+    known = np.zeros_like(data["lengths"])
+    asked = draw_steps(len(known), **{key: value for key, value in data.items() if key != "lengths"}, steps=few)
+    known[asked] = data["lengths"][asked]
+    again = StepPlan(**{**data, "lengths": known}, steps=few)
+    assert [short[step] for step in range(few)] == [again[step] for step in range(few)]
+
+
+def test_what_a_checkpoint_of_before_went_by_is_planned_as_it_was() -> None:
+    """Up to version 0.1: full steps only, as many as fit, grouped 64 at a time from the first to the last."""
+    plan = StepPlan(LENGTHS, batch=8, epochs=3, seed=2, former=True)
+    shuffled = np.concatenate([np.random.default_rng((2, epoch)).permutation(1003) for epoch in range(3)])
+    steps = shuffled[: 3 * 1003 // 8 * 8].reshape(-1, 8)
+    for begin in range(0, len(steps), 64):
+        block = steps[begin : begin + 64]
+        by_length = block.ravel()[np.argsort(LENGTHS[block.ravel()], kind="stable")].reshape(block.shape)
+        steps[begin : begin + 64] = np.random.default_rng((2, begin, 0)).permutation(by_length)
+    assert [sorted(plan[step]) for step in range(len(plan))] == np.sort(steps, axis=1).tolist()
+    assert len(StepPlan(np.ones(3), batch=16, epochs=1, former=True)[0]) == 16
 
 
 def test_the_published_recipe_has_its_number_of_steps() -> None:
-    assert len(StepPlan(np.ones(170_420 - 120), batch=16, epochs=3)) == 31_931
+    plan = StepPlan(np.ones(170_420 - 120), batch=16, epochs=3)
+    assert (len(plan), len(plan[-1])) == (31_932, 4)
 
 
-@pytest.mark.parametrize(("epochs", "steps", "count"), [(0.5, None, 62), (3, 7, 7), (1, 400, 400), (0, None, 1)])
+def test_less_than_a_row_is_refused() -> None:
+    for epochs in (0, 0.01):
+        with pytest.raises(UserError, match=rf"train.epochs={epochs} of 31 rows are less than one row"):
+            StepPlan(np.ones(31), batch=8, epochs=epochs)
+
+
+@pytest.mark.parametrize(("epochs", "steps", "count"), [(0.5, None, 63), (3, 7, 7), (1, 400, 400)])
 def test_steps_replace_epochs(epochs: float, steps: int | None, count: int) -> None:
     assert len(StepPlan(LENGTHS, batch=8, epochs=epochs, steps=steps)) == count
 
@@ -693,14 +777,15 @@ def test_a_step_begins_with_its_longest_row() -> None:
     assert all((np.diff(LENGTHS[plan[step]]) <= 0).all() for step in range(len(plan)))
 
 
+@pytest.mark.parametrize("size", [16, 15, 3, 1])
 @pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 4), (3, 5)])
-def test_a_step_is_shared_without_loss(ranks: int, accumulate: int) -> None:
-    rows = list(range(100, 116))
+def test_a_step_is_shared_without_loss(ranks: int, accumulate: int, size: int) -> None:
+    rows = list(range(100, 100 + size))
     parts = [shard_batch(rows, rank, ranks, accumulate) for rank in range(ranks)]
     assert sorted(row for mine in parts for micro in mine for row in micro) == rows
     assert {len(mine) for mine in parts} == {accumulate}
     sizes = [len(micro) for mine in parts for micro in mine]
-    assert max(sizes) - min(sizes) <= (16 % (ranks * accumulate) > 0)
+    assert max(sizes) - min(sizes) <= (size % (ranks * accumulate) > 0)
 
 
 def test_rows_that_are_fed_together_are_of_like_length() -> None:
@@ -708,11 +793,6 @@ def test_rows_that_are_fed_together_are_of_like_length() -> None:
         [[9, 7], [5, 3]],
         [[8, 6], [4, 2]],
     ]
-
-
-def test_too_few_rows_to_share_are_refused() -> None:
-    with pytest.raises(UserError, match=r"3 rows cannot be shared by 2 processes .* at least 4"):
-        shard_batch([1, 2, 3], 0, 2, 2)
 
 
 # The real data.
@@ -726,4 +806,4 @@ def test_the_real_data_is_read_as_it_was_declared() -> None:
     output = f"the correct answer is answer{item['label'] + 1}<|im_end|>"
     assert str(tokenizer.decode(row.input_ids[row.answer_start :])).strip() == output
     assert item["question"] in tokenizer.decode(row.input_ids)
-    assert len(data.train) == 1119 - 120
+    assert len(data.train) == 1119 - 111

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from subspace.config import read_config
 from subspace.data.collate import IGNORE_INDEX, collate
 from subspace.resolve import resolve_run
-from subspace.run import open_run_data, train_run
+from subspace.resumption import open_run_data
+from subspace.run import train_run
 from tests.helpers.chat_templates import chat_tokenizer, templates
 from tests.helpers.tiny_models import save, tiny_llama
 

@@ -18,10 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from subspace import config as config_module
 from subspace.adapters.registry import list_methods
 from subspace.common.paths import REPOSITORY
 from subspace.distributed import launcher
 from tests.helpers.material import STAGES, logged, make_material, saved_adapter
+from tests.helpers.reference import train_plainly
 from tests.helpers.tiny_models import EARLY_SCHEDULES, tiny
 
 pytestmark = pytest.mark.processes
@@ -91,8 +93,29 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for stage, method in MIXED
         if (stage, method) in mixtures
     ]
+    two += [(str(file), small_last_step(root, stage)) for stage in STAGES]
+    two.append((str(file), small_last_step(root, 3, "data.packing=true")))
     launch(two, root, ranks=2)
     return root
+
+
+def small_last_step(root: Path, stage: int, *more: str) -> list[str]:
+    """Return settings under which 40 rows are three steps of 12 and one of 4, for two processes with 3 batches each."""
+    own = ["train.steps=null", "train.epochs=1", "train.batch_size=12", "train.micro_batch_size=2", *more]
+    return [f"runs={root}", f"name=small-{stage}-{len(more)}", f"engine={root / f'zero{stage}.json'}", *own]
+
+
+@pytest.mark.parametrize(("stage", "more"), [*((stage, ()) for stage in STAGES), (3, ("data.packing=true",))], ids=str)
+def test_the_last_smaller_step_is_exact_though_processes_have_no_rows(
+    runs: Path, stage: int, more: tuple[str, ...]
+) -> None:
+    settings = small_last_step(runs, stage, *more)
+    expected, tensors = train_plainly(config_module.read_config(runs / "run.yaml", settings))
+    folder = runs / f"small-{stage}-{len(more)}"
+    assert len(expected) == 4
+    assert logged(folder) == pytest.approx(expected, abs=1e-5)
+    for name, tensor in saved_adapter(folder).items():
+        assert torch.allclose(tensor, tensors[name], atol=2e-4), name
 
 
 def launch(wanted: list[Any], root: Path, ranks: int) -> None:

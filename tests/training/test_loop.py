@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from subspace import config as config_module
 from subspace.adapters.base import Adapter
@@ -23,12 +26,15 @@ from subspace.adapters.serialization import TENSORS, load_adapter, save_adapter
 from subspace.common.paths import REPOSITORY
 from subspace.data import samples as samples_module
 from subspace.data.collate import IGNORE_INDEX
+from subspace.distributed.zero import gathered
 from subspace.errors import RunFailed, UserError
 from subspace.methods.adalora import AdaLoRA
 from subspace.methods.lora import LoRA
 from subspace.models.lm_head import summed_loss
+from subspace.models.loading import open_model
 from subspace.resolve import resolve_run
-from subspace.run import open_run_data, train_run
+from subspace.resumption import open_run_data
+from subspace.run import train_run
 from subspace.training.checkpoint import checkpoints
 from subspace.training.config import TrainConfig
 from subspace.training.health_checks import TrainingHealthCheck, checksum
@@ -160,6 +166,96 @@ def test_nan_stops_the_run_and_names_the_tensor(
     assert not (tmp_path / "nan" / "adapter").exists()
     last = load_file(checkpoints(tmp_path / "nan")[-1] / "adapter" / TENSORS)
     assert all(torch.isfinite(tensor).all() for tensor in last.values())
+
+
+def spoil_weight(monkeypatch: pytest.MonkeyPatch, name: str, index: Any, value: float) -> None:
+    """Let models be opened with some values of a frozen weight not finite, or too large."""
+    real = open_model
+
+    def opened(*arguments: Any, **more: Any) -> Any:
+        model = real(*arguments, **more)
+        parameter = model.get_parameter(name)
+        with gathered([parameter], modified_by_main=True), torch.no_grad():
+            parameter[index] = value
+        return model
+
+    monkeypatch.setattr("subspace.run.open_model", opened)
+
+
+WEIGHTS = {
+    "model.layers.1.mlp.down_proj.weight": (3, 5),
+    "model.layers.0.self_attn.q_proj.weight": (0, 0),  # inside an adapter
+    "model.norm.weight": (7,),
+    "model.embed_tokens.weight": (slice(None), 2),
+}
+
+
+@pytest.mark.parametrize(("weight", "stage"), [*((weight, 0) for weight in WEIGHTS), (next(iter(WEIGHTS)), 3)])
+def test_a_frozen_weight_that_is_not_finite_is_named(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str, stage: int
+) -> None:
+    spoil_weight(monkeypatch, weight, WEIGHTS[weight], math.nan)
+    told = rf"step 1: the loss is nan; the frozen {re.escape(weight)} holds [1-9]\d* of [\d,]+ values that are not"
+    with pytest.raises(RunFailed, match=told):
+        train(material, tmp_path, "nan", f"engine={material.parent / f'zero{stage}.json'}")
+
+
+@pytest.fixture(scope="module")
+def rare(material: Path) -> Path:
+    """Material in which every row has a token of its own."""
+    rows = [json.loads(line) for line in (material.parent / "data.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["instruction"] += f" {chr(0x4E00 + number)}"
+    (material.parent / "rare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (material.parent / "rare.yaml").write_text(material.read_text().replace("data.jsonl", "rare.jsonl"))
+    return material.parent / "rare.yaml"
+
+
+def rare_token(material: Path, step: int) -> tuple[int, str]:
+    """Return a token that no step has before this one, and where its row is."""
+    data, plan = open_run_data(resolve_run(config_module.read_config(material), 1, torch.device("cpu")))
+    seen = {token for earlier in range(step - 1) for row in plan[earlier] for token in data.train[row].input_ids}
+    row = plan[step - 1][3]
+    return (set(data.train[row].input_ids) - seen).pop(), data.where(row)
+
+
+@pytest.mark.parametrize(("stage", "every"), [(0, 1), (3, 10)])
+def test_the_first_layer_and_the_row_that_make_a_loss_infinite_are_named(
+    rare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, every: int
+) -> None:
+    """All weights are finite. What is embedded for one token is so large that a norm gives 0, and this MLP divides."""
+    forward: Callable[[Any, Tensor], Tensor] = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) + 0 / x.abs().amax(-1, keepdim=True))
+    token, where = rare_token(rare, step=3)
+    spoil_weight(monkeypatch, "model.embed_tokens.weight", (token, 1), 3e38)
+    late = ", which was found a few steps later" if every > 1 else ""
+    layer = re.escape("the output of the frozen model.layers.0.mlp is the first that is not finite")
+    told = f"step 3: the loss is nan{late}; {layer}, for {re.escape(where)}[.]"
+    settings = [f"train.log_every={every}", f"engine={rare.parent / f'zero{stage}.json'}"]
+    with pytest.raises(RunFailed, match=told):
+        train(rare, tmp_path, "infinite", *settings)
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_an_adapter_whose_output_is_not_finite_is_named(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """Some steps later it has spoilt all adapters: then the rows are named, and what finds the rest."""
+    forward, steps = LoRA.forward, [0]
+
+    def spoiled(self: LoRA, x: Tensor) -> Tensor:
+        return forward(self, x) + (math.inf if self.out_features == 128 and steps[0] == 2 else 0)
+
+    def count(cls: type[Adapter], group: list[Adapter], clock: Any, access: Any) -> None:
+        steps[0] = clock.step
+
+    monkeypatch.setattr(LoRA, "forward", spoiled)
+    monkeypatch.setattr(LoRA, "after_step", classmethod(count))
+    told = r"the output of method lora at model\.layers\.0\.mlp\.up_proj is the first that is not .*, for \S+, line"
+    if every > 1:
+        told = r", which was found a few steps later; its rows are \S+, line \d+; .* and 4 more[.] .*log_every=1"
+    with pytest.raises(RunFailed, match=rf"step 3: the loss is (nan|inf).*{told}"):
+        train(material, tmp_path, "spoiled", f"train.log_every={every}")
 
 
 @pytest.fixture(scope="module")

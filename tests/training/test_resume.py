@@ -18,12 +18,13 @@ from subspace.adapters.serialization import TENSORS
 from subspace.common.random_state import random_states, set_random_states
 from subspace.distributed.signals import SignalHandler
 from subspace.errors import RunStopped, UserError
+from subspace.resolve import step_plan
 from subspace.run import is_finished, train_run
 from subspace.training.checkpoint import MANIFEST, checkpoint_path, checkpoints
 from subspace.training.checkpointer import ConsumedSamples
 from subspace.training.optimizers import make_optimizer
 from subspace.training.resume import Checkpoint, restore_checkpoint
-from tests.helpers.material import logged, make_material
+from tests.helpers.material import logged, make_material, write_rows
 from tests.helpers.tiny_models import EARLY_SCHEDULES, KINDS, tiny_llama
 
 STEPS = 9
@@ -288,16 +289,114 @@ def test_other_rows_are_refused(material: Path, whole: Path) -> None:
         (material.parent / "data.jsonl").write_text(text)
 
 
-def test_a_finished_run_can_be_made_longer_and_is_known(material: Path, whole: Path) -> None:
+def test_a_finished_run_is_known(material: Path, whole: Path) -> None:
+    settings = [f"runs={whole.parent}", "name=whole", *SETTINGS, *DROPOUT, "train.validate_every=3"]
+    assert is_finished(config_module.read_config(material, settings))
+    assert not is_finished(config_module.read_config(material, [*settings, "train.steps=12"]))
+
+
+#: Rows, rows of a step, epochs and those of the longer run: with whole steps or not, fewer rows than a step, and more
+#: than one block of steps that are grouped by length.
+LONGER = [(16, 8, 1, 2), (19, 8, 1, 2), (19, 8, 2, 3), (5, 8, 1, 2), (5, 8, 3, 4), (9, 2, 1, 1.5)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize(("rows", "batch", "epochs", "more"), LONGER)
+def test_a_finished_run_goes_on_for_more_epochs(
+    material: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: int,
+    batch: int,
+    epochs: float,
+    more: float,
+    schedule: str,
+) -> None:
+    """With the same learning rates it is the run of that length to the bit; with others it has that run's rows."""
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, rows)
+    settings = [f"data.mixture={file}", "data.validation=null", "train.steps=null", f"train.batch_size={batch}"]
+    settings += [
+        "train.micro_batch_size=1",
+        f"train.schedule={schedule}",
+        "train.warmup_steps=0",
+        "train.save_every=50",
+    ]
+    settings += [*DROPOUT, "train.keep_checkpoints=2"]
+    train(material, tmp_path, "longer", *settings, f"train.epochs={epochs}")
+    before = logged(tmp_path / "longer", "loss")
+    train(material, tmp_path, "longer", *settings, f"train.epochs={more}", resume=True)
+    said = " ".join(capsys.readouterr().err.split())
+    fresh = train(material, tmp_path, "fresh", *settings, f"train.epochs={more}")
+    steps, after = len(before), len(logged(fresh))
+    small = rows * epochs % batch > 0
+    done = steps - small
+    assert (f"step {steps} was the last one of a shorter run" in said) == small
+    if schedule == "constant" or done < 2:  # the first step's rate is that of any length
+        assert_same(tmp_path / "longer", fresh)
+        told = (
+            f"the run has {after} steps now, and was to have {steps}: its first {done} were those of a run of {after}"
+        )
+        assert not done or told in said
+    else:
+        assert (
+            f"its first {done} were those of a run of {steps} (train.schedule=linear); from step {done + 1} on" in said
+        )
+        assert logged(tmp_path / "longer", "step") == logged(fresh, "step")
+        assert logged(tmp_path / "longer")[:done] == before[:done]
+        assert logged(tmp_path / "longer", "learning_rate")[done:] == logged(fresh, "learning_rate")[done:]
+    facts = [json.loads((checkpoints(tmp_path / n)[-1] / "training.json").read_text()) for n in ("longer", "fresh")]
+    assert facts[0]["fed"] == facts[1]["fed"]
+    assert facts[0]["rows"] == round(rows * more)
+
+
+def test_a_run_is_made_longer_by_steps(material: Path, whole: Path) -> None:
     folder = whole.with_name("longer")
     shutil.copytree(whole, folder)
-    settings = [f"runs={whole.parent}", "name=longer", *SETTINGS, *DROPOUT, "train.validate_every=3"]
-    assert is_finished(config_module.read_config(material, settings))
-    longer = config_module.read_config(material, [*settings, "train.steps=12"])
-    assert not is_finished(longer)
-    # With rows grouped by length over all steps there are, more steps deal out other rows.
-    with pytest.raises(UserError, match="steps used other rows"):
-        train_run(longer, resume=True)
+    longer = [*DROPOUT, "train.validate_every=3", "train.steps=12"]
+    train(material, whole.parent, folder.name, *longer, resume=True)
+    assert logged(folder)[:STEPS] == logged(whole)
+    assert len(logged(folder)) == 12
+
+
+def test_what_cannot_be_made_longer_says_why(material: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, 19)
+    settings = [f"data.mixture={file}", "data.validation=null", "train.steps=null", "train.keep_checkpoints=1"]
+    train(material, tmp_path, "run", *settings, "train.epochs=1")
+    with pytest.raises(
+        UserError, match=r"cannot be made longer: its last step, 3, had fewer rows .*keep_checkpoints=2"
+    ):
+        train(material, tmp_path, "run", *settings, "train.epochs=2", resume=True)
+    with pytest.raises(UserError, match=r"has 3 steps already, more than the 2 that are asked for"):
+        train(material, tmp_path, "run", *settings, "train.steps=2", resume=True)
+    with pytest.raises(UserError, match=r"a validation is due, but \S+ held out no rows when it began"):
+        train(material, tmp_path, "run", *settings, "train.epochs=1", "train.validate_every=2", resume=True)
+
+
+def test_a_run_of_before_goes_on_as_it_began(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to version 0.1 there was no smaller last step, and other defaults held rows out and warmed up."""
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, 150)
+    settings = [f"data.mixture={file}", "train.steps=null", "train.epochs=5", "train.micro_batch_size=null"]
+    settings += ["train.save_every=5", *DROPOUT]
+    then = ["data.validation=120", "train.warmup_steps=100", "train.validate_every=0"]
+    now = ["data.validation=null", "train.warmup_steps=null", "train.validate_every=null"]
+    with monkeypatch.context() as before:
+        before.setattr("subspace.resumption.step_plan", lambda *given, former: step_plan(*given, former=True))
+        whole = train(material, tmp_path, "whole", *settings, *then)
+    assert len(logged(whole)) == 5 * 30 // 8 == 18
+    facts = json.loads((checkpoint_path(whole, 10) / "training.json").read_text())
+    assert "rows" not in facts
+    assert is_finished(
+        config_module.read_config(material, [f"runs={tmp_path}", "name=whole", *SETTINGS, *settings, *now])
+    )
+    folder = killed(whole, "killed", 10)
+    train(material, tmp_path, "killed", *settings, *now, resume=True)
+    assert_same(whole, folder)
+    again = killed(folder, "again", 15)  # from a checkpoint that the run of now has written
+    train(material, tmp_path, "again", *settings, *now, resume=True)
+    assert_same(whole, again)
 
 
 def test_random_states_come_back() -> None:

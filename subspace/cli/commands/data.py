@@ -48,11 +48,12 @@ def _run(options: argparse.Namespace) -> int:
 
     from subspace.models.loading import model_limits, open_tokenizer
     from subspace.reporting.data_report import build_report
+    from subspace.resolve import data_settings
 
     # Suites of the literature say nothing about a file of one's own, unless they are asked for.
     asked = config.evaluate.tasks != EvaluateConfig().tasks or any("evaluate.tasks" in s for s in options.settings)
     found = build_report(
-        config.data,
+        data_settings(config),
         config.evaluate,
         "@".join(filter(None, (config.model.path, config.model.revision))),
         open_tokenizer(config.model),

@@ -82,7 +82,7 @@ class Disk(Check):
 
 def planned_space(config: RunConfig, plan: Plan) -> tuple[int, str]:
     """Return the bytes that a run's folder takes at most, and what they are for."""
-    best = 1 if config.train.validate_every else 0
+    best = 1 if config.train.validates else 0
     # A new checkpoint is complete before an old one is removed.
     checkpoints = (config.train.keep_checkpoints if config.train.save_every else 0) + best + 1
     return checkpoints * plan.checkpoint + plan.adapter, f"{checkpoints} checkpoints and the adapter"

@@ -1,0 +1,185 @@
+"""A run's rows and steps, and where an existing run goes on: from which checkpoint, with which rows and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from subspace.adapters.inject import has_schedule
+from subspace.common.progress import no_progress, show_progress
+from subspace.common.settings import declared_settings
+from subspace.config import METHOD, MethodEntry, RunConfig
+from subspace.data.dataset import Data, open_data
+from subspace.data.sampler import StepPlan
+from subspace.distributed.launcher import launched_rank
+from subspace.errors import UserError
+from subspace.models.base_record import BaseRecord, check_base
+from subspace.models.loading import model_limits, open_tokenizer
+from subspace.resolve import ResolvedRun, data_settings, step_draw, step_plan, with_current_names
+from subspace.training.optimizers import lr_factor
+from subspace.training.resume import (
+    Checkpoint,
+    FoundCheckpoint,
+    changed_settings,
+    check_resumable,
+    find_checkpoint,
+    read_checkpoint,
+)
+
+ANOTHER_NAME = ", or give this run another name (name=...)"
+
+#: Defaults up to version 0.1 of settings whose default is another now. A run that began with them goes on with them.
+FORMER_DEFAULTS: Mapping[tuple[str, str], Any] = {
+    ("data", "prompt"): "alpaca-indented",
+    ("data", "max_length"): 256,
+    ("data", "validation"): 120,
+    ("train", "warmup_steps"): 100,
+    ("train", "validate_every"): 0,
+}
+
+
+Material = tuple[Data, StepPlan]
+
+
+def open_run_data(run: ResolvedRun, *, held_out: int | None = None, former: bool = False) -> Material:
+    """Open the tokenised rows and assign them to steps.
+
+    Called before the process group is initialised, so that tokenising a large data set cannot time out a collective.
+
+    Args:
+        run: the run.
+        held_out: the number of rows to hold out where the settings leave it open, in a resumed run.
+        former: as for :class:`StepPlan`.
+    """
+    config = run.config
+    progress = show_progress if launched_rank() == 0 else no_progress
+    draw = step_draw(config, run.layout)
+    settings = data_settings(config)
+    if config.data.validation is None and held_out is not None:
+        settings = replace(settings, validation=held_out)
+    limits = model_limits(config.model)
+    data = open_data(settings, open_tokenizer(config.model), config.train.seed, progress, draw, limits)
+    plan = step_plan(data, config, run.layout, former=former)
+    return replace(data, report=data.report | data.counts(plan.all_rows)), plan
+
+
+def find_resume_point(
+    run: ResolvedRun, material: Material, base: BaseRecord
+) -> tuple[ResolvedRun, Material, Checkpoint | None, list[str]]:
+    """Return the run and its rows as they were when it began, the checkpoint to continue from, and notices.
+
+    Without a checkpoint, these are the arguments and None. Collective over ranks.
+
+    Raises:
+        UserError: the checkpoint is one of another base, a setting has changed that determines its numbers, or only a
+            checkpoint is left whose last step would be another one now.
+    """
+    folder = run.config.folder
+    found = find_checkpoint(folder)
+    notices = found.notices
+    if found.path:
+        if notice := check_base(f"the run {folder}", found.facts.get("base"), base, ANOTHER_NAME):
+            notices.append(notice)
+        saved = _with_younger_settings(with_current_names(found.facts["config"]), run.config)
+        run = replace(run, config=with_former_defaults(run.config, saved))
+        check_resumable(folder, {**found.facts, "config": saved}, run.config.as_dict())
+        material = _rows_as_they_were(run, material, found.facts)
+        if _ends_too_small(found.facts, material[1]):
+            notices.append(
+                f"step {found.facts['step']} was the last one of a shorter run, with fewer rows than it has now: it is "
+                "made again, with all of them"
+            )
+            found = _find_before(folder, found.facts["step"])
+            notices += found.notices
+    else:
+        notices.append(f"{folder} holds no checkpoint to resume from: the run starts at its beginning")
+    checkpoint = read_checkpoint(found.path, found.facts) if found.path else None
+    return run, material, checkpoint, notices
+
+
+def _with_younger_settings(saved: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return a checkpoint's settings with those of its methods that are younger than it."""
+    methods = saved[METHOD] if isinstance(saved[METHOD], list) else [saved[METHOD]]
+    if len(methods) != len(config.method):
+        return saved
+    own = [_with_method_defaults(values, entry) for values, entry in zip(methods, config.method, strict=True)]
+    return {**saved, METHOD: own if isinstance(saved[METHOD], list) else own[0]}
+
+
+def _with_method_defaults(values: Mapping[str, Any], entry: MethodEntry) -> dict[str, Any]:
+    if values["name"] != entry.name:
+        return dict(values)  # another method, which is refused
+    defaults = {name: info.default for name, info in declared_settings(type(entry.settings)).items()}
+    return defaults | dict(entry.adapter_class.settings_of_file(values))
+
+
+def with_former_defaults(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
+    """Return a run's settings with the defaults of its beginning, where they were others.
+
+    ``saved`` are the settings that it began with, as :meth:`RunConfig.as_dict` returns them.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for (section, name), former in FORMER_DEFAULTS.items():
+        part = getattr(config, section)
+        is_default = getattr(part, name) == declared_settings(type(part))[name].default
+        if is_default and saved.get(section, {}).get(name) == former:
+            changes.setdefault(section, {})[name] = former
+    return replace(config, **{part: replace(getattr(config, part), **values) for part, values in changes.items()})
+
+
+def _rows_as_they_were(run: ResolvedRun, material: Material, facts: Mapping[str, Any]) -> Material:
+    """Return the rows and steps of a resumed run, whose held-out rows are those of its beginning."""
+    held_out, former = facts.get("held_out"), "rows" not in facts
+    if former or held_out not in (None, len(material[0].validation)):
+        material = open_run_data(run, held_out=held_out, former=former)
+    if run.config.train.validates and not len(material[0].validation):
+        raise UserError(
+            f"a validation is due, but {run.config.folder} held out no rows when it began, and has trained on all. "
+            "Resume with train.validate_every=0, or give this run another name"
+        )
+    return material
+
+
+def _ends_too_small(facts: Mapping[str, Any], plan: StepPlan) -> bool:
+    """Return True if the checkpoint's last step had fewer rows than it has now, because the run ended there."""
+    return "rows" in facts and plan.rows_until(facts["step"]) > int(facts["rows"])
+
+
+def _find_before(folder: Path, step: int) -> FoundCheckpoint:
+    """Return the checkpoint before the last step of a run that is to be longer; none if that was the first step."""
+    found = find_checkpoint(folder, before=step)
+    if not found.path and step > 1:
+        raise UserError(
+            f"{folder} cannot be made longer: its last step, {step}, had fewer rows than it has in a longer run, and "
+            "no checkpoint from before it is left. Give this run another name, with train.keep_checkpoints=2 or more"
+        )
+    return found
+
+
+def describe_resume(checkpoint: Checkpoint, run: ResolvedRun, plan: StepPlan) -> list[str]:
+    """Return notices of the step a run resumes at, the changed settings, and what another length means."""
+    facts = {**checkpoint.facts, "config": with_current_names(checkpoint.facts["config"])}
+    changes = changed_settings(facts, run.config.as_dict(), run.engine.settings, run.layout.ranks)
+    notices = [f"resumes after step {facts['step']}", *(f"changed: {change}" for change in changes)]
+    return notices + _describe_length(run.config, facts, len(plan))
+
+
+def _describe_length(config: RunConfig, facts: Mapping[str, Any], steps: int) -> list[str]:
+    """Return a notice of what the steps so far would have been in a run of the present length, if it is another."""
+    train, before, done = config.train, facts.get("planned"), facts["step"]
+    if before in (None, steps):
+        return []
+    length = f"the run has {steps:,} steps now, and was to have {before:,}"
+    rates = [[lr_factor(train, step, of) for of in (before, steps)] for step in range(done)]
+    scheduled = [entry.name for entry in config.method if has_schedule(entry.adapter_class)]
+    if all(then == now for then, now in rates) and not scheduled:
+        return [f"{length}: its first {done:,} were those of a run of {steps:,}"]
+    what = f"train.schedule={train.schedule}" + (", train.warmup_steps=null" if train.warmup_steps is None else "")
+    what += "".join(f", the schedule of {name}" for name in scheduled)
+    now = lr_factor(train, done, steps) * train.learning_rate
+    return [
+        f"{length}: the learning rates and schedules of its first {done:,} were those of a run of {before:,} ({what}); "
+        f"from step {done + 1:,} on they are those of a run of {steps:,}, beginning with a learning rate of {now:.3g}"
+    ]

@@ -186,6 +186,7 @@ def open_data(
         Tokenized(table, numbers, max_length, prefix) for numbers in (rows.train, rows.validation, rows.fed(fed))
     )
     report = _report(mixture, absent, rows, train, read)
+    report["sources"] = {name: part.source.record for name, part in parts.items() if isinstance(part, RowCache)}
     assert tokenizer.pad_token_id is not None
     return Data(
         train=train,

@@ -185,6 +185,8 @@ def test_data_of_one_s_own_is_mixed_with_a_task(prepared: Path, tokenizer: PreTr
     assert data.report["parts"] == {"toy/train": 4, str(file): 7}
     assert [text.count("la la") for text in answers(data, tokenizer)[4:7]] == [0, 0, 1]
     assert len(data.train) == 11
+    assert list(data.report["sources"]) == [str(file)]  # which environment.json keeps
+    assert data.report["sources"][str(file)]["files"] == 1
 
 
 def test_bad_rows_are_refused_together_or_left_out_and_told_again(

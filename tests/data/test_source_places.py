@@ -251,6 +251,9 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub) -> None:
     hub.asked.clear()
     assert asked(f"org/name@{first}") == ["old"]
     assert hub.asked == []  # a commit never changes
+    record = find_source("org/name@v1").record
+    assert (record["commit"], record["files"]) == (first, 1)
+    assert record["sha256"] != find_source("org/name").record["sha256"]
     hub.push("org/name", {"rows.jsonl": lines("newer")})
     assert asked("org/name") == ["newer"]
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from subspace.common.download import HubFiles, hub_data_files
 from subspace.common.files import file_sha256
+from subspace.common.hashing import hash_json
 from subspace.data.rows import BadRow, Row
 from subspace.data.sources.files import WHAT_IS_READ, file_kind, file_records, without_nulls
 from subspace.data.sources.shapes import Seen, check_columns, read_row
@@ -39,17 +40,26 @@ class DataFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of a user's own: ``files`` in their order, and what the user is told about them (``notices``)."""
+    """Rows of a user's own: ``files`` in their order, and what the user is told about them (``notices``).
+
+    ``commit`` is that of a data set on the hub.
+    """
 
     name: str
     files: tuple[DataFile, ...]
     columns: Mapping[str, str | None] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    commit: str = ""
 
     @property
     def short_name(self) -> str:
         """The end of the name, for a folder of the cache."""
         return self.name.rstrip("/").rpartition("/")[2][-40:] or "rows"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a run keeps on record about the data: the number of files, a checksum of all, and the commit."""
+        return {"files": len(self.files), "sha256": hash_json(self.fingerprint), "commit": self.commit or None}
 
     @cached_property
     def fingerprint(self) -> tuple[str, ...]:
@@ -154,19 +164,19 @@ def find_source(text: str, columns: Mapping[str, str | None] | None = None, spli
     check_columns(columns or {})
     name, given = split_of(text)
     split = given or split
-    found = _matches(name)
+    found, commit = _matches(name), ""
     if found:
         files, notices = _local(found, name, split)
     elif hub := hub_name(name):
         try:
-            files, notices = _from_hub(hub, split)
+            files, notices, commit = _from_hub(hub, split)
         except UserError as error:
             if not Path(name).parent.is_dir():
                 raise
             raise UserError(f"no file or folder {name} is here; and {error}") from None
     else:
         raise UserError(_not_there(name))
-    return Source(text, tuple(files), columns or {}, tuple(notices))
+    return Source(text, tuple(files), columns or {}, tuple(notices), commit)
 
 
 def _matches(text: str) -> list[Path]:
@@ -295,8 +305,8 @@ def _splits(folder: Path, config: str | None, name: str) -> dict[str, list[Path]
 # The hub.
 
 
-def _from_hub(wanted: HubName, split: str | None) -> Found:
-    """Return the files of a split of a data set on the hub, downloaded unless they are here, and notices."""
+def _from_hub(wanted: HubName, split: str | None) -> tuple[list[DataFile], list[str], str]:
+    """Return the files of a split of a data set on the hub, downloaded unless they are here, notices, the commit."""
     name = wanted.repo + (f":{wanted.config}" if wanted.config else "")
 
     def choose(files: HubFiles) -> list[str]:
@@ -317,4 +327,4 @@ def _from_hub(wanted: HubName, split: str | None) -> Found:
 
     downloaded = hub_data_files(wanted.repo, wanted.revision, f"{wanted.config} {split}", choose)
     files = [DataFile(path, f"{wanted.repo}/{file}") for file, path in downloaded.paths.items()]
-    return files, [*downloaded.notices]
+    return files, [*downloaded.notices], downloaded.commit

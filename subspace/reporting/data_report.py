@@ -227,7 +227,7 @@ def build_report(
             )
             begin = end
             at(len(suites), task.title)
-    notices = [*opened.notices]
+    notices = [*opened.notices, *([opened.example] if own else [])]
     if own and tasks:
         notices.append("rows of one's own are compared by their instructions and turns: 'question' is as 'normalised'")
     return Report(

@@ -25,7 +25,7 @@ from subspace.errors import UserError
 from subspace.kernels.working_copies import WorkingCopies
 from subspace.models.base_record import note_base
 from subspace.models.bitsandbytes_compat import storage_format
-from subspace.models.expert_weights import ExpertWeight, replace_site
+from subspace.models.experts.weights import ExpertWeight, replace_site
 from subspace.models.frozen_weights import (
     find_weight_file,
     gather_weight_on_rank,

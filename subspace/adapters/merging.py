@@ -15,7 +15,7 @@ from subspace.adapters.inject import adapters
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
 from subspace.models.bitsandbytes_compat import storage_format
-from subspace.models.expert_weights import replace_site
+from subspace.models.experts.weights import replace_site
 
 #: The attribute of a merged model that holds what was replaced. It is the model's, so that a copy of the model has it.
 _UNDO = "_subspace_replaced_by_merge"

@@ -27,7 +27,7 @@ from typing import Any
 from torch import nn
 
 from subspace.errors import UserError, nearest
-from subspace.models.expert_weights import ExpertWeight, expert_weights
+from subspace.models.experts.weights import ExpertWeight, expert_weights
 from subspace.models.frozen_weights import is_linear, is_matrix, num_parameters
 from subspace.models.transformers_compat import bypassed_layers, is_router
 

@@ -33,7 +33,7 @@ from subspace.models.bitsandbytes_compat import (
 )
 from subspace.models.config import ModelConfig
 from subspace.models.declared import ModelShape, model_shapes
-from subspace.models.expert_weights import dtype_of_experts
+from subspace.models.experts.weights import dtype_of_experts
 from subspace.models.files import ModelFiles, as_user_error, read_json, suppress_library_logs
 from subspace.models.frozen_weights import num_parameters, weight_memory_bytes
 from subspace.models.inspection import DEQUANTIZED, check_report, inspect_model, settle, stored_quantization

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from subspace.models.expert_weights import stacks_of_experts
+from subspace.models.experts.weights import stacks_of_experts
 from subspace.models.frozen_weights import is_linear, layer_sizes
 from subspace.models.transformers_compat import experts_per_token
 from subspace.planning.devices import DeviceSpec

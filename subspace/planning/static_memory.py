@@ -14,7 +14,7 @@ from torch import nn
 from subspace.adapters.inject import adapters, trained_parameters
 from subspace.distributed.deepspeed_config import OFFLOAD
 from subspace.models.bitsandbytes_compat import scale_tensors, storage_format
-from subspace.models.expert_weights import dtype_of_experts
+from subspace.models.experts.weights import dtype_of_experts
 
 #: Bytes that bitsandbytes needs on a CPU for each element of a matrix that it quantises: the matrix, a float32 copy,
 #: and code book indices as int64. On a GPU it is one kernel.

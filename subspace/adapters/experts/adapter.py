@@ -24,7 +24,7 @@ from subspace.adapters.experts.products import Matrices
 from subspace.adapters.low_rank import LowRankAdapter
 from subspace.adapters.penalties import charge_penalty
 from subspace.kernels.dropout import dropout
-from subspace.models.expert_weights import ExpertWeight
+from subspace.models.experts.weights import ExpertWeight
 
 #: What an adapter is asked for that its method's class says.
 FROM_METHOD = ("name", "family", "num_params", "roles", "copied_buffers", "weight_access", "delayed_grad_params")
@@ -115,7 +115,8 @@ class ExpertsAdapter(Adapter[Any]):
                 self._charges = one.penalty() is not None
             if base.weight.is_meta:
                 break  # nothing is drawn there
-        self.stacked_names = frozenset(self._parameters) | frozenset(self._buffers)
+        own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
+        self.stacked_names = frozenset(name for name, _ in own)
         self.mergeable = one.mergeable
         for name in self.stacked_names:
             delattr(one, name)

@@ -1,0 +1,1 @@
+"""The experts of mixtures, as transformers holds their weights."""

@@ -7,7 +7,7 @@ usage() {
     cat <<'TEXT'
 usage: bash tests/cluster/run.sh [--help] [PYTEST_ARGUMENT ...]
 
-Needs Debian or Ubuntu, root, and leave to make network namespaces. Takes a few minutes on 2 cores after installation.
+Needs Debian or Ubuntu, root, and leave to make network namespaces. Takes about 10 minutes on 2 cores after installation.
 
   1. installs what is missing of pdsh, openssh-server, munge, slurmctld, slurmd, slurm-client and iproute2, without starting
      any of their services

@@ -53,6 +53,9 @@ class DataConfig(Settings):
         choices=("answers", "last-answer", "all"),
         former_values={"answer": "answers"},
     )
+    chat_template: str | None = setting(
+        None, "Jinja file that writes the rows of a file in place of the tokenizer's chat template"
+    )
     date: str = setting("2025-01-01", "what a chat template that writes the date writes, in all rows of all days")
     validation: int | None = setting(
         None,

@@ -21,6 +21,7 @@ from subspace.models.base_record import stamp
 from subspace.models.config import ModelConfig
 from subspace.models.files import ModelFiles, as_user_error, suppress_library_logs
 from subspace.models.prepare import find_files
+from subspace.models.transformers_compat import unsharded_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -152,7 +153,8 @@ def _load_without_values(
     """
     from transformers import AutoModelForCausalLM
 
-    with as_user_error(f"cannot open model {files.name!r}"), suppress_library_logs(), torch.device("meta"):
+    in_words = as_user_error(f"cannot open model {files.name!r}")
+    with in_words, suppress_library_logs(), unsharded_loading(), torch.device("meta"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder,
             config=architecture,

@@ -10,6 +10,7 @@ release changes the name.
 | `modeling_utils.safe_open` | 5.23.0 | memory while a model loads | files are read there, and nowhere else |
 | `LazyTensor` in `modeling_utils.load_state_dict` | 5.23.0 | ZeRO-3 takes a whole checkpoint at once | same |
 | `integrations.deepspeed.unset_hf_deepspeed_config` | 5.23.0 | what follows a ZeRO-3 model loads sharded | a global |
+| `integrations.deepspeed._hf_deepspeed_config_weak_ref` | 5.23.0 | what is inspected beside a ZeRO-3 model | same |
 | `integrations.deepspeed.HfDeepSpeedConfig` | 5.23.0 | ZeRO-3 loading | its weak reference is the switch |
 | `model.hf_quantizer`, `model.is_quantized` | 5.23.0 | models from GGUF cannot be saved; merging | no public way |
 | `modeling_auto.MODEL_FOR_*_MAPPING_NAMES` | 5.23.0 | encoders are opened as if they were decoders | no public list |
@@ -138,6 +139,19 @@ def zero3_loading(engine: Mapping[str, Any] | None) -> Any:
 
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     return None if engine is None else HfDeepSpeedConfig(dict(engine))  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Load whole what is loaded inside, whatever a ZeRO-3 model of this process has left set."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 def keep_alive_with(model: nn.Module, thing: Any) -> None:

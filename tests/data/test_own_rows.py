@@ -16,6 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from subspace.config import read_config
 from subspace.data.collate import IGNORE_INDEX, collate
+from subspace.data.config import DataConfig
+from subspace.data.dataset import open_data
+from subspace.errors import UserError
 from subspace.resolve import resolve_run
 from subspace.resumption import open_run_data
 from subspace.run import train_run
@@ -118,3 +121,27 @@ def test_200_rows_are_trained_on_all_that_they_say(
     shown = [text for text in caplog.messages if text.startswith("one of the rows")]
     assert len(shown) == 1
     assert "\u27e6" in shown[0]
+
+
+def test_another_chat_template_than_the_tokenizers_writes_what_it_leaves_out(tmp_path: Path) -> None:
+    """The tokenizer's template writes no calls of tools; a file's does, and the cache keeps the two apart."""
+    turns = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+    ]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns}) + "\n")
+    plain = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = chat_tokenizer(plain)
+    with pytest.raises(UserError, match="leaves out the call of a tool.*data.chat_template=FILE"):
+        open_data(DataConfig(mixture=str(rows), validation=0), tokenizer)
+    calling = tmp_path / "calling.jinja"
+    calling.write_text(templates()["qwen3"])
+    data = open_data(DataConfig(mixture=str(rows), validation=0, chat_template=str(calling)), tokenizer)
+    row = data.train[0]
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}' in tokenizer.decode(row.input_ids)
+    with pytest.raises(UserError, match="data.chat_template is .*none.jinja', a Jinja file: No such file"):
+        open_data(DataConfig(mixture=str(rows), validation=0, chat_template="none.jinja"), tokenizer)

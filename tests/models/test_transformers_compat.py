@@ -224,3 +224,15 @@ def test_routers_and_layers_that_are_passed_by_are_known() -> None:
     for router in (Llama4Router, PhimoeTopKRouter):
         assert compat.is_router(object.__new__(router)), f"{VERSION} renamed its routers"
         assert issubclass(router, torch.nn.Linear)
+
+
+def test_what_is_looked_at_beside_a_sharded_model_is_loaded_whole() -> None:
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    kept = compat.zero3_loading({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+    with compat.unsharded_loading():
+        assert not is_deepspeed_zero3_enabled(), f"{VERSION} changed unset_hf_deepspeed_config"  # type: ignore[no-untyped-call]
+    assert is_deepspeed_zero3_enabled(), f"{VERSION} changed _hf_deepspeed_config_weak_ref"  # type: ignore[no-untyped-call]
+    assert kept
+    compat.zero3_loading(None)

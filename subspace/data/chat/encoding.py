@@ -51,19 +51,24 @@ class RowEncoder:
         prompt: the prompt template's text.
         asked: whether the prompt template was asked for.
         date: what a chat template writes as today's.
+        template: the text of a chat template to take in place of the tokenizer's.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, *, asked: bool, date: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: str, *, asked: bool, date: str, template: str | None = None
+    ) -> None:
         self.tokenizer, self.prompt = tokenizer, prompt
         self.control = ControlTokens(tokenizer)
-        self.template = ChatTemplate(tokenizer, date) if getattr(tokenizer, "chat_template", None) else None
+        has_template = template is not None or getattr(tokenizer, "chat_template", None)
+        self.template = ChatTemplate(tokenizer, date, template) if has_template else None
         self.by_prompt = asked or self.template is None
         self.finder = AnswerFinder(self.template, self.control.pattern) if self.template else None
         self.told: dict[str, tuple[int, str]] = {}  # by kind, the number of rows and the first one's place
         self._bos = tokenization.bos_prefix(tokenizer)
         written = [f"date {date}"] if self.template and self.template.writes_date else []
+        written += [f"template {template}"] if template is not None else []
         self.fingerprint = "\0".join([*written, f"prompt {prompt}" if self.by_prompt else ""])
-        self._date = date if written else ""
+        self._date = date if self.template and self.template.writes_date else ""
 
     def notices(self) -> Iterator[str]:
         """Yield what is to be told about the rows that were encoded: each kind with its number and the first row."""
@@ -136,7 +141,7 @@ class RowEncoder:
             return BadRow(
                 row.where,
                 "conversations need a chat template, and this model's tokenizer has none. Give rows with instruction "
-                "and output, or take the model's instruct version",
+                "and output, take the model's instruct version, or give a template: data.chat_template=FILE",
             )
         for number, turn in enumerate(row.messages, start=1):
             if turn.get("role") == "assistant" and not is_untrained(turn) and says_nothing(turn):

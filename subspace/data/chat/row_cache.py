@@ -27,6 +27,7 @@ from subspace.data.sources.bad_rows import BadRows
 from subspace.data.sources.find import Source
 from subspace.data.sources.shapes import Seen
 from subspace.data.token_cache import TOKEN_COLUMNS, Integers, Spans, column, is_good, load_table, save_table
+from subspace.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
@@ -53,7 +54,8 @@ class RowCache:
         progress: Progress,
     ) -> None:
         self.source, self.config, self.progress = source, config, progress
-        self.encoder = RowEncoder(tokenizer, prompt, asked=config.prompt is not None, date=config.date)
+        asked = config.prompt is not None
+        self.encoder = RowEncoder(tokenizer, prompt, asked=asked, date=config.date, template=_read_template(config))
         inputs = (
             *("rows", str(VERSION), tokenization.tokenizer_fingerprint(tokenizer), str(tokenizer.eos_token_id)),
             *(self.encoder.fingerprint, *source.fingerprint),
@@ -156,3 +158,14 @@ class RowCache:
         save_table(columns, work)
         told = [*seen.notices(self.source.name), *self.encoder.notices()]
         return {"rows": self.source.name, "seen": seen.rows, "bad": bad.as_dict(), "told": told}
+
+
+def _read_template(config: DataConfig) -> str | None:
+    """Return the chat template that the settings name; None for the tokenizer's."""
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text"
+        raise UserError(f"data.chat_template is '{config.chat_template}', a Jinja file: {reason}") from None

@@ -33,15 +33,16 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: with a chat template, if there is no other one.
         date: what the template writes as today's, as ``2025-01-31``.
+        template: the text of another one, which is taken in place of the tokenizer's.
 
     Raises:
         UserError: the template writes the time in a way that cannot be fixed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str) -> None:
-        self.tokenizer, self._date = tokenizer, datetime.date.fromisoformat(date)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str, template: str | None = None) -> None:
+        self.tokenizer, self._date, self._other = tokenizer, datetime.date.fromisoformat(date), template
         self.writes_date = False
         self._sources = {tools: self._dated(tools=tools) for tools in (False, True)}
 
@@ -50,7 +51,7 @@ class ChatTemplate:
         return self._sources[tools]
 
     def _dated(self, *, tools: bool) -> str:
-        source = str(self.tokenizer.get_chat_template(None, [_NO_TOOL] if tools else None))
+        source = self._other or str(self.tokenizer.get_chat_template(None, [_NO_TOOL] if tools else None))
         fixed = _DATE.sub(lambda call: repr(self._date.strftime(ast.literal_eval(call.group(1)))), source)
         if re.search(r"strftime_now\s*\(", fixed):
             raise UserError(

@@ -59,6 +59,8 @@ class BadRows:
         if len(self) == 1:
             raise UserError(f"{self.first[0]}. Mend the row, or leave it out: data.bad_rows=drop")
         hint = ". Mend them, or leave them out: data.bad_rows=drop" if len(self) < rows else ""
+        if any("the tokenizer's chat template" in reason for reason in self.reasons):
+            hint += ". Another template writes them with data.chat_template=FILE"
         found = f"{len(self):,} of {rows:,} rows cannot be trained on: {self._counts()}"
         raise UserError(f"{name}: {found}. {self._examples()}{hint}")
 

@@ -16,6 +16,7 @@ from subspace.models import bitsandbytes_compat as compat
 
 VERSION = f"bitsandbytes {bitsandbytes.__version__}"
 bnb: Any = bitsandbytes.nn
+optim: Any = bitsandbytes.optim
 IN, OUT = 128, 96
 
 
@@ -117,3 +118,20 @@ def test_weights_of_shapes_only_are_as_large_as_real_ones(kind: str) -> None:
     assert shape.weight.nbytes == real.weight.nbytes
     scales = [sum(t.nbytes for t in compat.scale_tensors(layer.weight)) for layer in (shape, real)]
     assert scales[0] == scales[1]
+
+
+def test_a_moment_in_8_bits_is_read_and_cleared() -> None:
+    parameter = nn.Parameter(torch.zeros(5000))
+    optimizer = optim.AdamW8bit([parameter])
+    parameter.grad = torch.linspace(-1, 1, 5000)
+    optimizer.step()
+    state, places = optimizer.state[parameter], torch.tensor([0, 255, 256, 2500, 4999])
+    assert state["state1"].dtype == torch.uint8
+    for name, expected in (("state1", 0.1 * parameter.grad), ("state2", 0.001 * parameter.grad.square())):
+        found = compat.read_moment(state, name, torch.arange(5000))
+        assert (found - expected).norm() < 0.05 * expected.norm(), f"{VERSION} changed qmap, absmax or the blocks"
+        compat.clear_moment(state, name, places)
+        cleared = compat.read_moment(state, name, torch.arange(5000))
+        assert not cleared[places].any(), f"{VERSION} has no code for zero"
+        cleared[places] = found[places]
+        assert torch.equal(cleared, found)

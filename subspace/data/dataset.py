@@ -22,6 +22,7 @@ from subspace.data.chat.row_cache import RowCache
 from subspace.data.collate import IGNORE_INDEX, Batch, TokenRow, collate
 from subspace.data.config import TASK_LENGTH, DataConfig
 from subspace.data.records import task_rows
+from subspace.data.sampler import hold_out, take_rows
 from subspace.data.tasks import Mixture, MixturePart, find_mixture, prompt_template
 from subspace.data.token_cache import Integers, Part, PartCache, TokenTable, open_table, split_by_part
 from subspace.errors import UserError
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 Fed = Callable[[int], Integers]
 """Function from the number of training rows to the numbers of those that a run's steps may use; see ``draw_steps``."""
-
-HELD_OUT = 120
-"""Rows held out where a validation is due and no number is given, of a tenth of the rows at most."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +297,7 @@ def _select_rows(
     draw = np.random.default_rng(seed)
     begins = dict(zip(parts, _begins(parts), strict=True))
     taken = {
-        number: begins[part.name] + _take(len(parts[part.name]), part, draw)
+        number: begins[part.name] + take_rows(len(parts[part.name]), part, draw)
         for number, part in enumerate(mixture.parts)
         if part.name in parts
     }
@@ -317,7 +315,7 @@ def _select_rows(
     if not len(kept):
         least = f"the shortest takes {needed[order].min()}" if len(order) else "it has none"
         raise UserError(f"no row of {mixture.name} fits into data.max_length={max_length} tokens: {least}")
-    train, validation = _hold_out(kept, keys, config.validation, mixture.name, draw)
+    train, validation = hold_out(kept, keys, config.validation, mixture.name, draw)
     if config.limit is not None and config.limit < len(train):
         train = train[np.sort(draw.permutation(len(train))[: config.limit])]
     by_part: dict[str, int] = {}
@@ -379,40 +377,6 @@ def _notices(report: dict[str, Any], max_length: int, fed: Tokenized) -> Iterato
     if report["dropped"] > report["too_long"]:
         dropped = report["dropped"] - report["too_long"]
         yield f"{dropped:,} rows were dropped: their answers alone are longer than data.max_length"
-
-
-def _take(available: int, part: MixturePart, draw: np.random.Generator) -> Integers:
-    """Return the rows that a mixture takes of a part: whole repetitions, and a random draw for the remainder."""
-    first = np.arange(available)[: part.first]
-    wanted = round(part.weight * len(first)) if part.rows is None else part.rows
-    repetitions, rest = divmod(wanted, len(first)) if len(first) else (0, 0)
-    return np.concatenate([*[first] * repetitions, np.sort(draw.permutation(first)[:rest])]).astype(np.int64)
-
-
-def _hold_out(
-    order: Integers, keys: Integers, count: int | None, name: str, draw: np.random.Generator
-) -> tuple[Integers, Integers]:
-    """Return the rows to train on and to hold out; duplicates are never held out, since a copy would be trained on.
-
-    Without a ``count``, these are :data:`HELD_OUT` rows, of a tenth of them at most, but one at least.
-    """
-    _, inverse, times = np.unique(keys[order], return_inverse=True, return_counts=True)
-    once = np.flatnonzero(times[inverse] == 1)
-    if count is None:
-        count = max(1, min(HELD_OUT, len(order) // 10, len(once)))
-        if count > len(once) or count >= len(order):
-            raise UserError(
-                f"a validation is due, for which no row of {name} can be held out: of its {len(order):,} rows "
-                f"{len(once):,} occur only once, and some must remain to train on. Set train.validate_every=0, and "
-                "neither train.patience nor train.save_final=best"
-            )
-    if count > len(once) or count >= len(order):
-        raise UserError(
-            f"data.validation={count} rows were to be held out of {name}, but of its {len(order):,} rows {len(once):,} "
-            "occur only once, and some must remain to train on. Make data.validation smaller"
-        )
-    held_out = np.sort(draw.permutation(once)[:count])
-    return np.delete(order, held_out), order[held_out]
 
 
 def _name(part: MixturePart) -> str:

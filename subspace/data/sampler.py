@@ -1,4 +1,4 @@
-"""Sampling of the rows of each optimizer step, and their assignment to ranks and micro-batches.
+"""Sampling of rows: which are trained on, which are held out, and which make each step, micro-batch by micro-batch.
 
 The rows of a run are the beginning of an endless sequence: every epoch is a new shuffle of all rows, and the epochs
 follow one another without a seam, so that a step may span two of them. A run takes a number of rows from it, in steps
@@ -13,11 +13,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from subspace.data.tasks import MixturePart
 from subspace.errors import UserError
 
 GROUPED_STEPS = 64  # steps whose rows are sorted by length together: more reduces padding, fewer shuffles better
 
 Integers = npt.NDArray[np.int64]
+
+HELD_OUT = 120
+"""Rows held out where a validation is due and no number is given, of a tenth of the rows at most."""
 
 
 def count_rows(num_rows: int, *, batch: int, epochs: float = 1.0, steps: int | None = None) -> int:
@@ -182,3 +186,37 @@ def shard_batch(numbers: Sequence[int], rank: int, ranks: int, accumulate: int) 
     """
     together = np.array_split(np.asarray(numbers), accumulate)
     return [[int(number) for number in part[rank::ranks]] for part in together]
+
+
+def take_rows(available: int, part: MixturePart, draw: np.random.Generator) -> Integers:
+    """Return the rows that a mixture takes of a part: whole repetitions, and a random draw for the remainder."""
+    first = np.arange(available)[: part.first]
+    wanted = round(part.weight * len(first)) if part.rows is None else part.rows
+    repetitions, rest = divmod(wanted, len(first)) if len(first) else (0, 0)
+    return np.concatenate([*[first] * repetitions, np.sort(draw.permutation(first)[:rest])]).astype(np.int64)
+
+
+def hold_out(
+    order: Integers, keys: Integers, count: int | None, name: str, draw: np.random.Generator
+) -> tuple[Integers, Integers]:
+    """Return the rows to train on and to hold out; duplicates are never held out, since a copy would be trained on.
+
+    Without a ``count``, these are :data:`HELD_OUT` rows, of a tenth of them at most, but one at least.
+    """
+    _, inverse, times = np.unique(keys[order], return_inverse=True, return_counts=True)
+    once = np.flatnonzero(times[inverse] == 1)
+    if count is None:
+        count = max(1, min(HELD_OUT, len(order) // 10, len(once)))
+        if count > len(once) or count >= len(order):
+            raise UserError(
+                f"a validation is due, for which no row of {name} can be held out: of its {len(order):,} rows "
+                f"{len(once):,} occur only once, and some must remain to train on. Set train.validate_every=0, and "
+                "neither train.patience nor train.save_final=best"
+            )
+    if count > len(once) or count >= len(order):
+        raise UserError(
+            f"data.validation={count} rows were to be held out of {name}, but of its {len(order):,} rows {len(once):,} "
+            "occur only once, and some must remain to train on. Make data.validation smaller"
+        )
+    held_out = np.sort(draw.permutation(once)[:count])
+    return np.delete(order, held_out), order[held_out]

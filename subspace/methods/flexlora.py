@@ -12,8 +12,7 @@ so often the layers that matter least lose the direction with the smallest abs(E
 Departs from the authors' code, by the formulas: abs(E), not E; a layer with one direction matters 0 and one whose E are
 all zero 1, where theirs is not a number, and gains; Adam goes on but for the new directions, theirs is made anew. By
 choice: new vectors are of size 0.02, as the first, theirs of size 1; moves fall as in the paper, theirs stay
-(``constant``) or fall late (``code``); they come at multiples of ``every``, theirs from the warm-up's end on; a layer
-loses or gains, theirs may do both; none gets more than R.
+(``constant``) or fall late (``code``) and begin when the warm-up ends; a layer loses or gains, theirs may do both.
 """
 
 from __future__ import annotations

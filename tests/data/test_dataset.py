@@ -28,9 +28,9 @@ from subspace.data import tokenization as tokenization_module
 from subspace.data.chat.limits import ModelLimits
 from subspace.data.collate import IGNORE_INDEX, TokenRow, collate
 from subspace.data.config import DataConfig
-from subspace.data.dataset import Data, _hold_out, is_encoded, open_data
+from subspace.data.dataset import Data, is_encoded, open_data
 from subspace.data.prepare import task_items
-from subspace.data.sampler import StepPlan, draw_steps, shard_batch
+from subspace.data.sampler import StepPlan, draw_steps, hold_out, shard_batch
 from subspace.data.tokenization import encode_prompt
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
@@ -463,7 +463,7 @@ def test_without_a_number_at_most_a_tenth_is_held_out(rows: int, copies: int) ->
     order = np.arange(rows)
     keys = np.where(order < copies, -1, order)  # the first of them equals none, or the last
     keys[-1] = -1
-    train, held = _hold_out(order, keys, None, "rows.jsonl", np.random.default_rng(0))
+    train, held = hold_out(order, keys, None, "rows.jsonl", np.random.default_rng(0))
     assert len(held) == min(120, max(1, rows // 10))
     assert sorted([*train, *held]) == order.tolist()
     assert not copies or not {0, rows - 1} & set(held)
@@ -472,7 +472,7 @@ def test_without_a_number_at_most_a_tenth_is_held_out(rows: int, copies: int) ->
 @pytest.mark.parametrize("keys", [[1], [1, 1], [1, 1, 2, 2]])
 def test_a_validation_for_which_nothing_can_be_held_out_is_refused(keys: list[int]) -> None:
     with pytest.raises(UserError, match=r"a validation is due, for which no row of rows.jsonl .*validate_every=0"):
-        _hold_out(np.arange(len(keys)), np.array(keys), None, "rows.jsonl", np.random.default_rng(0))
+        hold_out(np.arange(len(keys)), np.array(keys), None, "rows.jsonl", np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 4), (3, 2), (8, 1)])

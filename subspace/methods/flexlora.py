@@ -83,8 +83,7 @@ class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
 
     def grow(self, new: int, access: OptimizerAccess, seed: int) -> None:
         """Begin a direction afresh, with E zero, so that the output stays."""
-        generator = torch.Generator().manual_seed(seed)
-        self.alive[new] = 1
+        generator, self.alive[new] = torch.Generator().manual_seed(seed), 1
         for parameter, axis, std in ((self.A, 0, STD), (self.B, 1, STD), (self.E, 0, 0.0)):
             value = access.value(parameter).clone()
             where, begun = torch.zeros_like(value, dtype=torch.bool), value.select(axis, new)

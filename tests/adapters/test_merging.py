@@ -376,7 +376,9 @@ def shifted_folder(
     """Make ``merged_folder`` put biases at the sites, instead of an adapter from a file."""
     tiny(architecture, tmp_path / "base")
     base = ModelConfig(path=str(tmp_path / "base"), dtype="float32")
-    monkeypatch.setattr(sys.modules["subspace.adapters.export"], "load_adapter", lambda model, _: shift(model, *sites))
+    export = sys.modules["subspace.adapters.export"]
+    monkeypatch.setattr(export, "load_adapter", lambda model, _: shift(model, *sites))
+    monkeypatch.setattr(export, "check_adapter_base", lambda folder, base: None)  # there is no file of an adapter
     return shift(open_model(base), *sites), base
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from subspace.api import prepare
 from subspace.common import download as download_module
@@ -276,7 +278,7 @@ def folder(tmp_path: Path) -> Path:
     model = tmp_path / "my model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"weights")
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, model / "model.safetensors")
     return model
 
 

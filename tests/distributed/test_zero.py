@@ -31,10 +31,11 @@ pytestmark = pytest.mark.processes
 STEPS = 10
 #: A prompt learns slowly. Where a gradient is nearly zero, Adam makes rounding as large as a step: smaller steps help.
 RATES = {"prompt": 0.05, "lora-dash": 0.001, "parallel": 0.002, "series": 0.002}
-#: After LoRA-Dash's launch, Adam's first step on delta is a whole one however small its gradient.
-SLACK = {"lora-dash": 2}
+#: After LoRA-Dash's launch, Adam's first step on delta is a whole one however small its gradient; so is that of every
+#: weight of the model.
+SLACK = {"lora-dash": 2, "full": 2}
 #: From there on, one value in a thousand may have a gradient so near zero that its steps are rounding.
-STRAY = {"lora-dash": 1e-3}
+STRAY = {"lora-dash": 1e-3, "full": 1e-3}
 #: A base in 16 bits, so that adapters are copied to its dtype; at stage 3 each is cast by itself.
 IN_16_BITS = ("model.dtype=bfloat16", "train.steps=6")
 #: By stage; at stage 3 kinds of site (biases, attention), of starts (from W's singular directions or row norms) and of

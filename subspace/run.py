@@ -54,7 +54,7 @@ from subspace.training.checkpoint import last_checkpoint_hint
 from subspace.training.checkpointer import TrainState
 from subspace.training.determinism import check_deterministic, deterministic_algorithms
 from subspace.training.logging import LOG_FILE, TrainLogger, peak_memory
-from subspace.training.loop import train
+from subspace.training.loop import is_paused, train
 from subspace.training.optimizers import ineffective_settings, lr_factor, make_optimizer, parameter_groups
 from subspace.training.resume import (
     ADAPTER,
@@ -66,10 +66,12 @@ ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
-def train_run(config: RunConfig, *, resume: bool = False) -> Path:
+def train_run(config: RunConfig, *, resume: bool = False, until: int | None = None) -> Path:
     """Train as configured and return the run's folder. Collective over ranks.
 
     With ``resume``, an existing run continues from its newest intact checkpoint, or starts from scratch if it has none.
+    ``until`` a step it trains as the run of its whole length does, and saves a checkpoint to be resumed from; its
+    folder then has no adapter and no outcome.
 
     Raises:
         UserError: settings that conflict with one another, the data, the model or the machine.
@@ -92,11 +94,17 @@ def train_run(config: RunConfig, *, resume: bool = False) -> Path:
         resumed, notices = None, list[str]()
         if resume:
             run, material, resumed, notices = find_resume_point(run, material, base)
-        return _train_on_rows(run, *material, base, resumed, notices)
+        return _train_on_rows(run, *material, base, resumed, notices, until)
 
 
 def _train_on_rows(
-    run: ResolvedRun, data: Data, plan: StepPlan, base: BaseRecord, resumed: Checkpoint | None, notices: list[str]
+    run: ResolvedRun,
+    data: Data,
+    plan: StepPlan,
+    base: BaseRecord,
+    resumed: Checkpoint | None,
+    notices: list[str],
+    until: int | None = None,
 ) -> Path:
     """Train on the planned rows and return the run's folder. Collective over ranks."""
     config = run.config
@@ -126,8 +134,8 @@ def _train_on_rows(
         engine = start_engine(run, model, steps=len(plan))
         weight_bytes = gather_objects(weight_memory_bytes(model))
         torch.manual_seed(config.train.seed + rank())  # dropout must differ between ranks
-        state = _train(run, engine, data, plan, base, logger, resumed)
-    if is_main():
+        state = _train(run, engine, data, plan, base, logger, resumed, until)
+    if is_main() and not is_paused(state, until, len(plan)):
         write_outcome(config.folder, state, time.perf_counter() - began, weight_bytes)
     barrier()
     return config.folder
@@ -222,6 +230,7 @@ def _train(
     base: BaseRecord,
     logger: TrainLogger,
     resumed: Checkpoint | None,
+    until: int | None,
 ) -> TrainState:
     """Run the training loop; raise UserError if the disk is full."""
     config = run.config
@@ -230,7 +239,7 @@ def _train(
     try:
         return train(
             engine, data, plan, config.train, run.layout, config.folder, logger,
-            settings=settings, about=about, resumed=resumed,
+            settings=settings, about=about, resumed=resumed, until=until,
         )  # fmt: skip
     except OSError as error:
         if not is_disk_full(error):

@@ -58,8 +58,11 @@ def train(
     settings: Mapping[str, Any],
     about: Mapping[str, Any],
     resumed: Checkpoint | None = None,
+    until: int | None = None,
 ) -> TrainState:
     """Train the engine's adapters on the planned steps and save them in ``folder/adapter``. Collective over ranks.
+
+    A run that pauses ``until`` it is resumed saves a checkpoint in place of the adapter; :func:`is_paused` tells.
 
     Args:
         engine: DeepSpeed's, with the model and its adapters.
@@ -72,6 +75,7 @@ def train(
         settings: stored in checkpoints, to be compared with those of a resumed run.
         about: metadata for ``adapter.json``.
         resumed: the checkpoint to continue from.
+        until: pause after this step; None trains to the end.
 
     Raises:
         RunFailed: a loss or gradient is not finite, or a trained tensor never changes. The last checkpoint stays.
@@ -83,6 +87,7 @@ def train(
     checkpointer = Checkpointer(engine, folder, config, health, consumed, logger, settings, about)
     state = checkpointer.restore(resumed) if resumed else TrainState()
     first, last = state.steps + 1, len(plan)
+    end = last if until is None else min(until, last)
     every = config.validation_period(plan.num_rows)
     summed_loss = SummedLoss(engine, masks_padding=needs_padding_mask(engine))
     health.trace = LossTrace(engine, summed_loss, data, plan)
@@ -93,7 +98,7 @@ def train(
         closing(prefetch(collated)) as batches_of_steps,
         health,
     ):
-        for step in range(first, last + 1):
+        for step in range(first, end + 1):
             if config.patience and state.validations_since_best >= config.patience:
                 logger.note(f"stopped after step {step - 1}: no better validation loss since {state.best_step}")
                 break
@@ -110,7 +115,7 @@ def train(
             )
             health.record(step, stats)
             validates = bool(every) and (step % every == 0 or step == last)
-            if validates or checkpointer.is_due(step) or is_read(step, last, config, engine):
+            if validates or checkpointer.is_due(step) or step == end or is_read(step, last, config, engine):
                 state.loss = health.read(engine)
             run_schedules("before_step", groups, TrainProgress(step, last), access)
             learning_rate = engine.get_lr()[0]  # of this step; the engine's step sets the next one's
@@ -126,8 +131,16 @@ def train(
                 state.add_validation(loss)
                 logger.validation(step, loss)
             checkpointer.save_if_due(state)
-        checkpointer.save_final(state)
+        if is_paused(state, until, last):
+            checkpointer.save(state)
+        else:
+            checkpointer.save_final(state)
     return state
+
+
+def is_paused(state: TrainState, until: int | None, steps: int) -> bool:
+    """Return True if a run of so many steps stands where it was to pause, not at its end."""
+    return until is not None and until <= state.steps < steps
 
 
 def is_read(step: int, last: int, config: TrainConfig, engine: Any) -> bool:

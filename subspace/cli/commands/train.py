@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from subspace.cli.command import Command, json_argument, launch_arguments, launch_or_none, settings_manual
+from subspace.cli.command import Command, count, json_argument, launch_arguments, launch_or_none, settings_manual
 from subspace.common.host_memory import manage_malloc
 from subspace.distributed import launcher
 
@@ -16,6 +16,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings instead of the file's")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the run's newest checkpoint, or start if there is none"
+    )
+    parser.add_argument(
+        "--until", type=count, metavar="STEP", help="pause after this step of the run, with a checkpoint to resume from"
     )
     launch_arguments(parser)
     json_argument(parser)
@@ -42,17 +45,19 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{config.folder} is finished: there is nothing left to train", file=sys.stderr)
     elif not options.resume:
         ensure_new_run_dir(config.folder)
-    resume = ["--resume"] if options.resume else []
-    status = None if finished else launch_or_none(options, ["train", options.config, *options.settings, *resume])
+    how = [*(["--resume"] if options.resume else []), *(["--until", str(options.until)] if options.until else [])]
+    status = None if finished else launch_or_none(options, ["train", options.config, *options.settings, *how])
     if status is not None:
         return status
     launcher.init_rank_env()
     manage_malloc()
-    folder = config.folder if finished else train_run(config, resume=options.resume)
+    folder = config.folder if finished else train_run(config, resume=options.resume, until=options.until)
     if is_main():
-        outcome = json.loads((folder / "environment.json").read_text())["outcome"]
+        outcome = json.loads((folder / "environment.json").read_text()).get("outcome")
         if options.json:
-            print(json.dumps({"run": str(folder), **outcome}))
+            print(json.dumps({"run": str(folder), **(outcome or {"paused": options.until})}))
+        elif outcome is None:
+            print(f"paused: {folder} has a checkpoint of step {options.until}, and goes on with --resume")
         else:
             print(f"{outcome['steps']} steps, last loss {outcome['loss']:.4f}, {outcome['seconds'] / 60:.1f} min")
             print(f"adapter: {folder / 'adapter'}")
@@ -70,6 +75,7 @@ COMMAND = Command(
   subspace train launch/recipes/quickstart.yaml method=dora train.learning_rate=1e-4 name=dora
   subspace train launch/recipes/quickstart.yaml --processes 2 --dry-run
   subspace train launch/recipes/quickstart.yaml --resume   after it was stopped or killed
+  subspace train launch/recipes/quickstart.yaml --until 20 to look at it there; --resume goes on
   deepspeed --num_gpus 2 launch/train.py launch/recipes/quickstart.yaml        the same run""",
     _arguments,
     _run,

@@ -28,7 +28,7 @@ case "${1-}" in -h | --help) usage; exit 0 ;; esac
 
 . launch/environment.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # several ranks share the cores
-export PYTHONDONTWRITEBYTECODE=1
+unset PYTHONDONTWRITEBYTECODE             # hundreds of processes would each compile the package anew
 
 step "1/4 install"
 make_environment requirements.txt tests/requirements.txt

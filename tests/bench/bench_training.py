@@ -2,7 +2,7 @@
 
     python -m tests.bench.bench_training --steps 4 --rounds 4
     python -m tests.bench.bench_training --frozen --dropout 0 --steps 12
-    python -m tests.bench.bench_training --sides subspace packed roomy compiled
+    python -m tests.bench.bench_training --sides subspace packed lean compiled
     python -m tests.bench.bench_training --stages
     python -m tests.bench.bench_training --by-step zero1x1 zero2x1 --steps 12
     python -m tests.bench.bench_training --curves 20 --batch 4
@@ -12,10 +12,10 @@ commonsense mixture with the same prompt, AdamW, loss on the answer. In each rou
 a process of its own, after a step that does not count: so each has the memory to itself, and as its users have it.
 Printed are the medians over rounds of non-padding tokens a second, and ratios taken round by round.
 
-The sides: ``subspace`` is this project; ``packed``, ``roomy`` and ``compiled`` are the same with data.packing,
-train.keep_memory and train.compile; ``masked`` has a mask of its padding, though the model needs none; ``casts`` rounds
-each adapter's tensors by itself and shares no products; ``peft`` is HF PEFT with the HF Trainer as its examples set
-them up.
+The sides: ``subspace`` is this project by default; ``packed`` and ``compiled`` are the same with data.packing and
+train.compile, ``lean`` without train.keep_memory; ``masked`` has a mask of its padding, though the model needs none;
+``casts`` rounds each adapter's tensors by itself and shares no products; ``peft`` is HF PEFT with the HF Trainer as its
+examples set them up.
 ``--frozen`` alternates, step by step in one process, this project's steps with the frozen model's own forward and
 input-gradient pass on the same batches; ``--by-step`` alternates two sides in that way. ``--stages`` times ZeRO 1, 2
 and 3 with one and two processes. ``--curves`` trains this project and PEFT, with two seeds of dropout each and all from
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000, help="rows of the mixture to draw from")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--sides", nargs="+", default=["subspace", "roomy", "peft"], choices=SIDES)
+    parser.add_argument("--sides", nargs="+", default=["subspace", "lean", "peft"], choices=SIDES)
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     parser.add_argument("--curves", type=int, default=0, help="steps of loss curves to compare")
     parser.add_argument("--frozen", action="store_true", help="compare with the frozen model's own passes")
@@ -140,7 +140,7 @@ def step_by_step(options: Any) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     options.rounds = 1
     if options.frozen:
-        sides = [subspace_side(options, roomy=not options.lean), frozen_side(options)]
+        sides = [subspace_side(options, keep_memory=not options.lean), frozen_side(options)]
     else:
         sides = [SIDES[name](options) for name in options.by_step]
     _, _, rows, plan = material(options, group_by_length=True)
@@ -232,7 +232,7 @@ def subspace_side(
     *,
     stage: int = 0,
     packing: bool = False,
-    roomy: bool = False,
+    keep_memory: bool = True,
     compiled: bool = False,
     casts: bool = False,
     masked: bool = False,
@@ -257,7 +257,7 @@ def subspace_side(
     if casts:
         for adapter in adapters(model).values():
             adapter.copies.detach()
-    if roomy:
+    if keep_memory:
         set_malloc_trim(False)
     loss_of = SummedLoss(engine, masks_padding=masked or needs_padding_mask(engine))
 
@@ -371,7 +371,7 @@ def frozen_side(options: Any) -> Run:
 SIDES: dict[str, Callable[[Any], Run]] = {
     "subspace": subspace_side,
     "packed": partial(subspace_side, packing=True),
-    "roomy": partial(subspace_side, roomy=True),
+    "lean": partial(subspace_side, keep_memory=False),
     "compiled": partial(subspace_side, compiled=True),
     "masked": partial(subspace_side, masked=True),
     "casts": partial(subspace_side, casts=True),

@@ -131,7 +131,14 @@ def test_a_failure_of_one_rank_is_told_by_it(start: Callable[..., Run]) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", supervision.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=[] if number in (signal.SIGTERM, signal.SIGINT) else pytest.mark.long)
+        for number in supervision.SIGNALS
+    ],
+    ids=lambda number: number.name,
+)
 def test_a_signal_ends_all(start: Callable[..., Run], number: signal.Signals) -> None:
     run = start("waits")
     run.pids(0), run.pids(1)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from subspace.api import train as train
     from subspace.config import RunConfig as RunConfig
     from subspace.errors import UserError as UserError
+    from subspace.integrations.schedules import follow_schedules as follow_schedules
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ _PUBLIC = {
     "list_methods": "subspace.adapters.registry",
     "load_method_file": "subspace.adapters.registry",
     "match_budget": "subspace.adapters.parameter_count",
+    "follow_schedules": "subspace.integrations.schedules",
     "UserError": "subspace.errors",
 }
 __all__ = ["__version__", *_PUBLIC]

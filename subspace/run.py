@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from subspace.adapters.inject import adapters, inject
+from subspace.adapters.inject import adapters, inject, take_over_schedules
 from subspace.adapters.parameter_count import count_adapters, count_trained
 from subspace.adapters.serialization import read_description
 from subspace.adapters.targets import coverage
@@ -263,6 +263,7 @@ def inject_method(
         start=start,
         progress=progress,
     )
+    take_over_schedules(model)  # the training loop runs them
     trained = count_adapters(created.values())
     kind = part.adapter_class.target_kind(next(iter(created.values())).config)
     reach = str(coverage(model, kind, list(created)))

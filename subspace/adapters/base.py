@@ -60,6 +60,9 @@ class MethodConfig(Settings):
     """Base of every method's settings."""
 
 
+#: How the names begin under which a ``state_dict`` holds what schedules remember.
+HISTORY = "history."
+
 #: A method's own Config: ``class Mine(LinearAdapter["Mine.Config"])`` types ``self.config``.
 C = TypeVar("C", bound=MethodConfig, default=Any)
 
@@ -139,14 +142,18 @@ class Adapter(nn.Module, Generic[C]):
         self.num_siblings = 1  # matrices that the injection adapts, its own included; set by inject
         self.loss_tap = LossTap()  # one for all adapters of the model; set by inject
         self.copies = WorkingCopies()  # one for all adapters of the model; set by inject
+        self.scheduled = False  # somebody tells it of the optimizer's steps, or was told that nobody does
         self.ends_sublayer = False  # its input is not that of its module's other sites; set by inject
-        #: What a schedule remembers from step to step. Saved with checkpoints; no buffer, because engines cast those.
+        #: What a schedule remembers from step to step. Saved with checkpoints, and in a ``state_dict`` under names that
+        #: begin with ``HISTORY``; no buffers, because engines cast those.
         self.history: dict[str, Tensor] = {}
         #: The model's folder and W's name in it, where W is to be read there because the model holds it quantised.
         self.weight_source: tuple[str, str] | None = None
         #: What was computed from the trained tensors' present values. None where nobody promises to clear it when they
         #: move; the training loop does.
         self._cache: dict[Any, Tensor] | None = None
+        self.register_state_dict_post_hook(_save_history)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_load_history)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_clear_cache)  # type: ignore[no-untyped-call]
         if type(self).penalty is not Adapter.penalty:
             self.register_forward_hook(_charge_penalty)
@@ -219,12 +226,6 @@ class Adapter(nn.Module, Generic[C]):
     def after_step(cls, adapters: Sequence[Self], progress: TrainProgress, access: OptimizerAccess) -> None:
         """Act after the optimizer has moved the tensors. Default: nothing."""
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        return self.history
-
-    def set_extra_state(self, state: Any) -> None:
-        self.history = dict(state)
-
     def own_tensors(self) -> dict[str, Tensor]:
         """Return this adapter's trained tensors and persistent buffers, without its base's."""
         buffers = {k: b for k, b in self.named_buffers(recurse=False) if k not in self._non_persistent_buffers_set}
@@ -272,6 +273,26 @@ class Adapter(nn.Module, Generic[C]):
 
     def extra_repr(self) -> str:
         return str(self.config)
+
+
+def _save_history(adapter: Adapter, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state.update({f"{prefix}{HISTORY}{key}": value for key, value in adapter.history.items()})
+
+
+def _load_history(
+    adapter: Adapter, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+) -> None:
+    """Take the history out of a ``state_dict``, in which torch would find no place for it."""
+    older = state.pop(f"{prefix}_extra_state", {})  # one dictionary, which most writers of tensors refuse
+    for key, own in adapter.history.items():
+        name = f"{prefix}{HISTORY}{key}"
+        value = state.pop(name, older.get(key))
+        if value is None:
+            missing.append(name)
+        elif value.shape != own.shape:
+            others[-1].append(f"size mismatch for {name}: {tuple(value.shape)}, the model takes {tuple(own.shape)}")
+        else:
+            adapter.history[key] = value.detach().clone()
 
 
 def _clear_cache(adapter: nn.Module, keys: Any) -> None:

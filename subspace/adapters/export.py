@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from subspace.adapters.exchange.base_files import CARD, RECORD, check_tokenizer, copy_base_files, write_config
+from subspace.adapters.exchange.model_card import adapter_facts, base_name, model_card
 from subspace.adapters.inject import adapters
 from subspace.adapters.merging import SharedTensors, frozen, merge_site, mergeable_adapters, note_untied
 from subspace.adapters.serialization import check_adapter_base, load_adapter
@@ -32,6 +34,7 @@ from subspace.models.files import suppress_library_logs
 from subspace.models.float32_blocks import blocks, float32_blocks
 from subspace.models.inspection import inspect_model
 from subspace.models.loading import open_model, open_shape, open_tokenizer, stored_dtype
+from subspace.models.prepare import find_files
 from subspace.models.transformers_compat import decoder_layers, is_quantized
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -99,7 +102,8 @@ def export_merged(
     written = replace(config, dtype=dtype or config.dtype).dtype
 
     tokenizer = open_tokenizer(exact)
-    model = _open(exact, adapter, quantize=config.quantize if as_trained else "none")
+    model, files = _open(exact, adapter, quantize=config.quantize if as_trained else "none"), find_files(exact)
+    opened = model.config.to_dict()
     probe = _probe(tokenizer).to(model.device)
     unmerged = _logits(model, probe)
     merging = _LayerwiseMerge(model, getattr(torch, written))
@@ -121,10 +125,15 @@ def export_merged(
     with _disk_errors(out), write_folder(out, replace=False) as partial:
         with suppress_library_logs():
             model.save_pretrained(partial, max_shard_size=SHARD)
-            tokenizer.save_pretrained(partial)
+            if files.gguf:
+                tokenizer.save_pretrained(partial)
+        copy_base_files(files, partial)
+        write_config(files, partial, model, opened, written)
         rounded = _logits(model, probe)
         del model, merging.model
-        reread = _open(replace(exact, path=str(partial), revision=None))  # without an adapter
+        there = replace(exact, path=str(partial), revision=None)
+        check_tokenizer(tokenizer, open_tokenizer(there), PROBE, out)
+        reread = _open(there)  # without an adapter
         after = _logits(reread, probe.to(reread.device)).to(rounded.device)
         del reread
         if not _difference(after, rounded) <= tolerance:
@@ -140,8 +149,16 @@ def export_merged(
             written_difference=_difference(after, unmerged),
             same_tokens=float((after.argmax(-1) == unmerged.argmax(-1)).float().mean()),
         )
-        about = {"base": config.path, "base_record": base.as_dict(), "adapter": str(adapter), **asdict(report)}
-        write_json(partial / "merge.json", about)
+        name = base_name(config.path, files)
+        # Nothing of this machine: the folder is made to be given away.
+        about = {
+            "base": name,
+            "base_record": {**base.as_dict(), "path": name},
+            **adapter_facts(adapter),
+            **asdict(report),
+        }
+        write_json(partial / RECORD, about)
+        (partial / CARD).write_text(model_card(out.name, about, files.folder), encoding="utf-8")
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace.adapters.base import Adapter, MethodConfig
+from subspace.adapters.exchange.pretrained import prepare_saving
 from subspace.adapters.experts.adapter import ExpertsAdapter, experts_refusal
 from subspace.adapters.penalties import LossTap
 from subspace.adapters.registry import configure, list_methods, resolve_method
@@ -31,6 +33,8 @@ from subspace.models.frozen_weights import (
     gather_weight_on_rank,
     read_checkpoint_weight,
 )
+
+logger = logging.getLogger("subspace")
 
 
 def initialize_distributed(
@@ -146,6 +150,10 @@ def inject(
     copies.attach(model)
     for adapter in created.values():
         adapter.attach(model)
+    if has_schedule(cls):
+        next(iter(created.values())).register_forward_pre_hook(_notice_schedule)
+    if not before:
+        prepare_saving(model)
     _initialize(list(created.values()), progress, all_of_them=start)
     return created
 
@@ -239,6 +247,26 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def has_schedule(method: type[Adapter]) -> bool:
     """Return True if a method acts before or after steps of the optimizer, by how many there are."""
     return any({"before_step", "after_step"} & vars(cls).keys() for cls in method.__mro__ if cls is not Adapter)
+
+
+def take_over_schedules(model: nn.Module) -> None:
+    """Note that the caller tells the methods' schedules of the optimizer's steps, or has none: no notice is given."""
+    for adapter in adapters(model).values():
+        adapter.scheduled = True
+
+
+def _notice_schedule(adapter: Adapter, inputs: Any) -> None:
+    """Say once that a schedule does not act, where a model is trained and nobody has told it of steps."""
+    if adapter.scheduled or not (adapter.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return
+    if any(parameter.requires_grad and not parameter.is_meta for parameter in adapter.trained().values()):
+        adapter.scheduled = True
+        logger.warning(
+            "note: method %s changes with the optimizer's steps, and nothing tells it of them: it trains without its "
+            "schedule. Call subspace.follow_schedules(model, optimizer, steps=...) before the first step, or give HF "
+            "Trainer the callback subspace.integrations.trainer.FollowSchedules()",
+            adapter.name,
+        )
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 
 class LossTap:
-    """The gradient that arrived at a model's loss in the present backward pass; None where no loss is tapped."""
+    """The gradient that arrived at a model's loss in the present backward pass; None where no loss is tapped.
+
+    A loop that taps no loss may set it once, to one over the number of backward passes of a step.
+    """
 
     gradient: Tensor | None = None
 

@@ -47,15 +47,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], /, **about: A
         stays as it was.
     """
     folder = Path(folder)
-    tensors = gather_copies(_named_tensors(model).items())
-    problem = None
-    if is_main():
-        try:
-            base = base_record(model)
-        except UserError as error:  # what was trained is worth more than the record
-            logger.warning("note: %s is saved without a record of its base: %s", folder, error)
-            base = None
-        problem = _write(folder, tensors, model, base, about)
+    tensors = gather_copies(named_tensors(model).items())
+    problem = write_adapter(model, folder, tensors, about) if is_main() else None
     problem = broadcast_object(problem)
     barrier()
     if problem:
@@ -95,7 +88,7 @@ def load_adapter(
             ) from None
     parts = enumerate(description["adapters"])
     assign_groups(model, {site: part.get("group", number) for number, part in parts for site in part["sites"]})
-    own = _named_tensors(model)
+    own = named_tensors(model)
     misfits = [f"{name} is missing from the file" for name in own.keys() - tensors.keys()]
     misfits += [f"{name} has no place in the model" for name in tensors.keys() - own.keys()]
     misfits += [
@@ -156,7 +149,7 @@ def check_adapter_base(
         logger.warning("note: %s", notice)
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapters' tensors by their names in the model; one that two sites share, by its first name."""
     names: dict[Tensor, str] = {}
     for site, adapter in adapters(model).items():
@@ -185,10 +178,20 @@ def _describe(model: nn.Module, base: BaseRecord | None, about: dict[str, Any]) 
     }
 
 
-def _write(
-    folder: Path, tensors: dict[str, Tensor], model: nn.Module, base: BaseRecord | None, about: dict[str, Any]
-) -> str | None:
-    """Write the folder, whole or not at all, and read the tensors back; return what went wrong."""
+def write_adapter(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> str | None:
+    """Write the folder, whole or not at all, and read the tensors back; return what went wrong. Not collective.
+
+    Args:
+        model: the one with the adapters.
+        folder: to write.
+        tensors: all of :func:`named_tensors`, whole.
+        about: goes into ``adapter.json``.
+    """
+    try:
+        base = base_record(model)
+    except UserError as error:  # what was trained is worth more than the record
+        logger.warning("note: %s is saved without a record of its base: %s", folder, error)
+        base = None
     if not tensors:
         return f"nothing to save in {folder}: the model has no adapters"
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]

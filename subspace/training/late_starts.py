@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from subspace.errors import UserError
 from subspace.models.bitsandbytes_compat import clear_moment, read_moment
 
 #: The names of the two moments in the state of torch's optimizers and of bitsandbytes'.
@@ -68,6 +69,11 @@ class LateStarts:
         state: State = optimizer.state.get(key, {})
         if not state or not len(index):
             return  # before the first step everything is as new
+        if not any(names[0] in state for names in MOMENTS):
+            raise UserError(
+                f"a schedule was to let {type(optimizer).__name__} begin anew for some elements, which is known of "
+                f"optimizers that keep Adam's two moments; this one keeps {', '.join(map(str, state))}. Take AdamW"
+            )
         if len(index) == key.numel():
             self._late.pop(key, None)
             _clear(state, index)

@@ -92,7 +92,7 @@ def save_checkpoint(
     readable = optimizer_state.can_gather_optimizer_state(engine)
     tensors = optimizer_state.gather_optimizer_state(engine) if readable else {}
     for site, adapter in adapters(engine.module).items():
-        for key, value in adapter.get_extra_state().items():
+        for key, value in adapter.history.items():
             tensors[f"{HISTORY}/{site}.{key}"] = value.detach().cpu()
     everything = {
         **facts,
@@ -239,7 +239,7 @@ def _restore_history(model: nn.Module, training: Mapping[str, Tensor]) -> None:
         prefix = f"{HISTORY}/{site}."
         device = next(iter(adapter.own_tensors().values())).device
         kept = {name.removeprefix(prefix): t.to(device) for name, t in training.items() if name.startswith(prefix)}
-        adapter.set_extra_state({**adapter.get_extra_state(), **kept})
+        adapter.history = {**adapter.history, **kept}
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -238,7 +238,7 @@ def test_a_merged_folder_is_an_ordinary_one(base: ModelConfig, out: Path, tmp_pa
     assert report.written_difference == report.merged_difference
     assert report.same_tokens == 1
     assert json.loads((out / "merge.json").read_text())["update"] == report.update > 0
-    assert {file.suffix for file in out.iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in out.iterdir()} == {".json", ".safetensors", ".md"}
     assert not out.with_name("merged.partial").exists()
 
 

@@ -65,7 +65,7 @@ def follow_schedules(model: nn.Module, optimizer: Any, *, steps: int, accumulate
             if any(id(p) not in held for p in adapter.trained().values() if p.requires_grad):
                 raise UserError(
                     f"the schedule of {adapter.name} cannot follow this {type(optimizer).__name__}, which "
-                    "does not hold the adapters' tensors. Make the optimizer after inject, of parameters that require a "
+                    "does not hold the adapters' tensors. Make it after inject, of parameters that require a "
                     "gradient; with DeepSpeed or FSDP, train by `subspace train`"
                 )
     for handle in _following.pop(optimizer, ()):

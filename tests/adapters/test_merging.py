@@ -378,7 +378,9 @@ def shifted_folder(
     base = ModelConfig(path=str(tmp_path / "base"), dtype="float32")
     export = sys.modules["subspace.adapters.export"]
     monkeypatch.setattr(export, "load_adapter", lambda model, _: shift(model, *sites))
-    monkeypatch.setattr(export, "check_adapter_base", lambda folder, base: None)  # there is no file of an adapter
+    # There is no file of an adapter.
+    monkeypatch.setattr(export, "check_adapter_base", lambda folder, base: None)
+    monkeypatch.setattr(export, "adapter_facts", lambda folder: {"adapter": "", "adapter_sha256": "", "methods": []})
     return shift(open_model(base), *sites), base
 
 

@@ -63,7 +63,7 @@ def do(packages: Path, folder: Path, jobs: dict[str, dict[str, Any]]) -> tuple[d
 
 def merged(base: Path, out: Path) -> Tensor:
     """Merge an adapter into a base; return the unmerged model's logits."""
-    config = ModelConfig(path=str(base), dtype="float32")
+    config = ModelConfig(path=str(base), dtype="float32", attention="eager")  # which all of them have
     model: Any = open_model(config)
     inject(model, "lora", targets="all-linear")
     generator = torch.Generator().manual_seed(3)

@@ -37,7 +37,7 @@ def write(job: dict[str, Any]) -> None:
 
 def read(job: dict[str, Any]) -> dict[str, Any]:
     """Return the logits that a folder's model gives, and the ids that its tokenizer gives."""
-    model: Any = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32, attn_implementation="eager")
     tokenizer: Any = AutoTokenizer.from_pretrained(job["folder"])
     with torch.no_grad():
         logits = model(torch.tensor(job["ids"]), use_cache=False).logits

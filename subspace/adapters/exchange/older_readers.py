@@ -12,13 +12,24 @@ from typing import Any
 BACKEND, BOTH = "TokenizersBackend", "PreTrainedTokenizerFast"
 #: By version 5's name of a kind of layer: version 4's setting for its base frequency.
 FREQUENCIES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+#: By version 5's name of a setting, which all models have there: version 4's name in some (Qwen's mixtures).
+RENAMED = {"num_local_experts": "num_experts"}
 
 
-def readable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a ``config.json`` holds, with version 4's settings for what version 5 calls ``rope_parameters``."""
-    nested = {key: readable_config(value) for key, value in config.items() if key.endswith("_config") and value}
+def readable_config(config: dict[str, Any], version: str = "") -> dict[str, Any]:
+    """Return what a ``config.json`` holds, with version 4's settings beside what version 5 calls otherwise.
+
+    Args:
+        config: the file's content.
+        version: of the library that wrote it, where ``config`` is a part that does not say so.
+    """
+    version = str(config.get("transformers_version") or version)
+    parts = {key: value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)}
+    nested = {key: readable_config(value, version) for key, value in parts.items()}
     rope = config.get("rope_parameters")
     older = _rope(rope) if isinstance(rope, dict) else {}
+    if version.startswith("5"):
+        older |= {old: config[new] for new, old in RENAMED.items() if new in config}
     return {**{key: value for key, value in older.items() if key not in config}, **config, **nested}
 
 

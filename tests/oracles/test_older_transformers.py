@@ -87,7 +87,7 @@ def found(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    writing = {
+    writing: dict[str, dict[str, Any]] = {
         f"{name}-4": {
             "do": "write", "architecture": name, "folder": str(folder / f"{name}-4"), "special": special,
             "sizes": {**SIZES, **{**ARCHITECTURES, **MIXTURES}[name]},
@@ -104,7 +104,7 @@ def found(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
         writing[name]["sizes"]["rope_theta"] = 500000.0
     do(packages, folder / "writing", writing)
     for name in WRITTEN_BY_5:
-        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+        rope: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
         tiny(name, folder / f"{name}-5", **(rope if name in ("llama", "mistral", "qwen2") else {}))
     here = {case: merged(folder / case, folder / f"{case}-merged") for case in CASES}
     reading = {

@@ -21,7 +21,8 @@ assert transformers.__version__.startswith("4."), transformers.__version__
 def write(job: dict[str, Any]) -> None:
     """Write a random model and a tokenizer into a folder, as version 4 does."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(job["architecture"], **job["sizes"]))
+    config = AutoConfig.for_model(job["architecture"], **job["sizes"])
+    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1 if "norm" in name else 0.3)
@@ -31,7 +32,8 @@ def write(job: dict[str, Any]) -> None:
     if job.get("sentencepiece"):
         tokenizer: Any = LlamaTokenizer(job["sentencepiece"], legacy=False)
     else:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=job["tokenizer"], **job["special"])
+        files, fast = {"tokenizer_file": job["tokenizer"]}, PreTrainedTokenizerFast
+        tokenizer = fast(**files, **job["special"])  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(job["folder"])
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from subspace.adapters import registry
 from subspace.adapters.base import Adapter, MethodConfig
-from subspace.common.declarations import read_yaml, write_yaml
-from subspace.common.layers import COMMAND_LINE, Given, Layer, merge_layers, parse_override
+from subspace.common.declarations import write_yaml
+from subspace.common.foreign.yaml_files import read_yaml
+from subspace.common.layers import COMMAND_LINE, Given, Layer, merge_layers, only_typed, parse_override
 from subspace.common.paths import find_resource, recipes_folder, resource_name
 from subspace.common.settings import (
     Rename,
@@ -194,6 +195,8 @@ def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
         config = _read_defaults("base", "model.path", what, overrides)
     given = "-".join(filter(None, (config.model.path, config.model.revision)))
     name = re.sub(r"[^\w.+-]+", "-", given).strip("-")
+    if not name.strip("."):  # the folder that the command is given in, or one above it
+        name = Path(given).resolve().name or "model"
     return EvaluationSubject(config.model, config.evaluate, Path(config.runs) / name)
 
 
@@ -236,7 +239,7 @@ def _read_file(file: Path, above: Sequence[Path] = ()) -> Layer:
     """Read a YAML file and its base files; ``above`` are the files that build on it, to detect a cycle."""
     if not file.exists():
         recipes = [f"launch/recipes/{path.name}" for path in recipes_folder().glob("*.yaml")]
-        near = nearest(str(file), recipes).partition("There are: ")[0]  # too many to list
+        near = nearest(str(file), recipes).partition("There ")[0]  # too many to list
         raise UserError(f"there is no configuration file '{file}'. {near}`subspace recipes` lists them")
     if file.resolve() in above:
         raise UserError(f"{file} builds on itself: its '{BASE}:' leads back to it")
@@ -290,6 +293,7 @@ def _flatten(content: Mapping[str, Any], file: str) -> Layer:
 
 def _compose(values: Layer, beside: Path, *, found_in_run: bool = False) -> RunConfig:
     """Compose settings by name into a configuration; a relative engine path may start from the folder ``beside``."""
+    values = only_typed(values, "model.trust_remote_code", harmless=False)
     numbers = sorted({int(found[1]) for name in values if (found := re.match(r"method\.(\d+)\.", name))})
     places = [f"{METHOD}.{number}" for number in numbers] or [METHOD]
     below: dict[str, Layer] = {place: {} for place in (*SECTIONS, *places)}
@@ -343,12 +347,18 @@ def _resolve(place: str, layer: Layer, *, found_in_run: bool) -> registry.FoundM
     if file and file.value is not None:
         # Paths on the command line are relative to the working directory.
         folder, sha256 = Path(file.origin).parent, layer["sha256"].value if "sha256" in layer else None
-        trusted = file.origin == COMMAND_LINE or not found_in_run
+        trusted = file.origin == COMMAND_LINE or not (found_in_run or _is_of_run(Path(file.origin)))
         return registry.find_method(str(name.value) if name else "", str(file.value), folder, sha256, trusted=trusted)
     if place != METHOD and not name:
         origin = next(iter(layer.values())).origin
         raise UserError(f"{origin}: each of several methods needs its name, and {place} has none")
     return registry.FoundMethod(*registry.resolve_method(str(name.value) if name else DEFAULT_METHOD))
+
+
+def _is_of_run(file: Path) -> bool:
+    """Return True for the configuration in a run's folder, which a run wrote: the user has not, and may not know it."""
+    beside = ("environment.json", "log.jsonl", "adapter", "checkpoints", "method", "results.json")
+    return file.name == "config.yaml" and any((file.parent / name).exists() for name in beside)
 
 
 def _method_entry(place: str, layer: Layer, found: registry.FoundMethod, renames: list[Rename]) -> MethodEntry:

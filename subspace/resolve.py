@@ -22,6 +22,7 @@ from subspace.data.tasks import find_mixture
 from subspace.distributed.deepspeed_config import (
     BatchLayout,
     EngineConfig,
+    check_by_deepspeed,
     compute_batch_layout,
     read_engine_file,
     resolve_deepspeed_config,
@@ -87,12 +88,14 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device, *, her
     """
     config = replace(config, model=_inspected(config.model))
     layout = compute_batch_layout(config.train.batch_size, config.train.micro_batch_size, world_size)
-    engine = resolve_deepspeed_config(
-        read_engine_file(config.engine),
-        layout,
-        dtype=config.model.dtype,
-        clip=config.train.max_grad_norm,
-        source=config.engine,
+    engine = check_by_deepspeed(
+        resolve_deepspeed_config(
+            read_engine_file(config.engine),
+            layout,
+            dtype=config.model.dtype,
+            clip=config.train.max_grad_norm,
+            source=config.engine,
+        )
     )
     on_gpu = device.type == "cuda"
     methods = [(entry.adapter_class, entry.settings) for entry in config.method]

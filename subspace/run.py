@@ -291,7 +291,7 @@ def is_finished(config: RunConfig) -> bool:
         config = with_former_defaults(config, before.as_dict())
         model = settle(config.model)
         # The base is compared by its bytes.
-        place = {name: getattr(before.model, name) for name in ("path", "revision")}
+        place = {name: getattr(before.model, name) for name in ("path", "revision", "trust_remote_code")}
         free = {name: getattr(before, name) for name in ("name", "runs", "evaluate", "published")}
         same = ended and replace(config, model=replace(model, **place), **free) == before
     except (OSError, ValueError, UserError):

@@ -122,7 +122,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
     """
     before = dict(os.environ)
     launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", STATUS_FILE)
-    for name in (*launchers, "PYTORCH_ALLOC_CONF", "GLOO_SOCKET_IFNAME", *DETERMINISTIC_ENV):
+    for name in (*launchers, "PYTORCH_ALLOC_CONF", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", *DETERMINISTIC_ENV):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path_factory.mktemp("cwd")
     for part in ("launch", "ds_configs"):

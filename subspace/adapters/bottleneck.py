@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import TypeVar
 
 from subspace.adapters.base import MethodConfig, SublayerAdapter
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -28,7 +28,7 @@ NUM_PARAMS = "2 * bottleneck * n_out + bias * (bottleneck + n_out)"
 class BottleneckConfig(MethodConfig):
     """Settings shared by the bottleneck adapters."""
 
-    bottleneck: int = setting(64, "width b of the bottleneck", min=1)
+    bottleneck: int = setting(64, "width b of the bottleneck", min=1, max=MOST_RANK)
     activation: str = setting("relu", "the nonlinearity f", choices=tuple(ACTIVATIONS))
     bias: bool = setting(True, "train the biases c and e")
     scale: float = setting(1.0, "scaling factor s of the adapter's output")

@@ -26,7 +26,7 @@ from typing_extensions import TypeVar
 
 from subspace.adapters.base import LinearAdapter, MethodConfig
 from subspace.adapters.linalg import SVD, off_diagonal
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 from subspace.errors import UserError
 from subspace.kernels.dropout import dropout
 from subspace.kernels.low_rank import lora_down, lora_up_add
@@ -36,7 +36,7 @@ from subspace.kernels.low_rank import lora_down, lora_up_add
 class LowRankConfig(MethodConfig):
     """Settings shared by low-rank methods."""
 
-    r: int = setting(16, "rank of the update", min=1)
+    r: int = setting(16, "rank of the update", min=1, max=MOST_RANK)
     alpha: float | None = setting(32.0, "the update is scaled by alpha / r; null for alpha = r", min=0)
     rslora: bool = setting(False, "scale by alpha / sqrt(r) instead")
     dropout: float = setting(0.0, "dropout on the input of A, in training only", min=0, max=1)
@@ -85,6 +85,11 @@ class LowRankAdapter(LinearAdapter[C]):
 
     def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
+        if config.r > (larger := max(self.in_features, self.out_features)):
+            raise UserError(
+                f"method.r is {config.r:,}, more than the {larger:,} features of a layer that it is to adapt. A rank "
+                f"above {min(self.in_features, self.out_features):,} adds nothing there"
+            )
         alpha = config.r if config.alpha is None else config.alpha
         self.scale = alpha / (math.sqrt(config.r) if config.rslora else config.r)
         self.A = nn.Parameter(torch.empty(config.r, self.in_features))

@@ -35,7 +35,8 @@ from typing import Any, NamedTuple, TypeVar
 from subspace.adapters.base import FAMILIES, ROLES, SITES, Adapter, Family, MethodConfig
 from subspace.common.files import write_file
 from subspace.common.python_files import PythonFile, run_python_file, was_run_before
-from subspace.errors import UserError, nearest
+from subspace.common.synonyms import hint
+from subspace.errors import UserError, nearest, shown
 
 logger = logging.getLogger("subspace")
 
@@ -233,7 +234,7 @@ def _unknown(method: str, word: str, known: Mapping[str, Any], file: MethodFile 
     if word.endswith(".py"):
         return f"'{method}' is a file, and a method's name was asked for. Load it: method.file={method}"
     broken = "".join(f". The method {failure}" for failure in _import_entry_points())
-    return f"no method is called '{method}'. {nearest(word, known)}{broken}"
+    return f"no method is called {shown(method)}. {hint('method', method, known, 'subspace methods')}{broken}"
 
 
 def configure(cls: type[Adapter], settings: Mapping[str, Any]) -> MethodConfig:

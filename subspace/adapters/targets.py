@@ -26,7 +26,9 @@ from typing import Any
 
 from torch import nn
 
-from subspace.errors import UserError, nearest
+from subspace.common.foreign.limits import limited
+from subspace.common.synonyms import hint
+from subspace.errors import UserError, shown
 from subspace.models.experts.weights import ExpertWeight, expert_weights
 from subspace.models.frozen_weights import is_linear, is_matrix, num_parameters
 from subspace.models.transformers_compat import bypassed_layers, is_router
@@ -192,7 +194,8 @@ def _matches(target: str, names: Sequence[str]) -> set[str]:
     if target == ALL_LINEAR:
         return set(names)
     pattern = _pattern(target)
-    return {name for name in names if any(pattern.fullmatch(alias) for alias in _aliases(name))}
+    with limited(f"the target {shown(target)} as a regular expression"):
+        return {name for name in names if any(pattern.fullmatch(alias) for alias in _aliases(name))}
 
 
 def _outside_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -221,19 +224,27 @@ def matches_target(target: str, name: str) -> bool:
     return bool(_matches(target, [name]))
 
 
+#: Characters of a regular expression for targets.
+MOST_PATTERN = 4096
+
+
 def _pattern(target: str) -> re.Pattern[str]:
     try:
+        if len(target) > MOST_PATTERN:
+            raise UserError(f"target {shown(target)} has more than {MOST_PATTERN} characters")
         re.compile(target)  # by itself first: "q)|(v" would be valid inside the brackets below
         return re.compile(rf"(?:.*\.)?(?:{target})")
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         plain = ", ".join(DEFAULT_TARGETS)
-        raise UserError(f"target {target!r} is no regular expression: {error}. Plain names work: {plain}") from None
+        raise UserError(
+            f"target {shown(target)} is no regular expression: {error}. Plain names work: {plain}"
+        ) from None
 
 
 def _known(sites: Mapping[str, nn.Module], word: str = "") -> str:
     """Return which targets would match, for messages."""
     known = {alias.rpartition(".")[2] for name in sites for alias in _aliases(name)}
-    return nearest(word, known) if known else "No such site is left in it."
+    return hint("targets", word, known) if known else "No such site is left in it."
 
 
 def _free(names: Iterable[str]) -> str:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from subspace.common.tables import FORMATS
 from subspace.distributed import launcher
-from subspace.errors import UserError, nearest
+from subspace.distributed.signals import STATUS_FILE
+from subspace.errors import UserError, nearest, printable, shown
 
 if TYPE_CHECKING:
     from subspace.reporting.tables import Table
+
+
+logger = logging.getLogger("subspace")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,19 @@ class Command:
     more_help: Callable[[], str] | None = None  # computed only for --help
 
 
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print what may hold texts of files and models: without what would command the terminal."""
+    print(printable(str(text)), file=file)
+
+
+def sign_of_life(what: str) -> None:
+    """Tell at once, before libraries load for seconds, what a command begins with; once for all its processes."""
+    if "torch" in sys.modules:  # a program calls it that has loaded them
+        return
+    if not launcher.under_launcher() or (os.environ["RANK"] == "0" and STATUS_FILE not in os.environ):
+        logger.info(f"{what}: reading the settings and loading libraries ...")
+
+
 def json_argument(parser: argparse.ArgumentParser) -> None:
     """Add the option ``--json``."""
     parser.add_argument(
@@ -39,8 +57,8 @@ def json_argument(parser: argparse.ArgumentParser) -> None:
 
 def count(text: str) -> int:
     """Return the positive integer that an option's text stands for; for argparse's ``type``."""
-    if not text.isdecimal() or text == "0":
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not (text.isdecimal() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number above 0 and below a billion")
     return int(text)
 
 
@@ -57,18 +75,23 @@ def launch_arguments(parser: argparse.ArgumentParser) -> None:
 def launch_or_none(options: argparse.Namespace, arguments: Sequence[str]) -> int | None:
     """Start the processes that the options ask for and return their status; None if this process runs the command."""
     if launcher.under_launcher():
+        launcher.check_launch()
         started = int(os.environ["WORLD_SIZE"])
         if options.processes not in (None, started):
             raise UserError(
                 f"--processes {options.processes} was given to one of {started} processes that a launcher started"
             )
+        if started > 1:
+            launcher.check_meeting()
         return None
     if options.json:
         arguments = [*arguments, "--json"]
     launch = launcher.build_launch(arguments, options.processes, options.hostfile)
     if options.dry_run:
-        print(launch if launch else shlex.join([sys.executable, "-m", "subspace", *arguments]))
+        say(launch if launch else shlex.join([sys.executable, "-m", "subspace", *arguments]))
         return 0
+    if launch:
+        logger.info(f"starting {launch.what} ...")
     return launch.run() if launch else None
 
 
@@ -81,7 +104,7 @@ def scored_arguments(parser: argparse.ArgumentParser) -> None:
 def settings_manual() -> str:
     """Return the help text of all settings: defaults and descriptions, and each method's own settings with defaults."""
     from subspace.adapters.registry import list_methods, resolve_method
-    from subspace.common.declarations import format_value
+    from subspace.common.foreign.yaml_files import format_value
     from subspace.common.settings import declared_settings
     from subspace.config import DEFAULT_METHOD, METHOD, all_settings
 
@@ -113,7 +136,7 @@ def show_tables(found: Sequence[Table], options: argparse.Namespace) -> None:
     if form not in FORMATS:
         raise UserError(f"--format {form} was given, but a table cannot be written so. {nearest(form, FORMATS)}")
     if form != "terminal":
-        print(write(found, form, transposed=bool(given["transpose"])))
+        say(write(found, form, transposed=bool(given["transpose"])))
         return
     for table in found:
         print_grid(table.grid.transposed() if given["transpose"] else table.grid)

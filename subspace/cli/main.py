@@ -17,8 +17,9 @@ from subspace.cli.command import Command
 from subspace.cli.commands import compare, data, doctor, evaluate, merge, methods, plan, prepare, recipes, table, train
 from subspace.common.files import is_disk_full
 from subspace.common.progress import show_notices
+from subspace.common.synonyms import setting_elsewhere
 from subspace.distributed import launcher, peers
-from subspace.errors import RunStopped, UserError, nearest
+from subspace.errors import RunStopped, UserError, nearest, printable
 
 COMMANDS = [
     prepare.COMMAND,
@@ -34,6 +35,7 @@ COMMANDS = [
     methods.COMMAND,
 ]
 USER_ERROR, INTERRUPTED = 2, 130
+MOST_MESSAGE = 4000  # characters
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(message: str, status: int, *, at_once: bool = True) -> int:
     if launcher.should_report_error(status, at_once=at_once):
-        print(f"{'stopped' if status == RunStopped.status else 'error'}: {message}", file=sys.stderr)
+        told = printable(message)
+        if len(told) > MOST_MESSAGE:
+            told = f"{told[: MOST_MESSAGE // 2]} ... {told[-MOST_MESSAGE // 2 :]}"
+        print(f"{'stopped' if status == RunStopped.status else 'error'}: {told}", file=sys.stderr)
         return status
     # Of a run that was stopped, a process may notice only that another one is gone.
     return peers.reported_status() or status
@@ -110,7 +115,9 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     known = re.findall(r"(?<=\[|\s)-[\w-]+", parser.format_usage())
     for option in (argument.partition("=")[0] for argument in rest if argument.startswith("-")):
         if option not in (*known, "--help"):
-            raise UserError(f"{parser.prog} has no option '{option}'. {nearest(option, [*known, '--help'])}")
+            called = setting_elsewhere(option)
+            hint = f"Here it is {called}" if called else nearest(option, [*known, "--help"])
+            raise UserError(f"{parser.prog} has no option '{option}'. {hint}")
     return command, parser.parse_intermixed_args(rest)
 
 

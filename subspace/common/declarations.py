@@ -1,4 +1,4 @@
-"""YAML files, and the declarations of tasks, mixtures, models and wheels that they contain.
+"""Declarations of tasks, mixtures, models and wheels, in YAML files.
 
 A declaration is a frozen dataclass that pydantic validates and builds, nested ones included, from its annotations.
 """
@@ -6,7 +6,6 @@ A declaration is a frozen dataclass that pydantic validates and builds, nested o
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import types
 import typing
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
-import yaml
 
 from subspace.common import paths
 from subspace.common.files import write_file
+from subspace.common.foreign.text import describe_fault
+from subspace.common.foreign.yaml_files import dump_yaml, read_yaml
 from subspace.common.settings import no_such_setting
 from subspace.errors import UserError, nearest
 
@@ -29,70 +29,12 @@ _Declared = TypeVar("_Declared")
 class Declaration:
     """Base class of YAML declarations; an unknown key is an error."""
 
-    __pydantic_config__: ClassVar = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML loader that rejects duplicate keys and reads 1e-3 as a number.
-
-    PyYAML silently lets the last duplicate win, and reads a number in scientific notation without a point as text.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands here twice", problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_value(text: str) -> Any:
-    """Return a text's value as YAML, such as the integer for ``100``; the text itself if it is not valid YAML."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        return text
-
-
-def format_value(value: Any) -> str:
-    """Return a value formatted as one line of YAML."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
-    return text.removesuffix("...\n").strip()
-
-
-def format_yaml(content: Mapping[str, Any]) -> str:
-    """Return a mapping formatted as YAML, each section on one line where it fits."""
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
-    return text
+    __pydantic_config__: ClassVar = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a mapping to a YAML file, in its order, so that :func:`read_yaml` returns an equal one."""
-    write_file(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML file whose top level is a mapping."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line} is not YAML that can be understood: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should be a mapping: lines 'key: value'")
-    return content
+    """Write a mapping to a YAML file, in its order, so that it is read as an equal one."""
+    write_file(path, dump_yaml(content))
 
 
 def build(kind: type[_Declared], values: Mapping[str, Any], where: str) -> _Declared:
@@ -101,20 +43,21 @@ def build(kind: type[_Declared], values: Mapping[str, Any], where: str) -> _Decl
         built: _Declared = _adapter(kind).validate_python(dict(values))  # type: ignore[arg-type]
         return built
     except pydantic.ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        *above, key = fault["loc"]
-        holder = _kind_at(kind, above)
-        owner = getattr(holder, "__name__", str(holder)).lower()
-        if fault["type"] == "unexpected_keyword_argument":
-            names = [field.name for field in dataclasses.fields(holder)]
-            raise UserError(f"{where}: {no_such_setting(owner, str(key), names)}") from None
-        if fault["type"] == "missing":
-            lacking = [
-                str(f["loc"][-1]) for f in error.errors() if f["type"] == "missing" and [*f["loc"][:-1]] == above
-            ]
-            raise UserError(f"{where}: {owner} lacks {', '.join(lacking)}") from None
-        name = ".".join(map(str, fault["loc"]))
-        raise UserError(f"{where}: {name} is {fault['input']!r}. {fault['msg']}") from None
+        raise UserError(f"{where}: {_complaint(kind, error)}") from None
+
+
+def _complaint(kind: Any, error: pydantic.ValidationError) -> str:
+    """Return what is wrong with the first value that does not fit a declaration."""
+    faults = error.errors(include_url=False)
+    above, key = list(faults[0]["loc"][:-1]), str(faults[0]["loc"][-1] if faults[0]["loc"] else "")
+    holder = _kind_at(kind, above)
+    owner = getattr(holder, "__name__", str(holder)).lower()
+    if faults[0]["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(holder):
+        return no_such_setting(owner, key, [field.name for field in dataclasses.fields(holder)])
+    if faults[0]["type"] == "missing":
+        lacking = [str(f["loc"][-1]) for f in faults if f["type"] == "missing" and [*f["loc"][:-1]] == above]
+        return f"{owner} lacks {', '.join(lacking)}"
+    return describe_fault(error)
 
 
 def declaration_files(folder: Path) -> list[Path]:
@@ -132,12 +75,14 @@ def _adapter(kind: type[Any]) -> pydantic.TypeAdapter[Any]:
 def _kind_at(kind: Any, location: Sequence[str | int]) -> Any:
     """Return the type at a location inside a declaration, given as pydantic's ``loc``."""
     for step in location:
+        if isinstance(kind, types.UnionType):
+            kind = next((member for member in typing.get_args(kind) if member is not types.NoneType), kind)
         if dataclasses.is_dataclass(kind):
-            kind = typing.get_type_hints(kind)[str(step)]
-            if isinstance(kind, types.UnionType):
-                kind = next(member for member in typing.get_args(kind) if member is not types.NoneType)
-        else:
-            kind = typing.get_args(kind)[-1 if issubclass(typing.get_origin(kind), Mapping) else 0]
+            kind = typing.get_type_hints(kind).get(str(step), str)
+        elif inside := typing.get_args(kind):
+            kind = inside[-1 if issubclass(typing.get_origin(kind) or object, Mapping) else 0]
+    if isinstance(kind, types.UnionType):
+        kind = next((member for member in typing.get_args(kind) if member is not types.NoneType), kind)
     return kind
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from subspace.common import paths
-from subspace.common.declarations import Declaration, build, read_yaml
+from subspace.common.declarations import Declaration, build
 from subspace.common.files import (
     disk_errors,
     file_sha256,
@@ -31,6 +31,7 @@ from subspace.common.files import (
     write_file,
     write_json,
 )
+from subspace.common.foreign.yaml_files import read_yaml
 from subspace.common.hashing import hash_json
 from subspace.common.progress import Progress, no_progress
 from subspace.errors import UserError

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import types
 from typing import Any, NamedTuple
 
-from subspace.common.declarations import parse_value
+from subspace.common.foreign.yaml_files import parse_value
 from subspace.common.settings import SettingInfo
 from subspace.errors import UserError
+
+logger = logging.getLogger("subspace")
 
 COMMAND_LINE = "the command line"
 
@@ -28,6 +31,24 @@ class Given(NamedTuple):
 
 
 Layer = dict[str, Given]
+
+
+def only_typed(layer: Layer, name: str, harmless: Any) -> Layer:
+    """Return a layer without a setting that counts only where this call's command line gives it, with a notice.
+
+    A file may come from somebody else, and settings that let it run code would let its author do so.
+    """
+    given = layer.get(name)
+    if given is None or given.origin == COMMAND_LINE or given.value == harmless:
+        return layer
+    if given.origin not in _told:
+        _told.add(given.origin)
+        logger.warning(f"{given.origin} sets {name}, which counts on the command line only: {name}={given.value}")
+    return {key: value for key, value in layer.items() if key != name}
+
+
+#: Files that a notice was given of.
+_told: set[str] = set()
 
 
 def parse_override(override: str) -> tuple[str, Given]:

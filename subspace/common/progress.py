@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TextIO
 
+from subspace.errors import printable
+
 
 class ProgressCallback(Protocol):
     """Callback with the amount of the stage that is done, and a short note."""
@@ -33,6 +35,10 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+
+    def format(self, record: logging.LogRecord) -> str:
+        # What a file or a model says of itself may stand in a message.
+        return printable(super().format(record))
 
     @property
     def stream(self) -> TextIO:
@@ -66,10 +72,10 @@ def _bar(title: str, total: float, unit: str) -> Iterator[ProgressCallback]:
     amount = {"bytes": progress.DownloadColumn(), "": progress.TextColumn("")}.get(unit, progress.MofNCompleteColumn())
     bars = progress.Progress(
         progress.SpinnerColumn(),
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         amount,
-        progress.TextColumn("{task.fields[detail]}"),
+        progress.TextColumn("{task.fields[detail]}", markup=False),
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),

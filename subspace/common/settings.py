@@ -21,9 +21,18 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import pydantic
 from typing_extensions import TypedDict
 
-from subspace.errors import UserError, nearest
+from subspace.common.synonyms import hint, setting_elsewhere, value_elsewhere
+from subspace.errors import UserError, nearest, shown
 
 logger = logging.getLogger("subspace")
+
+#: Upper bounds of settings that count steps or rows, rows of one step, and the ranks and widths of factors. More is a
+#: slip of the keyboard, and would be found out by running out of memory.
+MOST_COUNT, MOST_ROWS, MOST_RANK = 10**9, 1 << 20, 1 << 16
+
+
+#: What lists every setting.
+ALL_SETTINGS = "subspace train --help"
 
 
 def setting(
@@ -196,16 +205,18 @@ def check_settings(
         key = str(fault["loc"][0])
         by = f"{origins[key]} sets " if origins[key] else ""
         if fault["type"] == "extra_forbidden":
-            start = f"{by}'{prefix}{key}', but " if by else ""
+            start = f"{by}{shown(f'{prefix}{key}')}, but " if by else ""
             raise UserError(start + no_such_setting(owner or section, key, declared)) from None
         value = fault["input"] if fault["type"] == "literal_error" else current[key]
-        start = f"{by}{prefix}{key} to {value!r}" if by else f"{prefix}{key} is {value!r}"
-        raise UserError(start + _complaint(declared[key], fault)) from None
+        start = f"{by}{prefix}{key} to {shown(value)}" if by else f"{prefix}{key} is {shown(value)}"
+        raise UserError(start + _complaint(declared[key], fault, f"{prefix}{key}")) from None
 
 
 def no_such_setting(owner: str, key: str, known: Iterable[str]) -> str:
     """Return the message for an unknown setting, with the closest known one."""
-    return f"{owner} has no setting '{key}'. {nearest(key, known)}"
+    called = setting_elsewhere(key)
+    advice = f"Here it is {called}" if called else nearest(key, known, ALL_SETTINGS)
+    return f"{owner} has no setting {shown(key)}. {advice}"
 
 
 def suggest_setting(name: str, known: Iterable[str]) -> str:
@@ -213,8 +224,11 @@ def suggest_setting(name: str, known: Iterable[str]) -> str:
     if any(key.startswith(f"{name}.") for key in known):
         return f"{name} is a section. Its settings are given one by one, as {name}.KEY=VALUE"
     same = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    hint = f"Did you mean '{same[0]}'?" if same else nearest(name, {key.partition(".")[0] for key in known})
-    return f"there is no such setting. {hint}"
+    if same:
+        return f"there is no such setting. Did you mean '{same[0]}'?"
+    if called := setting_elsewhere(name):
+        return f"there is no such setting. Here it is {called}"
+    return f"there is no such setting. {nearest(name.partition('.')[0], {key.partition('.')[0] for key in known})}"
 
 
 def _nearest_fault(error: pydantic.ValidationError) -> Mapping[str, Any]:
@@ -228,12 +242,14 @@ def _nearest_fault(error: pydantic.ValidationError) -> Mapping[str, Any]:
     return [*words, *of_first][0]
 
 
-def _complaint(info: SettingInfo, fault: Mapping[str, Any]) -> str:
+def _complaint(info: SettingInfo, fault: Mapping[str, Any], name: str) -> str:
     if fault["type"] == "literal_error":
-        return f": {info.doc}. {nearest(str(fault['input']), info.choices)}"
+        return f": {info.doc}. {hint(name, fault['input'], info.choices)}"
     if fault["type"] in ("greater_than_equal", "less_than_equal"):
-        return f", but it must lie in [{info.min}, {info.max}]: {info.doc}"
-    return f", but it takes {info.type_hint}: {info.doc}"
+        least, most = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (info.min, info.max))
+        return f", but it must lie in [{least}, {most}]: {info.doc}"
+    called = f". {hint(name, fault['input'], ())}" if value_elsewhere(name, fault["input"]) else ""
+    return f", but it takes {info.type_hint}: {info.doc}{called}"
 
 
 @cache

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("terminal", "markdown", "latex", "csv", "json", "html")
 BEST, TIED = "◆", "◇"
+#: Columns of a terminal for which tables are made at least.
+NARROWEST = 40
 
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -101,13 +105,19 @@ class Grid:
 
         # As Text, because rich interprets brackets in plain strings as markup.
         table = Table(
-            title=Text(self.title) if self.title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+            title=Text(self.title) if self.title else None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
         )
         table.caption = Text("\n".join(self.notes)) if self.notes else None
         table.caption_justify = "left"
         for number, name in enumerate(self.head):
             table.add_column(
-                Text(name), justify="left" if number < self.left else "right", no_wrap=not wrapped, overflow="fold"
+                Text(name),
+                justify="left" if number < self.left else "right",
+                no_wrap=not wrapped,
+                overflow="fold",
             )
         for block in self.blocks:
             for row in block:
@@ -131,12 +141,55 @@ def render_grids(grids: Sequence[Grid], form: str) -> str:
 
 
 def print_grid(grid: Grid, *, wrapped: bool = False) -> None:
-    """Print a table on standard output; a table of texts may be ``wrapped`` to the terminal's width."""
+    """Print a table on standard output, within the terminal's width; a table of texts may be ``wrapped`` to it.
+
+    A wider table of numbers becomes several, each with the first columns. What is no terminal has no width.
+    """
     from rich.console import Console
 
-    table = grid.rich(wrapped=wrapped)
-    widest = Console(width=10_000).measure(table).maximum
-    Console(width=min(widest, max(shutil.get_terminal_size((140, 0)).columns, 100)) if wrapped else widest).print(table)
+    screen = _screen_width()
+    for part in [grid] if wrapped or screen is None else _parts(grid, screen):
+        narrow = wrapped or (screen is not None and _width(part) > screen)
+        table = part.rich(wrapped=narrow)
+        widest = Console(width=10_000).measure(table).maximum
+        Console(width=min(widest, screen or 140) if narrow else widest).print(table)
+
+
+def _screen_width() -> int | None:
+    """Return the width of the terminal that standard output is, or that COLUMNS claims; None for a pipe or a file."""
+    width = shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() or "COLUMNS" in os.environ else 0
+    return max(width, NARROWEST) if width else None
+
+
+def _parts(grid: Grid, screen: int) -> list[Grid]:
+    """Return a table as several that are no wider than the screen, as far as one column of numbers allows it."""
+    if _width(grid) <= screen or len(grid.head) <= grid.left + 1:
+        return [grid]
+    first = tuple(range(grid.left))
+    chosen: list[tuple[int, ...]] = [()]
+    for column in range(grid.left, len(grid.head)):
+        if chosen[-1] and _width(_only(grid, (*first, *chosen[-1], column))) > screen:
+            chosen.append(())
+        chosen[-1] = (*chosen[-1], column)
+    parts = [_only(grid, (*first, *columns)) for columns in chosen]
+    return [
+        replace(part, title=grid.title if part is parts[0] else "", notes=grid.notes if part is parts[-1] else ())
+        for part in parts
+    ]
+
+
+def _only(grid: Grid, columns: Sequence[int]) -> Grid:
+    """Return a table's columns by their numbers."""
+    rows = tuple(tuple(row[column] for column in columns) for row in grid.rows)
+    return replace(grid, head=tuple(grid.head[column] for column in columns), rows=rows)
+
+
+def _width(grid: Grid) -> int:
+    """Return the columns that a table takes in a terminal: a space at each side of a cell, and one between two."""
+    from rich.cells import cell_len
+
+    lines = (grid.head, *grid.rows)
+    return sum(max(cell_len(row[column]) for row in lines) + 3 for column in range(len(grid.head))) - 1
 
 
 def _latex(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from subspace.common.settings import Settings, setting
+from subspace.common.settings import MOST_COUNT, Settings, setting
 from subspace.errors import UserError
 
 PROMPT = "alpaca-indented"
@@ -41,6 +41,7 @@ class DataConfig(Settings):
         "maximum tokens of a row; null: 256 for tasks, whose longer rows are truncated at the start, and for rows of a "
         "file, which are never truncated, that of the longest, up to the model's positions",
         min=2,
+        max=1 << 24,
     )
     too_long: str = setting(
         "drop",
@@ -62,8 +63,9 @@ class DataConfig(Settings):
         "number of rows held out for validation; null for 120, at most a tenth, where train.validate_every, "
         "train.patience or train.save_final=best makes one due, else none",
         min=0,
+        max=MOST_COUNT,
     )
-    limit: int | None = setting(None, "rows to train on, drawn at random; null for all", min=1)
+    limit: int | None = setting(None, "rows to train on, drawn at random; null for all", min=1, max=MOST_COUNT)
     group_by_length: bool = setting(True, "batch rows of similar length, which reduces padding")
     packing: bool = setting(
         False, "pack rows, without attention between them, into sequences of max_length, which nearly removes padding"

@@ -17,11 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from subspace.common.declarations import read_yaml
+from subspace.common.foreign.templates import compile_expression, compile_template
 from subspace.data.items import Item
 from subspace.data.rows import BadRow
 from subspace.data.sources.files import file_records
-from subspace.data.tasks import Task, build_task, list_tasks
+from subspace.data.tasks import Task, build_task, list_tasks, read_task_file
 from subspace.errors import UserError, nearest
 
 ARC_INSTRUCTION = (
@@ -65,7 +65,7 @@ def custom_task(file: Path) -> Task:
 
 @cache
 def _custom_task(file: Path) -> Task:
-    declared = read_yaml(file)
+    declared = read_task_file(file)
     if file.stem in list_tasks(None):
         raise UserError(f"{file} has the name of a task that exists already. Give the file another name")
     data = declared.pop("file", None)
@@ -76,7 +76,27 @@ def _custom_task(file: Path) -> Task:
     values = {**DEFAULTS, "title": file.stem, "folder": file.parent, **declared}
     values["item"] = {**ITEM, **declared.get("item", {})}
     values["likelihood"] = {**LIKELIHOOD, **declared.get("likelihood", {})}
-    return build_task(file, values)
+    task = build_task(file, values)
+    _check_templates(task, str(file))
+    return task
+
+
+def _check_templates(task: Task, where: str) -> None:
+    """Raise UserError that names the key of a template or an expression that cannot be understood."""
+    expressions = {f"item.{name}": text for name, text in task.item.items()}
+    for name, split in task.splits.items():
+        expressions |= {f"splits.{name}.where": split.where} if split.where else {}
+        for key, of in (("file", split.file), ("pypi", split.pypi)):
+            own = of.item.items() if of else ()
+            expressions |= {f"splits.{name}.{key}.item.{field}": text for field, text in own}
+    texts = {name: getattr(task, f"{name}_template") for name in ("instruction", "answer", "output")}
+    texts |= {f"likelihood.{name}": getattr(task.likelihood, name) for name in ("context", "choice")}
+    for compiled, sources in ((compile_expression, expressions), (compile_template, texts)):
+        for key, source in sources.items():
+            try:
+                compiled(source)
+            except UserError as error:
+                raise UserError(f"{where}: {key}: {error}") from None
 
 
 def read_local_items(task: Task, split: str, folder: str | None) -> list[Item]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from subspace.common.foreign.templates import render
 from subspace.data.prepare import task_checksum, task_items
-from subspace.data.tasks import find_task, render
+from subspace.data.tasks import find_task
 
 Texts = list[tuple[str, str]]
 

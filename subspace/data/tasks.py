@@ -12,50 +12,22 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, Undefined
-from jinja2.sandbox import SandboxedEnvironment
+from typing_extensions import TypedDict
 
 from subspace.common import paths
-from subspace.common.declarations import Declaration, build, declaration_files, find_declared, read_folder, read_yaml
+from subspace.common.declarations import Declaration, build, declaration_files, find_declared, read_folder
 from subspace.common.download import Hub
+from subspace.common.foreign.templates import BadTemplate, evaluate, render
+from subspace.common.foreign.text import checked
+from subspace.common.foreign.yaml_files import read_yaml
 from subspace.data.items import Item, make_item
 from subspace.data.sources.files import WHAT_IS_READ
 from subspace.data.sources.find import Source, find_source, hub_name, is_here, looks_like_data, split_of
-from subspace.errors import UserError, nearest
-
-
-def _regex_group(text: str, pattern: str, group: int) -> str:
-    match = re.fullmatch(pattern, text, re.DOTALL)
-    if not match:
-        raise TemplateError(f"{text[:60]!r}... does not match {pattern!r}")
-    return match[group]
-
-
-def _regex_replace(text: str, pattern: str, new: str) -> str:
-    return re.sub(pattern, new, text)
-
-
-_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-_JINJA.filters.update(regex_group=_regex_group, regex_replace=_regex_replace)
-
-
-@lru_cache(maxsize=1024)
-def _template(source: str) -> Template:
-    return _JINJA.from_string(source)
-
-
-@lru_cache(maxsize=1024)
-def _expression(source: str) -> Any:
-    return _JINJA.compile_expression(source, undefined_to_none=False)
-
-
-def render(template: str, fields: Mapping[str, Any], /, **more: Any) -> str:
-    """Return a template filled with these fields; a missing field raises ``jinja2.UndefinedError``."""
-    return _template(template).render(fields, **more)
+from subspace.errors import UserError, nearest, printable, shown
 
 
 @dataclass(frozen=True)
@@ -226,7 +198,7 @@ class Task(Declaration):
     def selects(self, record: Mapping[str, Any], number: int, split: str) -> bool:
         """Return True if the ``number``-th record of a source belongs to the split."""
         where = self.splits[split].where
-        return not where or bool(_expression(where)(record, number=number))
+        return not where or bool(evaluate(where, record, number=number))
 
     def make_item(
         self, record: Mapping[str, Any], number: int, split: str, *, wheel: bool = False, file: bool = False
@@ -242,15 +214,12 @@ class Task(Declaration):
         values: dict[str, Any] = {}
         for field, expression in {**self.item, **overrides}.items():
             try:
-                value = _expression(expression)(record, number=number, official=declared.official)
-            except (TemplateError, LookupError, TypeError, ValueError) as error:
-                value = error
-            if isinstance(value, Undefined | Exception):
+                values[field] = evaluate(expression, record, number=number, official=declared.official)
+            except BadTemplate as error:
                 raise UserError(
-                    f"{self.name}/{split}, record {number}: '{field}' was to be {expression}, but {value!r}; "
-                    f"the record has {', '.join(map(str, record))}"
-                )
-            values[field] = value
+                    f"{self.name}/{split}, record {number}: '{field}' was to be {expression}, but {error.reason}; "
+                    f"the record has {printable(', '.join(map(str, record)))}"
+                ) from None
         return make_item(values)
 
 
@@ -364,8 +333,32 @@ def prompt_template(name: str) -> str:
 
 @cache
 def _tasks(folder: Path) -> dict[str, Task]:
-    tasks = [build_task(file, read_yaml(file)) for file in declaration_files(folder / "tasks")]
+    tasks = [build_task(file, read_task_file(file)) for file in declaration_files(folder / "tasks")]
     return {task.name: task for task in sorted(tasks, key=lambda task: task.position)}
+
+
+class _Shape(TypedDict, total=False):
+    """What a task's file is taken apart by, before the whole is checked."""
+
+    name: str
+    file: str
+    splits: dict[str, dict[str, Any]]
+    item: dict[str, Any]
+    likelihood: dict[str, Any]
+    published: dict[str, _PublishedShape]
+
+
+class _PublishedShape(TypedDict):
+    parts: list[dict[str, Any]]
+
+
+def read_task_file(file: Path) -> dict[str, Any]:
+    """Return what a task's file says, with sections that are sections."""
+    values: dict[str, Any] = checked(read_yaml(file), _Shape, str(file))
+    for name in (values.get("name", file.stem), *values.get("splits", {})):
+        if not re.fullmatch(r"\w[\w.+-]*", name):  # they name files and folders of results
+            raise UserError(f"{file}: {shown(name)} names a task or a split: letters, digits and . _ + - only")
+    return values
 
 
 def build_task(file: Path, values: dict[str, Any]) -> Task:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from typing_extensions import TypedDict
+
+from subspace.common.foreign.text import checked, read_json, refuse_controls
 from subspace.distributed.collectives import world_size
-from subspace.errors import UserError, nearest
+from subspace.errors import UserError, nearest, printable
 
 Json = dict[str, Any]
 # Keys of the section zero_optimization.
@@ -57,19 +62,104 @@ def compute_batch_layout(batch: int, micro_batch: int | None, ranks: int) -> Bat
     return BatchLayout(batch, micro_batch, share // micro_batch, ranks)
 
 
+class _Enabled(TypedDict, total=False):
+    enabled: bool | Literal["auto"]
+
+
+class _Offload(TypedDict, total=False):
+    device: str | None
+
+
+_Number = float | Literal["auto"]
+
+
+class _Zero(TypedDict, total=False):
+    """The keys of ``zero_optimization`` that are read here; the others are DeepSpeed's to check."""
+
+    stage: int
+    offload_optimizer: _Offload | None
+    offload_param: _Offload | None
+    stage3_param_persistence_threshold: _Number
+    reduce_bucket_size: _Number
+    stage3_prefetch_bucket_size: _Number
+
+
+class _Aio(TypedDict, total=False):
+    block_size: int | Literal["auto"]
+
+
+class _Engine(TypedDict, total=False):
+    zero_optimization: _Zero
+    fp16: _Enabled
+    bf16: _Enabled
+    aio: _Aio
+
+
 def read_engine_file(path: str | Path) -> Json:
-    """Read DeepSpeed's JSON."""
+    """Read DeepSpeed's JSON; raise UserError for a file that is none, and for sections that are not what they are."""
+    if not Path(path).exists():
+        raise UserError(f"engine: no file {path}. There are some in ds_configs/, such as ds_configs/zero2.json")
+    content: Json = read_json(Path(path), dict[str, Any])
+    refuse_controls(content, str(path))
+    return checked(content, _Engine, str(path))
+
+
+def check_by_deepspeed(engine: EngineConfig) -> EngineConfig:
+    """Return the configuration with a notice of each key that DeepSpeed passes over.
+
+    Raises:
+        UserError: DeepSpeed does not accept it, which it would say only after the model was loaded.
+    """
+    settings = _Asked(copy.deepcopy(engine.settings))
+    settings.asked = set()
+    # One process checks it, or those that there are.
+    here = world_size() if torch.distributed.is_initialized() else 1
+    rows = settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * here
+    settings["train_batch_size"] = rows
+    said = logging.getLogger("DeepSpeed")
+    quiet = logging.Filter("nothing")
+    said.addFilter(quiet)  # on standard output
     try:
-        content = json.loads(Path(path).read_text())
-    except FileNotFoundError:
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        DeepSpeedConfig(settings)
+    except Exception as error:  # of pydantic, asserts, and whatever wrong types lead to
+        reason = printable("; ".join(line.strip() for line in str(error).splitlines()[:3]))
         raise UserError(
-            f"engine: no file {path}. There are some in ds_configs/, such as ds_configs/zero2.json"
+            f"{engine.source} is nothing that DeepSpeed accepts: {reason or type(error).__name__}"
         ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"engine: {path}, line {error.lineno} is not JSON: {error.msg}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"engine: {path} should hold one JSON object, as ds_configs/zero2.json does")
-    return content
+    finally:
+        said.removeFilter(quiet)
+    unknown = [key for key in settings if key not in settings.asked | _LATER]
+    told = [f"{engine.source}: DeepSpeed reads no key '{key}'. {nearest(key, settings.asked)}" for key in unknown]
+    return replace(engine, changes=(*engine.changes, *told))
+
+
+class _Asked(dict[str, Any]):
+    """A mapping that notes which keys it is asked for; a copy of it notes them in the same place."""
+
+    asked: set[str]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+
+#: Keys that DeepSpeed reads later than its configuration, or elsewhere.
+_LATER = frozenset(
+    (
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "compression_training",
+        "elasticity",
+        "nebula",
+        "curriculum_learning",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -266,8 +356,9 @@ def _keep_gradients_in_memory(settings: Json, largest: int, source: str, *, free
 def resolve_deepspeed_config_for_inference(path: str | Path, dtype: str) -> Json:
     """Return the engine's configuration for inference with a model that is sharded over the processes."""
     ranks = world_size()
-    config = resolve_deepspeed_config(
-        read_engine_file(path), compute_batch_layout(ranks, 1, ranks), dtype=dtype, clip=0.0, source=str(path)
+    layout = compute_batch_layout(ranks, 1, ranks)
+    config = check_by_deepspeed(
+        resolve_deepspeed_config(read_engine_file(path), layout, dtype=dtype, clip=0.0, source=str(path))
     )
     if config.stage != 3:
         raise UserError(

@@ -20,7 +20,8 @@ def device() -> torch.device:
     """
     if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda" or not torch.cuda.is_available():
         return torch.device("cpu")
-    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    own = os.environ.get("LOCAL_RANK", "0")
+    rank, count = int(own) if own.isdecimal() else 0, torch.cuda.device_count()
     if count > 1 and rank >= count:
         raise UserError(
             f"process {rank} of this machine needs a GPU of its own, but sees {count}. Start {count} processes on each "

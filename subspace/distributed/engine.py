@@ -24,7 +24,9 @@ from subspace.distributed.deepspeed_compat import (
 )
 from subspace.distributed.deepspeed_config import Json
 from subspace.distributed.device import device
-from subspace.distributed.launcher import set_rank_env
+from subspace.distributed.hosts import meet_on_loopback
+from subspace.distributed.launcher import check_meeting, set_rank_env
+from subspace.distributed.rendezvous import open_store
 
 
 def init_distributed(minutes: float = 30, *, deterministic: bool = False) -> None:
@@ -33,6 +35,7 @@ def init_distributed(minutes: float = 30, *, deterministic: bool = False) -> Non
     With ``deterministic``, CUDA's libraries are told to add up in the same order each time. CUDA must not have started.
     """
     set_rank_env(deterministic=deterministic)
+    check_meeting()
     import deepspeed
 
     where, timeout = device(), datetime.timedelta(minutes=minutes)
@@ -45,7 +48,10 @@ def init_distributed(minutes: float = 30, *, deterministic: bool = False) -> Non
     else:
         disable_shm_comm_op()
     if not torch.distributed.is_initialized():
+        # Held until the group has a store of its own at the same port.
+        meeting = open_store(timeout) if meet_on_loopback() else None
         deepspeed.init_distributed(timeout=timeout, verbose=False)
+        del meeting
         object_group(timeout)
         if peers.several_launchers():
             _connect_peers()

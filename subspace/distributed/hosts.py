@@ -18,6 +18,7 @@ DeepSpeed's launcher starts them, with what it does badly replaced:
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import re
 import secrets
@@ -32,7 +33,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from subspace.errors import RunStopped, UserError
+from subspace.common.foreign.text import read_text
+from subspace.errors import RunStopped, UserError, shown
 
 MODULE = "subspace.distributed.hosts"
 #: In the environment of a launch's processes: which launch and which of its hosts it is.
@@ -46,6 +48,12 @@ SSH_OPTIONS = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 #: Seconds that the other hosts have to end by themselves when the processes of one have failed, or it cannot be
 #: reached.
 FAILED_GRACE_S, UNREACHABLE_GRACE_S = 30.0, 5.0
+#: A host's name, perhaps after a user's. Others would be options of ssh, or a list or a command to pdsh.
+HOST = re.compile(r"([A-Za-z_][\w.-]*@)?[A-Za-z0-9_][\w.-]*", re.ASCII)
+#: Processes of one host, and bytes of a hostfile: more than any cluster has.
+MOST_SLOTS, MOST_HOSTFILE_BYTES = 1024, 1 << 20
+#: The interface by which a machine reaches itself and no other does.
+LOOPBACK = "lo"
 #: ssh's exit status if it cannot connect, or the connection breaks.
 SSH_FAILED = 255
 
@@ -56,20 +64,25 @@ SSH_FAILED = 255
 def read_hostfile(path: str) -> dict[str, int]:
     """Return the number of processes for each host of a hostfile; raise UserError for a file that is not one."""
     try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text"
-        raise UserError(f"hostfile '{path}': {reason}. launch/hostfile.example shows one") from None
+        lines = read_text(Path(path), most=MOST_HOSTFILE_BYTES).splitlines()
+    except UserError as error:
+        raise UserError(f"hostfile: {error}. launch/hostfile.example shows one") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
-        found = re.match(r"(\S+)\s+slots=(\d+)", line)
+        where = f"hostfile '{path}', line {number}"
+        found = re.fullmatch(r"(\S+)\s+slots=([0-9]{1,9})(\s+max_slots=[0-9]+)?\s*(#.*)?", line)
         if not found:
-            raise UserError(f"hostfile '{path}', line {number} is '{line}', but should be 'HOST slots=NUMBER'")
-        if found[1] in hosts:
-            raise UserError(f"hostfile '{path}', line {number} names host '{found[1]}' a second time")
-        hosts[found[1]] = int(found[2])
+            raise UserError(f"{where} is {shown(line)}, but should be 'HOST slots=NUMBER'")
+        host, slots = found[1], int(found[2])
+        if not HOST.fullmatch(host):
+            raise UserError(f"{where} names the host {shown(host)}, which no host is called, nor USER@HOST")
+        if not 1 <= slots <= MOST_SLOTS:
+            raise UserError(f"{where} gives host '{host}' {slots:,} slots. From 1 to {MOST_SLOTS:,} are possible")
+        if host in hosts:
+            raise UserError(f"{where} names host '{host}' a second time")
+        hosts[host] = slots
     if not hosts:
         raise UserError(f"hostfile '{path}' names no host. Its lines are 'HOST slots=NUMBER'")
     return hosts
@@ -87,13 +100,13 @@ def read_environment_files() -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in (Path.home(), Path()):
         file = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-        lines = file.read_text().splitlines() if file.is_file() else []
+        lines = read_text(file, most=MOST_HOSTFILE_BYTES).splitlines() if file.is_file() else []
         for number, line in enumerate(map(str.strip, lines), 1):
             name, is_setting, value = (part.strip() for part in line.partition("="))
             if not line or line.startswith("#"):
                 continue
             if not is_setting or not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise UserError(f"'{file}', line {number} is '{line}', but should be NAME=VALUE")
+                raise UserError(f"'{file}', line {number} is {shown(line)}, but should be NAME=VALUE")
             quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
             found[name] = value[1:-1] if quoted else value
     return found
@@ -137,17 +150,29 @@ def _quote(word: str) -> str:
 # --- the network between hosts ---
 
 
-def gloo_interface() -> str | None:
-    """Return the network interface for gloo on several hosts; None to leave the choice to gloo.
+def meet_on_loopback() -> bool:
+    """Return True if the processes of the run meet at an address that this machine alone reaches."""
+    address = os.environ.get("MASTER_ADDR", "")
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
+    return address == "localhost"
 
-    Gloo takes the address of the machine's own name, which on Debian and Ubuntu is one that only the machine itself
+
+def gloo_interface() -> str | None:
+    """Return the network interface for gloo; None to leave the choice to gloo.
+
+    On one machine it is the loopback interface, on which no other machine can connect to the processes. On several,
+    gloo takes the address of the machine's own name, which on Debian and Ubuntu is one that only the machine itself
     reaches. NCCL looks at the interfaces.
     """
     import psutil
 
-    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if here >= int(os.environ.get("WORLD_SIZE") or 1) or "GLOO_SOCKET_IFNAME" in os.environ:
+    if "GLOO_SOCKET_IFNAME" in os.environ:
         return None
+    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if here >= int(os.environ.get("WORLD_SIZE") or 1):
+        up = (loopback := psutil.net_if_stats().get(LOOPBACK)) is not None and loopback.isup
+        return LOOPBACK if up and meet_on_loopback() else None
     interfaces = psutil.net_if_addrs()
     if (nccl := os.environ.get("NCCL_SOCKET_IFNAME", "")) in interfaces:
         return nccl

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import secrets
 import shlex
 import signal
@@ -39,12 +40,63 @@ from subspace.distributed import hosts, peers
 from subspace.distributed.reach import ensure_reachable
 from subspace.distributed.signals import STATUS_FILE, read_status, register_rank
 from subspace.distributed.supervision import supervise
-from subspace.errors import RunStopped, UserError
+from subspace.errors import RunStopped, UserError, shown
 
 #: In the ranks' environment: the user's CUDA_VISIBLE_DEVICES, as far as the run uses it.
 DEVICES = "SUBSPACE_DEVICES"
+#: Processes of a run, and of one machine without GPUs for each of its cores: more than anybody has a use for.
+MOST_RANKS, MOST_BY_CORE = 1 << 16, 16
 #: Seconds that ranks other than 0 wait before they report a failure. The launcher polls every second.
 REPORT_DELAY_S = 5.0
+
+
+#: What launchers tell a process in numbers, and the smallest and largest that can be meant.
+LAUNCH_NUMBERS = {
+    "RANK": (0, MOST_RANKS - 1),
+    "WORLD_SIZE": (1, MOST_RANKS),
+    "LOCAL_RANK": (0, hosts.MOST_SLOTS - 1),
+    "LOCAL_SIZE": (1, hosts.MOST_SLOTS),
+    "LOCAL_WORLD_SIZE": (1, hosts.MOST_SLOTS),
+    "MASTER_PORT": (1, 65_535),
+}
+#: Of two of them, the first counts from 0 up to below the second.
+_BELOW = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+
+
+def launch_fault() -> str | None:
+    """Return what is wrong with what a launcher says in this process's environment; None where nothing is."""
+    if not under_launcher():
+        return None
+    for name, (least, most) in LAUNCH_NUMBERS.items():
+        text = os.environ.get(name)
+        if text is not None and not (re.fullmatch(r"[0-9]{1,9}", text) and least <= int(text) <= most):
+            return f"{name} is {shown(text)}, but should be a number from {least:,} to {most:,}"
+    for name, of in _BELOW:
+        if name in os.environ and of in os.environ and int(os.environ[name]) >= int(os.environ[of]):
+            return f"{name} is {os.environ[name]}, but the {os.environ[of]} of {of} are counted from 0"
+    if not re.fullmatch(r"[\w.:%\[\]-]{1,255}", os.environ.get("MASTER_ADDR", "localhost"), re.ASCII):
+        return f"MASTER_ADDR is {shown(os.environ['MASTER_ADDR'])}, which is no host's name or address"
+    return None
+
+
+def check_launch() -> None:
+    """Raise UserError where a launcher says what cannot be, before anything waits for processes that never come."""
+    if fault := launch_fault():
+        raise UserError(
+            f"RANK and WORLD_SIZE are set, as by a launcher, but {fault}. Start it with `subspace ... --processes N`, "
+            "or take these variables away"
+        )
+    if (kind := os.environ.get("DS_ACCELERATOR", "cpu")) not in ("cpu", "cuda"):
+        raise UserError(f"DS_ACCELERATOR is {shown(kind)}. cpu and cuda are possible, and none, which finds out")
+
+
+def check_meeting() -> None:
+    """Raise UserError where a launcher does not say where its processes meet."""
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set, as by a launcher, but {' and '.join(missing)} not, so that the processes "
+            "cannot meet"
+        )
 
 
 def under_launcher() -> bool:
@@ -54,12 +106,14 @@ def under_launcher() -> bool:
 
 def launched_rank() -> int:
     """Return this process's rank from the environment; also valid before the process group is initialised."""
-    return int(os.environ.get("RANK", "0"))
+    check_launch()
+    return int(os.environ["RANK"]) if under_launcher() else 0
 
 
 def launched_world_size() -> int:
     """Return the number of processes from the environment; also valid before the process group is initialised."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    check_launch()
+    return int(os.environ["WORLD_SIZE"]) if under_launcher() else 1
 
 
 def init_rank_env() -> None:
@@ -67,12 +121,13 @@ def init_rank_env() -> None:
 
     Besides :func:`set_rank_env`, it makes process-wide settings: the number of threads and DeepSpeed's log level.
     """
+    check_launch()
     if devices := os.environ.pop(DEVICES, ""):
         names = devices.split(",")
         # CUDA shows a process one MIG instance at most, the first of the list.
         own = names[int(os.environ["LOCAL_RANK"])] if names[0].startswith("MIG-") else devices
         os.environ["CUDA_VISIBLE_DEVICES"] = own
-    ranks_here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    ranks_here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1" if under_launcher() else "1"
     os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
     set_rank_env()
     register_rank()
@@ -96,6 +151,7 @@ def set_rank_env(*, deterministic: bool = False) -> None:
 
     All of this package's writing to ``os.environ`` for a training process is here and in :func:`init_rank_env`.
     """
+    check_launch()
     for name, value in DETERMINISTIC_ENV.items() if deterministic else ():
         os.environ.setdefault(name, value)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's former name
@@ -104,6 +160,12 @@ def set_rank_env(*, deterministic: bool = False) -> None:
     if not under_launcher():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    elif os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    ranks_here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    if ranks_here == os.environ["WORLD_SIZE"] and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # all of them are here, whatever name a batch system gives this machine
     devices = visible_devices()
     if not devices:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -111,6 +173,8 @@ def set_rank_env(*, deterministic: bool = False) -> None:
         os.environ["LOCAL_RANK"] = "0"
     if interface := hosts.gloo_interface():
         os.environ["GLOO_SOCKET_IFNAME"] = interface
+        if interface == hosts.LOOPBACK:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
 
 def write_success_marker() -> None:
@@ -128,7 +192,10 @@ def should_report_error(status: int, *, at_once: bool = True) -> bool:
     launcher of ours ends them, on several hosts and under SLURM, they ask the first
     (:mod:`subspace.distributed.peers`).
     """
-    if under_launcher() and (os.environ["RANK"] != "0" or not at_once):
+    if launch_fault() or not under_launcher():  # there are no others
+        write_status(status)
+        return True
+    if os.environ["RANK"] != "0" or not at_once:
         end = time.monotonic() + REPORT_DELAY_S
         while time.monotonic() < end:
             if read_status(os.environ.get(STATUS_FILE)) is not None or peers.failure_reported():
@@ -206,6 +273,7 @@ class Launch:
 
     command: tuple[str, ...]
     environment: dict[str, str]  # of the ranks, in addition to what they inherit
+    processes: int = 0  # on this machine; 0 where the hosts have as many as the hostfile says
     #: Where the ranks are if not on this machine only. They do not inherit the environment then, nor the path of their
     #: marker; the shells' own status shows that a launcher was killed.
     hosts: tuple[str, ...] = ()
@@ -213,6 +281,11 @@ class Launch:
     def __str__(self) -> str:
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*settings, shlex.join(self.command)])
+
+    @property
+    def what(self) -> str:
+        """What is started, for people."""
+        return f"the processes on {', '.join(self.hosts)}" if self.hosts else f"{self.processes} processes"
 
     def run(self) -> int:
         """Start the processes, forward signals, wait, terminate remaining processes, and return the run's status."""
@@ -256,6 +329,11 @@ def build_launch(
                 f"{count} processes were requested, but each needs a GPU and this machine has {len(devices)}. "
                 f"Use --processes {len(devices)}"
             )
+        if not devices and count > (most := MOST_BY_CORE * _cores()):
+            raise UserError(
+                f"{count:,} processes were requested, but this machine has {_cores()} cores and no GPU. Use "
+                f"--processes {_cores()}, and no more than {most}"
+            )
         if count == 1:
             return None
         where = ["--num_gpus", str(count)]
@@ -271,14 +349,19 @@ def build_launch(
     launcher = [sys.executable, "-m", *module, *where, "--master_port", str(free_port())]
     # Only the ranks' messages matter: the launcher would repeat the command of one that fails.
     launcher += ["--log_level", "critical", "--no_local_rank"]
-    return Launch((*launcher, *program, *arguments), environment, names)
+    return Launch((*launcher, *program, *arguments), environment, 0 if hostfile else count, names)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _threads(ranks: int) -> str:
     """Return the number of CPU threads of each of a machine's ranks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _cores()
     # srun may have bound this process to cores of its own, which no other rank uses.
-    all_cores = max(int(os.environ.get("SLURM_CPUS_ON_NODE") or 0), cores) if "SLURM_PROCID" in os.environ else cores
+    of_node = os.environ.get("SLURM_CPUS_ON_NODE", "") if "SLURM_PROCID" in os.environ else ""
+    all_cores = max(int(of_node), cores) if re.fullmatch(r"[0-9]{1,6}", of_node) else cores
     return str(min(max(all_cores // ranks, 1), cores))
 
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from subspace.distributed.hosts import meet_on_loopback
 from subspace.distributed.signals import STATUS_FILE
 
 #: Seconds in which a process that ended, or whoever noticed too, may have reported why.
@@ -284,7 +285,12 @@ def peer_lost() -> bool:
 
 
 def open_listener(port: int = 0) -> socket.socket:
-    """Return a socket that listens on all of this machine's addresses, at any free port by default."""
+    """Return a socket that listens at any free port by default.
+
+    It does so on all of this machine's addresses, or, where the processes meet on this machine, on its own alone.
+    """
+    if meet_on_loopback():
+        return socket.create_server(("127.0.0.1", port), backlog=1024)
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
     return socket.create_server(("", port), backlog=1024)

@@ -64,7 +64,7 @@ def _troubles(host: str) -> Iterator[Trouble]:
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     try:
         done = subprocess.run(
-            ["ssh", *options, *extra, host, look],
+            ["ssh", *options, *extra, "--", host, look],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

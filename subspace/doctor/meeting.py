@@ -13,9 +13,10 @@ import time
 from collections.abc import Container
 from typing import Any
 
-from torch.distributed import DistStoreError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError, PrefixStore  # type: ignore[attr-defined]
 
 from subspace.distributed import launcher
+from subspace.distributed.rendezvous import open_store
 
 
 def address() -> str:
@@ -32,15 +33,7 @@ class Meeting:
 
     def __init__(self, wait: float) -> None:
         self.rank, self.ranks = launcher.launched_rank(), launcher.launched_world_size()
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True),
-            timeout=datetime.timedelta(seconds=wait),
-            wait_for_workers=False,
-            multi_tenant=True,  # the process group uses the same port
-        )
-        self._store = PrefixStore("subspace-doctor", store)
+        self._store = PrefixStore("subspace-doctor", open_store(datetime.timedelta(seconds=wait)))
 
     def post(self, stage: str, value: Any) -> None:
         """Send rank 0 a value that JSON can represent."""

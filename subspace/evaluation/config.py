@@ -10,7 +10,7 @@ from typing import Required
 import pydantic
 from typing_extensions import TypedDict
 
-from subspace.common.settings import Settings, setting, split_names
+from subspace.common.settings import MOST_COUNT, MOST_ROWS, Settings, setting, split_names
 from subspace.data.config import TaskSelection
 from subspace.models.config import ModelConfig
 
@@ -61,9 +61,11 @@ class EvaluateConfig(Settings):
 
     protocol: str | list[str] = setting(["likelihood"], "scoring protocol, one or several", choices=PROTOCOLS)
     tasks: str | list[str] = setting(["all"], "tasks: all, a suite, names of tasks, or custom YAML files")
-    limit: int | None = setting(None, "items per task, always the same ones; null for all", min=1)
+    limit: int | None = setting(None, "items per task, always the same ones; null for all", min=1, max=MOST_COUNT)
     split: str = setting("test", "the split to score; published results are on test")
-    examples: int = setting(0, "likelihood: few-shot examples from the train split before each question", min=0)
+    examples: int = setting(
+        0, "likelihood: few-shot examples from the train split before each question", min=0, max=1000
+    )
     by_bytes: bool = setting(False, "likelihood: also acc_bytes, with scores normalised by a choice's bytes")
     data: str | None = setting(None, "folder of published test files (gsm8k/test.json), for tasks read from there")
     prompt: str = setting("alpaca-indented", "generative protocols: prompt template, as data.prompt")
@@ -73,10 +75,10 @@ class EvaluateConfig(Settings):
         choices=(*PUBLISHED_DEFECTS, NO_DEFECTS),
     )
     published_batch: int = setting(
-        1, "llm-adapters-published: its batch size, which matters with no_attention_mask", min=1
+        1, "llm-adapters-published: its batch size, which matters with no_attention_mask", min=1, max=MOST_ROWS
     )
     batch_tokens: int | None = setting(
-        None, "tokens per batch, padding included; null chooses by device and protocol", min=1
+        None, "tokens per batch, padding included; null chooses by device and protocol", min=1, max=1 << 30
     )
     on_contamination: str = setting(
         "error",

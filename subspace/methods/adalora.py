@@ -22,7 +22,7 @@ from subspace.adapters.base import OptimizerAccess, TrainProgress
 from subspace.adapters.linalg import orthogonality_gap
 from subspace.adapters.low_rank import LowRankConfig, TripletAdapter
 from subspace.adapters.registry import register
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 
 
 @register("adalora", family="extension", num_params="r * (n_in + n_out + 1)")
@@ -35,8 +35,8 @@ class AdaLoRA(TripletAdapter["AdaLoRA.Config"]):
     class Config(LowRankConfig):
         """AdaLoRA's settings."""
 
-        r: int = setting(12, "rank at the start", min=1)
-        target_r: int = setting(8, "mean rank of the updates at the end", min=0)
+        r: int = setting(12, "rank at the start", min=1, max=MOST_RANK)
+        target_r: int = setting(8, "mean rank of the updates at the end", min=0, max=MOST_RANK)
         warm_up: float = setting(0.1, "share of the run before the budget falls", min=0, max=1)
         cool_down: float = setting(0.3, "share of the run, at its end, with the pattern fixed", min=0, max=1)
         every: int = setting(10, "optimizer steps from one allocation to the next", min=1)

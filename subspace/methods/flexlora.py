@@ -28,7 +28,7 @@ from subspace.adapters.base import OptimizerAccess, TrainProgress
 from subspace.adapters.linalg import entropy_exchanges, orthogonality_gap
 from subspace.adapters.low_rank import LowRankConfig, TripletAdapter
 from subspace.adapters.registry import register
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 
 STD = 0.02
 
@@ -44,8 +44,8 @@ class FlexLoRA(TripletAdapter["FlexLoRA.Config"]):
     class Config(LowRankConfig):
         """FlexLoRA's settings."""
 
-        headroom: int = setting(4, "directions that a layer may gain", min=0)
-        moves: int = setting(4, "layers that lose a direction at the first reallocation", min=0)
+        headroom: int = setting(4, "directions that a layer may gain", min=0, max=MOST_RANK)
+        moves: int = setting(4, "layers that lose a direction at the first reallocation", min=0, max=MOST_RANK)
         decay: str = setting("paper", "how moves fall, as p goes from 0 to 1", choices=("paper", "code", "constant"))
         warm_up: float = setting(0.1, "share of the run before the first reallocation", min=0, max=1)
         cool_down: float = setting(0.3, "share of the run, at its end, with the ranks fixed", min=0, max=1)

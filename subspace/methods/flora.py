@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from subspace.adapters.low_rank import ConstrainedConfig, LowRankAdapter
 from subspace.adapters.registry import register
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 
 
 @register("flora", family="extension", num_params="r * n_in + (r_out or r) * n_out + r * (r_out or r)")
@@ -36,7 +36,7 @@ class FLoRA(LowRankAdapter["FLoRA.Config"]):
     class Config(ConstrainedConfig):
         """FLoRA's settings."""
 
-        r_out: int | None = setting(None, "width of the core on the output's side; none is r", min=1)
+        r_out: int | None = setting(None, "width of the core on the output's side; none is r", min=1, max=MOST_RANK)
 
     def __init__(self, base: nn.Module, config: Config) -> None:
         super().__init__(base, config)

@@ -30,7 +30,7 @@ from subspace.adapters.base import OptimizerAccess, TrainProgress
 from subspace.adapters.linalg import full_svd
 from subspace.adapters.low_rank import LowRankAdapter, LowRankConfig
 from subspace.adapters.registry import register
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 from subspace.kernels.low_rank import lora_down, lora_up_add
 
 EPSILON = 1e-6
@@ -52,7 +52,7 @@ class LoRADash(LowRankAdapter["LoRADash.Config"]):
     class Config(LowRankConfig):
         """LoRA-Dash's settings."""
 
-        d: int = setting(8, "task-specific directions of each layer", min=1)
+        d: int = setting(8, "task-specific directions of each layer", min=1, max=MOST_RANK)
         launch: int = setting(100, "optimizer step after which they are chosen", min=1)
 
     def __init__(self, base: nn.Module, config: Config) -> None:

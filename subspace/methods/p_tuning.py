@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from subspace.adapters.base import MethodConfig
 from subspace.adapters.registry import register
 from subspace.adapters.virtual_tokens import PromptAdapter, linear
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 
 TRAINS = "n * n_out + 2 * n_out * hidden + hidden**2 + 2 * hidden + n_out"
 
@@ -43,8 +43,8 @@ class PTuning(PromptAdapter):
     class Config(MethodConfig):
         """The prompt's and its network's settings."""
 
-        n: int = setting(20, "vectors before the text", min=1)
-        hidden: int = setting(128, "width h of the network", min=1)
+        n: int = setting(20, "vectors before the text", min=1, max=MOST_RANK)
+        hidden: int = setting(128, "width h of the network", min=1, max=MOST_RANK)
 
     def __init__(self, base: nn.Module, config: Config) -> None:
         super().__init__(base, config)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from subspace.adapters.base import Adapter, MethodConfig, Site
 from subspace.adapters.bottleneck import ACTIVATIONS
 from subspace.adapters.registry import register
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 from subspace.kernels.low_rank import lora_down, lora_up_add
 from subspace.models.frozen_weights import is_linear, layer_sizes
 
@@ -49,7 +49,7 @@ class Parallel(Adapter["Parallel.Config"]):
     class Config(MethodConfig):
         """The parallel adapter's settings."""
 
-        bottleneck: int = setting(256, "width b of the bottleneck", min=1)
+        bottleneck: int = setting(256, "width b of the bottleneck", min=1, max=MOST_RANK)
         activation: str = setting("relu", "the nonlinearity f", choices=tuple(ACTIVATIONS))
         scale: float = setting(1.0, "factor s on what is added")
         dropout: float = setting(0.0, "dropout on the input of A, in training only", min=0, max=1)

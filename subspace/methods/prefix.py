@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from subspace.adapters.base import MethodConfig
 from subspace.adapters.registry import register
 from subspace.adapters.virtual_tokens import AttentionAdapter, linear
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 
 PLAIN, NETWORK = "2 * n * n_kv", "(n + hidden + 1) * hidden + 2 * (hidden + 1) * n_kv"
 
@@ -54,9 +54,9 @@ class Prefix(AttentionAdapter["Prefix.Config"]):
     class Config(MethodConfig):
         """The prefix's settings."""
 
-        n: int = setting(30, "keys and values added to each layer", min=1)
+        n: int = setting(30, "keys and values added to each layer", min=1, max=MOST_RANK)
         std: float = setting(1.0, "standard deviation of the Gaussian that they, or Z, start from", min=0)
-        hidden: int = setting(0, "width h of the network that they come from; 0 is none", min=0)
+        hidden: int = setting(0, "width h of the network that they come from; 0 is none", min=0, max=MOST_RANK)
         gate: float | None = setting(None, "start of a trained offset of each query head's logits on the prefix")
 
     def __init__(self, base: nn.Module, config: Config) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from subspace.adapters.base import MethodConfig
 from subspace.adapters.registry import register
 from subspace.adapters.virtual_tokens import PromptAdapter
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 
 
 @register("prompt", family="reconstruction", num_params="n * n_out", aliases={"prompt-tuning": {}, "soft-prompt": {}})
@@ -39,7 +39,7 @@ class Prompt(PromptAdapter):
     class Config(MethodConfig):
         """The prompt's settings."""
 
-        n: int = setting(20, "vectors before the text", min=1)
+        n: int = setting(20, "vectors before the text", min=1, max=MOST_RANK)
         start: str = setting("vocabulary", "rows of the embedding, or Gaussian", choices=("vocabulary", "gaussian"))
 
     def __init__(self, base: nn.Module, config: Config) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from subspace.adapters.bottleneck import ACTIVATIONS, NUM_PARAMS, BottleneckAdapter, BottleneckConfig
 from subspace.adapters.registry import register
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 
 
 @register("series", family="extension", num_params=NUM_PARAMS, aliases={"series-adapter": {}})
@@ -30,7 +30,7 @@ class Series(BottleneckAdapter["Series.Config"]):
     class Config(BottleneckConfig):
         """The bottleneck's settings."""
 
-        bottleneck: int = setting(256, "width b of the bottleneck", min=1)
+        bottleneck: int = setting(256, "width b of the bottleneck", min=1, max=MOST_RANK)
         activation: str = setting("tanh", "the nonlinearity f", choices=tuple(ACTIVATIONS))
         bias: bool = setting(False, "train biases in both layers")
 

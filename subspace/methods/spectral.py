@@ -24,7 +24,7 @@ from subspace.adapters.base import LinearAdapter, MethodConfig
 from subspace.adapters.linalg import top_singular_triplets
 from subspace.adapters.low_rank import check_rank
 from subspace.adapters.registry import register
-from subspace.common.settings import setting
+from subspace.common.settings import MOST_RANK, setting
 from subspace.kernels.low_rank import lora_up_add
 
 
@@ -44,7 +44,7 @@ class Spectral(LinearAdapter["Spectral.Config"]):
     class Config(MethodConfig):
         """The spectral adapter's settings."""
 
-        r: int = setting(16, "singular directions that are tuned", min=1)
+        r: int = setting(16, "singular directions that are tuned", min=1, max=MOST_RANK)
 
     def __init__(self, base: nn.Module, config: Config) -> None:
         super().__init__(base, config)

@@ -22,7 +22,9 @@ class ModelConfig(Settings):
     double_quant: bool = setting(False, "4-bit: quantise the scales too; saves 0.4 bits per weight")
     attention: str = setting("sdpa", "attention kernel", choices=("sdpa", "eager", "flash_attention_2"))
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
-    trust_remote_code: bool = setting(False, "run Python code from the model's folder")
+    trust_remote_code: bool = setting(
+        False, "run Python code from the model's folder; obeyed only where the command line of this call says it"
+    )
 
     def __str__(self) -> str:
         double = ", double_quant: true" if self.double_quant else ""

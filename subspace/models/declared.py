@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from subspace.common import paths
-from subspace.common.declarations import Declaration, build, find_declared, read_folder, read_yaml
+from subspace.common.declarations import Declaration, build, find_declared, read_folder
+from subspace.common.foreign.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)

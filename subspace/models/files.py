@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from subspace.common.files import refuse_lfs_pointer
-from subspace.errors import UserError
+from subspace.errors import UserError, shown
 from subspace.models.transformers_compat import is_causal_lm, is_masked_lm
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ ADVICE = {
     "flash": "`attention: sdpa` and `attention: eager` need no such package",
     "scaled_dot_product_attention": "`attention: eager` works",
     "bitsandbytes": "`pip install bitsandbytes accelerate`, or use `quantize: none`",
-    "trust_remote_code": "`trust_remote_code: true` runs it, if you trust its author",
+    "trust_remote_code": "`model.trust_remote_code=true` on the command line runs it, if you trust its author",
     "deserializ": "A weight file is cut or damaged: download the folder again",
     "model type": WORKING,
     "": "Is the folder complete?",
@@ -119,7 +119,10 @@ class ModelFiles:
         self._check_pointers(present[:1])
         with as_user_error(f"cannot read {present[0]}"):
             index = json.loads(present[0].read_text(encoding="utf-8"))
-            return [self.folder / name for name in sorted(set(index["weight_map"].values()))]
+            names = sorted(set(index["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise UserError(f"{present[0]} names {shown(outside[0])}, which is no file of the model's folder")
+            return [self.folder / name for name in names]
 
     def check_weights(self) -> None:
         """Raise UserError if weight files are missing, cut, or not what their names say."""
@@ -176,7 +179,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON file's mapping; an empty one if the file is missing or damaged, which its own reader reports."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from subspace.common import paths
-from subspace.common.declarations import Declaration, build, read_yaml
+from subspace.common.declarations import Declaration, build
+from subspace.common.foreign.yaml_files import read_yaml
 from subspace.errors import UserError, nearest
 from subspace.planning.static_memory import MemoryItem
 

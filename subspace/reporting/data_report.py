@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from subspace.common.foreign.templates import render
 from subspace.common.progress import Progress, no_progress
 from subspace.common.tables import Grid
 from subspace.data.chat.limits import NO_LIMITS, ModelLimits
@@ -34,7 +35,7 @@ from subspace.data.items import Item
 from subspace.data.prepare import task_items
 from subspace.data.rows import Row
 from subspace.data.samples import find_tasks, select_sample
-from subspace.data.tasks import MixturePart, Task, find_mixture, find_task, prompt_template, render
+from subspace.data.tasks import MixturePart, Task, find_mixture, find_task, prompt_template
 from subspace.data.tokenization import encode_pairs, encode_rows
 from subspace.evaluation.config import EvaluateConfig
 from subspace.models.prepare import model_folder

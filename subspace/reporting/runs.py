@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import TypedDict
 
-from subspace.common.declarations import read_yaml
+from subspace.common.foreign.text import checked
+from subspace.common.foreign.yaml_files import read_yaml
 from subspace.data.tasks import list_tasks
 from subspace.data.tokenization import common_prefix_length
 from subspace.errors import UserError, nearest
@@ -27,6 +29,16 @@ REMEDIES = {
 }
 IGNORED_KEYS = ("name", "runs", "evaluate", "published")
 """Settings besides the seed in which runs of one method may differ: they do not affect training."""
+
+
+class _Train(TypedDict, total=False):
+    seed: int
+
+
+class _Config(TypedDict, total=False):
+    """What a run's configuration is taken apart by here."""
+
+    train: _Train
 
 
 class Correctness(NamedTuple):
@@ -122,7 +134,7 @@ def load_runs(folders: Sequence[Path], protocol: str | None = None) -> list[list
     scored: dict[str, dict[str, ScoredRun]] = {}  # by protocol, then by name
     for name, folder in zip(names, folders, strict=True):
         file = folder / "config.yaml"
-        config = read_yaml(file) if file.is_file() else {}
+        config: dict[str, Any] = checked(read_yaml(file), _Config, str(file)) if file.is_file() else {}
         for result in read_results(folder):
             run = scored.setdefault(result.protocol, {}).setdefault(name, ScoredRun(name, folder, config, {}))
             run.results[result.task] = result

@@ -16,24 +16,21 @@ import torch
 
 from subspace.common import progress
 from subspace.common.files import fsync_path, write_file
+from subspace.common.foreign.text import MOST_RESULT_BYTES, read_text
 from subspace.common.host_memory import resident_memory
 from subspace.distributed.collectives import is_main
 from subspace.distributed.device import on_gpu
-from subspace.errors import UserError, nearest
+from subspace.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TRACKERS = ("tensorboard", "wandb")
 LOG_FILE = "log.jsonl"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise UserError for a tracker that does not exist or is not installed."""
-    for name in names:
-        if name not in TRACKERS:
-            raise UserError(f"train.trackers names '{name}'. {nearest(name, TRACKERS)}")
-        if name == "wandb" and importlib.util.find_spec("wandb") is None:
-            raise UserError("train.trackers asks for wandb, which is not installed here. Run: pip install wandb")
+    """Raise UserError for a tracker that is not installed."""
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise UserError("train.trackers asks for wandb, which is not installed here. Run: pip install wandb")
 
 
 def peak_memory() -> int:
@@ -178,12 +175,12 @@ def truncate_log(log: Path, done: int) -> None:
     if not log.exists():
         return
     kept = []
-    for text in log.read_text().splitlines():
+    for text in read_text(log, most=MOST_RESULT_BYTES).splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if line["step"] <= done:
+        if isinstance(line, dict) and isinstance(step := line.get("step"), int) and step <= done:
             kept.append(text)
     write_file(log, "".join(f"{text}\n" for text in kept))
 

@@ -46,6 +46,22 @@ def test_help_comes_at_once() -> None:
     assert "torch" not in listed.stderr
 
 
+@pytest.mark.processes
+def test_a_command_says_what_it_does_before_libraries_load() -> None:
+    blocked = (
+        "import sys\n"
+        "class NoTorch:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name == 'torch': raise SystemExit(7)\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
+        "from subspace.cli.main import main\n"
+        "main(['train', 'launch/recipes/quickstart.yaml'])"
+    )
+    said = run("-c", blocked)
+    assert said.returncode == 7
+    assert said.stderr == "launch/recipes/quickstart.yaml: reading the settings and loading libraries ...\n"
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_helps_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

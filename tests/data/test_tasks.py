@@ -9,8 +9,9 @@ import pytest
 
 from subspace.common import download as download_module
 from subspace.common.declarations import build
+from subspace.common.foreign.templates import render
 from subspace.data.items import Item, make_item
-from subspace.data.tasks import MixturePart, find_mixture, find_task, list_tasks, prompt_template, render
+from subspace.data.tasks import MixturePart, find_mixture, find_task, list_tasks, prompt_template
 from subspace.errors import UserError
 
 NAMES = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
@@ -138,7 +139,7 @@ def test_a_task_is_found_by_its_aliases(name: str) -> None:
 
 def test_an_unknown_task_is_answered_with_the_nearest() -> None:
     with pytest.raises(
-        UserError, match=r"no task is called 'bolq'\. Did you mean 'boolq'\? There are: addsub, aqua, arc_challenge"
+        UserError, match=r"no task is called 'bolq'\. Did you mean 'boolq'\? There are 16, the nearest boolq, "
     ):
         find_task("bolq")
 

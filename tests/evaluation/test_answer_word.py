@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 
+from subspace.common.foreign.templates import render
 from subspace.data import samples as samples_module
 from subspace.data import tasks as tasks_module
 from subspace.data.items import Item, relabel
@@ -35,7 +36,7 @@ def plain_scores(name: str, item: Item) -> list[float]:
     """Score each answer alone after the prompt that ``llm-adapters`` asks, from the definition."""
     model, tokenizer, task = tiny_llama(), bpe_tokenizer(), tasks_module.find_task(name)
     template = tasks_module.prompt_template("alpaca-indented")
-    prompt = tasks_module.render(template, {"instruction": task.instruction(item), "input": ""})
+    prompt = render(template, {"instruction": task.instruction(item), "input": ""})
     context = encode_prompt(tokenizer, prompt)
     line = " " * 16  # the prompt's last line, whose spaces go to the answer
     scores = []

@@ -99,7 +99,7 @@ def test_before_and_after(before: Path, after: Path) -> None:
 
 
 def test_the_terminal_shows_the_same_numbers(before: Path, after: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.delenv("COLUMNS", raising=False)
     (table,) = build_tables([before, after])
     with redirect_stdout(io.StringIO()) as printed:
         print_grid(table.grid)

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from subspace.cli.command import Command, json_argument, scored_arguments
+from subspace.cli.command import Command, json_argument, say, scored_arguments
 from subspace.errors import UserError
 
 
@@ -27,12 +27,12 @@ def _run(options: argparse.Namespace) -> int:
         return _show_published(folders, options)
     found = compare_runs(folders, options.protocol)
     if options.json:
-        print(json.dumps([one.as_dict() for one in found], indent=2))
+        say(json.dumps([one.as_dict() for one in found], indent=2))
         return 0
     for one in found:
         for grid in (one.grid, one.flipped) if options.items else (one.grid,):
-            print(f"{grid.markdown()}\n") if options.markdown else print_grid(grid)
-        print(one.verdict)
+            say(f"{grid.markdown()}\n") if options.markdown else print_grid(grid)
+        say(one.verdict)
     return 0
 
 
@@ -44,10 +44,10 @@ def _show_published(folders: list[Path], options: argparse.Namespace) -> int:
         raise UserError("--items lists what flipped between two runs; published scores come without items")
     found = compare_with_published(folders, options.protocol)
     if options.json:
-        print(json.dumps([one.as_dict() for one in found], indent=2))
+        say(json.dumps([one.as_dict() for one in found], indent=2))
         return 0
     for one in found:
-        print(f"{one.grid.markdown()}\n") if options.markdown else print_grid(one.grid)
+        say(f"{one.grid.markdown()}\n") if options.markdown else print_grid(one.grid)
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from subspace.cli.command import Command, count, json_argument, settings_manual
+from subspace.cli.command import Command, count, json_argument, say, settings_manual, sign_of_life
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    sign_of_life(options.data)
     from subspace.common.progress import show_progress
     from subspace.common.tables import print_grid
     from subspace.config import read_data_config
@@ -37,13 +38,13 @@ def _run(options: argparse.Namespace) -> int:
     own = report_rows(config.data)
 
     def show(grid: Grid) -> None:
-        print(f"{grid.markdown()}\n") if options.markdown else print_grid(grid)
+        say(f"{grid.markdown()}\n") if options.markdown else print_grid(grid)
 
     if own.sources and not options.json:
         show(own.grid)
     if own.refused:
         if options.json:
-            print(json.dumps({"sources": own.as_dict()}, indent=2))
+            say(json.dumps({"sources": own.as_dict()}, indent=2))
         return UserError.status
 
     from subspace.models.loading import model_limits, open_tokenizer
@@ -64,12 +65,12 @@ def _run(options: argparse.Namespace) -> int:
         progress=show_progress,
     )
     if options.json:
-        print(json.dumps({**found.as_dict(), "sources": own.as_dict()}, indent=2))
+        say(json.dumps({**found.as_dict(), "sources": own.as_dict()}, indent=2))
         return 0
     for grid in [*found.grids, found.items] if options.items else found.grids:
         show(grid)
     if found.example:
-        print(found.example)
+        say(found.example)
     return 0
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from subspace.cli.command import Command, count, json_argument, launch_arguments, launch_or_none
+from subspace.cli.command import Command, count, json_argument, launch_arguments, launch_or_none, say
 from subspace.distributed import launcher
 from subspace.distributed.hosts import read_hostfile
 from subspace.distributed.reach import find_troubles
@@ -114,7 +114,7 @@ def _show(report: Report, options: argparse.Namespace) -> None:
     from subspace.common.tables import print_grid
 
     if options.json:
-        print(json.dumps(report.as_dict(), indent=2))
+        say(json.dumps(report.as_dict(), indent=2))
     else:
         print_grid(report.grid, wrapped=True)
 

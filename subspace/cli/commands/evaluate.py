@@ -14,8 +14,10 @@ from subspace.cli.command import (
     json_argument,
     launch_arguments,
     launch_or_none,
+    say,
     settings_manual,
     show_tables,
+    sign_of_life,
 )
 from subspace.common.host_memory import manage_malloc
 from subspace.distributed import launcher
@@ -38,6 +40,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    sign_of_life(" ".join(options.subjects[:3]))
     if launcher.under_launcher():
         launcher.init_rank_env()
     from subspace import config as config_module
@@ -71,7 +74,7 @@ def _say_what_shows(jobs: Sequence[Job]) -> None:
     """Print, before scoring starts, how large a difference between two runs these items can resolve."""
     from subspace.reporting.statistics import power_statement
 
-    print(power_statement({job.sample.task.title: len(job.sample.items) for job in jobs}), file=sys.stderr)
+    say(power_statement({job.sample.task.title: len(job.sample.items) for job in jobs}), file=sys.stderr)
 
 
 def _show_scores(subjects: Sequence[EvaluationSubject], options: argparse.Namespace) -> None:
@@ -90,7 +93,7 @@ def _show_scores(subjects: Sequence[EvaluationSubject], options: argparse.Namesp
     for folder in dict.fromkeys(s.folder for s in subjects if "answer-word" in s.evaluate.protocols):
         by_task = ", ".join(f"{task} {100 * share.value:.1f} %" for task, share in agreement(folder).items())
         if by_task and not options.json:
-            print(f"{folder}: answer-word gives llm-adapters' answer on {by_task}")
+            say(f"{folder}: answer-word gives llm-adapters' answer on {by_task}")
 
 
 COMMAND = Command(

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from subspace.cli.command import Command, json_argument
+from subspace.cli.command import Command, json_argument, say, sign_of_life
 from subspace.common.host_memory import manage_malloc
 
 
@@ -25,6 +25,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    sign_of_life(options.run)
     from subspace import config as config_module
     from subspace.adapters.export import export_merged
 
@@ -32,9 +33,7 @@ def _run(options: argparse.Namespace) -> int:
     assert run.adapter
     manage_malloc()
     report = export_merged(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)
-    print(
-        json.dumps({"folder": str(out), **dataclasses.asdict(report)}) if options.json else f"{report}\nmerged: {out}"
-    )
+    say(json.dumps({"folder": str(out), **dataclasses.asdict(report)}) if options.json else f"{report}\nmerged: {out}")
     return 0
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from subspace.cli.command import Command, count, json_argument
+from subspace.cli.command import Command, count, json_argument, say
 from subspace.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.markdown:
         from subspace.adapters.catalog import methods_table, short_methods_table
 
-        print(short_methods_table() if options.short else methods_table())
+        say(short_methods_table() if options.short else methods_table())
         return 0
     overrides = [word for word in options.words if "=" in word] + ([f"r={options.r}"] if options.r else [])
     return _show(names[0], overrides, options) if names else _list(overrides, options)
@@ -73,7 +73,7 @@ def _list(overrides: Sequence[str], options: argparse.Namespace) -> int:
         found = [info for info in found if info.size_setting]
     found = _counted(found, options)
     if options.json:
-        print(json.dumps([dataclasses.asdict(info) for info in found], indent=2))
+        say(json.dumps([dataclasses.asdict(info) for info in found], indent=2))
     else:
         print_grid(methods_grid(found, options.shape))
     return 0
@@ -86,7 +86,7 @@ def _show(name: str, overrides: Sequence[str], options: argparse.Namespace) -> i
 
     method = resolve_method(name)[0]
     (info,) = _counted([method_info(method, method_settings(name, overrides)[method.name])], options)
-    print(json.dumps(dataclasses.asdict(info), indent=2) if options.json else method_page(info, options.shape))
+    say(json.dumps(dataclasses.asdict(info), indent=2) if options.json else method_page(info, options.shape))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from subspace.cli.command import Command, count, json_argument, settings_manual
+from subspace.cli.command import Command, count, json_argument, say, settings_manual, sign_of_life
 from subspace.errors import UserError
 
 
@@ -32,6 +32,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    sign_of_life(options.config)
     from subspace import config as config_module
     from subspace.planning import devices, plan, verification
 
@@ -47,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
         found = verification.verify_plan(options.config, options.settings, processes=options.processes)
     else:
         found = plan.build_plan(config, processes=options.processes, memory=memory, on=on)
-    print(json.dumps(found.as_dict(), indent=2) if options.json else "\n".join(found.lines()))
+    say(json.dumps(found.as_dict(), indent=2) if options.json else "\n".join(found.lines()))
     return 0
 
 

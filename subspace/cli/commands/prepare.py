@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from subspace.cli.command import Command, json_argument
+from subspace.cli.command import Command, json_argument, say
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,19 +35,19 @@ def _run(options: argparse.Namespace) -> int:
 
     done = prepare(options.models, options.data, options.source, every_file=options.every_file, progress=show_progress)
     if options.json:
-        print(json.dumps(dataclasses.asdict(done), indent=2))
+        say(json.dumps(dataclasses.asdict(done), indent=2))
         return 0
     for model in done.models:
-        print(f"{model.name:<26} {_state(model.fresh)}: from {model.source}, {model.license}, in {model.folder}")
+        say(f"{model.name:<26} {_state(model.fresh)}: from {model.source}, {model.license}, in {model.folder}")
     for split in done.splits:
         rows = f"{split.rows:,} rows" if split.rows == split.expected else f"{split.rows:,} of {split.expected:,} rows"
         proof = {True: "verified by ", False: "not verified: ", None: ""}[split.proved] + split.note
-        print(f"{f'{split.task}/{split.split}':<26} {_state(split.fresh)}: {rows} from {split.source}, {proof}")
+        say(f"{f'{split.task}/{split.split}':<26} {_state(split.fresh)}: {rows} from {split.source}, {proof}")
     for mixture in done.mixtures:
         note = f" ({mixture.note})" if mixture.note else ""
-        print(f"{f'mixture {mixture.name}':<26} {mixture.rows:,} of {mixture.expected:,} rows{note}")
+        say(f"{f'mixture {mixture.name}':<26} {mixture.rows:,} of {mixture.expected:,} rows{note}")
     for notice in done.notices:
-        print(notice)
+        say(notice)
     return 0
 
 

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from subspace.cli.command import Command, json_argument
+from subspace.cli.command import Command, json_argument, say
 from subspace.errors import UserError, nearest
 
 
@@ -32,7 +32,7 @@ def _run(options: argparse.Namespace) -> int:
         return _copy(options) if options.copy is not None else _show(options)
     found = [_describe(file) for file in list_recipes().values()]
     if options.json:
-        print(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
         return 0
     from subspace.common.tables import Grid, print_grid
 
@@ -52,7 +52,7 @@ def find_recipe(name: str) -> Path:
     """Return a recipe's file; raise UserError with the nearest name if there is none."""
     recipes = list_recipes()
     if name.removesuffix(".yaml") not in recipes:
-        raise UserError(f"no recipe is called '{name}'. {nearest(name, recipes)}")
+        raise UserError(f"no recipe is called '{name}'. {nearest(name, recipes, 'subspace recipes')}")
     return recipes[name.removesuffix(".yaml")]
 
 
@@ -69,7 +69,7 @@ def _show(options: argparse.Namespace) -> int:
     from subspace.config import read_given
 
     file = find_recipe(options.name)
-    print(json.dumps(read_given(file), indent=2) if options.json else _standalone(file).rstrip())
+    say(json.dumps(read_given(file), indent=2) if options.json else _standalone(file).rstrip())
     return 0
 
 
@@ -84,13 +84,13 @@ def _copy(options: argparse.Namespace) -> int:
     if target.exists():
         raise UserError(f"{target} already exists and is not overwritten. Give the copy another name: --copy FILE")
     write_file(target, _standalone(file))
-    print(json.dumps({"file": str(target)}) if options.json else f"{target}\nnext: subspace train {target}")
+    say(json.dumps({"file": str(target)}) if options.json else f"{target}\nnext: subspace train {target}")
     return 0
 
 
 def _standalone(file: Path) -> str:
     """Return a recipe's self-contained text: its comment, and its settings with those of its base files."""
-    from subspace.common.declarations import format_yaml
+    from subspace.common.foreign.yaml_files import format_yaml
     from subspace.config import read_given
 
     comment = re.match(r"(#.*\n)*", file.read_text(encoding="utf-8"))

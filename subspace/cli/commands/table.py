@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from subspace.cli.command import Command, json_argument, scored_arguments, show_tables
+from subspace.cli.command import Command, json_argument, say, scored_arguments, show_tables
 from subspace.common.tables import FORMATS
 
 
@@ -28,7 +28,7 @@ def _run(options: argparse.Namespace) -> int:
         from subspace.reporting.plots import plot
 
         for file in plot(found, Path(options.plot)):
-            print(f"plot: {file}", file=sys.stderr)
+            say(f"plot: {file}", file=sys.stderr)
     return 0
 
 

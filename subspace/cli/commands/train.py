@@ -6,7 +6,16 @@ import argparse
 import json
 import sys
 
-from subspace.cli.command import Command, count, json_argument, launch_arguments, launch_or_none, settings_manual
+from subspace.cli.command import (
+    Command,
+    count,
+    json_argument,
+    launch_arguments,
+    launch_or_none,
+    say,
+    settings_manual,
+    sign_of_life,
+)
 from subspace.common.host_memory import manage_malloc
 from subspace.distributed import launcher
 
@@ -25,6 +34,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    sign_of_life(options.config)
     with launcher.stopping_at_signal():
         return _train(options)
 
@@ -42,7 +52,7 @@ def _train(options: argparse.Namespace) -> int:
     read_engine_file(config.engine)
     finished = options.resume and is_finished(config)
     if finished:
-        print(f"{config.folder} is finished: there is nothing left to train", file=sys.stderr)
+        say(f"{config.folder} is finished: there is nothing left to train", file=sys.stderr)
     elif not options.resume:
         ensure_new_run_dir(config.folder)
     how = [*(["--resume"] if options.resume else []), *(["--until", str(options.until)] if options.until else [])]
@@ -55,13 +65,13 @@ def _train(options: argparse.Namespace) -> int:
     if is_main():
         outcome = json.loads((folder / "environment.json").read_text()).get("outcome")
         if options.json:
-            print(json.dumps({"run": str(folder), **(outcome or {"paused": options.until})}))
+            say(json.dumps({"run": str(folder), **(outcome or {"paused": options.until})}))
         elif outcome is None:
-            print(f"paused: {folder} has a checkpoint of step {options.until}, and goes on with --resume")
+            say(f"paused: {folder} has a checkpoint of step {options.until}, and goes on with --resume")
         else:
-            print(f"{outcome['steps']} steps, last loss {outcome['loss']:.4f}, {outcome['seconds'] / 60:.1f} min")
-            print(f"adapter: {folder / 'adapter'}")
-            print(f"next: subspace evaluate {folder}")
+            say(f"{outcome['steps']} steps, last loss {outcome['loss']:.4f}, {outcome['seconds'] / 60:.1f} min")
+            say(f"adapter: {folder / 'adapter'}")
+            say(f"next: subspace evaluate {folder}")
     shutdown()
     launcher.write_success_marker()
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from subspace.common.foreign.templates import render
 from subspace.common.hashing import hash_texts
 from subspace.data import tokenization
 from subspace.data.chat.control import ControlTokens, Span, SpeltControlToken
@@ -15,7 +16,6 @@ from subspace.data.chat.spans import Answer, AnswerFinder, UnknownBounds
 from subspace.data.chat.template import ChatTemplate
 from subspace.data.chat.writing import Written, is_untrained, says_nothing, write
 from subspace.data.rows import BadRow, Row
-from subspace.data.tasks import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,6 +18,7 @@ import numpy as np
 
 from subspace.common import paths
 from subspace.common.files import build_dir_atomically, read_manifest
+from subspace.common.foreign.text import read_text
 from subspace.common.progress import Progress
 from subspace.data import tokenization
 from subspace.data.chat.encoding import VERSION, RowEncoder
@@ -32,6 +33,10 @@ from subspace.errors import UserError
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
+
+
+#: Bytes of a chat template; the longest of published models have some twenty thousand.
+MOST_TEMPLATE_BYTES = 1 << 20
 
 
 class RowCache:
@@ -165,7 +170,6 @@ def _read_template(config: DataConfig) -> str | None:
     if config.chat_template is None:
         return None
     try:
-        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text"
-        raise UserError(f"data.chat_template is '{config.chat_template}', a Jinja file: {reason}") from None
+        return read_text(Path(config.chat_template).expanduser(), most=MOST_TEMPLATE_BYTES)
+    except UserError as error:
+        raise UserError(f"data.chat_template is '{config.chat_template}', a Jinja file: {error}") from None

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from subspace.common.foreign.limits import MOST_MEMORY, limited
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,17 +63,21 @@ class ChatTemplate:
         return fixed
 
     def render(self, turns: Turns, tools: Sequence[Any], options: Mapping[str, Any], *, prompt: bool = False) -> str:
-        """Return what the template writes; with ``prompt``, the beginning of an answer too. May raise anything."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns],
-                tools=list(tools) or None,
-                chat_template=self.source(tools=bool(tools)),
-                add_generation_prompt=prompt,
-                tokenize=False,
-                **options,
+        """Return what the template writes; with ``prompt``, the beginning of an answer too. May raise anything.
+
+        A UserError is one that no other conversation would avoid: the template took too long.
+        """
+        with limited("the chat template, on one conversation,", memory=MOST_MEMORY):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(turn) for turn in turns],
+                    tools=list(tools) or None,
+                    chat_template=self.source(tools=bool(tools)),
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                    **options,
+                )
             )
-        )
 
     def generated(self, turns: Turns, tools: Sequence[Any], options: Mapping[str, Any]) -> list[tuple[int, int]] | None:
         """Return where in ``render``'s text the template's own marks ``{% generation %}`` are; None if it has none."""

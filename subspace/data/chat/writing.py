@@ -16,6 +16,7 @@ from subspace.data.chat.marking import REASONING, Marked, Tier, all_texts, mark_
 from subspace.data.chat.marks import Marks, Part, Segment
 from subspace.data.chat.template import RESERVED, ChatTemplate
 from subspace.data.rows import BadRow, Row
+from subspace.errors import UserError
 
 Turn = dict[str, Any]
 Form = tuple[list[Turn], list[Any]]
@@ -175,6 +176,8 @@ def _write(form: Form, template: ChatTemplate, options: Mapping[str, Any], train
     turns, tools = form
     try:
         text = template.render(turns, tools, options)
+    except UserError:
+        raise
     except Exception as error:  # a template may raise any exception
         meant = type(error).__name__ == "TemplateError"  # by raise_exception, and not for want of something
         return _Fault(int(meant), f"the tokenizer's chat template refuses the conversation: {_said(error)}")

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from subspace.common.files import refuse_lfs_pointer
+from subspace.common.foreign.text import open_regular
 from subspace.data.rows import BadRow
 from subspace.data.sources.json_records import Records, json_records
 from subspace.data.sources.tables import arrow_records, csv_records, parquet_records, tsv_records
@@ -80,7 +81,7 @@ def file_records(path: Path, shown: str = "", *, nulls: bool = False) -> Iterato
     found = file_kind(shown)
     if found is None:
         raise UserError(f"{shown} is no data file of a kind that is read. {WHAT_IS_READ}")
-    with _damage(shown), path.open("rb") as file:
+    with _damage(shown), open_regular(path) as file:
         refuse_lfs_pointer(path)
         if found.packed == ".zip":
             yield from _zipped(file, shown, nulls=nulls)
@@ -107,7 +108,7 @@ def _damage(shown: str) -> Iterator[None]:
     import pyarrow
 
     broken = (
-        *(OSError, EOFError, UnicodeDecodeError, NotImplementedError, csv.Error),
+        *(OSError, EOFError, UnicodeDecodeError, NotImplementedError, OverflowError, csv.Error),
         *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, pyarrow.ArrowException),
     )
     try:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
+from subspace.common.foreign.text import limited_lines
 from subspace.data.rows import BadRow
 from subspace.errors import UserError
 
@@ -39,7 +40,7 @@ def text_lines(stream: IO[bytes], errors: str) -> Iterator[str]:
     """Yield the lines of a stream, in UTF-8 or as its byte order mark says, as they end there."""
     encoding = encoding_of(stream)
     if encoding == "utf-8":
-        yield from (line.decode(errors=errors) for line in stream)
+        yield from (line.decode(errors=errors) for line in limited_lines(stream))
     else:  # a line's end has no byte of its own
         yield from io.StringIO(stream.read().decode(encoding, errors), newline="\n")
 
@@ -47,7 +48,7 @@ def text_lines(stream: IO[bytes], errors: str) -> Iterator[str]:
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Yield the number and bytes, in UTF-8, of each line that is not blank."""
     encoding = encoding_of(stream)
-    lines: Any = stream
+    lines: Any = limited_lines(stream)
     if encoding != "utf-8":
         lines = io.BytesIO(stream.read().decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass"))
     for number, line in enumerate(lines, start=1):

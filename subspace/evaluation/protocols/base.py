@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from subspace.common.foreign.templates import render
 from subspace.data.items import Item
-from subspace.data.tasks import Task, render
+from subspace.data.tasks import Task
 from subspace.evaluation.choice_scoring import Choices
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import digest

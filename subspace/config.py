@@ -182,7 +182,10 @@ def read_run_subject(folder: Path, overrides: Sequence[str] = ()) -> EvaluationS
     if not adapter.is_dir():
         raise UserError(f"the run {folder} has no adapter: its training did not reach the end. Train it again")
     data = config.data
-    return EvaluationSubject(config.model, config.evaluate, folder, adapter, config.methods, data.mixture, data.columns)
+    return EvaluationSubject(
+        config.model, config.evaluate, folder, adapter, config.methods, data.mixture, data.columns,
+        chat_template=data.chat_template, date=data.date,
+    )  # fmt: skip
 
 
 def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
@@ -197,7 +200,10 @@ def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
     name = re.sub(r"[^\w.+-]+", "-", given).strip("-")
     if not name.strip("."):  # the folder that the command is given in, or one above it
         name = Path(given).resolve().name or "model"
-    return EvaluationSubject(config.model, config.evaluate, Path(config.runs) / name)
+    return EvaluationSubject(
+        config.model, config.evaluate, Path(config.runs) / name,
+        chat_template=config.data.chat_template, date=config.data.date,
+    )  # fmt: skip
 
 
 def _read_defaults(name: str, key: str, value: str, overrides: Sequence[str]) -> RunConfig:

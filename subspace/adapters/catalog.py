@@ -159,7 +159,7 @@ def methods_table() -> str:
                 f"[{info.arxiv}](https://arxiv.org/abs/{info.arxiv})",
             )
         )
-    return Grid("", head, tuple(rows), left=len(head)).markdown()
+    return Grid("", head, tuple(rows), left=len(head), marked=True).markdown()
 
 
 def short_methods_table() -> str:
@@ -169,7 +169,7 @@ def short_methods_table() -> str:
         (family, meaning, ", ".join(f"[`{info.name}`]({info.file})" for info in infos if info.family == family))
         for family, meaning in FAMILY_MEANINGS.items()
     ]
-    return Grid("", ("family", "what is done to W", "methods"), tuple(rows), left=3).markdown()
+    return Grid("", ("family", "what is done to W", "methods"), tuple(rows), left=3, marked=True).markdown()
 
 
 def methods_grid(infos: Sequence[MethodInfo], model: str = "") -> Grid:

@@ -103,3 +103,22 @@ def find_declared(name: str, declared: Mapping[str, _Declared], kind: str) -> _D
         if plain(name) in map(plain, (known, *aliases)):
             return value
     raise UserError(f"no {kind} is called {name!r}. {nearest(name, declared)}")
+
+
+# Values of JSON, checked strictly: for what a file holds that other versions and people may have written.
+
+Share = typing.Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
+Amount = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Count = typing.Annotated[int, pydantic.Field(ge=0)]
+Positive = typing.Annotated[int, pydantic.Field(ge=1)]
+Name = typing.Annotated[str, pydantic.Field(min_length=1)]
+
+
+def find_fault(value: Any, kind: Any) -> tuple[tuple[str | int, ...], str] | None:
+    """Return the first place in a value at which it is not of a type, and what is wrong there; None if it is."""
+    try:
+        _adapter(kind).validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        return fault["loc"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
+    return None

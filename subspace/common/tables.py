@@ -1,4 +1,8 @@
-"""Tables rendered for the terminal, Markdown, LaTeX or HTML. JSON and CSV are written from the unrounded numbers."""
+"""Tables rendered for the terminal, Markdown, LaTeX or HTML. JSON and CSV are written from the unrounded numbers.
+
+Titles and names may come from anybody's files. Each is one line here without characters that command a terminal, and
+every form writes it such that it is read as the text that it is.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -27,6 +32,15 @@ _LATEX = {
     "±": "$\\pm$",
     "×": "$\\times$",
     "≥": "$\\geq$",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+}
+_MARKDOWN = {
+    **{character: f"\\{character}" for character in "\\`*|~$#"},
+    "&": "&amp;",
+    "<": "&lt;",
+    ">": "&gt;",
 }
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em; color: #1c1c1c }
@@ -43,7 +57,11 @@ ul { color: #555; padding-left: 1.2em }
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of formatted cells: the first ``left`` columns are text, others numbers; ``last`` rows are set apart."""
+    """A table of formatted cells: the first ``left`` columns are text, others numbers.
+
+    Of its rows, the ``last`` ones before the ``facts`` at the end are set apart, and so are these. Where the cells are
+    ``marked``, they are Markdown of this project's own.
+    """
 
     title: str
     head: tuple[str, ...]
@@ -51,12 +69,26 @@ class Grid:
     notes: tuple[str, ...] = ()
     left: int = 1
     last: int = 0
+    facts: int = 0
+    marked: bool = False
+
+    def __post_init__(self) -> None:
+        """Make every text one line."""
+        lines = {
+            "title": printable_line(self.title),
+            "head": tuple(map(printable_line, self.head)),
+            "rows": tuple(tuple(map(printable_line, row)) for row in self.rows),
+            "notes": tuple(map(printable_line, self.notes)),
+        }
+        for name, value in lines.items():
+            object.__setattr__(self, name, value)
 
     @property
     def blocks(self) -> list[tuple[tuple[str, ...], ...]]:
-        """The main rows, and the last ones that are set apart."""
-        cut = len(self.rows) - self.last
-        return [block for block in (self.rows[:cut], self.rows[cut:]) if block]
+        """The main rows, and those that are set apart."""
+        end = len(self.rows) - self.facts
+        cut = end - self.last
+        return [block for block in (self.rows[:cut], self.rows[cut:end], self.rows[end:]) if block]
 
     def transposed(self) -> Grid:
         """Return the table with its rows as columns."""
@@ -66,10 +98,11 @@ class Grid:
     def markdown(self) -> str:
         """Return the table in Markdown, its notes below."""
         rule = [":---"] * self.left + ["---:"] * (len(self.head) - self.left)
-        cells = [[text.replace("|", "\\|") for text in row] for row in (self.head, rule, *self.rows)]
-        lines = [f"| {' | '.join(row)} |" for row in cells]
-        title = [f"**{self.title}**", ""] if self.title else []
-        return "\n".join([*title, *lines, "", *(f"- {note}" for note in self.notes)]).rstrip()
+        written = (lambda text: text.replace("|", "\\|")) if self.marked else _markdown
+        head, *rows = [[written(text) for text in row] for row in (self.head, *self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+        title = [f"**{_markdown(self.title)}**", ""] if self.title else []
+        return "\n".join([*title, *lines, "", *(f"- {_markdown(note)}" for note in self.notes)]).rstrip()
 
     def latex(self) -> str:
         """Return the table for LaTeX with the package booktabs; the best value is bold, its ties underlined."""
@@ -192,8 +225,26 @@ def _width(grid: Grid) -> int:
     return sum(max(cell_len(row[column]) for row in lines) + 3 for column in range(len(grid.head))) - 1
 
 
+def printable_line(text: str) -> str:
+    """Return a text as one line, without characters that command a terminal or turn the direction of writing."""
+    if text.isprintable():
+        return text
+    kept = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
+    return " ".join(kept.split())
+
+
+def _markdown(text: str) -> str:
+    """Return a text that Markdown shows as it is: no HTML, no link, no emphasis."""
+    escaped = "".join(_MARKDOWN.get(character, character) for character in text)
+    # Brackets and underscores stand in intervals and in names, where they mean nothing; elsewhere they would.
+    escaped = re.sub(r"\](?=[(\[:])", r"\\]", escaped)
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", escaped)
+
+
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+    plain = "".join(_LATEX.get(character, character) for character in text).replace("--", "-{}-")
+    # After the end of a row LaTeX takes these for an argument.
+    return f"{{}}{plain}" if plain.startswith(("[", "*")) else plain
 
 
 def _latex_cell(text: str) -> str:

@@ -12,13 +12,14 @@ in ``data/tasks`` may: other texts, other answer words, several splits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from subspace.common.foreign.templates import compile_expression, compile_template
-from subspace.data.items import Item
+from subspace.data.items import Item, make_item, relabel
 from subspace.data.rows import BadRow
 from subspace.data.sources.files import file_records
 from subspace.data.tasks import Task, build_task, list_tasks, read_task_file
@@ -31,7 +32,6 @@ ARC_INSTRUCTION = (
 )
 
 DEFAULTS: dict[str, Any] = {
-    "suite": "custom",
     "position": 1000,
     "aliases": [],
     "license": "its owner's",
@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "instruction": ARC_INSTRUCTION,
     "answer": "answer{{ label + 1 }}",
     "output": "the correct answer is {{ answer }}",
-    "answer_words": [f"answer{number}" for number in range(1, 10)],
+    "answer_words": [],  # by the answers of the items
 }
 ITEM = {
     "id": "'%s-%d'|format(official, number)",
@@ -51,7 +51,9 @@ LIKELIHOOD = {
     "metrics": ["acc", "acc_norm"],
     "context": "{% if context %}{{ context }}\n{% endif %}Question: {{ question }}\nAnswer:",
     "choice": "{{ choice }}",
+    "separator": None,
 }
+MOST_ANSWERS = 50  # different ones, beyond which they are texts and not words
 
 
 def custom_task(file: Path) -> Task:
@@ -60,11 +62,7 @@ def custom_task(file: Path) -> Task:
     Raises:
         UserError: the file is invalid, or has the name of a declared task.
     """
-    return _custom_task(file.resolve())
-
-
-@cache
-def _custom_task(file: Path) -> Task:
+    file = file.resolve()
     declared = read_task_file(file)
     if file.stem in list_tasks(None):
         raise UserError(f"{file} has the name of a task that exists already. Give the file another name")
@@ -73,7 +71,12 @@ def _custom_task(file: Path) -> Task:
         declared["splits"] = {"test": {"official": "test", "file": {"path": data}}}
     if not declared.get("splits") or not all("file" in split for split in declared["splits"].values()):
         raise UserError(f"{file} names no file of rows. Add a line 'file: NAME.jsonl', with a file beside it")
-    values = {**DEFAULTS, "title": file.stem, "folder": file.parent, **declared}
+    if declared.get("suite") in [task.suite for task in list_tasks(None).values()]:
+        raise UserError(
+            f"{file} says that it belongs to suite {declared['suite']!r}, which has its own tasks. Name another"
+        )
+    # A mean is taken over a suite, so a task that names none is one of its own.
+    values = {**DEFAULTS, "title": file.stem, "suite": file.stem, "folder": file.parent, **declared}
     values["item"] = {**ITEM, **declared.get("item", {})}
     values["likelihood"] = {**LIKELIHOOD, **declared.get("likelihood", {})}
     task = build_task(file, values)
@@ -116,19 +119,59 @@ def read_local_items(task: Task, split: str, folder: str | None) -> list[Item]:
     file = base / declared.file.path
     if not file.is_file():
         raise UserError(f"{task.name}/{split} was to be read from {file}, which does not exist")
-    items: list[Item] = [task.make_item(record, n, split, file=True) for n, (_, record) in enumerate(_records(file))]
+    items = [
+        _checked(task.make_item(record, number, split, file=True), where)
+        for number, (where, record) in enumerate(_records(file))
+        if task.selects(record, number, split)
+    ]
     if declared.rows and len(items) != declared.rows:
         raise UserError(f"{file} has {len(items):,} rows where {task.name}/{split} has {declared.rows:,}")
-    for item in items:
-        label = item["label"]
-        if not isinstance(item["choices"], list) or not isinstance(label, int) or not 0 <= label < len(item["choices"]):
-            raise UserError(
-                f"{file}, item {item['id']}: label {label!r} of the choices {item['choices']!r}. A label counts the "
-                "choices from 0; set in the YAML file's 'item:' how it follows from the record"
-            )
     if not items:
-        raise UserError(f"{file} has no rows")
+        raise UserError(f"{file} has no rows" + (f" for which {declared.where}" if declared.where else ""))
     return items
+
+
+def with_answer_words(task: Task, items: Sequence[Item]) -> Task:
+    """Return a task with the words that a model may answer all items of its split with, unless it declares some."""
+    if task.answer_words or task.extraction != "first-word":
+        return task
+    if task.answer_template == DEFAULTS["answer"]:
+        most = max(len(item["choices"]) for item in items)
+        return replace(task, answer_words=tuple(f"answer{number}" for number in range(1, max(most, 9) + 1)))
+    words: dict[str, None] = {}
+    for item in items:
+        words |= dict.fromkeys(task.answer(relabel(item, label)) for label in range(len(item["choices"])))
+        if len(words) > MOST_ANSWERS:
+            return task
+    return replace(task, answer_words=tuple(words))
+
+
+def _checked(item: Item, where: str) -> Item:
+    """Return an item whose texts are texts; raise UserError where that cannot be."""
+    cure = "Set in the YAML file's 'item:' how it follows from the record"
+    values: dict[str, Any] = {**item}
+    for field in ("id", "topic", "context", "question"):
+        optional = field in ("topic", "context")
+        values[field] = "" if optional and values[field] is None else _text(values[field])
+        if values[field] is None:
+            raise UserError(f"{where}: {field} is {item[field]!r}, which is no text. {cure}")
+    choices, label = values["choices"], values["label"]
+    if not isinstance(choices, list | tuple) or not isinstance(label, int) or not 0 <= label < len(choices):
+        raise UserError(
+            f"{where}, item {values['id']}: label {label!r} of the choices {choices!r}. A label counts the choices "
+            f"from 0. {cure}"
+        )
+    values["choices"], values["label"] = [_text(choice) for choice in choices], int(label)
+    if None in values["choices"]:
+        raise UserError(f"{where}, item {values['id']}: one of the choices {choices!r} is no text. {cure}")
+    return make_item(values)
+
+
+def _text(value: Any) -> str | None:
+    """Return a text, also of a number or a truth value; None for what is neither, such as null."""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None
 
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

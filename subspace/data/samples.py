@@ -10,10 +10,11 @@ from pathlib import Path
 
 from subspace.common.settings import split_names
 from subspace.data.config import TaskSelection
-from subspace.data.custom_tasks import custom_task, read_local_items
+from subspace.data.custom_tasks import custom_task, read_local_items, with_answer_words
 from subspace.data.items import Item
 from subspace.data.prepare import task_items
 from subspace.data.tasks import Task, find_task, list_tasks
+from subspace.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,24 @@ class Sample:
 
 
 def find_tasks(names: str | Sequence[str]) -> list[Task]:
-    """Return the tasks that a setting names, in the order of the literature's tables, custom tasks last."""
-    tasks: list[Task] = []
+    """Return the tasks that a setting names, in the order of the literature's tables, custom tasks last.
+
+    Raises:
+        UserError: there is no such task, or two files have the same name.
+    """
+    found: dict[str, Task] = {}
     for name in split_names(names):
         if name.endswith((".yaml", ".yml")):
-            tasks.append(custom_task(Path(name)))
+            task = custom_task(Path(name))
+            if found.setdefault(task.name, task) != task:
+                raise UserError(
+                    f"{name} and a file in {found[task.name].folder} are both task {task.name!r}, so their results "
+                    "would have one name. Give one of the files another name"
+                )
         else:
             suite = list_tasks("commonsense" if name == "all" else name)
-            tasks += suite.values() or [find_task(name)]
-    return sorted({task.name: task for task in tasks}.values(), key=lambda task: task.position)
+            found |= suite or {(task := find_task(name)).name: task}
+    return sorted(found.values(), key=lambda task: task.position)
 
 
 def select_samples(selection: TaskSelection) -> list[Sample]:
@@ -63,6 +73,7 @@ def take_sample(task: Task, split: str, limit: int | None, folder: str | None = 
     if limit is not None and limit < len(items):
         hashes = [hashlib.sha256(item["id"].encode()).digest() for item in items]
         positions = sorted(sorted(positions, key=hashes.__getitem__)[:limit])
+    task = with_answer_words(task, items)
     return Sample(task, [items[i] for i in positions], max(answers.values()) / answers.total(), positions)
 
 

@@ -14,17 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
 from subspace.common import paths
-from subspace.common.declarations import Declaration, build, declaration_files, find_declared, read_folder
+from subspace.common.declarations import Declaration, Positive, build, declaration_files, find_declared, read_folder
 from subspace.common.download import Hub
 from subspace.common.foreign.templates import BadTemplate, evaluate, render
 from subspace.common.foreign.text import checked
 from subspace.common.foreign.yaml_files import read_yaml
-from subspace.data.items import Item, make_item
+from subspace.data.items import Item, make_item, usual_separator
 from subspace.data.sources.files import WHAT_IS_READ
 from subspace.data.sources.find import Source, find_source, hub_name, is_here, looks_like_data, split_of
 from subspace.errors import UserError, nearest, printable, shown
@@ -109,20 +109,25 @@ class LikelihoodFormat(Declaration):
     """Format of a task in lm-evaluation-harness, which scores each choice by its log-probability given the context.
 
     The first of ``metrics`` is the one that is usually reported, and enters means over tasks. A task without metrics
-    cannot be scored by this protocol.
+    cannot be scored by this protocol. ``separator`` stands between context and choice; null is a space, unless the
+    context ends in white space, or both are in a script that is written without spaces.
     """
 
     task: str = ""
     version: str = "1"
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[Literal["acc", "acc_norm", "acc_bytes"], ...] = ()
     context: str = ""
     choice: str = ""
+    separator: str | None = " "
 
-    def requests(self, item: Item) -> list[tuple[str, str]]:
-        """Return the texts (context, continuation) of each choice."""
-        return [
-            (render(self.context, item, choice=choice), f" {self._text(item, choice)}") for choice in item["choices"]
-        ]
+    def requests(self, item: Item, separator: str | None = None) -> list[tuple[str, str]]:
+        """Return the texts (context, continuation) of each choice; ``separator`` replaces that of the format."""
+        separator = self.separator if separator is None else separator
+        pairs = []
+        for choice in item["choices"]:
+            context, text = render(self.context, item, choice=choice), self._text(item, choice)
+            pairs.append((context, f"{usual_separator(context, text) if separator is None else separator}{text}"))
+        return pairs
 
     def normalizers(self, item: Item, *, by_bytes: bool = False) -> list[int]:
         """Return the number of characters of each choice's text, by which ``acc_norm`` divides, or of its bytes."""
@@ -152,8 +157,8 @@ class Task(Declaration):
     answer_words: tuple[str, ...]
     likelihood: LikelihoodFormat
     suite: str = "commonsense"
-    extraction: str = "first-word"  # of the answer from generated text; or last-number
-    max_new_tokens: int = 32
+    extraction: Literal["first-word", "last-number"] = "first-word"  # of the answer from generated text
+    max_new_tokens: Positive = 32
     folder: Path | None = None  # of a custom task's YAML file and its data
 
     @property

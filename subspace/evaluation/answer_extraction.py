@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Protocol
 
 from subspace.data.items import Item
 from subspace.data.tasks import Task
+from subspace.errors import UserError
 from subspace.evaluation.records import ItemRecord, make_record
 
 
@@ -27,13 +29,29 @@ class Extractor(Protocol):
     def is_final(self, text: str) -> bool:
         """Return True if the answer is present and no further text can change it."""
 
+    def may_find(self, label: str) -> bool:
+        """Return True if some text has this right answer."""
+
     def same(self, prediction: str, label: str) -> bool:
         """Return True if the prediction is the right answer."""
 
 
-def extractor(task: Task) -> Extractor:
-    """Return the extractor that the published evaluators use for a task."""
-    return LastNumber() if task.extraction == "last-number" else AnswerWords(task.answer_words)
+def extractor(task: Task, items: Sequence[Item]) -> Extractor:
+    """Return the extractor that the published evaluators use for a task.
+
+    Raises:
+        UserError: an item's right answer is none that could be found.
+    """
+    found: Extractor = LastNumber() if task.extraction == "last-number" else AnswerWords(task.answer_words)
+    for item in items:
+        label = task.answer(item)
+        if not found.may_find(label):
+            raise UserError(
+                f"{task.name}, item {item['id']}: its answer {label!r} can never be found in what a model writes, "
+                f"which is searched for the {found}. In the task's file, 'answer' and 'answer_words' (or 'extraction') "
+                "should fit, and answer_words may be left out for up to 50 different answers; or score it by likelihood"
+            )
+    return found
 
 
 class AnswerWords:
@@ -41,7 +59,8 @@ class AnswerWords:
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = words
-        self.pattern = re.compile("|".join(map(re.escape, words)))
+        # Of words that begin alike the longest: "answer1" is part of "answer10".
+        self.pattern = re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
         # A word that is part of another ("answer1" of "answer10") may still grow into it.
         self.final = {word for word in words if not any(word in other for other in words if other != word)}
 
@@ -56,6 +75,10 @@ class AnswerWords:
     def is_final(self, text: str) -> bool:
         """Return True if an answer word is present and no further text can change which is the first."""
         return self.find(text) in self.final
+
+    def may_find(self, label: str) -> bool:
+        """Return True if the right answer is one of the words."""
+        return bool(label) and label in self.words
 
     def same(self, prediction: str, label: str) -> bool:
         """Return True if the words are equal."""
@@ -82,6 +105,13 @@ class LastNumber:
         """Return False: a further number may follow."""
         return False
 
+    def may_find(self, label: str) -> bool:
+        """Return True if the right answer is a number."""
+        try:
+            return math.isfinite(float(label.replace(",", "")))
+        except ValueError:
+            return False
+
     def same(self, prediction: str, label: str) -> bool:
         """Return True if the numbers are equal within the tolerance."""
-        return bool(prediction) and abs(float(prediction) - float(label)) <= self.TOLERANCE
+        return bool(prediction) and abs(float(prediction) - float(label.replace(",", ""))) <= self.TOLERANCE

@@ -10,8 +10,8 @@ from typing import Required
 import pydantic
 from typing_extensions import TypedDict
 
-from subspace.common.settings import MOST_COUNT, MOST_ROWS, Settings, setting, split_names
-from subspace.data.config import TaskSelection
+from subspace.common.settings import MOST_COUNT, MOST_ROWS, Settings, declared_settings, setting, split_names
+from subspace.data.config import DataConfig, TaskSelection
 from subspace.models.config import ModelConfig
 
 LIKELIHOOD = "likelihood"
@@ -28,6 +28,16 @@ PUBLISHED_DEFECTS = {
     "last_response": "the text after the last marker is used, as in DoRA's copy, instead of that after the first",
 }
 """Defects of the published evaluator, with descriptions; each can be switched on."""
+
+EFFECTIVE = {
+    "examples": (LIKELIHOOD,),
+    "by_bytes": (LIKELIHOOD,),
+    "prompt": (LLM_ADAPTERS, ANSWER_WORD),
+    "chat_template": (LIKELIHOOD, LLM_ADAPTERS, ANSWER_WORD),
+    "defects": (LLM_ADAPTERS_PUBLISHED,),
+    "published_batch": (LLM_ADAPTERS_PUBLISHED,),
+}
+"""Settings that only some protocols read, and which do."""
 
 DEFAULT_DEFECTS = ("unequal_prompts",)
 """Defects that the published evaluator shows at its batch size of one."""
@@ -53,6 +63,9 @@ class EvaluationSubject:
     method: str = ""
     mixture: str = ""  # data.mixture of the adapters' training run, and its data.columns
     columns: Mapping[str, str | None] = field(default_factory=dict)
+    #: Of that run: data.chat_template, a file, and data.date, with which evaluate.chat_template asks.
+    chat_template: str | None = None
+    date: str = DataConfig.date
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +82,11 @@ class EvaluateConfig(Settings):
     by_bytes: bool = setting(False, "likelihood: also acc_bytes, with scores normalised by a choice's bytes")
     data: str | None = setting(None, "folder of published test files (gsm8k/test.json), for tasks read from there")
     prompt: str = setting("alpaca-indented", "generative protocols: prompt template, as data.prompt")
+    chat_template: bool = setting(
+        False,
+        "ask in the tokenizer's chat template, in place of prompt; a run in that which it was trained with. Not for "
+        "llm-adapters-published",
+    )
     defects: str | list[str] = setting(
         list(DEFAULT_DEFECTS),
         "llm-adapters-published: the published evaluator's defects to reproduce; or none",
@@ -106,6 +124,18 @@ class EvaluateConfig(Settings):
     def protocols(self) -> list[str]:
         """The protocols, without duplicates."""
         return list(dict.fromkeys(split_names(self.protocol)))
+
+    @property
+    def without_effect(self) -> list[str]:
+        """The settings that were changed but have no effect on any of the protocols."""
+        known = declared_settings(type(self))
+        asked = {name for name in EFFECTIVE if getattr(self, name) != known[name].default}
+        idle = [name for name in asked if not set(EFFECTIVE[name]) & set(self.protocols)]
+        if "prompt" in asked and self.chat_template:
+            idle.append("prompt")
+        if "published_batch" in asked and "no_attention_mask" not in self.defect_names:
+            idle.append("published_batch")
+        return sorted(set(idle))
 
     @property
     def defect_names(self) -> list[str]:

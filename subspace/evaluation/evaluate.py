@@ -31,13 +31,15 @@ from subspace.evaluation.protocols import SCORERS
 from subspace.evaluation.protocols.base import Scorer
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import (
+    RESULTS,
     TaskResult,
     accuracy,
     digest,
     find_result,
+    items_checksum,
     items_file,
-    write_items,
-    write_results,
+    read_results,
+    save_result,
 )
 from subspace.evaluation.resume import ResumableResults
 
@@ -115,7 +117,7 @@ def evaluate(
 
         for job in jobs:
             file = items_file(folder, job.scorer.name, job.sample.task.name) if folder else None
-            result = None if config.overwrite else _scored_before(folder, job, subject)
+            result = _scored_before(folder, job, subject, overwrite=config.overwrite)
             if result:
                 advance(_work(job.scorer, range(len(job.sample.items))), f"{job.sample.task.title}, scored before")
                 results.append(result)
@@ -141,20 +143,29 @@ def evaluate(
                     items=file,
                     subject=subject,
                     base=dict(base or {}),
+                    title=job.sample.task.title,
+                    suite=job.sample.task.suite,
+                    items_sha256=items_checksum(records),
                 )
-                if folder and file and is_main():
-                    write_items(file, records)
-                    write_results(folder, [result])
+                if folder and is_main():
+                    save_result(folder, result, records)
                 partial.remove()
             results.append(result)
     return results
 
 
-def _scored_before(folder: Path | None, job: Job, subject: str) -> TaskResult | None:
-    """Return, on every rank, the folder's result for this task, protocol and model, or None."""
+def _scored_before(folder: Path | None, job: Job, subject: str, *, overwrite: bool) -> TaskResult | None:
+    """Return, on every rank, the folder's result for this task, protocol and model, or None.
+
+    Raises:
+        UserError: the results that this one would be added to are damaged or of a newer version.
+    """
     result = None
-    if folder and is_main():
-        result = find_result(folder, job.scorer.name, job.sample.task.name)
+    if folder and is_main() and (folder / RESULTS).exists():
+        if overwrite:
+            read_results(folder)
+        else:
+            result = find_result(folder, job.scorer.name, job.sample.task.name)
         if result and (result.subject, result.fingerprint) != (subject, digest(dict(job.fingerprint_fields))):
             result = None
     return broadcast_object(result) if folder else None

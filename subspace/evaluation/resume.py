@@ -76,8 +76,10 @@ class ResumableResults:
     def _read(self, key: str, budget: int | None) -> Iterator[tuple[int, dict[int, ItemRecord]]]:
         for file in self._files():
             head, *lines = [line for line in _lines(file) if line is not None] or [None]
-            if isinstance(head, dict) and head.get("key") == key and budget in (None, head["budget"]):
-                yield head["budget"], dict(lines)
+            if not isinstance(head, dict) or head.get("key") != key or not isinstance(head.get("budget"), int):
+                continue
+            if budget in (None, head["budget"]):
+                yield head["budget"], dict(filter(_is_record, lines))
 
     def _start(self, key: str) -> None:
         """Rewrite this process's file without incomplete lines; the first process's takes over the records of all."""
@@ -106,11 +108,19 @@ def _line(value: Any) -> str:
     return f"{json.dumps(value, ensure_ascii=False)}\n"
 
 
+def _is_record(line: Any) -> bool:
+    """Return True for the number of an item with its record, and not for what a damaged file may have there."""
+    match line:
+        case [int(), {"id": _, "prediction": _, "correct": dict()}]:
+            return True
+    return False
+
+
 def _lines(file: Path) -> Iterator[Any]:
     """Yield the value of each complete line of a file, and None for an incomplete one."""
     with contextlib.suppress(OSError):
         for line in file.read_bytes().split(b"\n"):
             try:
                 yield json.loads(line) if line else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 yield None

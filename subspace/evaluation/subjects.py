@@ -8,6 +8,7 @@ and loaded again for each subject, because DeepSpeed's engine wraps base and ada
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from subspace.adapters.inject import adapters, remove_adapters
 from subspace.adapters.multi_adapter import AdaptersBySite, batch_adapters, can_batch_adapters
 from subspace.adapters.serialization import check_adapter_base, load_adapter
 from subspace.common.progress import Progress, no_progress
+from subspace.data.chat.template import ChatTemplate, read_template
 from subspace.data.leakage import MAX_OVERLAP, find_overlap
 from subspace.data.samples import Sample
 from subspace.distributed.collectives import is_main
@@ -54,22 +56,53 @@ def evaluate_subjects(
     for subject in subjects:  # before any of them is loaded
         if subject.adapter:
             check_adapter_base(subject.adapter, base=identify(subject.model))
+    _tell_without_effect(subjects)
     results: dict[int, list[TaskResult]] = {}
     bases: dict[tuple[ModelConfig, int | None], dict[str, list[int]]] = {}
     for number, subject in enumerate(subjects):
         sharded = number if subject.evaluate.engine else None  # a base of its own
-        bases.setdefault((subject.model, sharded), {}).setdefault(str(subject.evaluate), []).append(number)
+        asked = f"{subject.evaluate} {_chat_form(subject)}"
+        bases.setdefault((subject.model, sharded), {}).setdefault(asked, []).append(number)
     for (base, sharded), groups in bases.items():
         file = None if sharded is None else subjects[sharded].evaluate.engine
         zero3 = resolve_deepspeed_config_for_inference(file, base.dtype) if file else None
         opened = open_model(base, zero3), open_tokenizer(base)
         for numbers in groups.values():
             group = [subjects[number] for number in numbers]
-            jobs = build_jobs(*opened, group[0].evaluate, progress)
+            model, tokenizer = opened[0], _with_chat_form(opened[1], group[0])
+            jobs = build_jobs(model, tokenizer, group[0].evaluate, progress)
             if on_jobs:
                 on_jobs(jobs)
-            results.update(zip(numbers, _score_group(*opened, group, jobs, progress, zero3), strict=True))
+            results.update(zip(numbers, _score_group(model, tokenizer, group, jobs, progress, zero3), strict=True))
     return [results[number] for number in range(len(subjects))]
+
+
+def _tell_without_effect(subjects: Iterable[EvaluationSubject]) -> None:
+    """Log a note for settings that none of the protocols reads."""
+    for protocols, idle in {(tuple(s.evaluate.protocols), tuple(s.evaluate.without_effect)) for s in subjects}:
+        if idle and is_main():
+            names = ", ".join(f"evaluate.{name}" for name in idle)
+            logger.warning("note: %s: without effect on how %s is scored", names, " and ".join(protocols))
+
+
+def _chat_form(subject: EvaluationSubject) -> tuple[str | None, str] | None:
+    """Return what the chat form of a subject follows from besides the tokenizer; None if it is not asked in one."""
+    return (subject.chat_template, subject.date) if subject.evaluate.chat_template else None
+
+
+def _with_chat_form(tokenizer: Any, subject: EvaluationSubject) -> Any:
+    """Return the tokenizer, where it is asked for with the chat template and the date of the subject's training."""
+    if not subject.evaluate.chat_template:
+        return tokenizer
+    template = read_template(subject.chat_template)
+    if not (template or getattr(tokenizer, "chat_template", None)):
+        return tokenizer  # the protocol tells that it has none
+    source = ChatTemplate(tokenizer, subject.date, template).source(tools=False)
+    if source == tokenizer.chat_template:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = source
+    return tokenizer
 
 
 def _score_group(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from subspace.evaluation.config import ANSWER_WORD, LLM_ADAPTERS
-from subspace.evaluation.results import Score, accuracy, read_items, read_results
+from subspace.evaluation.results import Score, accuracy, read_results, read_verified_items
 
 
 def agreement(folder: Path) -> dict[str, Score]:
@@ -22,8 +22,8 @@ def agreement(folder: Path) -> dict[str, Score]:
         if written.subject != scored.subject:
             continue
         answers = [
-            {(record["id"], record["prompt"]): record["prediction"] for record in read_items(file)}
-            for file in (scored.items, written.items)
+            {(record["id"], record.get("prompt")): record.get("prediction") for record in read_verified_items(result)}
+            for result in (scored, written)
         ]
         if answers[0].keys() == answers[1].keys():
             shares[task] = accuracy([answers[1][item] == word for item, word in answers[0].items()])

@@ -11,9 +11,9 @@ from typing import Any
 from subspace.common.tables import Grid
 from subspace.data.tasks import list_tasks
 from subspace.errors import UserError
-from subspace.evaluation.results import read_items
+from subspace.evaluation.results import read_verified_items
 from subspace.reporting import statistics
-from subspace.reporting.runs import Column, ensure_comparable, load_runs, suite, title
+from subspace.reporting.runs import Column, ScoredRun, ensure_comparable, load_runs, suite, title
 from subspace.reporting.statistics import ALPHA, POWER, Difference
 from subspace.reporting.tables import interval
 
@@ -25,6 +25,7 @@ class ComparisonRow:
     """One task, or a mean: accuracies before and after; ``detectable`` is the smallest detectable difference."""
 
     task: str
+    title: str
     metric: str
     n: int
     before: float
@@ -39,7 +40,7 @@ class ComparisonRow:
         d = self.difference
         shares = (f"{100 * self.before:.1f}", f"{100 * self.after:.1f}", f"{d.lost:.4g}", f"{d.gained:.4g}")
         difference = f"{100 * d.value:+.1f} {interval(d.low, d.high, sign='+')}"
-        return title(self.task), str(self.n), *shares, difference, _p(d.p), _p(self.corrected), _points(self.detectable)
+        return self.title, str(self.n), *shares, difference, _p(d.p), _p(self.corrected), _points(self.detectable)
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ class Comparison:
         result = f"{100 * d.value:+.1f} points {interval(d.low, d.high, sign='+')}, p {_p(line.corrected, equal=True)}"
         if line.corrected < ALPHA:
             word = "better" if d.value > 0 else "worse"
-            return f"{title(line.task)}: {self.other.name} is {word} than {self.first.name}: {result}"
+            return f"{line.title}: {self.other.name} is {word} than {self.first.name}: {result}"
         smallest = f"the smallest detectable difference is {_points(line.detectable)} points"
-        return f"{title(line.task)}: {names} do not differ significantly on these items: {result}; {smallest}"
+        return f"{line.title}: {names} do not differ significantly on these items: {result}; {smallest}"
 
     @property
     def flips(self) -> list[Flip]:
@@ -117,10 +118,8 @@ class Comparison:
     @staticmethod
     def _predictions(column: Column, line: ComparisonRow) -> list[tuple[Any, Any]]:
         """Return the prediction and the label of each item, from a method's first run."""
-        file = column.runs[0].results[line.task].items
-        assert file
         pairs = []
-        for record in read_items(file):
+        for record in read_verified_items(column.runs[0].results[line.task]):
             prediction = record.get("prediction")
             if isinstance(prediction, dict):
                 prediction = prediction.get(line.metric)
@@ -130,8 +129,9 @@ class Comparison:
     @property
     def flipped(self) -> Grid:
         """The flipped items as a table."""
+        titles = {line.task: line.title for line in self.tasks}
         rows = tuple(
-            (title(f.task), f.id, "gained" if f.gained else "lost", str(f.label), str(f.before), str(f.after))
+            (titles[f.task], f.id, "gained" if f.gained else "lost", str(f.label), str(f.before), str(f.after))
             for f in self.flips
         )
         head = ("task", "item", "change", "label", self.first.name, self.other.name)
@@ -171,8 +171,23 @@ def compare_runs(folders: Sequence[Path], protocol: str | None = None) -> list[C
             raise UserError(
                 f"{names} cannot be compared: there is no second method.{hint} Name the run of another one as well"
             )
+        _refuse_several_subjects(columns)
         comparisons += compare_columns(columns)
     return comparisons
+
+
+def _refuse_several_subjects(columns: Sequence[Column]) -> None:
+    """Raise UserError for a folder whose results are of different weights, which no comparison can be about."""
+    by_folder: dict[Path, list[ScoredRun]] = {}
+    for run in (run for column in columns for run in column.runs):
+        by_folder.setdefault(run.folder, []).append(run)
+    for folder, runs in by_folder.items():
+        if len(runs) > 1:
+            parts = "; ".join(f"{run.name}: {', '.join(run.results)}" for run in runs)
+            raise UserError(
+                f"{folder} cannot be compared: its results are of different weights or dtypes ({parts}). Score all "
+                f"its tasks with the same settings: subspace evaluate {folder}"
+            )
 
 
 def compare_columns(columns: Sequence[Column]) -> list[Comparison]:
@@ -190,7 +205,7 @@ def compare_columns(columns: Sequence[Column]) -> list[Comparison]:
         raise UserError(f"{', '.join(c.name for c in columns)} have no task in common. Score them on the same tasks")
     suites: dict[str, list[str]] = {}
     for task in tasks:
-        suites.setdefault(suite(task), []).append(task)
+        suites.setdefault(suite(task, first.result(task)), []).append(task)
 
     def mean_name(name: str) -> str:
         if len(suites[name]) == 1:
@@ -216,6 +231,7 @@ def _line(first: Column, other: Column, name: str, tasks: Sequence[str]) -> Comp
     difference = statistics.difference(before, after)
     return ComparisonRow(
         task=name,
+        title=title(name, first.result(name)),
         metric=metrics[0] if len(tasks) == 1 else "",
         n=sum(result.n for result in results),
         before=statistics.estimate(before).value,

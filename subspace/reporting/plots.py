@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from subspace.common.tables import printable_line
 from subspace.errors import UserError, nearest
-from subspace.reporting.runs import title
 from subspace.reporting.statistics import ALPHA
 from subspace.reporting.tables import Row, Table
 
@@ -46,7 +46,8 @@ def _draw(table: Table, file: Path) -> None:
     across = min(PANELS_ACROSS, len(rows))
     down = math.ceil(len(rows) / across)
     height = 0.9 + 0.28 * len(table.columns)
-    with rc_context({"svg.hashsalt": "subspace"}):  # so that the same scores give the same file
+    # The same scores give the same file, and a dollar sign in a name is one.
+    with rc_context({"svg.hashsalt": "subspace", "text.parse_math": False}):
         figure = Figure(figsize=(1.6 + 2.4 * across, 0.7 + height * down), layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(f"{table.protocol}: accuracy in %, 95 % interval", fontsize=11)
@@ -55,7 +56,7 @@ def _draw(table: Table, file: Path) -> None:
             _panel(panel, row)
         for panel in panels[len(rows) :]:
             panel.set_visible(False)
-        names = [column.name for column in table.columns]
+        names = [printable_line(column.name) for column in table.columns]
         panels[0].set_yticks(range(len(names)), names)
         panels[0].set_ylim(len(names) - 0.5, -0.5)
         note = "dotted: always the most frequent answer"
@@ -67,7 +68,7 @@ def _draw(table: Table, file: Path) -> None:
 
 
 def _panel(panel: Axes, row: Row) -> None:
-    panel.set_title(title(row.task), fontsize=9)
+    panel.set_title(printable_line(row.title), fontsize=9)
     panel.axvline(100 * row.majority, color="#bbbbbb", linestyle=":", linewidth=1)
     for number, cell in enumerate(row.cells):
         if cell is None:

@@ -1,4 +1,8 @@
-"""Scored runs, grouped by method over seeds, and checks that they are comparable."""
+"""Scored runs, grouped by method over seeds, and checks that they are comparable.
+
+A column has one subject a seed: results in a folder that are of different weights (another dtype, another base, a run
+that was trained again) are runs of their own here, so that no mean is taken over them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ from subspace.common.foreign.yaml_files import read_yaml
 from subspace.data.tasks import list_tasks
 from subspace.data.tokenization import common_prefix_length
 from subspace.errors import UserError, nearest
-from subspace.evaluation.results import TaskResult, read_items, read_results
+from subspace.evaluation.results import TaskResult, read_results, read_verified_items
+from subspace.reporting.facts import TrainingFacts, join_facts, read_facts
 from subspace.reporting.statistics import Array
 
 # How to make two runs agree in a field of their fingerprints.
@@ -68,8 +73,14 @@ class ScoredRun:
     @property
     def seed(self) -> int | None:
         """The training seed; None for a base model."""
-        seed: int | None = self.config.get("train", {}).get("seed")
+        train = self.config.get("train")
+        seed: int | None = train.get("seed") if isinstance(train, dict) else None
         return seed
+
+    @property
+    def facts(self) -> TrainingFacts:
+        """What training took."""
+        return read_facts(self.folder, self.config)
 
     @property
     def config_without_seed(self) -> str:
@@ -77,17 +88,17 @@ class ScoredRun:
         if self.seed is None:
             return self.name
         kept = {name: value for name, value in self.config.items() if name not in IGNORED_KEYS}
-        return json.dumps({**kept, "train": {**kept["train"], "seed": None}}, sort_keys=True, default=str)
+        scored = next(iter(self.results.values()))
+        base = {"dtype": scored.dtype, "weights": scored.base.get("weights")}  # with which they were scored
+        return json.dumps(
+            {**kept, "train": {**kept["train"], "seed": None}, "scored": base}, sort_keys=True, default=str
+        )
 
     def marks(self, task: str) -> Correctness:
-        """Return the correctness of a task's items, read once."""
+        """Return the correctness of a task's items, read and compared with their row once."""
         if task not in self._read:
             result = self.results[task]
-            if result.items is None:
-                raise UserError(
-                    f"{self.name} has no stored items of {title(task)}. Score it again: subspace evaluate {self.folder}"
-                )
-            records = read_items(result.items)
+            records = read_verified_items(result)
             ids = tuple(str(record["id"]) for record in records)
             right = {m: np.array([bool(record["correct"][m]) for record in records]) for m in result.metrics}
             self._read[task] = Correctness(ids, right)
@@ -114,6 +125,11 @@ class Column:
         results = [run.results.get(task) for run in self.runs]
         return results[0] if all(results) else None
 
+    @property
+    def facts(self) -> TrainingFacts:
+        """What training the method took, over its seeds."""
+        return join_facts([run.facts for run in self.runs])
+
     def marks(self, task: str, metric: str) -> Array:
         """Return the correctness of each item for each seed: ``(seeds, items)``, as 0 and 1."""
         return np.array([run.marks(task).right[metric] for run in self.runs], dtype=float)
@@ -131,13 +147,18 @@ def load_runs(folders: Sequence[Path], protocol: str | None = None) -> list[list
     """
     folders = list(dict.fromkeys(folders))
     names = _names(folders)
-    scored: dict[str, dict[str, ScoredRun]] = {}  # by protocol, then by name
+    scored: dict[str, dict[str, list[ScoredRun]]] = {}  # by protocol, then by name
     for name, folder in zip(names, folders, strict=True):
         file = folder / "config.yaml"
         config: dict[str, Any] = checked(read_yaml(file), _Config, str(file)) if file.is_file() else {}
+        by_protocol: dict[str, list[TaskResult]] = {}
         for result in read_results(folder):
-            run = scored.setdefault(result.protocol, {}).setdefault(name, ScoredRun(name, folder, config, {}))
-            run.results[result.task] = result
+            by_protocol.setdefault(result.protocol, []).append(result)
+        for scorer, results in by_protocol.items():
+            runs = [
+                ScoredRun(own, folder, config, {r.task: r for r in alike}) for own, alike in _subjects(name, results)
+            ]
+            scored.setdefault(scorer, {})[name] = runs
 
     if protocol is not None and protocol not in scored:
         raise UserError(f"none of {', '.join(names)} was scored by {protocol!r}. {nearest(protocol, scored)}")
@@ -148,7 +169,22 @@ def load_runs(folders: Sequence[Path], protocol: str | None = None) -> list[list
                 f"{', '.join(names)} cannot be compared: {lacking[0]} was not scored by {name}. "
                 f"Run: subspace evaluate {lacking[0]} evaluate.protocol={name}"
             )
-    return [_columns(scored[name].values()) for name in wanted]
+    return [_columns(run for runs in scored[name].values() for run in runs) for name in wanted]
+
+
+def _subjects(name: str, results: Sequence[TaskResult]) -> list[tuple[str, list[TaskResult]]]:
+    """Return a run's results apart by what was scored, each with a name that tells it from the others."""
+    apart: dict[tuple[str, ...], list[TaskResult]] = {}
+    for result in results:
+        # Earlier versions did not compute the checksum of the weights.
+        subject = (result.subject,) if result.subject else (result.model, result.adapter, result.dtype)
+        apart.setdefault(subject, []).append(result)
+    if len(apart) == 1:
+        return [(name, list(results))]
+    dtypes = [alike[0].dtype for alike in apart.values()]
+    weights = [f"weights {'-'.join(subject)[:8]}" for subject in apart]
+    labels = dtypes if len(set(dtypes)) == len(dtypes) else weights
+    return [(f"{name} ({label})", alike) for label, alike in zip(labels, apart.values(), strict=True)]
 
 
 def _columns(runs: Iterable[ScoredRun]) -> list[Column]:
@@ -182,7 +218,7 @@ def ensure_comparable(runs: Sequence[ScoredRun]) -> None:
             if expected.fingerprint == result.fingerprint:
                 if reference.marks(task).ids != run.marks(task).ids:
                     raise UserError(
-                        f"{problem} the items of {title(task)} in {expected.items} and {result.items} differ. "
+                        f"{problem} the items of {title(task, result)} in {expected.items} and {result.items} differ. "
                         "Score both again: subspace evaluate"
                     )
                 continue
@@ -190,8 +226,8 @@ def ensure_comparable(runs: Sequence[ScoredRun]) -> None:
             differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
             remedy = REMEDIES.get(differing[0], "score both with the same version of subspace and its declarations")
             raise UserError(
-                f"{problem} in {title(task)} they differ in {', '.join(differing)} ({expected.n} items, fingerprint "
-                f"{expected.fingerprint}; {result.n} items, fingerprint {result.fingerprint}). "
+                f"{problem} in {title(task, result)} they differ in {', '.join(differing)} ({expected.n} items, "
+                f"fingerprint {expected.fingerprint}; {result.n} items, fingerprint {result.fingerprint}). "
                 f"To compare them, {remedy}"
             )
 
@@ -202,13 +238,13 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [name if last.count(name) == 1 else str(folder) for name, folder in zip(last, folders, strict=True)]
 
 
-def title(task: str) -> str:
-    """Return the title of a task in tables."""
+def title(task: str, result: TaskResult | None = None) -> str:
+    """Return the title of a task in tables; of one that is not declared here, that of its result."""
     known = list_tasks(None)
-    return known[task].title if task in known else task
+    return known[task].title if task in known else (result and result.title) or task
 
 
-def suite(task: str) -> str:
-    """Return the suite that a task belongs to; means are taken over a suite."""
+def suite(task: str, result: TaskResult | None = None) -> str:
+    """Return the suite that a task belongs to; means are taken over a suite. A task without one is its own."""
     known = list_tasks(None)
-    return known[task].suite if task in known else "other"
+    return known[task].suite if task in known else (result and result.suite) or task

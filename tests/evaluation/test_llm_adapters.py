@@ -15,7 +15,6 @@ from subspace.data import tasks as tasks_module
 from subspace.data.tokenization import common_prefix_length, encode_rows
 from subspace.evaluation.answer_extraction import AnswerWords
 from subspace.evaluation.greedy_decoding import decode_greedily, prefill_shared_prefix
-from subspace.evaluation.protocols.base import render_prompts
 from subspace.evaluation.protocols.llm_adapters import LLMAdapters
 from tests.helpers.items import items
 from tests.helpers.tiny_models import ARCHITECTURES, VOCABULARY, bpe_tokenizer, tiny, tiny_llama
@@ -138,7 +137,7 @@ def test_every_answer_that_is_trained_begins_with_the_draft(name: str) -> None:
     task, made = tasks_module.find_task(name), items(name, 8)
     scorer = LLMAdapters(tiny_llama(), bpe_tokenizer(), task, made, "alpaca-indented")
     assert "the correct answer is" in str(bpe_tokenizer().decode(scorer.draft))
-    texts = render_prompts(scorer.template, task, made)
+    texts = [scorer.prompting.text(task.instruction(item)) for item in made]
     for ids, num_prompt in encode_rows(bpe_tokenizer(), list(zip(texts, map(task.output, made), strict=True))):
         assert ids[num_prompt:][: len(scorer.draft)] == scorer.draft
 

@@ -12,7 +12,7 @@ import yaml
 from subspace.cli.main import main
 from subspace.errors import UserError
 from subspace.reporting.published import compare_with_published
-from subspace.reporting.statistics import wilson
+from subspace.reporting.statistics import mid_p
 from tests.reporting.test_tables import run
 
 MARKS = {"boolq": {"acc": "1" * 70 + "0" * 30}, "piqa": {"acc": "1" * 50 + "0" * 50}}
@@ -30,7 +30,7 @@ def test_a_published_score_is_inside_the_interval_of_ours_or_not(tmp_path: Path)
     (found,) = compare_with_published([published_run(tmp_path / "own")])
     boolq, piqa = found.tasks
     assert boolq.ours is not None
-    assert (boolq.ours.low, boolq.ours.high) == wilson(0.7, 100)
+    assert (boolq.ours.low, boolq.ours.high) == mid_p(70, 100)
     assert (boolq.inside, piqa.inside) == (True, False)
     assert found.average is not None
     assert found.average.ours is not None
@@ -41,7 +41,7 @@ def test_a_published_score_is_inside_the_interval_of_ours_or_not(tmp_path: Path)
 
 
 def test_rounding_decides_nothing(tmp_path: Path) -> None:
-    low = 100 * wilson(0.7, 100)[0]
+    low = 100 * mid_p(70, 100)[0]
     inside = []
     for name, score in (("rounded", low - 0.04), ("below", low - 0.06)):
         (found,) = compare_with_published([published_run(tmp_path / name, {"boolq": score, "source": "a paper"})])

@@ -74,7 +74,13 @@ def _say_what_shows(jobs: Sequence[Job]) -> None:
     """Print, before scoring starts, how large a difference between two runs these items can resolve."""
     from subspace.reporting.statistics import power_statement
 
-    say(power_statement({job.sample.task.title: len(job.sample.items) for job in jobs}), file=sys.stderr)
+    samples = {job.sample.task.name: job.sample for job in jobs}
+    titles = [sample.task.title for sample in samples.values()]
+    items = {
+        sample.task.title if titles.count(sample.task.title) == 1 else name: len(sample.items)
+        for name, sample in samples.items()
+    }
+    say(power_statement(items), file=sys.stderr)
 
 
 def _show_scores(subjects: Sequence[EvaluationSubject], options: argparse.Namespace) -> None:

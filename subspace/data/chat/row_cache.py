@@ -18,25 +18,20 @@ import numpy as np
 
 from subspace.common import paths
 from subspace.common.files import build_dir_atomically, read_manifest
-from subspace.common.foreign.text import read_text
 from subspace.common.progress import Progress
 from subspace.data import tokenization
 from subspace.data.chat.encoding import VERSION, RowEncoder
+from subspace.data.chat.template import read_template
 from subspace.data.config import DataConfig
 from subspace.data.rows import BadRow
 from subspace.data.sources.bad_rows import BadRows
 from subspace.data.sources.find import Source
 from subspace.data.sources.shapes import Seen
 from subspace.data.token_cache import TOKEN_COLUMNS, Integers, Spans, column, is_good, load_table, save_table
-from subspace.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
-
-
-#: Bytes of a chat template; the longest of published models have some twenty thousand.
-MOST_TEMPLATE_BYTES = 1 << 20
 
 
 class RowCache:
@@ -60,7 +55,9 @@ class RowCache:
     ) -> None:
         self.source, self.config, self.progress = source, config, progress
         asked = config.prompt is not None
-        self.encoder = RowEncoder(tokenizer, prompt, asked=asked, date=config.date, template=_read_template(config))
+        self.encoder = RowEncoder(
+            tokenizer, prompt, asked=asked, date=config.date, template=read_template(config.chat_template)
+        )
         inputs = (
             *("rows", str(VERSION), tokenization.tokenizer_fingerprint(tokenizer), str(tokenizer.eos_token_id)),
             *(self.encoder.fingerprint, *source.fingerprint),
@@ -163,13 +160,3 @@ class RowCache:
         save_table(columns, work)
         told = [*seen.notices(self.source.name), *self.encoder.notices()]
         return {"rows": self.source.name, "seen": seen.rows, "bad": bad.as_dict(), "told": told}
-
-
-def _read_template(config: DataConfig) -> str | None:
-    """Return the chat template that the settings name; None for the tokenizer's."""
-    if config.chat_template is None:
-        return None
-    try:
-        return read_text(Path(config.chat_template).expanduser(), most=MOST_TEMPLATE_BYTES)
-    except UserError as error:
-        raise UserError(f"data.chat_template is '{config.chat_template}', a Jinja file: {error}") from None

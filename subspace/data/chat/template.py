@@ -6,9 +6,11 @@ import ast
 import datetime
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subspace.common.foreign.limits import MOST_MEMORY, limited
+from subspace.common.foreign.text import read_text
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ _DATE = re.compile(r"""strftime_now\s*\(\s*('[^']*'|"[^"]*")\s*\)""")
 _LITERAL = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\"""")
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
 
+#: Bytes of a chat template; the longest of published models have some twenty thousand.
+MOST_TEMPLATE_BYTES = 1 << 20
+
 _NO_TOOL: dict[str, Any] = {"type": "function", "function": {}}
 
 RESERVED = {
@@ -28,6 +33,16 @@ RESERVED = {
     *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
 """Names that a row's own options to the template may not have."""
+
+
+def read_template(file: str | None) -> str | None:
+    """Return the text of the chat template that ``data.chat_template`` names; None for the tokenizer's."""
+    if file is None:
+        return None
+    try:
+        return read_text(Path(file).expanduser(), most=MOST_TEMPLATE_BYTES)
+    except UserError as error:
+        raise UserError(f"data.chat_template is '{file}', a Jinja file: {error}") from None
 
 
 class ChatTemplate:

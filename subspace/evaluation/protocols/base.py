@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from subspace.common.foreign.templates import render
-from subspace.data.items import Item
-from subspace.data.tasks import Task
 from subspace.evaluation.choice_scoring import Choices
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import digest
@@ -112,8 +109,3 @@ class ChoiceScorer(ProtocolScorer):
     @abstractmethod
     def record(self, number: int, scores: list[float]) -> ItemRecord:
         """Return the record of an item whose choices have these scores."""
-
-
-def render_prompts(template: str, task: Task, items: Sequence[Item]) -> list[str]:
-    """Return the prompt of each item: its instruction in a template of ``data/prompts.yaml``."""
-    return [render(template, {"instruction": task.instruction(item), "input": ""}) for item in items]

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import nn
 
 from subspace.data.items import Item, relabel
-from subspace.data.tasks import Task, prompt_template
-from subspace.data.tokenization import common_prefix_length, encode_prompt, encode_rows
+from subspace.data.tasks import Task
+from subspace.data.tokenization import common_prefix_length
 from subspace.errors import UserError
 from subspace.evaluation.answer_extraction import answer_record, extractor
 from subspace.evaluation.config import LLM_ADAPTERS
 from subspace.evaluation.greedy_decoding import SharedPrefix, decode_greedily, prefill_shared_prefix
-from subspace.evaluation.protocols.base import ProtocolScorer, render_prompts
+from subspace.evaluation.protocols.base import ProtocolScorer
+from subspace.evaluation.protocols.prompts import Prompts, open_prompts
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import digest
 from subspace.models.context import max_positions
@@ -45,15 +46,22 @@ class LLMAdapters(ProtocolScorer):
     writes = True
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, items: Sequence[Item], prompt_name: str
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        items: Sequence[Item],
+        prompt_name: str,
+        *,
+        chat: bool = False,
     ) -> None:
         self.tokenizer, self.task, self.items = tokenizer, task, items
-        self.extractor = extractor(task)
-        self.template = prompt_template(prompt_name)
-        texts = render_prompts(self.template, task, items)
+        self.extractor = extractor(task, items)
+        self.prompting = open_prompts(tokenizer, prompt_name, chat=chat, writes=True)
+        texts = [self.prompting.text(task.instruction(item)) for item in items]
         self.hashes = [digest(text) for text in texts]
         self.ends = end_tokens(model, tokenizer)
-        self.draft = answer_prefix_tokens(tokenizer, task, self.template, items[0]) if items else []
+        self.draft = answer_prefix_tokens(self.prompting, task, items[0]) if items else []
         self.prefix: SharedPrefix | None = None
 
         config: Any = model.config
@@ -63,7 +71,7 @@ class LLMAdapters(ProtocolScorer):
                 f"{task.name} asks for answers of up to {task.max_new_tokens} tokens, but the model reads only "
                 f"{max_positions(config)} at once, the question included. Make max_new_tokens of the task smaller"
             )
-        encoded = [encode_prompt(tokenizer, text) for text in texts]
+        encoded = [self.prompting.encode(text) for text in texts]
         self.truncated = sum(len(ids) > window for ids in encoded)
         self.prompts = [ids[-window:] for ids in encoded]
         self.sizes = [(1, len(ids) + task.max_new_tokens) for ids in self.prompts]
@@ -73,17 +81,22 @@ class LLMAdapters(ProtocolScorer):
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, config: EvaluateConfig
     ) -> Self:
         """Return a scorer of a task's items with these evaluation settings."""
-        return cls(model, tokenizer, sample.task, sample.items, config.prompt)
+        return cls(model, tokenizer, sample.task, sample.items, config.prompt, chat=config.chat_template)
 
     @property
     def template_texts(self) -> list[str]:
         """The templates of the prompts and the right answers."""
-        return [self.template, self.task.instruction_template, self.task.answer_template]
+        return [self.prompting.template, self.task.instruction_template, self.task.answer_template]
 
     @property
     def decoding(self) -> str:
         """Description of how the model is queried for an answer, for the fingerprint."""
         return f"greedy, {self.task.max_new_tokens} tokens, {self.extractor}"
+
+    @property
+    def fingerprint_fields(self) -> dict[str, str]:
+        """Inputs that the protocol's scores depend on besides task, items and tokenizer."""
+        return super().fingerprint_fields | self.prompting.fingerprint_fields
 
     @contextmanager
     def shared_prefix(self, model: nn.Module) -> Iterator[None]:
@@ -119,12 +132,12 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
 
 
-def answer_prefix_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, template: str, item: Item) -> list[int]:
+def answer_prefix_tokens(prompts: Prompts, task: Task, item: Item) -> list[int]:
     """Return the common token prefix of all answers that a model is trained to give for a task."""
     if task.extraction != "first-word":
         return []
-    text = render_prompts(template, task, [item])[0]
+    text = prompts.text(task.instruction(item))
     answers = [task.output(relabel(item, label)) for label in range(len(item["choices"]))]
-    rows = encode_rows(tokenizer, [(text, answer) for answer in answers])
+    rows = prompts.encode_rows([(text, answer) for answer in answers])
     outputs = [ids[num_prompt:] for ids, num_prompt in rows]
     return outputs[0][: common_prefix_length(outputs)]

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from subspace.common.random_state import seeded
 from subspace.data.items import Item
 from subspace.data.tasks import Task, prompt_template
-from subspace.data.tokenization import encode_prompt
 from subspace.distributed.zero import requires_synchronized_forward
 from subspace.evaluation.answer_extraction import answer_record, extractor
 from subspace.evaluation.config import DEFAULT_DEFECTS, LLM_ADAPTERS_PUBLISHED
 from subspace.evaluation.finite import NonFiniteOutput
-from subspace.evaluation.protocols.base import ProtocolScorer, render_prompts
+from subspace.evaluation.protocols.base import ProtocolScorer
 from subspace.evaluation.protocols.llm_adapters import end_tokens
+from subspace.evaluation.protocols.prompts import TemplatePrompts
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import digest
 
@@ -61,15 +61,16 @@ class LLMAdaptersPublished(ProtocolScorer):
         batch: int = 1,
     ) -> None:
         self.tokenizer, self.task, self.items, self.defects = tokenizer, task, items, sorted(defects)
-        self.extractor = extractor(task)
+        self.extractor = extractor(task, items)
         unequal = "unequal_prompts" in defects
         self.template = prompt_template("alpaca-indented-scoring" if unequal else "alpaca-indented")
-        self.texts = render_prompts(self.template, task, items)
+        prompts = TemplatePrompts(tokenizer, self.template)
+        self.texts = [prompts.text(task.instruction(item)) for item in items]
         self.hashes = [digest(text) for text in self.texts]
         # The published evaluator encodes the text with its trailing white space.
         encode: Any = tokenizer
         self.prompts: list[list[int]] = [
-            encode(text)["input_ids"] if unequal else encode_prompt(tokenizer, text) for text in self.texts
+            encode(text)["input_ids"] if unequal else prompts.encode(text) for text in self.texts
         ]
         self.pad = 0 if "pad_is_zero" in defects else tokenizer.pad_token_id or 0
         self.batch = batch if "no_attention_mask" in defects else 1

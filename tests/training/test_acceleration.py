@@ -43,9 +43,10 @@ def losses(material: Path, runs: Path, name: str, *overrides: str) -> list[float
 @pytest.mark.filterwarnings("default")  # torch's compiler looks where it is warned not to
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_a_compiled_run_has_the_same_losses(material: Path, tmp_path: Path, checkpointing: str) -> None:
-    own = f"model.gradient_checkpointing={checkpointing}"
-    plain, compiled = (losses(material, tmp_path, f"{on}", own, f"train.compile={on}") for on in ("false", "true"))
-    assert compiled == pytest.approx(plain, abs=1e-4)
+    # At a larger rate Adam makes much of rounding: it moves an element as far whose gradient is nearly zero.
+    own = [f"model.gradient_checkpointing={checkpointing}", "train.learning_rate=2e-4"]
+    plain, compiled = (losses(material, tmp_path, f"{on}", *own, f"train.compile={on}") for on in ("false", "true"))
+    assert compiled == pytest.approx(plain, abs=1e-5)
 
 
 def test_all_layers_are_compiled() -> None:

@@ -236,7 +236,7 @@ def losses_of(training: Any) -> list[float]:
     return [entry["loss"] for entry in training.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("method", ["adalora", "lora-dash"])
+@pytest.mark.parametrize("method", ["adalora", pytest.param("lora-dash", marks=pytest.mark.long)])
 def test_hf_trainer_goes_on_from_its_checkpoint_with_equal_losses(tmp_path: Path, method: str) -> None:
     whole = trainer(method, tmp_path / "whole")
     whole.train()

@@ -34,6 +34,7 @@ from subspace.data.config import DataConfig
 from subspace.errors import UserError, nearest
 from subspace.evaluation.config import EvaluateConfig, EvaluationSubject, PublishedScores
 from subspace.models.config import ModelConfig
+from subspace.training.checkpoint import own_adapter
 from subspace.training.config import TrainConfig
 
 SECTIONS: dict[str, type[Settings]] = {
@@ -178,10 +179,7 @@ def read_run_subject(folder: Path, overrides: Sequence[str] = ()) -> EvaluationS
         hint = nearest(str(folder), runs) if runs else "`subspace train CONFIG` makes one"
         raise UserError(f"'{folder}' is no run's folder: it holds no config.yaml. {hint}")
     config = read_config(folder / "config.yaml", overrides, found_in_run=True)
-    adapter = folder / "adapter"
-    if not adapter.is_dir():
-        raise UserError(f"the run {folder} has no adapter: its training did not reach the end. Train it again")
-    data = config.data
+    adapter, data = own_adapter(folder), config.data
     return EvaluationSubject(
         config.model, config.evaluate, folder, adapter, config.methods, data.mixture, data.columns,
         chat_template=data.chat_template, date=data.date,

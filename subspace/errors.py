@@ -1,11 +1,16 @@
-"""User-facing errors, shown in one message without a traceback, and "did you mean" hints."""
+"""User-facing errors, shown in one message without a traceback, "did you mean" hints, and what file systems refuse."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 import reprlib
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 #: Characters of a value in a message.
 MOST_SHOWN = 100
@@ -100,3 +105,78 @@ _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 6
 def shown(value: object) -> str:
     """Return a value as Python writes it, cut to what a message has room for."""
     return _SHORT.repr(value)
+
+
+class FileTrouble(NamedTuple):
+    """What a file system refused: the error's number, the reason and what helps in words, and the file, where known."""
+
+    number: int
+    reason: str
+    cure: str
+    file: str = ""
+
+    def __str__(self) -> str:
+        where = f"'{self.file}': " if self.file else ""
+        return f"{where}{self.reason}. {self.cure}"
+
+
+#: What errors of file systems mean, and what helps.
+_TROUBLE = {
+    errno.ENOSPC: ("no space is left on the disk", "Free some, or write to another disk"),
+    errno.EDQUOT: ("your quota on that disk is used up", "Free some space, or write to another disk"),
+    errno.EFBIG: ("the system allows no file of that size", "See 'ulimit -f', or write to another disk"),
+    errno.EROFS: ("the disk may only be read", "Write to a folder of another disk"),
+    errno.EACCES: ("permission is denied", "Give a folder of your own, or have its owner permit it"),
+    errno.EPERM: ("permission is denied", "Give a folder of your own, or have its owner permit it"),
+    errno.ENAMETOOLONG: ("the name is too long for the file system", "Give a shorter one"),
+    errno.EMFILE: ("this process has as many files open as it may have", "Raise the limit: 'ulimit -n 4096'"),
+    errno.ENFILE: ("as many files are open on this machine as there may be", "End other programs"),
+    errno.EIO: ("input or output failed", "Is the disk sound?"),
+    errno.ESTALE: ("the network file system has lost it", "Run the command again"),
+    errno.ELOOP: ("it is a symbolic link, which is not followed there", "Remove the link"),
+    errno.ENOENT: ("no such file or folder", "Give another one"),
+    errno.EEXIST: ("it is there already", "Remove it, or give another one"),
+    errno.ENOTDIR: ("a part of the path is no folder", "Give another one"),
+    errno.EISDIR: ("it is a folder, where a file is needed", "Give another one"),
+    errno.ENOTEMPTY: ("the folder is not empty", "Give another one"),
+    errno.ENOLCK: ("the file system gives no locks", "Use a folder on another disk"),
+}
+
+
+def file_trouble(error: BaseException) -> FileTrouble | None:
+    """Return what a file system refused, if that is what an error says; None for any other error.
+
+    Libraries written in Rust wrap the system's error in one of their own, of which only the text and the number in it
+    are left; pip's message has the text alone.
+    """
+    number, file = getattr(error, "errno", None), getattr(error, "filename", None)
+    if isinstance(error, ConnectionError | TimeoutError):
+        return None  # of a network
+    if number is None or not isinstance(error, OSError):
+        file = None
+        found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
+        number = int(found[1] or found[2]) if found else None
+        if number is None and os.strerror(errno.ENOSPC) in str(error):
+            number = errno.ENOSPC
+    if number not in _TROUBLE:
+        if isinstance(error, OSError) and isinstance(file, str | bytes | os.PathLike) and error.strerror:
+            return FileTrouble(number or 0, str(error.strerror), "Give another file", os.fsdecode(file))
+        return None
+    reason, cure = _TROUBLE[number]
+    if isinstance(error, OSError) and error.strerror not in (None, os.strerror(number)):
+        reason = error.strerror
+    where = os.fsdecode(file) if isinstance(file, str | bytes | os.PathLike) else ""
+    if number == errno.ENOSPC and where and _no_inodes(where):
+        reason, cure = "the disk takes no further file: its inodes are used up", "Remove files, or use another disk"
+    return FileTrouble(number, reason, cure, where)
+
+
+def _no_inodes(file: str) -> bool:
+    path = Path(file)
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        space = os.statvfs(path)
+    except OSError:
+        return False
+    return bool(space.f_files) and space.f_favail == 0

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from subspace.adapters import registry
-from subspace.adapters.inject import trained_parameters
+from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.parameter_count import count_numbers
 from subspace.common.settings import current_names, declared_settings
 from subspace.config import METHOD, SECTIONS, RunConfig
 from subspace.data.config import DataConfig
 from subspace.data.dataset import Data, Fed
 from subspace.data.sampler import StepPlan, draw_steps
-from subspace.data.tasks import find_mixture
+from subspace.data.sources.find import is_here, split_of
+from subspace.data.tasks import find_mixture, list_mixtures
 from subspace.distributed.deepspeed_config import (
     BatchLayout,
     EngineConfig,
@@ -31,6 +33,7 @@ from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.models.inspection import inspect_model
+from subspace.models.loading import open_shape
 from subspace.models.prepare import find_files
 from subspace.training.acceleration import check_accelerations
 from subspace.training.compatibility import check_compatibility, check_packing
@@ -110,6 +113,21 @@ def resolve_run(config: RunConfig, world_size: int, device: torch.device, *, her
     return ResolvedRun(_with_data_defaults(config), layout, engine, device)
 
 
+def shape_with_adapters(run: ResolvedRun) -> tuple[Any, ResolvedRun]:
+    """Return the model with adapters on the meta device, which costs no memory, and the run with its final engine."""
+    config = run.config
+    model: Any = open_shape(config.model, run.device)
+    for part in config.method:
+        inject(model, part.adapter_class, part.settings, targets=part.targets, patterns=part.patterns, start=False)
+    return model, run.with_adapters(model)
+
+
+def check_shape(run: ResolvedRun) -> None:
+    """Raise UserError for targets, patterns and sizes that do not fit the model, before its weights are opened."""
+    if not run.config.model.trust_remote_code:  # foreign code may not bear a model without values
+        shape_with_adapters(run)
+
+
 def _with_data_defaults(config: RunConfig) -> RunConfig:
     """Return the configuration with what null stands for in the settings of the data, where that is known."""
     if any(part.data for part in find_mixture(config.data.mixture).parts):
@@ -124,6 +142,42 @@ def _inspected(model: ModelConfig) -> ModelConfig:
     except UserError:
         return model
     return inspect_model(model)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return a run's configuration for its folder: its files are found from whatever folder it is read in."""
+    model = replace(config.model, path=_absolute(config.model.path))
+    data = replace(
+        config.data,
+        mixture=_absolute_mixture(config.data.mixture),
+        chat_template=_absolute(config.data.chat_template),
+    )
+    evaluate = replace(config.evaluate, data=_absolute(config.evaluate.data), engine=_absolute(config.evaluate.engine))
+    return replace(config, model=model, data=data, evaluate=evaluate)
+
+
+def _absolute(path: Any) -> Any:
+    there = path is not None and is_here(split_of(path)[0])
+    return str(Path(path).expanduser().absolute()) if there else path
+
+
+def _absolute_mixture(wanted: str) -> str:
+    if wanted in list_mixtures():
+        return wanted
+    if wanted.endswith((".yaml", ".yml")):
+        return str(_absolute(wanted))
+    if is_here(wanted) and not find_mixture(wanted).parts[0].task:  # a path may have a comma in it
+        return str(_absolute(wanted))
+    try:
+        parts = find_mixture(wanted).parts
+    except UserError:  # which opening the data reports
+        return wanted
+    rows = [f":{part.rows}" if part.rows else "" for part in parts]
+    weights = [f"*{part.weight:g}" if part.weight != 1 else "" for part in parts]
+    names = [_absolute(part.data) or part.task for part in parts]
+    if names == [part.data or part.task for part in parts]:
+        return wanted
+    return ",".join(f"{name}{count}{weight}" for name, count, weight in zip(names, rows, weights, strict=True))
 
 
 def check_validation(config: RunConfig) -> None:

@@ -1,25 +1,42 @@
-"""A run's rows and steps, and where an existing run goes on: from which checkpoint, with which rows and defaults."""
+"""A run's folder, its rows and steps, and where it goes on: from which checkpoint, with which rows and defaults."""
 
 from __future__ import annotations
 
+import json
+import logging
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from subspace.adapters.inject import has_schedule
+from subspace.adapters.serialization import read_adapter
 from subspace.common.progress import no_progress, show_progress
 from subspace.common.settings import declared_settings
-from subspace.config import METHOD, MethodEntry, RunConfig
+from subspace.config import METHOD, MethodEntry, RunConfig, read_config
 from subspace.data.dataset import Data, open_data
 from subspace.data.sampler import StepPlan
 from subspace.distributed.launcher import launched_rank
 from subspace.errors import UserError
-from subspace.models.base_record import BaseRecord, check_base
+from subspace.models.base_record import BaseRecord, check_base, identify
+from subspace.models.inspection import settle
 from subspace.models.loading import model_limits, open_tokenizer
-from subspace.resolve import ResolvedRun, data_settings, step_draw, step_plan, with_current_names
+from subspace.resolve import (
+    ResolvedRun,
+    data_settings,
+    step_draw,
+    step_plan,
+    with_absolute_paths,
+    with_current_names,
+)
+from subspace.training.checkpoint import checkpoints, read_environment
+from subspace.training.logging import LOG_FILE
 from subspace.training.optimizers import lr_factor
 from subspace.training.resume import (
+    ADAPTER,
+    FACTS,
     Checkpoint,
     FoundCheckpoint,
     changed_settings,
@@ -27,6 +44,8 @@ from subspace.training.resume import (
     find_checkpoint,
     read_checkpoint,
 )
+
+logger = logging.getLogger(__name__)
 
 ANOTHER_NAME = ", or give this run another name (name=...)"
 
@@ -41,6 +60,58 @@ FORMER_DEFAULTS: Mapping[tuple[str, str], Any] = {
 
 
 Material = tuple[Data, StepPlan]
+
+
+def ensure_new_run_dir(folder: Path) -> None:
+    """Raise UserError for a folder that already holds a run, finished or not."""
+    if (folder / LOG_FILE).exists() or (folder / ADAPTER).exists() or checkpoints(folder):
+        raise UserError(
+            f"{folder} already holds a run. Give this one another name (name=...), or remove that folder; if that run "
+            "did not finish, --resume continues it"
+        )
+
+
+def new_run_id() -> str:
+    """Return a name for a run that no other has, by which its checkpoints and its adapter are known."""
+    return secrets.token_hex(8)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Return True if the run's folder holds the finished training of this exact configuration, with its adapter.
+
+    A damaged adapter is told; the last checkpoint has it too.
+
+    Raises:
+        UserError: the training is finished, but of another base.
+    """
+    about = read_environment(config.folder)
+    if "outcome" not in about:
+        return False
+    try:
+        before = read_config(config.folder / "config.yaml", found_in_run=True)
+        config = with_absolute_paths(with_former_defaults(config, before.as_dict()))
+        model = settle(config.model)
+        # The base is compared by its bytes.
+        place = {name: getattr(before.model, name) for name in ("path", "revision", "trust_remote_code")}
+        free = {name: getattr(before, name) for name in ("name", "runs", "evaluate", "published")}
+        same = replace(config, model=replace(model, **place), **free) == with_absolute_paths(before)
+    except (OSError, ValueError, UserError):
+        return False
+    if not same:
+        return False
+    try:
+        description, _ = read_adapter(config.folder / ADAPTER)
+    except UserError as error:
+        logger.warning("note: the run had ended, but %s", error)
+        return False
+    if description["about"].get("run") != about.get("run"):
+        logger.warning("note: the run had ended, but %s is another run's", config.folder / ADAPTER)
+        return False
+    recorded = description.get("base")
+    if not recorded:
+        return before.model == config.model
+    check_base(f"the run {config.folder}", recorded, identify(model), ANOTHER_NAME)
+    return True
 
 
 def open_run_data(run: ResolvedRun, *, held_out: int | None = None, former: bool = False) -> Material:
@@ -65,19 +136,34 @@ def open_run_data(run: ResolvedRun, *, held_out: int | None = None, former: bool
     return replace(data, report=data.report | data.counts(plan.all_rows)), plan
 
 
+def check_resume_settings(run: ResolvedRun) -> None:
+    """Raise UserError, before rows and model are read, for settings that a run's newest checkpoint was not made with.
+
+    :func:`find_resume_point` compares with the checkpoint that is taken, which may be an older one.
+    """
+    folder = run.config.folder
+    for path in reversed(checkpoints(folder)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+            saved = _with_younger_settings(with_current_names(facts["config"]), run.config)
+            check_resumable(folder, {**facts, "config": saved}, with_former_defaults(run.config, saved).as_dict())
+            return
+
+
 def find_resume_point(
-    run: ResolvedRun, material: Material, base: BaseRecord
+    run: ResolvedRun, material: Material, base: BaseRecord, run_id: str | None = None
 ) -> tuple[ResolvedRun, Material, Checkpoint | None, list[str]]:
     """Return the run and its rows as they were when it began, the checkpoint to continue from, and notices.
 
-    Without a checkpoint, these are the arguments and None. Collective over ranks.
+    Without a checkpoint, these are the arguments and None. ``run_id`` is the run's, on the first process, where its
+    folder says it. Collective over ranks.
 
     Raises:
         UserError: the checkpoint is one of another base, a setting has changed that determines its numbers, or only a
             checkpoint is left whose last step would be another one now.
     """
     folder = run.config.folder
-    found = find_checkpoint(folder)
+    found = find_checkpoint(folder, run=run_id)
     notices = found.notices
     if found.path:
         if notice := check_base(f"the run {folder}", found.facts.get("base"), base, ANOTHER_NAME):
@@ -91,7 +177,7 @@ def find_resume_point(
                 f"step {found.facts['step']} was the last one of a shorter run, with fewer rows than it has now: it is "
                 "made again, with all of them"
             )
-            found = _find_before(folder, found.facts["step"])
+            found = _find_before(folder, found.facts["step"], run_id)
             notices += found.notices
     else:
         notices.append(f"{folder} holds no checkpoint to resume from: the run starts at its beginning")
@@ -147,9 +233,9 @@ def _ends_too_small(facts: Mapping[str, Any], plan: StepPlan) -> bool:
     return "rows" in facts and plan.rows_until(facts["step"]) > int(facts["rows"])
 
 
-def _find_before(folder: Path, step: int) -> FoundCheckpoint:
+def _find_before(folder: Path, step: int, run_id: str | None) -> FoundCheckpoint:
     """Return the checkpoint before the last step of a run that is to be longer; none if that was the first step."""
-    found = find_checkpoint(folder, before=step)
+    found = find_checkpoint(folder, before=step, run=run_id)
     if not found.path and step > 1:
         raise UserError(
             f"{folder} cannot be made longer: its last step, {step}, had fewer rows than it has in a longer run, and "

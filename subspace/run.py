@@ -12,7 +12,8 @@ import platform
 import socket
 import subprocess
 import time
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,47 +22,44 @@ import torch
 
 from subspace.adapters.inject import adapters, inject, take_over_schedules
 from subspace.adapters.parameter_count import count_adapters, count_trained
-from subspace.adapters.serialization import read_description
 from subspace.adapters.targets import coverage
-from subspace.common.files import is_disk_full, write_json
+from subspace.common.files import write_json
 from subspace.common.host_memory import set_malloc_trim
+from subspace.common.locks import in_use
 from subspace.common.paths import checkout
 from subspace.common.progress import Progress, no_progress, show_progress
-from subspace.config import MethodEntry, RunConfig, read_config, write_config
+from subspace.config import MethodEntry, RunConfig, write_config
 from subspace.data.dataset import Data
 from subspace.data.leakage import overlap_notices
 from subspace.data.sampler import StepPlan
-from subspace.distributed.collectives import barrier, gather_objects, is_main, rank, world_size
+from subspace.distributed import watchdog
+from subspace.distributed.collectives import barrier, broadcast_object, gather_objects, is_main, rank, world_size
 from subspace.distributed.device import device, on_gpu
 from subspace.distributed.engine import init_distributed, init_engine
-from subspace.distributed.launcher import launched_world_size
-from subspace.errors import UserError
-from subspace.models.base_record import BaseRecord, base_record, check_base, identify
+from subspace.distributed.launcher import launched_rank, launched_world_size
+from subspace.distributed.watchdog import LOADING_PATIENCE, Watchdog
+from subspace.errors import UserError, file_trouble
+from subspace.models.base_record import BaseRecord, base_record, identify
 from subspace.models.frozen_weights import weight_memory_bytes
-from subspace.models.inspection import settle
 from subspace.models.liger_compat import apply_liger
 from subspace.models.loading import ModelSummary, open_model, summarize_model
-from subspace.resolve import ResolvedRun, resolve_run, schedule_notices
+from subspace.resolve import ResolvedRun, check_shape, resolve_run, schedule_notices, with_absolute_paths
 from subspace.resumption import (
-    ANOTHER_NAME,
+    check_resume_settings,
     describe_resume,
+    ensure_new_run_dir,
     find_resume_point,
+    new_run_id,
     open_run_data,
-    with_former_defaults,
 )
 from subspace.training.acceleration import compile_layers
-from subspace.training.checkpoint import last_checkpoint_hint
+from subspace.training.checkpoint import ENVIRONMENT_FILE, known_run_id, last_checkpoint_hint
 from subspace.training.checkpointer import TrainState
 from subspace.training.determinism import check_deterministic, deterministic_algorithms
-from subspace.training.logging import LOG_FILE, TrainLogger, peak_memory
+from subspace.training.logging import TrainLogger, peak_memory
 from subspace.training.loop import is_paused, train
 from subspace.training.optimizers import ineffective_settings, lr_factor, make_optimizer, parameter_groups
-from subspace.training.resume import (
-    ADAPTER,
-    Checkpoint,
-)
-
-ENVIRONMENT_FILE = "environment.json"
+from subspace.training.resume import Checkpoint
 
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -78,23 +76,38 @@ def train_run(config: RunConfig, *, resume: bool = False, until: int | None = No
         RunFailed: a loss or gradient that is not finite, or a trained tensor that never changes.
         RunStopped: a signal stopped the run; a checkpoint is saved.
     """
+    check_deterministic(wanted=config.train.deterministic)
+    # The first process reads and writes the folder, for all.
+    with in_use(config.folder) if launched_rank() == 0 else nullcontext():
+        return _train_alone(config, resume=resume, until=until)
+
+
+def _train_alone(config: RunConfig, *, resume: bool, until: int | None) -> Path:
+    """Train in a folder that no other run is writing to. Collective over ranks."""
     wanted = config.train.deterministic
-    check_deterministic(wanted=wanted)
     run = resolve_run(config, launched_world_size(), device())
     if not resume:
         ensure_new_run_dir(config.folder)
+    elif launched_rank() == 0:
+        check_resume_settings(run)
+    check_shape(run)
     material = open_run_data(run)
     base = identify(run.config.model)  # here for the same reason: the first time, every byte is read
 
-    # The loop's watchdog reports a hang; the timeout of collectives must be longer than its own.
-    init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes), deterministic=wanted)
-    with deterministic_algorithms(wanted=wanted):
-        check_same_base(base)
-        check_same_rows(material[0])
-        resumed, notices = None, list[str]()
-        if resume:
-            run, material, resumed, notices = find_resume_point(run, material, base)
-        return _train_on_rows(run, *material, base, resumed, notices, until)
+    hang_seconds = 60 * config.train.hang_minutes
+    # The watchdog reports a hang; the timeout of collectives must be longer than its own.
+    with Watchdog(config.folder / "hang", hang_seconds, launched_rank(), launched_world_size()):
+        watchdog.beat("the meeting of all processes", LOADING_PATIENCE)
+        init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes), deterministic=wanted)
+        with deterministic_algorithms(wanted=wanted):
+            check_same_base(base)
+            check_same_rows(material[0])
+            run_id = known_run_id(config.folder) if resume and is_main() else None
+            resumed, notices = None, list[str]()
+            if resume:
+                run, material, resumed, notices = find_resume_point(run, material, base, run_id)
+            run_id = broadcast_object(run_id or (resumed and resumed.facts.get("run")) or new_run_id())
+            return _train_on_rows(run, *material, base, resumed, notices, run_id, until)
 
 
 def _train_on_rows(
@@ -104,17 +117,22 @@ def _train_on_rows(
     base: BaseRecord,
     resumed: Checkpoint | None,
     notices: list[str],
-    until: int | None = None,
+    run_id: str,
+    until: int | None,
 ) -> Path:
     """Train on the planned rows and return the run's folder. Collective over ranks."""
     config = run.config
+    seen = overlap_notices(config.data.mixture, config.evaluate.selection, config.data.columns) if is_main() else []
+    watchdog.beat("the loading of the model", LOADING_PATIENCE)
     model, summary, methods = build_model(run, initialize=resumed is None)
+    watchdog.beat("the start of the engine", LOADING_PATIENCE)
     run = run.with_adapters(model)
     if resumed:
         notices = [*notices, *describe_resume(resumed, run, plan)]
     notices = [*notices, *run.engine.notices, *data.notices, *schedule_notices(config, data, plan)]
     notices += ineffective_settings(model, config.train)
-    notices += write_run_metadata(run, model, summary, methods, data, resumed)
+    notices += seen
+    write_run_metadata(run, model, summary, methods, {**data.report, "seen": seen}, resumed, run_id)
     notices.append(data.example)
 
     began = time.perf_counter()
@@ -134,7 +152,7 @@ def _train_on_rows(
         engine = start_engine(run, model, steps=len(plan))
         weight_bytes = gather_objects(weight_memory_bytes(model))
         torch.manual_seed(config.train.seed + rank())  # dropout must differ between ranks
-        state = _train(run, engine, data, plan, base, logger, resumed, until)
+        state = _train(run, engine, data, plan, base, logger, resumed, run_id, until)
     if is_main() and not is_paused(state, until, len(plan)):
         write_outcome(config.folder, state, time.perf_counter() - began, weight_bytes)
     barrier()
@@ -178,7 +196,7 @@ def build_model(run: ResolvedRun, *, initialize: bool) -> tuple[Any, ModelSummar
     model.config.use_cache = False
     if config.train.liger:
         apply_liger(model)
-    progress = show_progress if is_main() else no_progress
+    progress = watchdog.beating(show_progress if is_main() else no_progress)
     methods = [inject_method(model, entry, config.train.seed, progress, start=initialize) for entry in config.method]
     return model, summary, methods
 
@@ -188,26 +206,25 @@ def write_run_metadata(
     model: Any,
     summary: ModelSummary,
     methods: list[dict[str, Any]],
-    data: Data,
+    data: dict[str, Any],
     resumed: Checkpoint | None,
-) -> list[str]:
-    """Write ``config.yaml`` and ``environment.json``; return notices of test items in the training data. Collective."""
-    config, notices = run.config, []
+    run_id: str,
+) -> None:
+    """Write ``config.yaml`` and ``environment.json``. Collective over ranks."""
+    config = run.config
     if is_main():
-        notices = overlap_notices(config.data.mixture, config.evaluate.selection, config.data.columns)
-        config.folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, config.folder / "config.yaml")
+        write_config(with_absolute_paths(config), config.folder / "config.yaml")
         about = describe_environment() | {
+            "run": run_id,
             "engine": run.engine.settings,
             "model": asdict(summary),
-            "data": data.report | {"seen": notices},
+            "data": data,
             "adapters": {"methods": methods, "sites": list(adapters(model)), "trained": count_trained(model)},
         }
         if resumed:
             about["resumed_after"] = resumed.facts["step"]
         write_json(config.folder / ENVIRONMENT_FILE, about)
     barrier()
-    return notices
 
 
 def start_engine(run: ResolvedRun, model: Any, *, steps: int) -> Any:
@@ -230,23 +247,24 @@ def _train(
     base: BaseRecord,
     logger: TrainLogger,
     resumed: Checkpoint | None,
+    run_id: str,
     until: int | None,
 ) -> TrainState:
-    """Run the training loop; raise UserError if the disk is full."""
+    """Run the training loop; raise UserError if the file system refuses a file."""
     config = run.config
-    settings = {"config": config.as_dict(), "engine": run.engine.settings, "base": base.as_dict()}
-    about = {"model": config.model.path}
+    settings = {"config": config.as_dict(), "engine": run.engine.settings, "base": base.as_dict(), "run": run_id}
+    about = {"model": config.model.path, "run": run_id}
     try:
         return train(
             engine, data, plan, config.train, run.layout, config.folder, logger,
             settings=settings, about=about, resumed=resumed, until=until,
         )  # fmt: skip
-    except OSError as error:
-        if not is_disk_full(error):
+    except UserError:
+        raise
+    except Exception as error:
+        if (trouble := file_trouble(error)) is None:
             raise
-        raise UserError(
-            f"no space is left on the disk for '{error.filename}'. {last_checkpoint_hint(config.folder)}"
-        ) from None
+        raise UserError(f"{trouble}. {last_checkpoint_hint(config.folder)}") from error
 
 
 def inject_method(
@@ -268,39 +286,6 @@ def inject_method(
     kind = part.adapter_class.target_kind(next(iter(created.values())).config)
     reach = str(coverage(model, kind, list(created)))
     return {"method": part.name, "sites": len(created), "trained": trained, "reach": reach}
-
-
-def ensure_new_run_dir(folder: Path) -> None:
-    """Raise UserError for a folder that already holds a run, finished or not."""
-    if (folder / LOG_FILE).exists():
-        raise UserError(
-            f"{folder} already holds a run. Give this one another name (name=...), or remove that folder; if that run "
-            "did not finish, --resume continues it"
-        )
-
-
-def is_finished(config: RunConfig) -> bool:
-    """Return True if the run's folder holds the finished training of this exact configuration.
-
-    Raises:
-        UserError: it does, but of another base.
-    """
-    try:
-        ended = "outcome" in json.loads((config.folder / ENVIRONMENT_FILE).read_text())
-        before = read_config(config.folder / "config.yaml", found_in_run=True)
-        config = with_former_defaults(config, before.as_dict())
-        model = settle(config.model)
-        # The base is compared by its bytes.
-        place = {name: getattr(before.model, name) for name in ("path", "revision", "trust_remote_code")}
-        free = {name: getattr(before, name) for name in ("name", "runs", "evaluate", "published")}
-        same = ended and replace(config, model=replace(model, **place), **free) == before
-    except (OSError, ValueError, UserError):
-        return False
-    recorded = read_description(config.folder / ADAPTER).get("base") if same else None
-    if not recorded:
-        return same and before.model == config.model
-    check_base(f"the run {config.folder}", recorded, identify(model), ANOTHER_NAME)
-    return True
 
 
 def write_outcome(folder: Path, state: TrainState, seconds: float, weight_bytes: list[int]) -> None:

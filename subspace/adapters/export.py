@@ -10,13 +10,13 @@ merged on a card of 24 GB.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from subspace.adapters.exchange.base_files import CARD, RECORD, check_tokenizer, copy_base_files, write_config
@@ -26,8 +26,9 @@ from subspace.adapters.merging import SharedTensors, frozen, merge_site, mergeab
 from subspace.adapters.serialization import check_adapter_base, load_adapter
 from subspace.adapters.targets import PARTS
 from subspace.common.files import write_folder, write_json
+from subspace.common.paths import nearest_existing
 from subspace.distributed.device import device
-from subspace.errors import UserError
+from subspace.errors import UserError, file_trouble
 from subspace.models.base_record import identify
 from subspace.models.config import ModelConfig
 from subspace.models.files import suppress_library_logs
@@ -94,9 +95,15 @@ def export_merged(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"cannot write the merged model to {out}: it exists. Give another folder, or remove it")
+    if not os.access(above := nearest_existing(out.absolute()), os.W_OK):
+        raise UserError(f"cannot write the merged model to {out}: {above} may not be written to. Give another folder")
     config = inspect_model(config)
     base = identify(config)
     check_adapter_base(adapter, base=base)
+    if not config.trust_remote_code:  # foreign code may not bear a model without values
+        shape = open_shape(replace(config, quantize="none"))
+        load_adapter(shape, adapter, any_base=True)
+        mergeable_adapters(shape)
     attention = "sdpa" if config.attention == "flash_attention_2" else config.attention
     exact = replace(config, dtype="float32", quantize="none", attention=attention, gradient_checkpointing=False)
     written = replace(config, dtype=dtype or config.dtype).dtype
@@ -326,8 +333,9 @@ def _make_room_for_biases(model: Any, created: Mapping[str, str]) -> None:
 def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"cannot write the merged model to {out}: {reason}. Free some space, or give another folder"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        if (trouble := file_trouble(error)) is None:
+            raise
+        raise UserError(f"cannot write the merged model to {out}: {trouble}") from error

@@ -3,13 +3,18 @@
 A folder holds ``adapter.safetensors`` (every adapter's trained tensors and persistent buffers, by their names in the
 model, float32) and ``adapter.json`` (method, settings and sites of each group, and the record of the base model,
 :mod:`subspace.models.base_record`; of a method from outside the package, also where it came from). Nothing is pickled,
-and nothing that stands there is run. Writing is collective, because under ZeRO-3 each rank holds a part; rank 0 writes,
-and what it wrote is read back and compared before the call returns.
+and nothing that stands there is run. ``adapter.json`` seals both: it has the SHA-256 of the tensors' file and of
+itself, so that a flipped bit, a changed setting or another run's tensors are noticed. Files of earlier versions have no
+seal.
+
+Writing is collective, because under ZeRO-3 each rank holds a part; rank 0 writes, and what it wrote is read back and
+compared before the call returns.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -26,17 +31,21 @@ from torch import Tensor, nn
 
 from subspace.adapters.inject import adapter_groups, adapters, assign_groups, inject
 from subspace.adapters.registry import method_origin, resolve_recorded_method
-from subspace.common.files import write_folder, write_json
+from subspace.common.files import file_sha256, settle_folder, write_folder, write_json
+from subspace.common.hashing import hash_json
 from subspace.distributed.collectives import barrier, broadcast_object, is_main
 from subspace.distributed.zero import full_shape, gather_copies
-from subspace.errors import UserError
+from subspace.errors import UserError, file_trouble
 from subspace.models.base_record import BaseRecord, base_record, check_base, note_base
 
 logger = logging.getLogger("subspace")
 
 TENSORS = "adapter.safetensors"
 SETTINGS = "adapter.json"
-FORMAT = 1
+FORMAT = 2
+#: The first format whose ``adapter.json`` has checksums.
+SEALED = 2
+DTYPE = "F32"  # of every tensor in the file, as safetensors calls it
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], /, **about: Any) -> Path:
@@ -107,28 +116,86 @@ def load_adapter(
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter folder's description and tensors."""
+    """Return an adapter folder's description and tensors, once every byte is as it was written.
+
+    Raises:
+        UserError: no adapter there, or a damaged one.
+    """
+    description = read_description(folder)
     with _damage_errors(folder):
-        return read_description(folder), load_file(folder / TENSORS)
+        sealed = description.get("tensors")
+        if sealed is None:
+            _note_unsealed(folder)
+        elif file_sha256(folder / TENSORS) != sealed["sha256"]:
+            raise _Damage(f"{TENSORS} is not what {SETTINGS} was written with: a checksum differs")
+        with safe_open(folder / TENSORS, framework="pt") as stored:
+            dtypes = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118  (no mapping)
+        if wrong := sorted(name for name, dtype in dtypes.items() if dtype != DTYPE):
+            raise _Damage(f"{wrong[0]} is {dtypes[wrong[0]]}, but every tensor of an adapter is {DTYPE}")
+        tensors = load_file(folder / TENSORS)
+        if broken := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
+            raise _Damage(f"{broken[0]} is not finite")
+        return description, tensors
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return an adapter folder's description."""
+    """Return an adapter folder's description.
+
+    Raises:
+        UserError: there is none, or one that is damaged or of a newer version.
+    """
     with _damage_errors(folder):
-        description: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
+        with contextlib.suppress(OSError):
+            settle_folder(folder)
+        description = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if not isinstance(description, dict) or not isinstance(description.get("adapters"), list):
+            raise _Damage(f"{SETTINGS} describes no adapters")
+        number = description.get("format")
+        if isinstance(number, int) and number > FORMAT:
+            raise UserError(
+                f"the adapter in {folder} has format {number}, which a newer version wrote; this one reads formats 1 "
+                f"to {FORMAT}. Upgrade with: pip install --upgrade subspace"
+            )
+        if not isinstance(number, int) or not 1 <= number <= FORMAT:
+            raise _Damage(f"{SETTINGS} has the format {number!r}")
+        if number >= SEALED and description.get("seal") != _seal(description):
+            raise _Damage(f"{SETTINGS} was changed after it was written: its checksum differs")
         return description
+
+
+def _seal(description: Mapping[str, Any]) -> str:
+    """Return the checksum of all that a description says, as it is read from a file."""
+    return hash_json({key: value for key, value in description.items() if key != "seal"})
+
+
+#: Adapters of earlier versions that the user has been told of.
+_unsealed: set[Path] = set()
+
+
+def _note_unsealed(folder: Path) -> None:
+    if is_main() and folder not in _unsealed:
+        _unsealed.add(folder)
+        logger.warning("note: %s was saved by an earlier version, without checksums: damage may go unnoticed", folder)
+
+
+class _Damage(Exception):
+    """What is wrong with an adapter's files."""
 
 
 @contextlib.contextmanager
 def _damage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(
             f"no adapter in {folder}: {Path(str(error.filename or TENSORS)).name} is not there. "
             f"A run keeps its adapter in runs/NAME/adapter ({SETTINGS} and {TENSORS})"
         ) from None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (_Damage, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if trouble := file_trouble(error):
+            raise UserError(f"the adapter in {folder} cannot be read: {trouble}") from None
         raise UserError(f"the adapter in {folder} is damaged: {error}. Train again, or copy the file again") from None
 
 
@@ -201,15 +268,26 @@ def write_adapter(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor],
         )
     float32 = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     try:
+        if others := _others(folder):
+            return f"the adapter was not saved in {folder}, because it would replace {others[0]}. Give a new folder"
         with write_folder(folder) as work:
             save_file(float32, work / TENSORS, metadata={"format": "pt"})
-            write_json(work / SETTINGS, _describe(model, base, about))
             if different := _differing(work / TENSORS, float32):
-                raise OSError(f"it reads back differently ({different[0]}); is the disk sound?")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        return f"the adapter could not be saved in {folder}: {reason}. Free some space or choose another folder"
+                raise OSError(errno.EIO, f"it reads back differently ({different[0]}); is the disk sound?")
+            sealed = {"tensors": {"sha256": file_sha256(work / TENSORS), "dtype": DTYPE, "count": len(float32)}}
+            # The checksum is of what a reader finds, where numbers and paths have become JSON's.
+            description = json.loads(json.dumps({**_describe(model, base, about), **sealed}, default=str))
+            write_json(work / SETTINGS, {**description, "seal": _seal(description)})
+    except OSError as error:
+        trouble = file_trouble(error)
+        return f"the adapter could not be saved in {folder}: {trouble or error}"
     return None
+
+
+def _others(folder: Path) -> list[str]:
+    """Return the names of what lies in a folder and belongs to no adapter, unless an adapter lies there too."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return [] if SETTINGS in names else sorted(names)
 
 
 def _differing(file: Path, expected: dict[str, Tensor]) -> list[str]:

@@ -15,11 +15,10 @@ from typing import NoReturn
 from subspace import __version__
 from subspace.cli.command import Command
 from subspace.cli.commands import compare, data, doctor, evaluate, merge, methods, plan, prepare, recipes, table, train
-from subspace.common.files import is_disk_full
 from subspace.common.progress import show_notices
 from subspace.common.synonyms import setting_elsewhere
 from subspace.distributed import launcher, peers
-from subspace.errors import RunStopped, UserError, nearest, printable
+from subspace.errors import RunStopped, UserError, file_trouble, nearest, printable
 
 COMMANDS = [
     prepare.COMMAND,
@@ -63,10 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if is_disk_full(error):
-            file = getattr(error, "filename", None)
-            where = f" for '{file}'" if file else ""
-            return _fail(f"no space is left on the disk{where}. Free some and run the command again", USER_ERROR)
+        if trouble := file_trouble(error):
+            return _fail(str(trouble), USER_ERROR)
         if launcher.is_peer_failure(error):
             return _fail("another process of the run has ended, and this one cannot continue alone", 1, at_once=False)
         if launcher.should_report_error(1):

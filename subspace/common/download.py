@@ -25,16 +25,15 @@ from subspace.common.declarations import Declaration, build
 from subspace.common.files import (
     disk_errors,
     file_sha256,
-    is_disk_full,
-    locked,
     temporary_folder,
     write_file,
     write_json,
 )
 from subspace.common.foreign.yaml_files import read_yaml
 from subspace.common.hashing import hash_json
+from subspace.common.locks import locked
 from subspace.common.progress import Progress, no_progress
-from subspace.errors import UserError
+from subspace.errors import UserError, file_trouble
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ def wheels() -> dict[str, Wheel]:
 
 
 HUB_SECONDS = 10.0
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -375,7 +375,20 @@ def _hub_errors(repo: str, kind: str, revision: str | None = None) -> Iterator[N
         raise UserError(f"the hub has no {kind} {repo}, or not for you: 'hf auth login' if it is private") from None
     except Exception as error:
         # All other connection errors (DNS, proxies, certificates, timeouts, offline mode).
-        if is_disk_full(error):
+        if (trouble := file_trouble(error)) and trouble.number != errno.ENOENT:
             raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise _HubIsSilent(f"the hub was asked for the {kind} {repo} and did not answer ({reason})") from None
+
+
+# Files that a clone left behind.
+
+
+def refuse_lfs_pointer(file: Path, request: str = "") -> None:
+    """Raise UserError if a file is the few lines that git leaves in place of a large one without git-lfs."""
+    with file.open("rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{request}{file.name} in {file.parent} is a pointer of Git LFS, a few lines in place of the file, as "
+                "a clone without git-lfs leaves them. Run `git lfs install` and `git lfs pull` in that folder"
+            )

@@ -72,6 +72,11 @@ def svd_cache_folder() -> Path:
     return Path(os.environ.get("SUBSPACE_SVD") or cache_folder() / "svd")
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return the path if it exists, else the nearest folder above that does."""
+    return path if path.exists() else nearest_existing(path.parent)
+
+
 def _resource(name: str) -> Path:
     repository = checkout()
     return repository / name if repository else PACKAGE / "resources" / _RESOURCES[name]

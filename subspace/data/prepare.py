@@ -110,8 +110,8 @@ def _prepared(task: Task) -> dict[str, Any]:
     return facts
 
 
-def _facts(task: Task, *, thorough: bool = False) -> dict[str, Any] | None:
-    facts = read_manifest(_task_folder(task), thorough=thorough)
+def _facts(task: Task) -> dict[str, Any] | None:
+    facts = read_manifest(_task_folder(task), thorough=True)
     return facts if facts and facts["declaration"] == [FORMAT, task.digest] else None
 
 
@@ -133,7 +133,7 @@ class TaskPreparer:
         folder = _task_folder(task)
 
         def is_good(_: Path) -> bool:
-            facts = _facts(task, thorough=True)
+            facts = _facts(task)
             return facts is not None and self.source in ("auto", facts["source"])
 
         fresh = build_dir_atomically(folder, is_good, partial(self._build, task))

@@ -311,7 +311,7 @@ def column(table: datasets.Dataset, name: str) -> Integers:
 
 def is_good(folder: Path) -> bool:
     """Return True if a folder with a table is whole."""
-    return read_manifest(folder) is not None
+    return read_manifest(folder, thorough=True) is not None
 
 
 def load_table(folder: Path) -> datasets.Dataset:

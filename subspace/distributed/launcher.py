@@ -37,6 +37,7 @@ from types import FrameType
 
 from subspace.common.paths import checkout
 from subspace.distributed import hosts, peers
+from subspace.distributed.orphans import end_with_starter, holding
 from subspace.distributed.reach import ensure_reachable
 from subspace.distributed.signals import STATUS_FILE, read_status, register_rank
 from subspace.distributed.supervision import supervise
@@ -131,6 +132,7 @@ def init_rank_env() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
     set_rank_env()
     register_rank()
+    end_with_starter()
     # Imports torch, which reads OMP_NUM_THREADS.
     from subspace.distributed.deepspeed_compat import silence_deepspeed
 
@@ -293,7 +295,10 @@ class Launch:
             ensure_reachable(self.hosts)
         with tempfile.TemporaryDirectory(prefix="subspace-") as folder:
             status_file = Path(folder) / "status"
-            return supervise(self.command, _ranks_environment(self, status_file), status_file, self.hosts)
+            end_with_starter()  # this wrapper may have one too
+            with holding(Path(folder)) as watched:  # which other hosts cannot see: a guard ends their processes
+                environment = _ranks_environment(self, status_file) | ({} if self.hosts else watched)
+                return supervise(self.command, environment, status_file, self.hosts)
 
 
 def build_launch(

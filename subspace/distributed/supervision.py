@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 #: Seconds between SIGTERM and SIGKILL to a process group. The launcher gives its ranks 30.
 SHUTDOWN_GRACE_S = 35.0
+#: Seconds between two looks at what the ranks do.
+LOOK_S = 2.0
 #: Seconds for a signal to reach all hosts.
 SIGNAL_TIMEOUT_S = 30.0
 
@@ -79,7 +81,11 @@ class _Launched:
     def wait(self) -> int:
         """Wait for the launcher, end what is left of it, and return the run's status."""
         assert self.process
-        returned = self.process.wait()
+        stopped: set[int] = set()
+        while (returned := self.process.poll()) is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=LOOK_S)
+            stopped = _tell_of_stopped(stopped, local_rank_pids(self.status_file))
         leftovers = _end_group(self.process.pid)
         reported = read_status(self.status_file)
         if reported:
@@ -110,6 +116,7 @@ class _LaunchedOnHosts(_Launched):
         process = subprocess.Popen(
             command, env=environment, stdin=nothing, stdout=pipe, stderr=pipe, start_new_session=True
         )
+        self.guard = start_guard(process.pid, self._command(signal.SIGKILL), pdsh_environment(environment))
         assert process.stdout
         assert process.stderr
         self.watch = HostWatch(process.stderr, process.stdout, self.hosts)
@@ -139,6 +146,8 @@ class _LaunchedOnHosts(_Launched):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 each.wait(timeout=SIGNAL_TIMEOUT_S)
         _end_group(self.process.pid)
+        self.guard.kill()
+        self.guard.wait()
         self.watch.finish()
         status = self.watch.status or self.process.returncode
         if self.received:  # the first host to end may only have lost its peer, which had saved
@@ -152,12 +161,10 @@ class _LaunchedOnHosts(_Launched):
 
     def _signal(self, number: int) -> None:
         """Start to send a signal to the launch's processes on all hosts."""
-        exports = {name: value for name, value in self.environment.items() if name.startswith("PYTHON")}
-        command = signal_command(self.hosts, self.environment[MARK_TO_GIVE], number, exports)
         nowhere = subprocess.DEVNULL
         self.signals.append(
             subprocess.Popen(
-                command,
+                self._command(number),
                 env=pdsh_environment(self.environment),
                 stdin=nowhere,
                 stdout=nowhere,
@@ -165,6 +172,28 @@ class _LaunchedOnHosts(_Launched):
                 start_new_session=True,
             )
         )
+
+    def _command(self, number: int) -> list[str]:
+        """Return the command that sends a signal to the launch's processes on all hosts."""
+        exports = {name: value for name, value in self.environment.items() if name.startswith("PYTHON")}
+        return list(signal_command(self.hosts, self.environment[MARK_TO_GIVE], number, exports))
+
+
+def start_guard(group: int, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a shell that ends a process group, and then runs a command, when this process is gone, however it ended.
+
+    Processes of other hosts do not see that it is. Kill the guard before the orderly end.
+    """
+    script = 'read -r _ || { kill -s KILL -- "-$1"; shift; exec "$@"; }'
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(
+        ["/bin/sh", "-c", script, "guard", str(group), *command],
+        env=environment,
+        stdin=subprocess.PIPE,  # which ends with this process
+        stdout=nowhere,
+        stderr=nowhere,
+        start_new_session=True,
+    )
 
 
 def supervise(
@@ -187,6 +216,23 @@ def supervise(
         return launched.wait()
     finally:
         launched.restore_handlers()
+
+
+def _tell_of_stopped(told: set[int], ranks: Sequence[int]) -> set[int]:
+    """Tell of ranks that a signal has stopped, for which all others wait; return them."""
+    import psutil
+
+    stopped = set()
+    for pid in ranks:
+        with contextlib.suppress(psutil.Error):
+            if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+                stopped.add(pid)
+    for pid in sorted(stopped - told):
+        logger.warning(
+            "note: process %d of the run is stopped (SIGSTOP), and the others wait for it. It goes on with: "
+            "kill -CONT %d", pid, pid,
+        )  # fmt: skip
+    return stopped
 
 
 def _signal_group(group: int, number: int) -> None:

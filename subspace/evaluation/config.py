@@ -113,6 +113,9 @@ class EvaluateConfig(Settings):
     engine: str | None = setting(
         None, "for a model too large for one device: a ZeRO-3 configuration, as ds_configs/zero3.json"
     )
+    hang_minutes: float = setting(
+        30.0, "minutes without progress after which scoring is ended; 0 disables the watchdog", min=0
+    )
     overwrite: bool = setting(False, "re-score tasks that already have results", formerly="again")
 
     @property

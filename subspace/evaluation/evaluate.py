@@ -22,6 +22,7 @@ from subspace.common.progress import Progress, no_progress
 from subspace.data.items import ITEM_FIELDS
 from subspace.data.samples import Sample, select_samples
 from subspace.data.tokenization import tokenizer_fingerprint
+from subspace.distributed import watchdog
 from subspace.distributed.collectives import broadcast_object, is_main, rank
 from subspace.evaluation.batching import OOMSplitter, assign_to_ranks, plan_batches, token_budget
 from subspace.evaluation.config import EvaluateConfig
@@ -57,10 +58,17 @@ class Job:
 
 
 def build_jobs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, progress: Progress = no_progress
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluateConfig,
+    progress: Progress = no_progress,
+    samples: Sequence[Sample] | None = None,
 ) -> list[Job]:
-    """Return a job for every protocol and task. Missing data raises UserError here, before anything is scored."""
-    samples = select_samples(config.selection)
+    """Return a job for every protocol and task. Missing data raises UserError here, before anything is scored.
+
+    ``samples`` are the items of ``config.selection``; None reads them.
+    """
+    samples = select_samples(config.selection) if samples is None else samples
     wanted = [(protocol, sample) for protocol in config.protocols for sample in samples]
     encoded_by = tokenizer_fingerprint(tokenizer)[:12]
     jobs = []
@@ -113,6 +121,7 @@ def evaluate(
         def advance(tokens: int, detail: str) -> None:
             nonlocal done
             done += tokens
+            watchdog.beat(title)
             at(min(done, total), detail)
 
         for job in jobs:

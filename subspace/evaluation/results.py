@@ -24,8 +24,9 @@ from typing import Any, NamedTuple, NotRequired
 from typing_extensions import TypedDict
 
 from subspace.common.declarations import Amount, Count, Name, Positive, Share, find_fault
-from subspace.common.files import fsync_path, locked, write_file
+from subspace.common.files import fsync_path, write_file
 from subspace.common.hashing import hash_json
+from subspace.common.locks import locked
 from subspace.errors import UserError
 from subspace.evaluation.records import ItemRecord
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from subspace.common.files import write_file
+from subspace.common.files import open_log, write_file
 from subspace.distributed.collectives import barrier, broadcast_object, gather_objects, is_main, rank, world_size
 from subspace.evaluation.records import ItemRecord
 
@@ -94,7 +94,7 @@ class ResumableResults:
         barrier()
         if not is_main():  # only after the first process has saved the records of this file
             write_file(path, text)
-        self.handle = path.open("a", encoding="utf-8")
+        self.handle = open_log(path)
 
     def _files(self) -> list[Path]:
         return sorted(self.file.parent.glob(f"{self.file.name}.partial-*")) if self.file else []

@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from subspace.adapters.inject import adapters, remove_adapters
 from subspace.adapters.multi_adapter import AdaptersBySite, batch_adapters, can_batch_adapters
 from subspace.adapters.serialization import check_adapter_base, load_adapter
+from subspace.common.locks import in_use
 from subspace.common.progress import Progress, no_progress
 from subspace.data.chat.template import ChatTemplate, read_template
 from subspace.data.leakage import MAX_OVERLAP, find_overlap
-from subspace.data.samples import Sample
-from subspace.distributed.collectives import is_main
+from subspace.data.samples import Sample, select_samples
+from subspace.distributed import watchdog
+from subspace.distributed.collectives import broadcast_object, is_main, rank, world_size
 from subspace.distributed.deepspeed_config import resolve_deepspeed_config_for_inference
 from subspace.distributed.engine import init_inference_engine
-from subspace.errors import UserError
+from subspace.distributed.watchdog import LOADING_PATIENCE, Watchdog
+from subspace.errors import UserError, file_trouble
 from subspace.evaluation.config import LLM_ADAPTERS_PUBLISHED, EvaluationSubject
 from subspace.evaluation.evaluate import Job, build_jobs, evaluate
 from subspace.evaluation.fingerprint import weights_checksum
@@ -35,7 +39,7 @@ from subspace.evaluation.results import TaskResult
 from subspace.models.base_record import identify
 from subspace.models.config import ModelConfig
 from subspace.models.inspection import inspect_model
-from subspace.models.loading import open_model, open_tokenizer
+from subspace.models.loading import open_model, open_shape, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,14 @@ def evaluate_subjects(
 
     ``on_jobs`` is called with the jobs of each group of subjects before they are scored.
     """
+    with _alone([subject.folder for subject in subjects]), _watchdog(subjects):
+        return _evaluate_alone(subjects, watchdog.beating(progress), on_jobs)
+
+
+def _evaluate_alone(
+    subjects: Sequence[EvaluationSubject], progress: Progress, on_jobs: Callable[[list[Job]], None] | None
+) -> list[list[TaskResult]]:
+    """Score subjects whose folders no other process writes to."""
     for subject in subjects:  # what the settings alone decide is refused first
         if subject.evaluate.engine:
             resolve_deepspeed_config_for_inference(subject.evaluate.engine, subject.model.dtype)
@@ -56,6 +68,14 @@ def evaluate_subjects(
     for subject in subjects:  # before any of them is loaded
         if subject.adapter:
             check_adapter_base(subject.adapter, base=identify(subject.model))
+            if not subject.model.trust_remote_code:  # foreign code may not bear a model without values
+                load_adapter(open_shape(subject.model), subject.adapter, any_base=True)
+    samples: dict[str, list[Sample]] = {}
+    for subject in subjects:
+        selection = str(subject.evaluate.selection)
+        if selection not in samples:
+            samples[selection] = select_samples(subject.evaluate.selection)
+        check_contamination(subject, samples[selection])
     _tell_without_effect(subjects)
     results: dict[int, list[TaskResult]] = {}
     bases: dict[tuple[ModelConfig, int | None], dict[str, list[int]]] = {}
@@ -66,11 +86,13 @@ def evaluate_subjects(
     for (base, sharded), groups in bases.items():
         file = None if sharded is None else subjects[sharded].evaluate.engine
         zero3 = resolve_deepspeed_config_for_inference(file, base.dtype) if file else None
+        watchdog.beat("the loading of the model", LOADING_PATIENCE)
         opened = open_model(base, zero3), open_tokenizer(base)
         for numbers in groups.values():
             group = [subjects[number] for number in numbers]
-            model, tokenizer = opened[0], _with_chat_form(opened[1], group[0])
-            jobs = build_jobs(model, tokenizer, group[0].evaluate, progress)
+            settings, model = group[0].evaluate, opened[0]
+            tokenizer = _with_chat_form(opened[1], group[0])
+            jobs = build_jobs(model, tokenizer, settings, progress, samples[str(settings.selection)])
             if on_jobs:
                 on_jobs(jobs)
             results.update(zip(numbers, _score_group(model, tokenizer, group, jobs, progress, zero3), strict=True))
@@ -105,6 +127,27 @@ def _with_chat_form(tokenizer: Any, subject: EvaluationSubject) -> Any:
     return tokenizer
 
 
+@contextmanager
+def _alone(folders: Sequence[Path]) -> Iterator[None]:
+    """Hold the subjects' folders for this scoring. Collective: the first process holds them for all."""
+    with ExitStack() as held:
+        problem = None
+        if is_main():
+            try:
+                for folder in sorted({folder.resolve() for folder in folders}):
+                    held.enter_context(in_use(folder))
+            except (UserError, OSError) as error:
+                problem = str(file_trouble(error) or error)
+        if problem := broadcast_object(problem):
+            raise UserError(problem)
+        yield
+
+
+def _watchdog(subjects: Sequence[EvaluationSubject]) -> Watchdog:
+    minutes = max((subject.evaluate.hang_minutes for subject in subjects), default=0.0)
+    return Watchdog(subjects[0].folder / "hang", 60 * minutes, rank(), world_size())
+
+
 def _score_group(
     model: Any,
     tokenizer: Any,
@@ -125,7 +168,6 @@ def _score_group(
         )  # fmt: skip
 
     for number, subject in enumerate(subjects):
-        check_contamination(subject, [job.sample for job in jobs])
         if subject.adapter:
             load_adapter(model, subject.adapter)
         if zero3:

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from subspace.common import paths
-from subspace.common.files import file_sha256, locked, write_file
+from subspace.common.files import file_sha256, write_file
 from subspace.common.hashing import hash_json
+from subspace.common.locks import locked
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from subspace.common.files import refuse_lfs_pointer
+from subspace.common.download import refuse_lfs_pointer
 from subspace.errors import UserError, shown
 from subspace.models.transformers_compat import is_causal_lm, is_masked_lm
 

@@ -44,6 +44,7 @@ from subspace.models.transformers_compat import (
     mark_unquantized,
     register_attention,
     replace_linears,
+    unsharded_loading,
     zero3_loading,
 )
 
@@ -184,7 +185,8 @@ def open_shape(config: ModelConfig, planned: torch.device | None = None) -> PreT
             raise UserError(f"{error}. Without files: {nearest(config.path, shapes)}") from None
         config = inspect_model(config) if files.weight_files() else settle(config)  # a shape needs no weights
         architecture = files.architecture(trust_remote_code=config.trust_remote_code)
-    with torch.device("meta"), as_user_error(f"cannot open model {config.path!r}"), suppress_library_logs():
+    named = as_user_error(f"cannot open model {config.path!r}")
+    with torch.device("meta"), named, suppress_library_logs(), unsharded_loading():
         shape: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
         )

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from subspace.adapters.inject import inject, trained_parameters
+from subspace.adapters.inject import trained_parameters
 from subspace.adapters.parameter_count import count_trained
 from subspace.common.host_memory import resident_memory
 from subspace.config import RunConfig
@@ -30,12 +30,12 @@ from subspace.data.tasks import find_mixture
 from subspace.distributed.deepspeed_config import BatchLayout
 from subspace.distributed.device import device
 from subspace.errors import UserError
-from subspace.models.loading import model_limits, open_shape, open_tokenizer
+from subspace.models.loading import model_limits, open_tokenizer
 from subspace.planning.activation_memory import ActivationMemory, BatchShape, trace_activation_memory
 from subspace.planning.devices import CUDA_CONTEXT, DeviceSpec, PlannedDevice, gpu_overheads
 from subspace.planning.run_time import matrix_work, seconds_here, seconds_on
 from subspace.planning.static_memory import MemoryItem, StaticMemory
-from subspace.resolve import ResolvedRun, data_settings, resolve_run, step_draw, step_plan
+from subspace.resolve import ResolvedRun, data_settings, resolve_run, shape_with_adapters, step_draw, step_plan
 from subspace.training.config import STATE_BYTES
 
 #: Assumed tokens of an answer with its EOS, where the data is not prepared.
@@ -250,10 +250,7 @@ def build_plan(
 def _shape_with_adapters(run: ResolvedRun) -> tuple[Any, ResolvedRun]:
     """Return the model with adapters on the meta device, and the run with its final engine settings."""
     config = run.config
-    model: Any = open_shape(config.model, run.device)
-    for part in config.method:
-        inject(model, part.adapter_class, part.settings, targets=part.targets, patterns=part.patterns, start=False)
-    run = run.with_adapters(model)
+    model, run = shape_with_adapters(run)
     if run.engine.settings["fp16"]["enabled"] or run.engine.settings["bf16"]["enabled"]:
         for tensor in trained_parameters(model).values():
             tensor.data = tensor.data.to(getattr(torch, config.model.dtype))

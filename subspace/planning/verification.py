@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from subspace.config import read_config
+from subspace.distributed.orphans import holding
 from subspace.errors import RunFailed
 from subspace.planning.plan import Plan, build_plan, format_bytes, format_time
 
@@ -57,7 +59,11 @@ def verify_plan(file: str, settings: Sequence[str], *, processes: int = 1) -> Ve
         few = [*settings, f"train.steps={VERIFIED_STEPS}", f"runs={folder}", "name=verify"]
         plan = build_plan(read_config(file, few), processes=processes)
         command = [sys.executable, "-m", "subspace", "train", file, *few, "--processes", str(processes)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        with holding(Path(folder)) as watched:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+                env=os.environ | watched,
+            )  # fmt: skip
         if done.returncode:
             last = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
             raise RunFailed(f"the three steps were not trained: {last[0]}")

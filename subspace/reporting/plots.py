@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from subspace.common.files import write_file
 from subspace.common.tables import printable_line
 from subspace.errors import UserError, nearest
 from subspace.reporting.statistics import ALPHA
@@ -30,7 +31,6 @@ def plot(tables: Sequence[Table], file: Path) -> list[Path]:
         raise UserError(
             f"a plot was to be drawn as {file}, but is one of: {', '.join(KINDS)}. {nearest(file.suffix, KINDS)}"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
     files = [file if len(tables) == 1 else file.with_stem(f"{file.stem}-{table.protocol}") for table in tables]
     for table, target in zip(tables, files, strict=True):
         _draw(table, target)
@@ -64,7 +64,8 @@ def _draw(table: Table, file: Path) -> None:
             tied = f"not significantly different from it (p ≥ {ALPHA} after Holm)"
             note = f"diamond: best; circle: {tied}; cross: worse; {note}"
         figure.supxlabel(note, fontsize=8, color="#555555")
-        figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
+        form, metadata = file.suffix.removeprefix("."), {"Date": None} if file.suffix == ".svg" else None
+        write_file(file, lambda path: figure.savefig(path, format=form, dpi=160, metadata=metadata))
 
 
 def _panel(panel: Axes, row: Row) -> None:

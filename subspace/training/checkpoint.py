@@ -2,19 +2,22 @@
 
 They are named ``checkpoints/step-000120``. One is written under another name, fsynced, read back and renamed, so that
 a process killed at any moment leaves the older ones unchanged. ``manifest.json`` has the size and SHA-256 of each
-file, and of itself; no file is opened before the manifest is verified. No file is a pickle.
+file, and of itself, and says of which run and step they are; no file is opened before the manifest is verified. No file
+is a pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from subspace.adapters.serialization import read_description
 from subspace.common.files import (
     PARTIAL,
     begin_folder,
@@ -22,16 +25,27 @@ from subspace.common.files import (
     finish_folder,
     move_folder,
     remove_folder,
+    settle_folder,
     write_checked,
 )
+from subspace.errors import UserError
 
 MANIFEST = "manifest.json"
-DAMAGED = ".damaged"
+#: What checkpoints are renamed to that cannot be used, and those of another run, which nothing here removes.
+DAMAGED, FOREIGN = ".damaged", ".foreign"
+FACTS, ADAPTER, ENVIRONMENT_FILE = "training.json", "adapter", "environment.json"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first."""
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    """Return the checkpoint folders of a run, by their steps."""
+    found = (path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    steps = {step_of(path): path for path in found if path.name == checkpoint_path(folder, step_of(path)).name}
+    return [steps[step] for step in sorted(steps)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -44,22 +58,23 @@ def begin_checkpoint(target: Path) -> Path:
     return begin_folder(target)
 
 
-def finish_checkpoint(unfinished: Path, target: Path) -> None:
-    """Write the manifest of a folder's files and rename the folder to ``target``."""
+def finish_checkpoint(unfinished: Path, target: Path, run: str | None = None) -> None:
+    """Write the manifest of a folder's files, with its step and run, and rename the folder to ``target``."""
     inside = sorted(path for path in unfinished.rglob("*") if path.is_file())
     files = {str(path.relative_to(unfinished)): [path.stat().st_size, file_sha256(path)] for path in inside}
-    write_checked(unfinished / MANIFEST, _manifest(files))
+    write_checked(unfinished / MANIFEST, _manifest({"format": 2, "run": run, "step": step_of(target), "files": files}))
     finish_folder(unfinished, target)
 
 
 def find_corruption(checkpoint: Path) -> str | None:
-    """Return a description of a checkpoint's damage; None if every file is as written."""
+    """Return a description of a checkpoint's damage; None if every file is as written, for the step of its name."""
     try:
         text = (checkpoint / MANIFEST).read_bytes()
-        files = json.loads(text)["files"]
-        if text != _manifest(files):
+        content = json.loads(text)
+        files = content["files"]
+        if text != _manifest({key: value for key, value in content.items() if key != "seal"}):
             return f"{MANIFEST} is damaged"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or damaged"
     for name, (size, checksum) in files.items():
         path = checkpoint / name
@@ -69,19 +84,77 @@ def find_corruption(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if file_sha256(path) != checksum:
             return f"{name} is damaged"
-    return None
+    step = content.get("step") or _former_step(checkpoint)
+    return None if step in (None, step_of(checkpoint)) else f"it is of step {step}, and was renamed"
 
 
-def find_newest(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
-    """Return a run's newest intact checkpoint, and notices of damaged ones, which are renamed.
+def _former_step(checkpoint: Path) -> int | None:
+    """Return the step of a checkpoint of an earlier version, whose manifest does not say it."""
+    try:
+        return int(json.loads((checkpoint / FACTS).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
-    With ``before``, only checkpoints of earlier steps count.
+
+def run_of(checkpoint: Path) -> str | None:
+    """Return the run that a checkpoint's manifest names; None if it does not, as those of earlier versions."""
+    try:
+        named: str | None = json.loads((checkpoint / MANIFEST).read_bytes()).get("run")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return named
+
+
+def known_run_id(folder: Path) -> str | None:
+    """Return the id of the run in a folder; None if it has none, as runs of earlier versions."""
+    found = read_environment(folder).get("run")
+    return found if isinstance(found, str) else None
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return what a run has written about itself; empty where that cannot be read."""
+    try:
+        found = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def own_adapter(folder: Path) -> Path:
+    """Return the folder of a finished run's adapter.
+
+    Raises:
+        UserError: there is none, or it is another run's.
+    """
+    adapter = folder / ADAPTER
+    with contextlib.suppress(OSError):
+        settle_folder(adapter)
+    if not adapter.is_dir():
+        raise UserError(f"the run {folder} has no adapter: its training did not reach the end. Train it again")
+    about = read_description(adapter).get("about")
+    run, named = known_run_id(folder), about.get("run") if isinstance(about, dict) else None
+    if run != named:
+        raise UserError(
+            f"the adapter in {adapter} is of another run than its {ENVIRONMENT_FILE} and config.yaml. Copy whole run "
+            "folders, or resume the training: subspace train CONFIG --resume"
+        )
+    return adapter
+
+
+def find_newest(folder: Path, before: int | None = None, run: str | None = None) -> tuple[Path | None, list[str]]:
+    """Return a run's newest intact checkpoint, and notices of damaged and foreign ones, which are renamed.
+
+    With ``before``, only checkpoints of earlier steps count; with ``run``, only those that name this run or none.
     """
     passed_over: list[str] = []
     for path in reversed(checkpoints(folder)):
-        if before is not None and int(path.name.removeprefix("step-")) >= before:
+        if before is not None and step_of(path) >= before:
             continue
         problem = find_corruption(path)
+        if problem is None and run and run_of(path) not in (None, run):
+            passed_over.append(f"the checkpoint {path.name} is another run's: it is put aside as {path.name}{FOREIGN}")
+            move_folder(path, path.with_name(path.name + FOREIGN))
+            continue
         if problem is None:
             return path, passed_over
         passed_over.append(f"the checkpoint {path.name} cannot be used: {problem}")
@@ -96,9 +169,9 @@ def last_checkpoint_hint(folder: Path) -> str:
     return f"The last good checkpoint is {saved[-1]}" if saved else "No checkpoint was saved before (train.save_every)"
 
 
-def prune_checkpoints(folder: Path, keep: int, also: Collection[int] = ()) -> None:
-    """Remove all but the last ``keep`` checkpoints and those of the steps ``also``, and unfinished ones."""
-    found = checkpoints(folder)
+def prune_checkpoints(folder: Path, keep: int, also: Collection[int] = (), run: str | None = None) -> None:
+    """Remove all but a run's last ``keep`` checkpoints and those of the steps ``also``, and unfinished ones."""
+    found = [path for path in checkpoints(folder) if run is None or run_of(path) in (None, run)]
     kept = {*found[-keep:], *(checkpoint_path(folder, step) for step in also)}
     for path in set(found) - kept:
         remove_folder(path)
@@ -107,7 +180,8 @@ def prune_checkpoints(folder: Path, keep: int, also: Collection[int] = ()) -> No
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _manifest(files: dict[str, Any]) -> bytes:
+def _manifest(content: Mapping[str, Any]) -> bytes:
     """Return a manifest's canonical bytes, its own checksum included, so that any change is detected."""
-    seal = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return (json.dumps({"format": 1, "files": files, "seal": seal}, indent=1) + "\n").encode()
+    sealed = content["files"] if content["format"] == 1 else content
+    seal = hashlib.sha256(json.dumps(sealed).encode()).hexdigest()
+    return (json.dumps({**content, "seal": seal}, indent=1) + "\n").encode()

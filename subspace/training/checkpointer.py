@@ -157,7 +157,8 @@ class Checkpointer:
         except UserError as error:
             raise type(error)(f"{error}. {last_checkpoint_hint(self.folder)}") from None
         if is_main():
-            prune_checkpoints(self.folder, self.config.keep_checkpoints, also=[state.best_step])
+            keep, run = self.config.keep_checkpoints, self.settings.get("run")
+            prune_checkpoints(self.folder, keep, also=[state.best_step], run=run)
         self.saved_step = state.steps
 
     def save_and_stop(self, state: TrainState) -> RunStopped:

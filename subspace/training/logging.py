@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 
 from subspace.common import progress
-from subspace.common.files import fsync_path, write_file
+from subspace.common.files import fsync_path, open_log, write_file
 from subspace.common.foreign.text import MOST_RESULT_BYTES, read_text
 from subspace.common.host_memory import resident_memory
 from subspace.distributed.collectives import is_main
@@ -136,7 +136,7 @@ class TrainLogger:
             logger.info(text)
 
     def _write(self, line: dict[str, Any]) -> None:
-        with (self.folder / LOG_FILE).open("a") as file:
+        with open_log(self.folder / LOG_FILE) as file:
             file.write(json.dumps(line) + "\n")
         for tracker in self.trackers:
             tracker.write(line)

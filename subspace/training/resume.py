@@ -33,10 +33,10 @@ from subspace.distributed.deepspeed_compat import (
 )
 from subspace.distributed.deepspeed_config import flatten_dict
 from subspace.distributed.zero import full_shape, gathered
-from subspace.errors import UserError
+from subspace.errors import UserError, file_trouble
 from subspace.training import checkpoint, optimizer_state
 
-ADAPTER, TENSORS, FACTS = "adapter", "training.safetensors", "training.json"
+ADAPTER, TENSORS, FACTS = checkpoint.ADAPTER, "training.safetensors", checkpoint.FACTS
 HISTORY = "history"
 #: Settings that must equal the checkpoint's, because they determine its numbers; and exceptions.
 FIXED_KEYS = ("model.", "method", "targets", "data.", "train.batch_size", "train.seed", "train.optimizer")
@@ -113,7 +113,7 @@ def save_checkpoint(
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             write_checked(unfinished / TENSORS, save(contiguous))
             write_checked(unfinished / FACTS, json.dumps(everything).encode())
-            checkpoint.finish_checkpoint(unfinished, target)
+            checkpoint.finish_checkpoint(unfinished, target, facts.get("run"))
 
         _on_main(target, write)
     except UserError:
@@ -122,12 +122,12 @@ def save_checkpoint(
         raise
 
 
-def find_checkpoint(folder: Path, before: int | None = None) -> FoundCheckpoint:
+def find_checkpoint(folder: Path, before: int | None = None, run: str | None = None) -> FoundCheckpoint:
     """Find a run's newest intact checkpoint; with ``before``, of those of earlier steps. Collective over ranks.
 
-    The first process reads, so the folder need not be there for the others.
+    The first process reads, so the folder need not be there for the others. ``run`` is the run's, where it is known.
     """
-    path, notices = broadcast_object(checkpoint.find_newest(folder, before) if is_main() else None)
+    path, notices = broadcast_object(checkpoint.find_newest(folder, before, run) if is_main() else None)
     if path is None:
         return FoundCheckpoint(None, {}, notices)
     facts: dict[str, Any] = broadcast_object(json.loads((path / FACTS).read_text()) if is_main() else None)
@@ -221,7 +221,7 @@ def _on_main(target: Path, action: Callable[[], object]) -> None:
         try:
             action()
         except OSError as error:
-            problem = f"the checkpoint {target} could not be saved: {error.strerror or error}"
+            problem = f"the checkpoint {target} could not be saved: {file_trouble(error) or error}"
     if problem := broadcast_object(problem):
         raise UserError(problem)
 

@@ -21,6 +21,7 @@ from subspace.adapters.serialization import SETTINGS, load_adapter, save_adapter
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model
+from tests.helpers.adapter_files import unseal
 from tests.helpers.tiny_models import save_sentencepiece, tiny_llama
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17]])
@@ -139,6 +140,7 @@ def test_an_adapter_of_before_loads_with_a_notice(
     described = json.loads((adapter / SETTINGS).read_text())
     del described["base"]
     (adapter / SETTINGS).write_text(json.dumps(described))
+    unseal(adapter)
     load_adapter(open_model(base), adapter)
     assert f"note: the adapter in {adapter} is of a version that did not record its base" in caplog.text
     export_merged(base, adapter, tmp_path / "merged")

@@ -377,7 +377,7 @@ def shifted_folder(
     tiny(architecture, tmp_path / "base")
     base = ModelConfig(path=str(tmp_path / "base"), dtype="float32")
     export = sys.modules["subspace.adapters.export"]
-    monkeypatch.setattr(export, "load_adapter", lambda model, _: shift(model, *sites))
+    monkeypatch.setattr(export, "load_adapter", lambda model, _, **options: shift(model, *sites))
     # There is no file of an adapter.
     monkeypatch.setattr(export, "check_adapter_base", lambda folder, base: None)
     monkeypatch.setattr(export, "adapter_facts", lambda folder: {"adapter": "", "adapter_sha256": "", "methods": []})
@@ -431,7 +431,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(UserError, match=r"cannot write the merged model to .*No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write the merged model to .*no space is left on the disk"):
         export_merged(base, adapter, out)
     assert nothing_left(out)
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
+import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from subspace.adapters.inject import adapter_groups, adapters, inject, trained_parameters
 from subspace.adapters.registry import list_methods
-from subspace.adapters.serialization import SETTINGS, TENSORS, load_adapter, save_adapter
+from subspace.adapters.serialization import FORMAT, SETTINGS, TENSORS, load_adapter, read_adapter, save_adapter
 from subspace.errors import UserError
+from tests.helpers import adapter_files
+from tests.helpers.adapter_files import reseal, unseal
 from tests.helpers.tiny_models import tiny, tiny_llama
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17]])
@@ -99,6 +108,7 @@ def test_missing_tensor_is_named(tmp_path: Path) -> None:
     tensors = load_file(folder / TENSORS)
     del tensors["model.layers.1.mlp.up_proj.B"]
     save_file(tensors, folder / TENSORS)
+    reseal(folder)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.B is missing from the file"):
         load_adapter(tiny_llama(), folder)
 
@@ -117,7 +127,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     folder = save_adapter(trained(), tmp_path / "adapter")
     monkeypatch.setattr("subspace.adapters.serialization.save_file", full)
-    with pytest.raises(UserError, match="could not be saved in .*: No space left on device"):
+    with pytest.raises(UserError, match="could not be saved in .*no space is left on the disk"):
         save_adapter(trained("ssl"), folder)
     assert json.loads((folder / SETTINGS).read_text())["adapters"][0]["method"] == "lora"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -146,3 +156,138 @@ def test_the_published_ia3_comes_back(tmp_path: Path) -> None:
     assert {site: a.config for site, a in adapters(other).items()} == {
         site: a.config for site, a in adapters(model).items()
     }
+
+
+# Seals.
+
+
+def test_a_flipped_bit_anywhere_is_damage(tmp_path: Path) -> None:
+    folder, draw = save_adapter(trained(), tmp_path / "adapter"), random.Random(0)
+    for file in (folder / TENSORS, folder / SETTINGS):
+        sound = file.read_bytes()
+        for place in draw.sample(range(len(sound)), 60):
+            content = bytearray(sound)
+            content[place] ^= 1 << draw.randrange(8)
+            if file.name == SETTINGS and _says_the_same(bytes(content), sound):
+                continue  # the space between two words
+            file.write_bytes(content)
+            with pytest.raises(UserError, match=r"the adapter in .* (is damaged|has format)"):
+                read_adapter(folder)
+        file.write_bytes(sound)
+    read_adapter(folder)
+
+
+def _says_the_same(content: bytes, sound: bytes) -> bool:
+    try:
+        return bool(json.loads(content) == json.loads(sound))
+    except ValueError:
+        return False
+
+
+def _alpha(described: dict[str, Any]) -> None:
+    described["adapters"][0]["settings"]["alpha"] *= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_alpha, "was changed after it was written"),
+        (lambda described: described.update(base=None), "was changed after it was written"),
+        (lambda described: described["adapters"][0]["sites"].pop(), "was changed after it was written"),
+        (lambda described: described.pop("seal"), "was changed after it was written"),
+        (lambda described: described.update(format=FORMAT + 1), "has format 3, which a newer version wrote"),
+        (lambda described: described.update(format="2"), "is damaged: .* has the format '2'"),
+        (lambda described: described.update(format=0), "is damaged: .* has the format 0"),
+        (lambda described: described.pop("adapters"), "is damaged: .* describes no adapters"),
+    ],
+)
+def test_a_changed_description_is_refused(
+    change: Callable[[dict[str, Any]], object], said: str, tmp_path: Path
+) -> None:
+    folder = save_adapter(trained(), tmp_path / "adapter")
+    described = adapter_files.read(folder)
+    change(described)
+    adapter_files.write(folder, described)
+    with pytest.raises(UserError, match=said):
+        load_adapter(tiny_llama(), folder)
+
+
+def test_another_run_s_tensors_are_refused(tmp_path: Path) -> None:
+    folder, other = save_adapter(trained(), tmp_path / "adapter"), tiny_llama()
+    inject(other, "lora", seed=2)
+    save_adapter(other, tmp_path / "other")
+    (folder / TENSORS).write_bytes((tmp_path / "other" / TENSORS).read_bytes())
+    with pytest.raises(UserError, match=r"adapter\.safetensors is not what adapter\.json was written with"):
+        load_adapter(tiny_llama(), folder)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda tensor: tensor.to(torch.int32), "is I32, but every tensor of an adapter is F32"),
+        (lambda tensor: tensor.to(torch.float16), "is F16, but every tensor of an adapter is F32"),
+        (lambda tensor: torch.full_like(tensor, float("nan")), "is not finite"),
+        (lambda tensor: torch.full_like(tensor, float("-inf")), "is not finite"),
+    ],
+)
+def test_tensors_that_no_training_leaves_are_refused(
+    spoil: Callable[[torch.Tensor], torch.Tensor], said: str, sealed: bool, tmp_path: Path
+) -> None:
+    folder = save_adapter(trained(), tmp_path / "adapter")
+    tensors = load_file(folder / TENSORS)
+    name = sorted(tensors)[1]
+    save_file({**tensors, name: spoil(tensors[name])}, folder / TENSORS)
+    reseal(folder) if sealed else unseal(folder)
+    with pytest.raises(UserError, match=f"is damaged: {name} {said}"):
+        load_adapter(tiny_llama(), folder)
+
+
+def test_an_adapter_of_an_earlier_version_loads_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = trained()
+    folder = save_adapter(model, tmp_path / "adapter")
+    unseal(folder)
+    fresh = tiny_llama()
+    with caplog.at_level(logging.WARNING, logger="subspace"):
+        load_adapter(fresh, folder)
+        load_adapter(tiny_llama(), folder)
+    assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+    assert caplog.text.count("was saved by an earlier version, without checksums: damage may go unnoticed") == 1
+
+
+def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"it would replace thesis\.tex\. Give a new folder"):
+        save_adapter(trained(), tmp_path)
+    (tmp_path / "thesis.tex").unlink()
+    save_adapter(trained(), tmp_path)
+
+
+NUMBERS = [
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.EIO,
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_the_system_refuses_is_one_message_and_leaves_nothing(
+    number: int, wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(tensors: object, file: Path, metadata: object) -> None:
+        file.write_bytes(b"half")
+        if wrapped:  # as safetensors does, which is no OSError
+            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("subspace.adapters.serialization.save_file", refused)
+    folder = tmp_path / "deep" / "adapter"
+    with pytest.raises(UserError, match=rf"could not be saved in {folder}: '{folder}': .*\. [A-Z]"):
+        save_adapter(trained(), folder)
+    assert list((tmp_path / "deep").iterdir()) == []

@@ -139,7 +139,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cli, "COMMANDS", _failing(OSError(errno.ENOSPC, "No space left on device", "runs/x")))
     assert cli.main(["fail"]) == 2
-    assert "no space is left on the disk for 'runs/x'" in capsys.readouterr().err
+    assert "'runs/x': no space is left on the disk" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

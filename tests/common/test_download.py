@@ -97,7 +97,7 @@ def test_a_cut_wheel_of_an_earlier_time_is_replaced(
 def test_a_wheel_is_not_asked_for_without_room(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download_module, "_pip_download", None)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * wheel.bytes - 1))
-    with pytest.raises(UserError, match="the disk is full"):
+    with pytest.raises(UserError, match="no space is left on the disk"):
         download_module.fetch_wheel(wheel)
 
 
@@ -124,7 +124,7 @@ def test_what_a_killed_download_left_is_swept_away(
         ),
         ("error: cut\n\n× Download failed after 6 attempts\n\nnote: not pip", "Download failed after 6 attempts"),
         ("", "pip said nothing"),
-        ("OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("OSError: [Errno 28] No space left on device", "no space is left on the disk"),
     ],
 )
 def test_why_pip_failed_is_said(said: str, reason: str, wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:

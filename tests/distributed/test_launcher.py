@@ -340,3 +340,58 @@ def test_a_process_becomes_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> Non
     launcher.init_rank_env()
     assert os.environ["MASTER_PORT"] == port
     logging.getLogger("DeepSpeed").filters.clear()  # which concerns the whole process
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("also_the_launcher", [False, True])
+def test_a_killed_wrapper_leaves_nothing(start: Callable[..., Run], *, also_the_launcher: bool) -> None:
+    run = start("waits")
+    processes = [*run.pids(0), *run.pids(1)]
+    run.wrapper.kill()
+    if also_the_launcher:
+        os.kill(run.pids(0)[1], signal.SIGKILL)
+    for _ in range(300):
+        if not any(map(_alive, processes)):
+            break
+        time.sleep(0.1)
+    assert [pid for pid in processes if _alive(pid)] == []
+    run.wrapper.communicate()
+
+
+@pytest.mark.processes
+def test_a_rank_that_is_stopped_is_told_of(start: Callable[..., Run]) -> None:
+    run = start("waits")
+    stopped = run.pids(1)[0]
+    run.pids(0)
+    os.kill(stopped, signal.SIGSTOP)
+    assert run.wrapper.stderr
+    assert run.wrapper.stderr.readline() == (
+        f"note: process {stopped} of the run is stopped (SIGSTOP), and the others wait for it. It goes on with: "
+        f"kill -CONT {stopped}\n"
+    )
+    os.kill(stopped, signal.SIGCONT)
+    run.wrapper.send_signal(signal.SIGTERM)
+    assert run.end() == (128 + signal.SIGTERM, "")
+
+
+def test_a_guard_acts_when_its_maker_is_gone_and_not_before(tmp_path: Path) -> None:
+    """It ends what runs on other hosts, which cannot see that the wrapper was killed."""
+    program = (
+        "import os, subprocess, sys\n"
+        "from subspace.distributed.supervision import start_guard\n"
+        "sleeper = subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=subprocess.DEVNULL)\n"
+        "guard = start_guard(sleeper.pid, ['touch', sys.argv[1]], os.environ)\n"
+        "print(sleeper.pid, flush=True)\n"
+        "if sys.argv[2] == 'ends': guard.kill(), guard.wait(), sleeper.kill()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    for what in ("ends", "is killed"):
+        command = [sys.executable, "-c", program, str(tmp_path / what), what]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+        for _ in range(100):
+            if not _alive(int(done.stdout)) and (what == "ends" or (tmp_path / what).exists()):
+                break
+            time.sleep(0.1)
+        assert not _alive(int(done.stdout))
+        assert (tmp_path / what).exists() == (what == "is killed")

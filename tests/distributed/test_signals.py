@@ -165,18 +165,19 @@ def test_all_at_once_on_a_second_signal(start: Callable[..., Run]) -> None:
     assert run.end()[0] == 128 + signal.SIGTERM
 
 
-def test_a_hang_is_reported_with_the_place_of_each_rank(start: Callable[..., Run]) -> None:
-    run = start("hangs", 2, "train.hang_minutes=0.1")
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_a_hang_is_reported_with_the_place_of_each_rank(start: Callable[..., Run], stopped: int) -> None:
+    run, waits = start(f"hangs-{stopped}", 2, "train.hang_minutes=0.1"), 1 - stopped
     run.wait_for(5)
-    run.ranks()[1].suspend()
+    run.ranks()[stopped].suspend()
     status, said = run.end()
     assert status == 1
     step = logged(run.folder, "step")[-1] + 1
-    place = said.partition(f"rank 0 of 2 has been in step {step} for 6 s, here:")[2]
+    place = said.partition(f"rank {waits} of 2 has been in step {step} for 6 s, here:")[2]
     assert f"{REPOSITORY / 'subspace'}/" in place  # the line of ours that waits, and what it waits in
     assert f"error: step {step} hangs" in said
-    assert "No report from rank 1" in said
-    assert "in train" in (run.folder / "hang" / "rank-0.txt").read_text()
+    assert f"No report from rank {stopped}" in said
+    assert "in train" in (run.folder / "hang" / f"rank-{waits}.txt").read_text()
 
 
 def test_a_rank_that_is_left_alone_ends_at_the_launchers_signal(

@@ -93,9 +93,9 @@ def test_all_are_scored_on_one_load_as_each_is_alone(
         opened.append(config)
         return open_model(config, zero3)
 
-    def laying(model: Any, tokenizer: Any, config: EvaluateConfig, progress: Any) -> Any:
+    def laying(model: Any, tokenizer: Any, config: EvaluateConfig, progress: Any, samples: Any) -> Any:
         laid_out.append(config)
-        return evaluate_module.build_jobs(model, tokenizer, config, progress)
+        return evaluate_module.build_jobs(model, tokenizer, config, progress, samples)
 
     monkeypatch.setattr(subjects, "open_model", counting)
     monkeypatch.setattr(subjects, "build_jobs", laying)

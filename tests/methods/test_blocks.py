@@ -25,6 +25,7 @@ from subspace.methods.lora import LoRA
 from subspace.methods.parallel import Parallel
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model
+from tests.helpers.adapter_files import unseal
 from tests.helpers.tiny_models import ARCHITECTURES, SIZES, tiny, tiny_llama
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 64, 3, 17], [8, 8, 250, 31, 2, 90, 4, 11]])
@@ -151,6 +152,7 @@ def test_a_pfeiffer_adapter_of_an_earlier_version_reads_what_it_read(tmp_path: P
     for group in content["adapters"]:
         del group["settings"]["residual"]
     file.write_text(json.dumps(content))
+    unseal(file.parent)
     other = tiny_llama()
     load_adapter(other, tmp_path / "adapter")
     assert torch.equal(logits(other), logits(model))

@@ -19,7 +19,8 @@ from subspace.config import RunConfig, read_config, read_run_subject
 from subspace.data import samples as samples_module
 from subspace.errors import UserError
 from subspace.evaluation.subjects import evaluate_subjects
-from subspace.run import is_finished, train_run
+from subspace.resumption import is_finished
+from subspace.run import train_run
 from subspace.training.checkpoint import checkpoints
 from tests.adapters.test_registry import MY_METHOD, install, own_register, write_method
 from tests.helpers.items import items

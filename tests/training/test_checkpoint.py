@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -29,18 +30,19 @@ from subspace.training.checkpoint import (
     find_newest,
     finish_checkpoint,
     prune_checkpoints,
+    step_of,
 )
 from tests.helpers.material import logged, make_material
 
 FILES = {"adapter/adapter.json": b"{}\n", "training.json": b"[1, 2, 3]" * 9, "training.safetensors": bytes(range(256))}
 
 
-def save(folder: Path, step: int) -> Path:
+def save(folder: Path, step: int, run: str | None = None) -> Path:
     unfinished = begin_checkpoint(checkpoint_path(folder, step))
     for name, content in FILES.items():
         (unfinished / name).parent.mkdir(exist_ok=True)
         (unfinished / name).write_bytes(content)
-    finish_checkpoint(unfinished, checkpoint_path(folder, step))
+    finish_checkpoint(unfinished, checkpoint_path(folder, step), run)
     return checkpoint_path(folder, step)
 
 
@@ -83,7 +85,8 @@ def swap(path: Path, draw: random.Random) -> None:
 DAMAGES = [truncate, flip, lose, half_rename, swap]
 
 
-def test_damage_is_found_and_the_last_whole_one_is_taken(tmp_path: Path) -> None:
+def test_damage_is_found_and_the_last_whole_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda handle: None)  # thousands of flushes take half a minute
     for seed in range(200):
         damage_and_find(tmp_path / str(seed), seed)
 
@@ -112,9 +115,70 @@ def test_no_bit_of_a_manifest_can_change(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     sound = (path / MANIFEST).read_bytes()
     for i in range(len(sound)):
-        for bit in range(8):
+        for bit in (i % 8, (i + 3) % 8):
             (path / MANIFEST).write_bytes(sound[:i] + bytes([sound[i] ^ (1 << bit)]) + sound[i + 1 :])
             assert find_corruption(path), (i, bit)
+
+
+def test_the_newest_is_the_one_of_the_highest_number(tmp_path: Path) -> None:
+    steps = [999_999, 1_000_000, 20_000_000]
+    for step in steps:
+        save(tmp_path, step)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == steps
+    assert find_newest(tmp_path)[0] == checkpoint_path(tmp_path, 20_000_000)
+    prune_checkpoints(tmp_path, 2)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == steps[1:]
+
+
+def test_a_renamed_checkpoint_is_not_taken(tmp_path: Path) -> None:
+    older = save(tmp_path, 3)
+    save(tmp_path, 5).rename(checkpoint_path(tmp_path, 7))
+    found, told = find_newest(tmp_path)
+    assert found == older
+    assert told == ["the checkpoint step-000007 cannot be used: it is of step 5, and was renamed"]
+
+
+def test_exchanged_checkpoints_are_not_taken(tmp_path: Path) -> None:
+    one, other = save(tmp_path, 3), save(tmp_path, 5)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    assert find_newest(tmp_path)[0] is None
+
+
+def test_another_run_s_checkpoint_is_put_aside_and_kept(tmp_path: Path) -> None:
+    own = save(tmp_path, 3, "own")
+    save(tmp_path, 5, "other")
+    assert find_newest(tmp_path)[0] == checkpoint_path(tmp_path, 5)  # where nothing says which run it is
+    found, told = find_newest(tmp_path, run="own")
+    assert found == own
+    assert told == ["the checkpoint step-000005 is another run's: it is put aside as step-000005.foreign"]
+    prune_checkpoints(tmp_path, 1, run="own")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-000003", "step-000005.foreign"}
+
+
+def test_another_run_s_checkpoints_push_out_none_of_the_run(tmp_path: Path) -> None:
+    save(tmp_path, 900, "other")
+    for step in (1, 2):
+        save(tmp_path, step, "own")
+        prune_checkpoints(tmp_path, 1, run="own")
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [2, 900]
+
+
+def as_before(checkpoint: Path) -> None:
+    """Give a checkpoint a manifest as an earlier version wrote it, which names neither run nor step."""
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    seal = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    (checkpoint / MANIFEST).write_text(json.dumps({"format": 1, "files": files, "seal": seal}, indent=1) + "\n")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_by_the_step_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FILES, "training.json", b'{"step": 3}')
+    for path in (save(tmp_path, 3), save(tmp_path, 5)):
+        as_before(path)
+    assert find_newest(tmp_path, run="own")[0] == checkpoint_path(tmp_path, 3)
 
 
 def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
@@ -177,7 +241,9 @@ SETTINGS = ["train.steps=9", "train.save_every=1", "train.keep_checkpoints=99", 
 def test_a_full_disk_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
     config = make_material(tmp_path)
     settings = [f"runs={small_disk}", "name=full", *SETTINGS]
-    with pytest.raises(UserError, match=r"No space left on device.*\. The last good checkpoint is \S+step-00000\d$"):
+    with pytest.raises(
+        UserError, match=r"no space is left on the disk.*\. The last good checkpoint is \S+step-00000\d$"
+    ):
         train_run(config_module.read_config(config, settings))
     folder = small_disk / "full"
     there = checkpoints(folder)

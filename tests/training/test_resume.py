@@ -19,7 +19,8 @@ from subspace.common.random_state import random_states, set_random_states
 from subspace.distributed.signals import SignalHandler
 from subspace.errors import RunStopped, UserError
 from subspace.resolve import step_plan
-from subspace.run import is_finished, train_run
+from subspace.resumption import is_finished
+from subspace.run import train_run
 from subspace.training.checkpoint import MANIFEST, checkpoint_path, checkpoints
 from subspace.training.checkpointer import ConsumedSamples
 from subspace.training.optimizers import make_optimizer

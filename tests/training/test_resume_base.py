@@ -14,8 +14,10 @@ from subspace import config as config_module
 from subspace.adapters.serialization import SETTINGS
 from subspace.errors import UserError
 from subspace.evaluation.subjects import evaluate_subjects
-from subspace.run import is_finished, train_run
+from subspace.resumption import is_finished
+from subspace.run import train_run
 from subspace.training.checkpoint import begin_checkpoint, checkpoints, finish_checkpoint
+from tests.helpers.adapter_files import unseal
 from tests.helpers.material import logged, make_material, saved_adapter
 from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 
@@ -116,12 +118,14 @@ def forget_base(run: Path) -> None:
         (copy / "manifest.json").unlink()
         _forget(copy / "training.json", "base")
         _forget(copy / "adapter" / SETTINGS, "base")
+        unseal(copy / "adapter")
         facts = json.loads((copy / "training.json").read_text())
         del facts["config"]["model"]["revision"]
         (copy / "training.json").write_text(json.dumps(facts))
         finish_checkpoint(copy, checkpoint)
     if (run / "adapter").exists():
         _forget(run / "adapter" / SETTINGS, "base")
+        unseal(run / "adapter")
 
 
 def _forget(file: Path, key: str) -> None:

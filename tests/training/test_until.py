@@ -10,7 +10,8 @@ import pytest
 from subspace import config as config_module
 from subspace.adapters.serialization import TENSORS
 from subspace.cli.main import main
-from subspace.run import is_finished, train_run
+from subspace.resumption import is_finished
+from subspace.run import train_run
 from subspace.training.checkpoint import checkpoint_path, checkpoints
 from tests.helpers.material import logged, make_material
 

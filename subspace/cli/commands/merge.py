@@ -9,6 +9,7 @@ from pathlib import Path
 
 from subspace.cli.command import Command, json_argument, say, sign_of_life
 from subspace.common.host_memory import manage_malloc
+from subspace.common.locks import in_use
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,9 @@ def _run(options: argparse.Namespace) -> int:
     run, out = config_module.read_run_subject(Path(options.run), options.settings), Path(options.out)
     assert run.adapter
     manage_malloc()
-    report = export_merged(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)
+    # The run's, which a training may be replacing; and the new one's, beside it, because it is not to be there yet.
+    with in_use(run.folder, reads=True), in_use(out.with_name(f".{out.name}.merging")):
+        report = export_merged(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)
     say(json.dumps({"folder": str(out), **dataclasses.asdict(report)}) if options.json else f"{report}\nmerged: {out}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 
 from subspace.cli.command import (
     Command,
@@ -17,6 +18,7 @@ from subspace.cli.command import (
     sign_of_life,
 )
 from subspace.common.host_memory import manage_malloc
+from subspace.common.locks import in_use
 from subspace.distributed import launcher
 
 
@@ -45,16 +47,19 @@ def _train(options: argparse.Namespace) -> int:
     from subspace import config as config_module
     from subspace.distributed.collectives import is_main, shutdown
     from subspace.distributed.deepspeed_config import read_engine_file
-    from subspace.run import ensure_new_run_dir, is_finished, train_run
+    from subspace.resumption import ensure_new_run_dir, is_finished
+    from subspace.run import train_run
 
     config = config_module.read_config(options.config, options.settings)
     # Raise errors that need no model before any process starts.
     read_engine_file(config.engine)
-    finished = options.resume and is_finished(config)
-    if finished:
-        say(f"{config.folder} is finished: there is nothing left to train", file=sys.stderr)
-    elif not options.resume:
-        ensure_new_run_dir(config.folder)
+    # Each rank looks again, the first one under the lock that it keeps.
+    with nullcontext() if launcher.under_launcher() or options.dry_run else in_use(config.folder):
+        finished = options.resume and is_finished(config)
+        if finished:
+            say(f"{config.folder} is finished: there is nothing left to train", file=sys.stderr)
+        elif not options.resume:
+            ensure_new_run_dir(config.folder)
     how = [*(["--resume"] if options.resume else []), *(["--until", str(options.until)] if options.until else [])]
     status = None if finished else launch_or_none(options, ["train", options.config, *options.settings, *how])
     if status is not None:

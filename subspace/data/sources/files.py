@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from subspace.common.files import refuse_lfs_pointer
+from subspace.common.download import refuse_lfs_pointer
 from subspace.common.foreign.text import open_regular
 from subspace.data.rows import BadRow
 from subspace.data.sources.json_records import Records, json_records

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from subspace.common import download
-from subspace.common.files import nearest_existing, write_file
-from subspace.common.paths import cache_folder
+from subspace.common.files import write_file
+from subspace.common.paths import cache_folder, nearest_existing
 from subspace.common.settings import declared_settings, split_names
 from subspace.config import RunConfig
 from subspace.data.prepare import task_checksum

@@ -262,10 +262,10 @@ def test_numbers_are_texts(tmp_path: Path, field: str, value: Any) -> None:
     made = [{**row, "id": f"i{n}"} for n, row in enumerate(rows(4))]
     made[0][field] = [value, *made[0]["choices"][1:]] if field == "choices" else value
     file = own(tmp_path, made, "file: own.jsonl\nitem: {id: id}\n")
-    for limit in (2, 4):
-        config = EvaluateConfig(tasks=str(file), limit=limit, protocol="likelihood,llm-adapters,answer-word")
-        results = evaluate_module.evaluate(tiny_llama(), bpe_tokenizer(), config, tmp_path / "run")
-        assert [result.n for result in results] == [limit] * 3
+    config = EvaluateConfig(tasks=str(file), limit=2, protocol=list(config_module.PROTOCOLS))
+    assert [len(job.sample.items) for job in evaluate_module.build_jobs(tiny_llama(), bpe_tokenizer(), config)] == [
+        2
+    ] * 4
     found = selection(file).items[0]
     assert str(value) in ([found["choices"][0]] if field == "choices" else [found[field]])  # type: ignore[literal-required]
 

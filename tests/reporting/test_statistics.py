@@ -354,11 +354,11 @@ def test_seeds_that_agree_know_no_more_than_one(items: int, seeds: int) -> None:
 
 #: Items a task, of one task or several.
 FEW = [[1], [2], [3], [5], [8], [16], [32], [200], [2000], [1, 1], [2, 5], [1] * 8, [5] * 8, [32, 100, 1000]]
-SHARES = [0.5, 0.6, 0.7, 0.8, 0.9, 0.94, 0.97, 0.99, 1.0]
+SHARES = [0.5, 0.7, 0.9, 0.94, 0.97, 0.99, 1.0]
 
 
 def repetitions(sizes: list[int], seeds: int) -> int:
-    return 2000 // seeds if sum(sizes) <= 100 else 300
+    return 1000 // seeds if sum(sizes) <= 100 else 200
 
 
 def covered(sizes: list[int], seeds: int, share: float, luck: float, mixed: bool, random: Generator) -> list[bool]:
@@ -375,8 +375,9 @@ def covered(sizes: list[int], seeds: int, share: float, luck: float, mixed: bool
 
 @pytest.mark.long
 @pytest.mark.parametrize("seeds", [1, 2, 3, 4, 5])
-def test_a_handful_of_items_is_told_apart_from_certainty(seeds: int) -> None:
+def test_a_handful_of_items_is_told_apart_from_certainty(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From one item on: at least 94 % on the mean, nowhere clearly below 90."""
+    monkeypatch.setattr(statistics, "DRAWS", 10)  # the p-value's, which is not looked at
     random = np.random.default_rng(seeds)
     rates = {
         (tuple(sizes), share, luck, mixed): float(np.mean(covered(sizes, seeds, share, luck, mixed, random)))

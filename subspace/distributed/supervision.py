@@ -86,6 +86,10 @@ class _Launched:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=LOOK_S)
             stopped = _tell_of_stopped(stopped, local_rank_pids(self.status_file))
+            if read_status(self.status_file):  # the run has failed, and the launcher's SIGTERM would not reach them
+                for pid in stopped:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         leftovers = _end_group(self.process.pid)
         reported = read_status(self.status_file)
         if reported:

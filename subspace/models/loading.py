@@ -175,8 +175,8 @@ def open_shape(config: ModelConfig, planned: torch.device | None = None) -> PreT
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shapes = declared_shapes()
-    if config.path in shapes and not Path(config.path).exists():
+    shapes = {} if Path(config.path).exists() else declared_shapes()
+    if config.path in shapes:
         architecture: Any = AutoConfig.for_model(**shapes[config.path].config)
     else:
         try:

@@ -297,7 +297,7 @@ def _flatten(content: Mapping[str, Any], file: str) -> Layer:
 
 def _compose(values: Layer, beside: Path, *, found_in_run: bool = False) -> RunConfig:
     """Compose settings by name into a configuration; a relative engine path may start from the folder ``beside``."""
-    values = only_typed(values, "model.trust_remote_code", harmless=False)
+    values = only_typed(values, "model.trust_remote_code", harmful=True)
     numbers = sorted({int(found[1]) for name in values if (found := re.match(r"method\.(\d+)\.", name))})
     places = [f"{METHOD}.{number}" for number in numbers] or [METHOD]
     below: dict[str, Layer] = {place: {} for place in (*SECTIONS, *places)}

@@ -22,16 +22,18 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from subspace.adapters.inject import adapter_groups, adapters, assign_groups, inject
 from subspace.adapters.registry import method_origin, resolve_recorded_method
 from subspace.common.files import file_sha256, settle_folder, write_folder, write_json
+from subspace.common.foreign.text import checked
 from subspace.common.hashing import hash_json
 from subspace.distributed.collectives import barrier, broadcast_object, is_main
 from subspace.distributed.zero import full_shape, gather_copies
@@ -65,6 +67,22 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], /, **about: A
     return folder
 
 
+class _Part(TypedDict):
+    method: str
+    settings: dict[str, Any]
+    sites: list[str]
+    group: NotRequired[int]
+    origin: NotRequired[dict[str, str]]
+
+
+class _Description(TypedDict):
+    """What an adapter's description is taken apart by."""
+
+    adapters: list[_Part]
+    about: NotRequired[dict[str, Any]]
+    base: NotRequired[dict[str, Any] | None]
+
+
 def load_adapter(
     model: nn.Module, folder: str | os.PathLike[str], *, trained: bool = False, any_base: bool = False
 ) -> dict[str, Any]:
@@ -81,6 +99,7 @@ def load_adapter(
     """
     folder = Path(folder)
     description, tensors = read_adapter(folder)
+    checked(description, _Description, str(folder / SETTINGS))
     if not any_base:
         if not adapters(model):
             note_base(model)
@@ -91,7 +110,7 @@ def load_adapter(
             method = resolve_recorded_method(group["method"], group.get("origin", {}))
             inject(model, method, method.settings_of_file(group["settings"]), targets=targets, start=False)
         except UserError as error:
-            trained_on = description["about"].get("model", "another model")
+            trained_on = description.get("about", {}).get("model", "another model")
             raise UserError(
                 f"the adapter in {folder} (trained on {trained_on}) does not fit this model: {error}"
             ) from None

@@ -33,13 +33,13 @@ class Given(NamedTuple):
 Layer = dict[str, Given]
 
 
-def only_typed(layer: Layer, name: str, harmless: Any) -> Layer:
+def only_typed(layer: Layer, name: str, harmful: Any) -> Layer:
     """Return a layer without a setting that counts only where this call's command line gives it, with a notice.
 
     A file may come from somebody else, and settings that let it run code would let its author do so.
     """
     given = layer.get(name)
-    if given is None or given.origin == COMMAND_LINE or given.value == harmless:
+    if given is None or given.origin == COMMAND_LINE or given.value is not harmful:
         return layer
     if given.origin not in _told:
         _told.add(given.origin)

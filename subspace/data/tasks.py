@@ -314,7 +314,7 @@ def _is_task(name: str) -> bool:
 
 
 def _part(text: str, wanted: str) -> MixturePart:
-    match = re.fullmatch(r"(.+?)\s*(?::\s*(\d+))?\s*(?:\*\s*(\d+\.?\d*|\.\d+))?", text)
+    match = re.fullmatch(r"(.+?)\s*(?::\s*(\d{1,15}))?\s*(?:\*\s*(\d+\.?\d*|\.\d+))?", text)
     name, rows, weight = match.groups() if match and not is_here(text) else (text, None, None)
     amounts: dict[str, Any] = {"rows": int(rows) if rows else None, "weight": float(weight or 1)}
     if _is_task(name):
@@ -323,8 +323,8 @@ def _part(text: str, wanted: str) -> MixturePart:
         return MixturePart(data=name, **amounts)
     known = nearest(text, [*list_mixtures(), *list_tasks()])
     raise UserError(
-        f"no mixture, task, file or folder is called {wanted!r}. {known}; or several (boolq,mine.jsonl:500,siqa*0.5), "
-        f"a .yaml mixture, or data of your own. {WHAT_IS_READ}"
+        f"no mixture, task, file or folder is called {shown(wanted)}. {known}; or several "
+        f"(boolq,mine.jsonl:500,siqa*0.5), a .yaml mixture, or data of your own. {WHAT_IS_READ}"
     )
 
 

@@ -76,7 +76,7 @@ def read_hostfile(path: str) -> dict[str, int]:
         if not found:
             raise UserError(f"{where} is {shown(line)}, but should be 'HOST slots=NUMBER'")
         host, slots = found[1], int(found[2])
-        if not HOST.fullmatch(host):
+        if len(host) > 255 or not HOST.fullmatch(host):
             raise UserError(f"{where} names the host {shown(host)}, which no host is called, nor USER@HOST")
         if not 1 <= slots <= MOST_SLOTS:
             raise UserError(f"{where} gives host '{host}' {slots:,} slots. From 1 to {MOST_SLOTS:,} are possible")

@@ -75,7 +75,7 @@ def launch_fault() -> str | None:
     for name, of in _BELOW:
         if name in os.environ and of in os.environ and int(os.environ[name]) >= int(os.environ[of]):
             return f"{name} is {os.environ[name]}, but the {os.environ[of]} of {of} are counted from 0"
-    if not re.fullmatch(r"[\w.:%\[\]-]{1,255}", os.environ.get("MASTER_ADDR", "localhost"), re.ASCII):
+    if not re.fullmatch(r"[\w:\[][\w.:%\[\]-]{0,254}", os.environ.get("MASTER_ADDR", "localhost"), re.ASCII):
         return f"MASTER_ADDR is {shown(os.environ['MASTER_ADDR'])}, which is no host's name or address"
     return None
 

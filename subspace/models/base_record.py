@@ -21,13 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from subspace.common import paths
 from subspace.common.files import file_sha256, write_file
+from subspace.common.foreign.text import checked
 from subspace.common.hashing import hash_json
 from subspace.common.locks import locked
 from subspace.distributed.zero import is_sharded
@@ -98,6 +100,19 @@ class BaseRecord:
 # Comparing.
 
 
+class _Recorded(TypedDict):
+    """What is read of a record."""
+
+    path: str
+    commit: str | None
+    weights: str
+    layout: str
+    tokenizer: NotRequired[str | None]
+    chat_template: NotRequired[str | None]
+    config: NotRequired[dict[str, Any]]
+    in_memory: NotRequired[bool]
+
+
 def check_base(what: str, recorded: Mapping[str, Any] | None, here: BaseRecord | None, cure: str) -> str | None:
     """Return a notice if a base cannot be compared with the one on record, None if they are the same.
 
@@ -114,6 +129,7 @@ def check_base(what: str, recorded: Mapping[str, Any] | None, here: BaseRecord |
         return f"{what} is of a version that did not record its base: whether this is the same one is not known"
     if here is None:
         return f"{what} records its base, but where this model came from is not known: they were not compared"
+    checked(recorded, _Recorded, what)
     before = BaseRecord(**{key: recorded[key] for key in BaseRecord.__dataclass_fields__ if key in recorded})
     differences = list(_differences(before, here))
     if differences:

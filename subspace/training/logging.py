@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from typing_extensions import TypedDict
 
 from subspace.common import progress
 from subspace.common.files import fsync_path, open_log, write_file
-from subspace.common.foreign.text import MOST_RESULT_BYTES, read_text
+from subspace.common.foreign.text import MOST_RESULT_BYTES, read_json, read_text
 from subspace.common.host_memory import resident_memory
 from subspace.distributed.collectives import is_main
 from subspace.distributed.device import on_gpu
@@ -31,6 +32,28 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for a tracker that is not installed."""
     if "wandb" in names and importlib.util.find_spec("wandb") is None:
         raise UserError("train.trackers asks for wandb, which is not installed here. Run: pip install wandb")
+
+
+class Outcome(TypedDict):
+    """How a training ended, in its ``environment.json``: steps, the last step's loss, and seconds."""
+
+    steps: int
+    loss: float
+    seconds: float
+
+
+class _Environment(TypedDict, total=False):
+    outcome: Outcome
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return a run's ``environment.json``; it has an :class:`Outcome` as ``outcome`` if the training has ended.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    found: dict[str, Any] = read_json(folder / "environment.json", _Environment)
+    return found
 
 
 def peak_memory() -> int:

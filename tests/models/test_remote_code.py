@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from subspace.adapters.inject import inject
+from subspace.adapters.serialization import save_adapter
 from subspace.config import read_config, read_data_config, read_run_subject, read_subject
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
@@ -41,14 +43,15 @@ def canary(tmp_path: Path) -> Path:
 def theirs(tmp_path: Path, canary: Path) -> Path:
     """Return somebody else's run: its model brings code, its configuration trusts it."""
     model = tmp_path / "model"
-    tiny_llama(model)
+    adapted = tiny_llama(model)
+    inject(adapted, "lora", {"r": 4}, targets=["q_proj"])
     config = json.loads((model / "config.json").read_text())
     autos = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (model / "config.json").write_text(json.dumps({**config, "model_type": "theirs", "auto_map": autos}))
     code = f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass Config:\n    pass\n"
     (model / "evil.py").write_text(code)
     run = tmp_path / "runs" / "theirs"
-    (run / "adapter").mkdir(parents=True)
+    save_adapter(adapted, run / "adapter")
     about = {"model": {"path": str(model), "dtype": "float32", "trust_remote_code": True}, "method": {"name": "lora"}}
     (run / "config.yaml").write_text(yaml.safe_dump(about))
     return run

@@ -181,9 +181,12 @@ def find_source(text: str, columns: Mapping[str, str | None] | None = None, spli
 
 def _matches(text: str) -> list[Path]:
     """Return the paths that a text names, one if it is a path itself."""
-    path = Path(text).expanduser()
-    if path.exists():
-        return [path]
+    try:
+        path = Path(text).expanduser()
+        if path.exists():
+            return [path]
+    except (OSError, RuntimeError):  # no file is called so: too long a name, or a user that there is not
+        return []
     if not _PATTERN.search(text):
         return []
     root = Path(path.anchor)

@@ -148,7 +148,8 @@ def _train(root: Path, name: str, *more: str) -> Command:
     def outcome() -> object:
         return (folder / "adapter" / TENSORS).read_bytes(), logged(folder), logged(folder, "gradient_norm")
 
-    settings = [f"runs={root / 'runs'}", f"name={name}", "train.micro_batch_size=2", "method.dropout=0.1", *more]
+    settings = [f"runs={root / 'runs'}", f"name={name}", "data.prompt=plain", "evaluate.tasks=toy"]
+    settings += ["train.micro_batch_size=2", "method.dropout=0.1", *more]
     arguments = ["train", str(root / "run.yaml"), *settings, "--resume"]
     return Command(arguments, check, outcome, lambda: any(folder.rglob("*.partial")))
 
@@ -177,7 +178,7 @@ def _scoring(root: Path, name: str) -> Command:
     def outcome() -> object:
         return [(row.task, row.metrics, read_items(Path(str(row.items)))) for row in read_results(folder)]
 
-    given = ["evaluate.tasks=toy", "evaluate.protocol=likelihood,answer-word", "evaluate.batch_tokens=40"]
+    given = ["evaluate.tasks=toy", "evaluate.batch_tokens=40"]
     return Command(["evaluate", str(folder), *given, "--processes", "2"], check, outcome)
 
 

@@ -14,7 +14,20 @@ from typing import NoReturn
 
 from subspace import __version__
 from subspace.cli.command import Command
-from subspace.cli.commands import compare, data, doctor, evaluate, merge, methods, plan, prepare, recipes, table, train
+from subspace.cli.commands import (
+    compare,
+    data,
+    doctor,
+    evaluate,
+    merge,
+    methods,
+    plan,
+    prepare,
+    recipes,
+    study,
+    table,
+    train,
+)
 from subspace.common.progress import show_notices
 from subspace.common.synonyms import setting_elsewhere
 from subspace.distributed import launcher, peers
@@ -30,6 +43,7 @@ COMMANDS = [
     evaluate.COMMAND,
     table.COMMAND,
     compare.COMMAND,
+    study.COMMAND,
     merge.COMMAND,
     methods.COMMAND,
 ]

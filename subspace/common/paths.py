@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 REPOSITORY = PACKAGE.parent
 
 # Top-level folders of the repository, and what an installed package calls them.
-_RESOURCES = {"data": "data", "ds_configs": "engines", "launch/recipes": "recipes"}
+_RESOURCES = {"data": "data", "ds_configs": "engines", "launch/recipes": "recipes", "launch/studies": "studies"}
 
 
 def checkout() -> Path | None:

@@ -53,9 +53,14 @@ def test_an_installed_package_has_its_own(installed: Path) -> None:
     assert cache_folder() == installed.parents[1] / "cache" / "subspace"
 
 
-@pytest.mark.parametrize("name", ["data", "engines", "recipes"])
+@pytest.mark.parametrize("name", ["data", "engines", "recipes", "studies"])
 def test_the_links_of_the_package_lead_to_the_repository_s_folders(name: str) -> None:
-    folders = {"data": declarations_folder(), "engines": engines_folder(), "recipes": recipes_folder()}
+    folders = {
+        "data": declarations_folder(),
+        "engines": engines_folder(),
+        "recipes": recipes_folder(),
+        "studies": REPOSITORY / "launch" / "studies",
+    }
     assert (REPOSITORY / "subspace" / "resources" / name).resolve() == folders[name]
 
 

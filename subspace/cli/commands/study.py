@@ -1,0 +1,144 @@
+"""``subspace study``: compare methods by an equal search, fresh seeds and one scoring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from subspace.cli.command import Command, count, json_argument
+from subspace.errors import RunStopped, UserError, nearest
+
+if TYPE_CHECKING:
+    from subspace.study.config import Study
+
+FORMATS = ("terminal", "markdown", "latex", "csv")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", metavar="ACTION", help=f"{', '.join(ACTIONS)}: the cost; all that is due; the table")
+    parser.add_argument("study", metavar="FILE", help="YAML file of the study, as launch/studies/quick.yaml")
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--power", type=float, default=0.8, metavar="P", help="of finding a difference; default: 0.8")
+    plan.add_argument(
+        "--difference", type=float, metavar="POINTS", help="solve for the seeds that find this difference in accuracy"
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--only", metavar="METHODS", help="train these methods only, as lora,ssb; the others stay due")
+    run.add_argument("--minutes", type=float, metavar="N", help="begin no run after so many minutes")
+    run.add_argument("--processes", type=count, metavar="N", help="processes of each run; see `subspace train`")
+    run.add_argument("--resume", action="store_true", help="go on, as it does in any case")
+    run.add_argument("--dry-run", action="store_true", help="print the commands that are due instead of running them")
+    parser.add_argument("--format", metavar="FORMAT", help=f"of the report: {', '.join(FORMATS)}; default: terminal")
+    json_argument(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.action not in ACTIONS:
+        raise UserError(f"subspace study {options.action} is unknown. {nearest(options.action, ACTIONS)}")
+    if options.format not in (None, *FORMATS):
+        raise UserError(
+            f"--format {options.format} was given, but a study has none. {nearest(options.format, FORMATS)}"
+        )
+    from subspace.study.config import read_study
+
+    return ACTIONS[options.action](read_study(options.study), options)
+
+
+def _plan(study: Study, options: argparse.Namespace) -> int:
+    from subspace.common.progress import show_progress
+    from subspace.common.tables import print_grid
+    from subspace.study.preview import preview
+    from subspace.study.record import open_grid
+
+    found = preview(open_grid(study, show_progress), power=options.power, difference=options.difference)
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return 0
+    print_grid(found.table)
+    print("\n".join(found.lines()))
+    return 0
+
+
+def _execute(study: Study, options: argparse.Namespace) -> int:
+    from subspace.common.files import locked
+    from subspace.common.progress import show_progress
+    from subspace.study.execute import Executor, next_cells
+    from subspace.study.processes import run_command
+    from subspace.study.record import open_grid
+
+    only = [name.strip() for name in (options.only or "").split(",") if name.strip()]
+    more = ["--processes", str(options.processes)] if options.processes else []
+
+    def run(arguments: Sequence[str], output: Path) -> int:
+        return run_command([*arguments, *more], output)
+
+    grid = open_grid(study, show_progress, write=not options.dry_run)
+    executor = Executor(grid, run, only, options.minutes)
+    if options.dry_run:
+        from subspace.study.cells import read_search
+
+        for cell, until in next_cells(grid, read_search(grid)[0], only):
+            print(shlex.join([sys.executable, "-m", "subspace", *cell.train_arguments(until), *more]))
+        return 0
+    with locked(grid.folder), _stopping():
+        done = executor.execute()
+    return _report(study, options) if done else 0
+
+
+def _report(study: Study, options: argparse.Namespace) -> int:
+    from subspace.common.tables import print_grid
+    from subspace.study import report
+    from subspace.study.record import open_grid
+    from subspace.study.results import read_results
+
+    result = read_results(open_grid(study))
+    files = report.write_report(result)
+    grid = report.report_grid(result)
+    if options.json:
+        print(json.dumps(report.as_dict(result), indent=2))
+    elif options.format in (None, "terminal"):
+        print_grid(grid)
+    elif options.format == "csv":
+        print((result.grid.folder / "cells.csv").read_text(encoding="utf-8"), end="")
+    else:
+        print(grid.markdown() if options.format == "markdown" else grid.latex())
+    print(f"written: {', '.join(str(file) for file in files)}", file=sys.stderr)
+    return 0
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """End at SIGTERM and SIGUSR1 with the status of a run that was stopped; the training in progress is told so."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise RunStopped("by a signal. The same command goes on")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+ACTIONS: dict[str, Callable[[Study, argparse.Namespace], int]] = {"plan": _plan, "run": _execute, "report": _report}
+
+COMMAND = Command(
+    "study",
+    "compare methods fairly: equal budgets, an equal search, fresh seeds, one table",
+    """examples:
+  subspace study plan launch/studies/quick.yaml            the grid, its cost, and what it can show
+  subspace study plan launch/studies/methods.yaml --power 0.8 --difference 0.5
+  subspace study run launch/studies/quick.yaml             killed at any moment, the same command goes on
+  subspace study run launch/studies/methods.yaml --only lora,ssb --minutes 120
+  subspace study report launch/studies/quick.yaml --format markdown""",
+    _arguments,
+    _run,
+)

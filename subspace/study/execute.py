@@ -1,0 +1,223 @@
+"""The execution of a study: one cell after another, each by the command that would train it alone.
+
+Where a study stands is read from the folders of its cells before every step, so the same command goes on after a kill
+at any moment. A cell that fails by itself, as by a loss that is not finite, loses its place in the search; whatever
+else goes wrong ends the study with the command's own words.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from subspace.common.files import remove_folder, write_file
+from subspace.errors import RunFailed, RunStopped, UserError, nearest
+from subspace.run import is_finished
+from subspace.study.cells import FAILED_FILE, OUTPUT_FILE, Cell, final_cells, read_search, search_cells
+from subspace.study.config import ANSWER_LOGPROB
+from subspace.study.grid import Grid
+from subspace.study.search import Outcome
+
+logger = logging.getLogger(__name__)
+
+#: Runs the command with these arguments, its output appended to the file, and returns its exit status.
+Run = Callable[[Sequence[str], Path], int]
+
+
+@dataclass
+class Executor:
+    """Trains and scores what a study lacks.
+
+    Attributes:
+        grid: the study's.
+        run: starts a command.
+        only: methods to which the cells are limited; empty for all.
+        minutes: after so many no other cell is begun; None for no limit.
+        clock: seconds, for ``minutes`` and the progress line.
+    """
+
+    grid: Grid
+    run: Run
+    only: Sequence[str] = ()
+    minutes: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    seconds_of_steps: list[tuple[int, float]] = field(default_factory=list)
+    confirmed: set[Path] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.began = self.clock()
+        known = [contender.label for contender in self.grid.contenders]
+        for name in self.only:
+            if name not in known:
+                raise UserError(f"--only names {name!r}, which the study does not compare. {nearest(name, known)}")
+
+    def execute(self) -> bool:
+        """Do all that is due; return False if time ran out, or ``only`` leaves something to be done."""
+        while True:
+            outcome, _ = read_search(self.grid)
+            self._confirm(outcome)
+            tidy(self.grid, outcome)
+            work = next_cells(self.grid, outcome, self.only)
+            if not work:
+                break
+            if self._out_of_time():
+                logger.info(f"time is up: {self._remaining(outcome)}. The same command goes on")
+                return False
+            self._train(*work[0], outcome)
+        if not outcome.ended or (self.only and remaining_steps(self.grid, outcome)):
+            logger.info(f"nothing is left for {', '.join(self.only)}: {self._remaining(outcome)}")
+            return False
+        return self._score(outcome)
+
+    def _confirm(self, outcome: Outcome) -> None:
+        """Raise UserError for a finished cell whose settings are not those of now, once for each."""
+        for cell in (*search_cells(self.grid, outcome), *final_cells(self.grid, outcome)):
+            if cell.folder not in self.confirmed and cell.ended:
+                if not is_finished(cell.config()):
+                    raise UserError(
+                        f"{cell.folder} is finished, but with other settings than the study has now. Undo the change, "
+                        f"give the study another name, or remove that folder to train it again"
+                    )
+                self.confirmed.add(cell.folder)
+
+    def _train(self, cell: Cell, until: int, outcome: Outcome) -> None:
+        began, before = self.clock(), _trained_steps(cell)
+        logger.info(
+            f"{cell.method}, rate {cell.trial.rate:g}, seed {cell.seed}: to step {until}. {self._remaining(outcome)}"
+        )
+        output = cell.folder / OUTPUT_FILE
+        output.parent.mkdir(parents=True, exist_ok=True)
+        status = self.run(cell.train_arguments(until), output)
+        if status == RunFailed.status and _failed_by_itself(output):
+            write_file(cell.folder / FAILED_FILE, _last_words(output) + "\n")
+            logger.info(f"{cell.folder} failed, and counts as the worst: {_last_words(output)}")
+            return
+        if status:
+            raise _failure(cell.folder, status, output)
+        if until not in cell.losses():
+            raise UserError(f"{cell.folder} was trained to step {until}, but its log has no held-out loss of it")
+        self.seconds_of_steps.append((until - before, self.clock() - began))
+
+    def _score(self, outcome: Outcome) -> bool:
+        """Score all finals by one command, those of one base in shared batches."""
+        cells = [cell for cell in final_cells(self.grid, outcome) if cell.ended]
+        if self.grid.primary != ANSWER_LOGPROB or all(cell.scored for cell in cells):
+            return True
+        if self._out_of_time():
+            logger.info("time is up: the finals are to be scored. The same command goes on")
+            return False
+        logger.info(f"score {len(cells)} finals")
+        output = self.grid.folder / OUTPUT_FILE
+        folders = [str(cell.folder) for cell in cells]
+        status = self.run(["evaluate", *folders, "evaluate.batch_adapters=true"], output)
+        if status:
+            raise _failure(self.grid.folder, status, output)
+        return True
+
+    def _out_of_time(self) -> bool:
+        return self.minutes is not None and self.clock() - self.began >= 60 * self.minutes
+
+    def _remaining(self, outcome: Outcome) -> str:
+        """Return what remains in words, with the time by the steps so far."""
+        left = remaining_steps(self.grid, outcome)
+        taken, seconds = (
+            (sum(column) for column in zip(*self.seconds_of_steps, strict=True)) if self.seconds_of_steps else (0, 0)
+        )
+        when = f", about {left * seconds / taken / 60:.0f} min" if taken else ""
+        return f"{left:,} steps remain{when}"
+
+
+def next_cells(grid: Grid, outcome: Outcome, only: Sequence[str] = ()) -> list[tuple[Cell, int]]:
+    """Return the cells to be trained next, and up to which step, in order; the finals once the search has ended."""
+    due = [
+        (Cell(grid, job.method, job.trial, seed), job.step)
+        for job in outcome.due
+        for seed in grid.search_seeds
+        if not only or job.method in only
+    ]
+    due = [(cell, step) for cell, step in due if step not in cell.losses()]
+    if not outcome.ended:
+        return due
+    finals = [cell for cell in final_cells(grid, outcome) if not only or cell.method in only]
+    return [(cell, grid.steps) for cell in finals if not (cell.ended or cell.failed)]
+
+
+def remaining_steps(grid: Grid, outcome: Outcome) -> int:
+    """Return how many steps are left to be trained, if no ladder grows any more."""
+    finals = [cell for cell in final_cells(grid, outcome) if not (cell.ended or cell.failed)]
+    unknown = len(grid.contenders) - len(outcome.best)
+    left = sum(grid.steps - _trained_steps(cell) for cell in finals) + unknown * len(grid.final_seeds) * grid.steps
+    return left + len(grid.search_seeds) * _search_steps(grid, outcome)
+
+
+def _search_steps(grid: Grid, outcome: Outcome) -> int:
+    """Return the steps of the search that are left for one seed: what is due, and what the rungs above will need."""
+    rungs, total = grid.rules.rungs, 0
+    for method in outcome.trials:
+        jobs = [job for job in outcome.due if job.method == method]
+        if not jobs:
+            continue
+        number = rungs.index(jobs[0].step)
+        total += len(jobs) * _rung_steps(rungs, number)
+        alive = len(outcome.trials[method])
+        for rung in range(len(rungs)):
+            if rung > number:
+                total += alive * _rung_steps(rungs, rung)
+            alive = math.ceil(grid.rules.keep * alive)
+    return total
+
+
+def planned_steps(grid: Grid) -> int:
+    """Return the steps of the whole study, if no ladder grows."""
+    per_method = 0
+    alive = len(grid.contenders[0].trials)
+    for number in range(len(grid.rules.rungs)):
+        per_method += alive * _rung_steps(grid.rules.rungs, number)
+        alive = math.ceil(grid.rules.keep * alive)
+    finals = len(grid.final_seeds) * grid.steps
+    return len(grid.contenders) * (len(grid.search_seeds) * per_method + finals)
+
+
+def _rung_steps(rungs: Sequence[int], number: int) -> int:
+    return rungs[number] - (rungs[number - 1] if number else 0)
+
+
+def _trained_steps(cell: Cell) -> int:
+    return max((int(line["step"]) for line in cell.log()), default=0)
+
+
+def tidy(grid: Grid, outcome: Outcome) -> None:
+    """Remove the checkpoints of cells that will not be trained any further: of ended searches and of finals."""
+    over = [cell for cell in search_cells(grid, outcome) if cell.method in outcome.best]
+    over += [cell for cell in final_cells(grid, outcome) if cell.ended]
+    for cell in over:
+        remove_folder(cell.folder / "checkpoints")
+
+
+def _failed_by_itself(output: Path) -> bool:
+    """Return True if a run ended in a message of ours, not in a traceback: the status is the same."""
+    return _last_words(output, whole=True).startswith("error: ")
+
+
+def _failure(folder: Path, status: int, output: Path) -> UserError:
+    if status in (RunStopped.status, 130):
+        return RunStopped(f"{folder} was stopped by a signal; repeat the command, and the study goes on")
+    if status < 0:
+        why = "Was memory short? A smaller train.micro_batch_size takes less" if status == -9 else "See its output"
+        return UserError(f"{folder} was ended by signal {-status}. {why}: {output}. The same command goes on")
+    return UserError(f"{folder} ended with status {status}: {_last_words(output)}. All it said: {output}")
+
+
+def _last_words(output: Path, *, whole: bool = False) -> str:
+    """Return the last line that a command printed, without its ``error:`` unless ``whole``."""
+    try:
+        text = output.read_text(encoding="utf-8", errors="replace")[-4000:]
+    except OSError:
+        text = ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else "nothing was printed"
+    return last if whole else last.removeprefix("error: ")

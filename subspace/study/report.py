@@ -1,0 +1,264 @@
+"""A study's table with its sentences, and its files: ``table.md``, ``table.tex``, ``cells.csv`` and ``curves.csv``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics as plain_statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from subspace.common import tables
+from subspace.common.files import write_file
+from subspace.reporting.continuous import smallest_difference
+from subspace.reporting.statistics import ALPHA, POWER, detectable_difference
+from subspace.study.cells import Cell, final_cells, search_cells, trial_name
+from subspace.study.config import ANSWER_LOGPROB
+from subspace.study.results import MethodResult, StudyResult, plain
+
+ARROWS = {"low": "↓", "high": "↑"}
+NONE = "-"
+#: Columns of ``cells.csv`` that depend on the machine, at its end.
+TIMES = ("seconds", "seconds_a_step", "peak_memory")
+
+
+def report_grid(result: StudyResult) -> tables.Grid:
+    """Return the table: a row a method, the best held-out loss first."""
+    grid = result.grid
+    scored = grid.primary == ANSWER_LOGPROB
+    head = ["method", "size", "trained", "best rate", "edge", "valid. loss", f"{_unit(result)} vs {grid.reference}"]
+    head += ["accuracy"] if scored and "accuracy" in grid.also else []
+    head += [f"s/step x {grid.reference}", "MB", "groups"]
+    rows = tuple(_row(result, method) for method in result.methods)
+    return tables.Grid(_title(result), tuple(head), rows, tuple(sentences(result)), left=2)
+
+
+def _title(result: StudyResult) -> str:
+    grid = result.grid
+    trials = sum(len(tried) for tried in result.outcome.trials.values())
+    finals = sum(len(method.seeds) for method in result.methods)
+    return (
+        f"study {grid.name}: {len(grid.contenders)} methods, {trials} trials, {finals} finals, budget "
+        f"{grid.budget:,} ± {100 * grid.within:g} %"
+    )
+
+
+def _unit(result: StudyResult) -> str:
+    return "log-odds" if result.grid.primary == ANSWER_LOGPROB else "lower loss"
+
+
+def _row(result: StudyResult, method: MethodResult) -> tuple[str, ...]:
+    contender, grid = method.contender, result.grid
+    size = "{} {}".format(*contender.size) if contender.size else ""
+    mark = " *" if contender.off else ""
+    rate = NONE if method.best is None else f"{method.best.rate:.2g}" + _axes(method)
+    cells = [contender.label, size, f"{contender.trained:,}{mark}", rate, ARROWS.get(method.edge or "", "")]
+    cells += [_loss(method), _against(method)]
+    if grid.primary == ANSWER_LOGPROB and "accuracy" in grid.also:
+        a = method.accuracy
+        cells.append(NONE if a is None else f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]")
+    reference = result.method(grid.reference).seconds
+    relative = method.seconds / reference if method.seconds and reference else None
+    cells += [NONE if relative is None else f"{relative:.2f}", f"{method.memory / 1e6:,.0f}" if method.memory else NONE]
+    return (*cells, method.group)
+
+
+def _axes(method: MethodResult) -> str:
+    return "".join(f", {name} {value}" for name, value in (method.best.axes if method.best else ()))
+
+
+def _loss(method: MethodResult) -> str:
+    if method.loss is None:
+        return NONE
+    spread = f" ± {plain_statistics.stdev(method.losses):.3f}" if len(method.losses) > 1 else ""
+    return f"{method.loss:.3f}{spread}"
+
+
+def _against(method: MethodResult) -> str:
+    d = method.against
+    if d is None:
+        return NONE
+    mark = {"better": f" {tables.BEST}", "worse": " ▽", "": ""}[method.verdict]
+    return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{mark}"
+
+
+def sentences(result: StudyResult) -> Iterator[str]:
+    """Yield what the table must be read with."""
+    grid, methods = result.grid, result.methods
+    if not result.outcome.ended:
+        yield f"the search goes on: {len(result.outcome.due)} trainings are due; nothing here is final"
+    for method in methods:
+        if 0 < len(method.seeds) < len(grid.final_seeds):
+            yield f"{method.contender.label}: {len(method.seeds)} of {len(grid.final_seeds)} finals"
+    if off := [f"{m.contender.label} ({m.contender.off})" for m in methods if m.contender.off]:
+        yield f"* not at the budget: {'; '.join(off)}"
+    if edges := [f"{m.contender.label} {ARROWS[m.edge]}" for m in methods if m.edge]:
+        yield f"the best rate lies at the end of the ladder, so a better one may lie beyond: {', '.join(edges)}"
+    if failed := [f"{m.contender.label} {m.failed}" for m in methods if m.failed]:
+        yield f"trainings that failed, and count as the worst: {', '.join(failed)}"
+    yield from _curse(methods)
+    yield from _one_rate(result)
+    yield from _smallest(result)
+    seeds = max((len(method.seeds) for method in methods), default=0)
+    if seeds == 1:
+        yield "one seed: the differences hold for these runs, not for the methods"
+    yield (
+        f"{tables.BEST} better and ▽ worse than {grid.reference} (p < {ALPHA} after Holm"
+        + (", accuracy not in the other direction" if grid.primary == ANSWER_LOGPROB else "")
+        + "); methods that share a letter are not told apart (Holm over all pairs)"
+    )
+    yield (
+        "the search was judged by held-out training rows, never by the items; the finals have other seeds, the same "
+        "rows in the same order for every method of a seed"
+    )
+
+
+def _curse(methods: Sequence[MethodResult]) -> Iterator[str]:
+    gaps = [m.loss - m.searched for m in methods if m.loss is not None and m.searched is not None]
+    if gaps:
+        mean = sum(gaps) / len(gaps)
+        yield f"winner's curse: the finals' losses are {mean:+.3f} beside the search's best, on average over methods"
+
+
+def _one_rate(result: StudyResult) -> Iterator[str]:
+    if result.taus:
+        taus = ", ".join(f"{tau:.2f} at {rate:.2g}" for rate, tau, _ in result.taus)
+        rung = result.grid.rules.rungs[0]
+        yield f"tuned order against the order at one rate for all, after {rung} steps (Kendall's tau): {taus}"
+        rate, _, first = min(result.taus, key=lambda found: found[1])
+        best = next((m.contender.label for m in result.methods if m.loss is not None), "")
+        if best and first != best:
+            yield f"at {rate:.2g} for all, {first} would be first; tuned, it is {best}"
+
+
+def _smallest(result: StudyResult) -> Iterator[str]:
+    scored = [method for method in result.methods if method.scores]
+    if not (result.spreads and scored and scored[0].scores):
+        return
+    items, seeds = scored[0].scores.items, min(len(method.seeds) for method in scored)
+    found = [smallest_difference(known, items, seeds) for known in result.spreads]
+    known = [value for value in found if value is not None]
+    runs = sum(len(method.seeds) for method in scored)
+    if known:
+        points = detectable_difference(items)
+        also = "" if points is None else f", {100 * points:.1f} points of accuracy for one seed each"
+        yield (
+            f"smallest difference that these {runs} runs could show against {result.grid.reference}: "
+            f"{plain_statistics.median(known):.3f} log-odds (median over methods, power {100 * POWER:.0f} %){also}"
+        )
+
+
+# Files.
+
+
+def write_report(result: StudyResult) -> list[Path]:
+    """Write the study's files into its folder and return them."""
+    folder, grid = result.grid.folder, report_grid(result)
+    contents = {
+        "table.md": grid.markdown() + "\n",
+        "table.tex": grid.latex() + "\n",
+        "cells.csv": _csv(list(cell_rows(result))),
+        "curves.csv": _csv(list(curve_rows(result))),
+    }
+    for name, content in contents.items():
+        write_file(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
+    """Yield a row for each cell of which there is anything; the columns that depend on the machine come last."""
+    for phase, cell in _cells(result):
+        if not cell.begun:
+            continue
+        facts = cell.facts().get("outcome", {})
+        losses = cell.losses()
+        contender = result.grid.contender(cell.method)
+        log = {int(line["step"]): line for line in cell.log() if "seconds" in line}
+        last = max(log, default=0)
+        seconds = facts.get("seconds", log[last]["seconds"] if last else None)
+        yield {
+            "method": cell.method,
+            "phase": phase,
+            "trial": trial_name(cell.trial),
+            "rate": cell.trial.rate,
+            **dict(cell.trial.axes),
+            "seed": cell.seed,
+            "trained": contender.trained,
+            "steps": max((step for step in losses if not cell.failed), default=0),
+            "state": "failed" if cell.failed else "finished" if cell.ended else "paused",
+            **{f"loss_{step}": plain(losses.get(step)) for step in result.grid.rules.rungs},
+            "seconds": seconds,
+            "seconds_a_step": seconds / last if last and seconds is not None else None,
+            "peak_memory": facts.get("peak_memory", log[last]["peak_memory"] if last else None),
+        }
+
+
+def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
+    """Yield every held-out loss of every cell: the curves over steps, and over rates."""
+    for phase, cell in _cells(result):
+        if not cell.failed:
+            for step, loss in sorted(cell.losses().items()):
+                yield {
+                    "method": cell.method,
+                    "phase": phase,
+                    "trial": trial_name(cell.trial),
+                    "rate": cell.trial.rate,
+                    "seed": cell.seed,
+                    "step": step,
+                    "validation_loss": plain(loss),
+                }
+
+
+def _cells(result: StudyResult) -> Iterator[tuple[str, Cell]]:
+    for cell in search_cells(result.grid, result.outcome):
+        yield "search", cell
+    for cell in sorted(final_cells(result.grid, result.outcome), key=lambda cell: (cell.method, cell.seed)):
+        yield "final", cell
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = [*(name for name in names if name not in TIMES), *(name for name in names if name in TIMES)]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def as_dict(result: StudyResult) -> dict[str, Any]:
+    """Return the results as JSON values."""
+    return {
+        "study": result.grid.name,
+        "ended": result.outcome.ended,
+        "budget": result.grid.budget,
+        "reference": result.grid.reference,
+        "methods": [_method_dict(method) for method in result.methods],
+        "one_rate": [{"rate": rate, "tau": tau, "first": first} for rate, tau, first in result.taus],
+        "notes": list(sentences(result)),
+    }
+
+
+def _method_dict(method: MethodResult) -> dict[str, Any]:
+    contender, against = method.contender, method.against
+    return {
+        "method": contender.label,
+        "size": dict([contender.size]) if contender.size else None,
+        "trained": contender.trained,
+        "off_budget": contender.off,
+        "rate": method.best.rate if method.best else None,
+        "axes": dict(method.best.axes) if method.best else {},
+        "edge": method.edge,
+        "search_loss": plain(method.searched),
+        "seeds": list(method.seeds),
+        "losses": [plain(loss) for loss in method.losses],
+        "difference": {name: plain(value) for name, value in against._asdict().items()} if against else None,
+        "p_holm": method.corrected,
+        "verdict": method.verdict,
+        "accuracy": method.accuracy._asdict() if method.accuracy else None,
+        "seconds_a_step": method.seconds,
+        "peak_memory": method.memory,
+        "groups": method.group,
+        "failed": method.failed,
+    }

@@ -1,0 +1,224 @@
+"""The execution of a study: what it trains in which order, what it goes on with, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+
+from subspace.cli.main import main
+from subspace.errors import RunStopped, UserError
+from subspace.study import execute, record
+from subspace.study.cells import Cell, read_search
+from subspace.study.config import read_study
+from subspace.study.execute import Executor, planned_steps, remaining_steps
+from subspace.study.grid import Grid
+from subspace.study.report import TIMES, report_grid, write_report
+from subspace.study.results import read_results
+from subspace.training.checkpoint import checkpoints
+from tests.helpers.studies import STUDY, here, made_up, make_study, stopping_after
+
+OPTIMUM = {"lora": 1e-2, "ssb": 1.0}
+
+
+def quadratic(label: str, rate: float, seed: int, step: int) -> float:
+    """A loss that is least at a method's rate, and differs a little between seeds."""
+    return 1 + 0.01 * (math.log10(rate) - math.log10(OPTIMUM[label])) ** 2 + 1e-3 * math.sin(seed + step)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    make_study(folder)
+    return folder
+
+
+@pytest.fixture
+def unsealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up trainings have no adapter to be compared with."""
+    monkeypatch.setattr(execute, "is_finished", lambda config: True)
+
+
+def opened(root: Path, runs: Path, text: str = STUDY, methods: str = "[lora, ssb]") -> Grid:
+    """Return the grid of a study in a folder of its own, whose ladders are all around the base's rate."""
+    file = make_study(root, methods, text.replace("{runs}", str(runs)))
+    return record.open_grid(read_study(file), write=True)
+
+
+def cells_without_times(folder: Path) -> list[dict[str, str]]:
+    with (folder / "cells.csv").open() as file:
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+def test_a_study_finds_a_planted_rate_with_equally_many_trials(root: Path, tmp_path: Path, unsealed: None) -> None:
+    grid = opened(root, tmp_path)
+    asked: list[tuple[Path, int]] = []
+    assert Executor(grid, made_up(quadratic, asked)).execute()
+    outcome, _ = read_search(grid)
+    assert {name: trial.rate for name, trial in outcome.best.items()} == {"lora": 1e-2, "ssb": 1.0}
+    assert len({len(tried) for tried in outcome.trials.values()}) == 1
+    finals = [folder for folder, _ in asked[-4:]]
+    assert [folder.name for folder in finals] == ["seed-0", "seed-0", "seed-1", "seed-1"]
+    assert {folder.name for folder, _ in asked[:-4]} == {"seed-100"}
+    assert remaining_steps(grid, outcome) == 0
+    assert planned_steps(grid) <= sum(5 for _ in asked)
+
+
+def test_a_study_goes_on_wherever_it_was_stopped(root: Path, tmp_path: Path, unsealed: None) -> None:
+    whole = opened(root, tmp_path / "whole")
+    Executor(whole, made_up(quadratic)).execute()
+    write_report(read_results(whole))
+    stopped = opened(root, tmp_path / "stopped")
+    for commands in (1, 3, 2, 100):
+        executor = Executor(stopped, stopping_after(made_up(quadratic), commands))
+        if commands < 100:
+            with pytest.raises(RunStopped):
+                executor.execute()
+        else:
+            assert executor.execute()
+    write_report(read_results(stopped))
+    for name in ("cells.csv", "curves.csv", "table.md"):
+        assert (whole.folder / name).read_bytes() == (stopped.folder / name).read_bytes()
+
+
+def test_a_training_that_fails_counts_as_the_worst(root: Path, tmp_path: Path, unsealed: None) -> None:
+    def loss(label: str, rate: float, seed: int, step: int) -> float:
+        return math.inf if rate >= 1e-2 and label == "lora" else quadratic(label, rate, seed, step)
+
+    grid = opened(root, tmp_path)
+    assert Executor(grid, made_up(loss)).execute()
+    result = read_results(grid)
+    best = result.method("lora").best
+    assert best
+    assert best.rate == 3.2e-3
+    assert any("failed" in note and "lora 4" in note for note in report_grid(result).notes)  # two planned, two beyond
+
+
+def test_time_that_is_up_leaves_the_rest_to_the_next_time(
+    root: Path, tmp_path: Path, unsealed: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = opened(root, tmp_path)
+    ticks = iter(range(10_000))
+    assert not Executor(grid, made_up(quadratic), minutes=0.1, clock=lambda: float(next(ticks))).execute()
+    begun = list(grid.folder.glob("*/*/*/log.jsonl"))
+    assert 0 < len(begun) < 6
+    assert Executor(grid, made_up(quadratic)).execute()
+
+
+def test_only_trains_some_and_waits_with_the_finals(root: Path, tmp_path: Path, unsealed: None) -> None:
+    grid = opened(root, tmp_path)
+    assert not Executor(grid, made_up(quadratic), only=["lora"]).execute()
+    assert {path.parts[-4] for path in grid.folder.glob("*/*/*/log.jsonl")} == {"lora"}
+    assert not list(grid.folder.glob("*/*/seed-0"))
+    with pytest.raises(UserError, match=r"'lara'.*Did you mean 'lora'"):
+        Executor(grid, made_up(quadratic), only=["lara"])
+
+
+def test_a_command_that_goes_wrong_ends_the_study_with_its_words(root: Path, tmp_path: Path) -> None:
+    grid = opened(root, tmp_path)
+
+    def run(arguments: object, output: Path) -> int:
+        output.write_text("error: no space is left on the disk\n")
+        return 2
+
+    with pytest.raises(UserError, match=r"status 2: no space is left"):
+        Executor(grid, run).execute()
+
+    def traceback(arguments: object, output: Path) -> int:
+        output.write_text("Traceback (most recent call last):\nKeyError: 'x'\n")
+        return 1
+
+    with pytest.raises(UserError, match="KeyError"):
+        Executor(grid, traceback).execute()
+    assert not list(grid.folder.glob("**/failed.txt"))
+    with pytest.raises(UserError, match="signal 9.*memory"):
+        Executor(grid, lambda arguments, output: -9).execute()
+    with pytest.raises(RunStopped):
+        Executor(grid, lambda arguments, output: 75).execute()
+
+
+def test_another_grid_than_that_of_the_runs_is_refused_with_a_way_out(
+    root: Path, tmp_path: Path, unsealed: None
+) -> None:
+    grid = opened(root, tmp_path)
+    Executor(grid, made_up(quadratic)).execute()
+    changes = {
+        "train.steps changed from 5 to 6": ("train.steps: 5", "train.steps: 6"),
+        "keep changed from 0.5 to 0.7": ("first: 0.2,", "first: 0.2, keep: 0.7,"),
+        "its rates changed from .* to": ("ladder: 3", "ladder: 2"),
+        r"final.seeds no longer has 1": ("[0, 1]", "[0]"),
+        "settings.r changed from": ("r: 4}", "r: 8}"),
+    }
+    for said, (before, after) in changes.items():
+        assert before in STUDY
+        with pytest.raises(UserError, match=f"{said}.*another name"):
+            opened(root, tmp_path, STUDY.replace(before, after))
+    assert opened(root, tmp_path, STUDY.replace("[0, 1]", "[0, 1, 2]")).final_seeds == (0, 1, 2)
+    opened(root, tmp_path, STUDY.replace("[0, 1]", "[0, 1, 2]"), "[lora, ssb, dora]")
+
+
+def test_a_finished_run_of_other_settings_is_refused(root: Path, tmp_path: Path) -> None:
+    grid = opened(root, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "is_finished", lambda config: True)
+        Executor(grid, made_up(quadratic)).execute()
+    for file in grid.folder.glob("*/*/*/config.yaml"):
+        file.write_text(file.read_text().replace("batch_size: 8", "batch_size: 4"))
+    with pytest.raises(UserError, match=r"is finished, but with other settings.*remove that folder"):
+        Executor(grid, made_up(quadratic)).execute()
+
+
+def test_a_real_study_end_to_end_in_this_process(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two methods, two rates, one final each: trained by the command itself, resumed at its rung."""
+    text = STUDY.replace("ladder: 3", "ladder: 2").replace("[0, 1]", "[0]").replace("rungs: [0.4]", "keep: 0.4")
+    grid = opened(root, tmp_path, text.replace("step: 3.1623", "step: 1.5"))
+    rules = grid.rules
+    assert Executor(grid, here).execute()
+    result = read_results(grid)
+    write_report(result)
+    rows = cells_without_times(grid.folder)
+    assert {row["state"] for row in rows} == {"finished", "paused"}
+    for contender in grid.contenders:
+        trained = Cell(grid, contender.label, result.outcome.best[contender.label], 0).facts()["adapters"]["trained"]
+        assert trained == contender.trained
+    assert rules.rungs == (1, 2, 5)
+    best = Cell(grid, "lora", result.outcome.best["lora"], 100)
+    log = [json.loads(line) for line in (best.folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5]  # each step once, over three commands
+    assert [line["step"] for line in log if "validation_loss" in line] == [1, 2, 3, 4, 5]
+    assert checkpoints(best.folder) == []
+    before = (grid.folder / "cells.csv").read_bytes()
+    assert Executor(grid, stopping_after(here, 0)).execute()  # nothing is left to run
+    assert main(["study", "report", str(root / "toy.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ended"]
+    assert (grid.folder / "cells.csv").read_bytes() == before
+
+
+def test_two_methods_of_a_seed_are_fed_the_same_rows(root: Path, tmp_path: Path) -> None:
+    grid = opened(root, tmp_path)
+    fed = {}
+    for label, seed in (("lora", 0), ("ssb", 0), ("lora", 1)):
+        cell = Cell(grid, label, grid.contender(label).trials[0], seed)
+        cell.folder.mkdir(parents=True)
+        assert here(cell.train_arguments(2), cell.folder / "output.txt") == 0
+        (path,) = checkpoints(cell.folder)
+        fed[label, seed] = json.loads((path / "training.json").read_text())["fed"]
+    assert fed["lora", 0] == fed["ssb", 0] != fed["lora", 1]
+
+
+def test_the_progress_line_says_what_remains(
+    root: Path, tmp_path: Path, unsealed: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("subspace"), "propagate", True)
+    grid = opened(root, tmp_path)
+    with caplog.at_level(logging.INFO):
+        Executor(grid, made_up(quadratic)).execute()
+    said = [line for line in caplog.messages if "steps remain" in line]
+    assert f"{planned_steps(grid):,} steps remain" in said[0]
+    assert "5 steps remain, about" in said[-1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace.common.declarations import format_value
+from subspace.common.foreign.yaml_files import format_value
 from subspace.config import RunConfig, read_config
 from subspace.evaluation.results import RESULTS
 from subspace.run import ENVIRONMENT_FILE

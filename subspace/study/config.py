@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from subspace.common.declarations import Declaration, build, read_yaml
+from subspace.common.declarations import Declaration, build
+from subspace.common.foreign.yaml_files import read_yaml
 from subspace.common.paths import find_resource
 from subspace.errors import UserError, nearest
 

@@ -18,7 +18,7 @@ import numpy as np
 from subspace.adapters.base import Adapter
 from subspace.adapters.parameter_count import count_trained, match_budget
 from subspace.adapters.registry import configure, resolve_method
-from subspace.common.declarations import format_value
+from subspace.common.foreign.yaml_files import format_value
 from subspace.common.progress import Progress, no_progress
 from subspace.config import RunConfig, read_config
 from subspace.errors import UserError

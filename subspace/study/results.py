@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from subspace.data.tasks import list_tasks
 from subspace.errors import UserError
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import read_items
@@ -145,31 +146,41 @@ def _method_result(grid: Grid, contender: Contender, outcome: Outcome, losses: L
 # The items.
 
 
-def log_odds(record: ItemRecord, task: str) -> float:
+def log_odds(record: ItemRecord, right: int) -> float:
     """Return the log-odds of an item's right answer against its others: log p(right) - log sum p(other).
 
-    Where a choice is impossible (its text is empty), it counts as the smallest number that is not.
+    A choice that is impossible (its text is empty) counts as the smallest number that is not.
     """
     scores = np.maximum(np.asarray(record["scores"], dtype=float), -1e4)
-    right = _right(record, task)
     others = np.delete(scores, right)
     top = float(others.max())
     return float(scores[right] - top - math.log(float(np.exp(others - top).sum())))
 
 
-def _right(record: ItemRecord, task: str) -> int:
-    """Return the index of the right answer; by ``answer-word`` it is recorded as a word, ``answer3`` or ``true``."""
+def right_answers(records: Sequence[ItemRecord], of_all: Sequence[ItemRecord]) -> list[int]:
+    """Return the index of each item's right answer among its scores.
+
+    ``answer-word`` records it as a word, as ``true``. Which place a word has is seen where it was predicted, in the
+    records ``of_all`` runs; words that end in a number, as ``answer3``, tell it themselves.
+    """
+    places: dict[str, int] = {}
+    for record in of_all:
+        if isinstance(record["prediction"], str):
+            places[record["prediction"]] = int(np.argmax(record["scores"]))
+    return [_place(record, places) for record in records]
+
+
+def _place(record: ItemRecord, places: Mapping[str, int]) -> int:
     label = record["label"]
     if isinstance(label, int):
         return label
-    known = list_tasks(None)
-    words = list(known[task].answer_words) if task in known else []
-    if label in words:
-        return words.index(label)
-    number = "".join(character for character in str(label) if character.isdigit())
-    if not number:
-        raise UserError(f"the right answer of {record['id']} in {task} is {label!r}, which is none of its answers")
-    return int(number) - 1
+    if label in places:
+        return places[label]
+    if number := re.search(r"(\d+)$", str(label)):
+        return int(number[1]) - 1
+    if len(record["scores"]) == 2 and len(places) == 1:  # no run ever chose it: it is not the one that was
+        return 1 - next(iter(places.values()))
+    raise UserError(f"which answer of {record['id']} is {label!r} cannot be told: no run chose it on any item")
 
 
 def _with_scores(grid: Grid, results: Sequence[MethodResult]) -> list[MethodResult]:
@@ -188,7 +199,7 @@ def _with_scores(grid: Grid, results: Sequence[MethodResult]) -> list[MethodResu
     filled = []
     for result in results:
         own = cells.get(result.contender.label, [])
-        scores = _scores([runs[cell.folder] for cell in own]) if own else None
+        scores = _scores([runs[cell.folder] for cell in own], list(runs.values())) if own else None
         accuracy = estimate(scores.correct) if scores else None
         filled.append(replace(result, scores=scores, accuracy=accuracy))
     return filled
@@ -206,14 +217,30 @@ def _scored_runs(folders: Sequence[Path]) -> dict[Path, ScoredRun]:
     raise UserError(f"the finals were scored by none of {', '.join(ANSWERING)}, which give every answer's probability")
 
 
-def _scores(runs: Sequence[ScoredRun]) -> Scores:
+def _scores(own: Sequence[ScoredRun], runs: Sequence[ScoredRun]) -> Scores:
+    """Return the scores of a method's runs; ``runs`` are all of the study."""
     tasks = tuple(sorted(set.intersection(*(set(run.results) for run in runs))))
     odds: list[Array] = []
     for task in tasks:
-        files = [run.results[task].items for run in runs]
-        odds.append(np.array([[log_odds(record, task) for record in read_items(file)] for file in files if file]))
-    correct = [np.array([next(iter(run.marks(task).right.values())) for run in runs], dtype=float) for task in tasks]
+        everything = [record for run in runs for record in _records(run, task)]
+        of_runs = [_records(run, task) for run in own]
+        rights = [right_answers(records, everything) for records in of_runs]
+        pairs = [zip(records, right, strict=True) for records, right in zip(of_runs, rights, strict=True)]
+        odds.append(np.array([[log_odds(record, index) for record, index in pair] for pair in pairs]))
+    correct = [np.array([next(iter(run.marks(task).right.values())) for run in own], dtype=float) for task in tasks]
     return Scores(odds, correct, tasks)
+
+
+@cache
+def _read(file: Path) -> list[ItemRecord]:
+    return read_items(file)
+
+
+def _records(run: ScoredRun, task: str) -> list[ItemRecord]:
+    file = run.results[task].items
+    if file is None:
+        raise UserError(f"{run.folder} has no stored items of {task}. Score it again: subspace evaluate {run.folder}")
+    return _read(file)
 
 
 # Comparisons.

@@ -16,9 +16,9 @@ from typing import Any
 from subspace.common.foreign.yaml_files import format_value
 from subspace.config import RunConfig, read_config
 from subspace.evaluation.results import RESULTS
-from subspace.run import ENVIRONMENT_FILE
 from subspace.study.grid import Grid
 from subspace.study.search import Losses, Outcome, Trial, search
+from subspace.training.checkpoint import ENVIRONMENT_FILE
 from subspace.training.logging import LOG_FILE
 
 #: Written into a cell's folder when its training failed, as with a loss that is not finite: the command's last words.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from subspace.common.files import remove_folder, write_file
 from subspace.errors import RunFailed, RunStopped, UserError, nearest
-from subspace.run import is_finished
+from subspace.resumption import is_finished
 from subspace.study.cells import FAILED_FILE, OUTPUT_FILE, Cell, final_cells, read_search, search_cells
 from subspace.study.config import ANSWER_LOGPROB
 from subspace.study.grid import Grid

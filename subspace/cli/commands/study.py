@@ -67,7 +67,7 @@ def _plan(study: Study, options: argparse.Namespace) -> int:
 
 
 def _execute(study: Study, options: argparse.Namespace) -> int:
-    from subspace.common.files import locked
+    from subspace.common.locks import in_use
     from subspace.common.progress import show_progress
     from subspace.study.execute import Executor, next_cells
     from subspace.study.processes import run_command
@@ -87,7 +87,7 @@ def _execute(study: Study, options: argparse.Namespace) -> int:
         for cell, until in next_cells(grid, read_search(grid)[0], only):
             print(shlex.join([sys.executable, "-m", "subspace", *cell.train_arguments(until), *more]))
         return 0
-    with locked(grid.folder), _stopping():
+    with in_use(grid.folder), _stopping():
         done = executor.execute()
     return _report(study, options) if done else 0
 

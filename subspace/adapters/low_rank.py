@@ -72,6 +72,8 @@ def check_rank(adapter: LinearAdapter, r: int) -> None:
         )
 
 
+#: A rank that any layer may have: above its features it only costs a little.
+SMALL_RANK = 64
 #: The Config of a method of this family.
 C = TypeVar("C", bound=LowRankConfig, default=Any)
 
@@ -85,7 +87,8 @@ class LowRankAdapter(LinearAdapter[C]):
 
     def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
-        if config.r > (larger := max(self.in_features, self.out_features)):
+        larger = max(self.in_features, self.out_features)
+        if config.r > max(larger, SMALL_RANK):
             raise UserError(
                 f"method.r is {config.r:,}, more than the {larger:,} features of a layer that it is to adapt. A rank "
                 f"above {min(self.in_features, self.out_features):,} adds nothing there"

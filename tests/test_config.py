@@ -14,6 +14,7 @@ import yaml
 from subspace import config as config_module
 from subspace.adapters.inject import inject
 from subspace.adapters.registry import list_methods, resolve_method
+from subspace.adapters.serialization import save_adapter
 from subspace.cli.command import settings_manual
 from subspace.common.paths import REPOSITORY
 from subspace.common.settings import SettingInfo
@@ -311,7 +312,9 @@ def test_what_is_scored_is_a_run_a_configuration_or_a_model(
     config_module.write_config(run, run.folder / "config.yaml")
     with pytest.raises(UserError, match="has no adapter"):
         config_module.read_subject("runs/example")
-    (run.folder / "adapter").mkdir()
+    model = tiny_llama()
+    inject(model, "lora", {"r": 2}, targets=["q_proj"])
+    save_adapter(model, run.folder / "adapter")
     trained = config_module.read_subject("runs/example", ["evaluate.limit=5"])
     assert (trained.folder, trained.adapter) == (run.folder, run.folder / "adapter")
     assert (trained.model, trained.evaluate.limit) == (run.model, 5)

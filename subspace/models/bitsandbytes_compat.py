@@ -9,6 +9,7 @@ Of layers, everything else asks :mod:`subspace.models.frozen_weights`. Each line
 | `nn.Int8Params`, `SCB CB`, `layer.state` with `SCB CB is_training` | 0.50.2 | reading int8 weights; ZeRO-3 | same |
 | `autograd._functions.matmul` | 0.50.2 | int8 under ZeRO-3 | a product with a given state |
 | `autograd._functions.MatMul8bitLt`, `MatMul8bitFp` | 0.50.2 | planning for int8 | what the meta device can run |
+| `functional.name2qmap`, `create_dynamic_map` | 0.50.2 | `double_quant` after a plan or check | kept without values |
 | `layer.support_avx512bf16_for_cpu` | 0.50.2 | 4-bit weights are destroyed on some CPUs | no switch |
 | an optimizer state's `qmap1 qmap2 absmax1 absmax2`, blocks of 256 | 0.50.2 | schedules with 8-bit AdamW | no reader |
 
@@ -141,9 +142,12 @@ def quantize_meta_weights(model: nn.Module, kind: str, *, double_quant: bool) ->
         kind: ``int8``, ``nf4`` or ``fp4``.
         double_quant: whether the scales of 4-bit weights are quantised too.
     """
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.functional import create_dynamic_map, name2qmap, quantize_4bit
     from bitsandbytes.nn import Int8Params, Params4bit  # type: ignore[attr-defined]
 
+    with torch.device("cpu"):
+        # The table of values for scales, which it would keep for all models as it is for the first one: without values.
+        name2qmap.setdefault("dynamic", create_dynamic_map())  # type: ignore[no-untyped-call]
     layer: Any
     for layer in model.modules():
         if type(layer).__name__ == "Linear8bitLt":

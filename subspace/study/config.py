@@ -142,9 +142,6 @@ def _in_full(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         own = {f.name for f in dataclasses.fields(Budget)} - {"settings"}
         settings = {key: value for key, value in budget.items() if key not in own}
         values["budget"] = {**{key: budget[key] for key in budget if key in own}, "settings": settings}
-    search = values.get("search")
-    if isinstance(search, Mapping) and True in search:  # as which YAML reads the key `on`
-        values["search"] = {"on" if key is True else key: value for key, value in search.items()}
     if isinstance(values.get("rates"), list):
         values["rates"] = {"list": values["rates"]}
     return values

@@ -28,6 +28,7 @@ from subspace.methods.lora import LoRA
 from subspace.models.config import ModelConfig
 from subspace.models.float32_blocks import float32_blocks
 from subspace.models.loading import open_model
+from tests.helpers.adapter_files import reseal
 from tests.helpers.tiny_models import tiny, tiny_llama
 
 IDS = torch.tensor([[0, 9, 33, 7, 120, 64, 3, 17], [0, 8, 250, 31, 2, 90, 4, 11]])
@@ -460,6 +461,7 @@ def test_weights_beyond_the_range_of_float16_are_refused(base: ModelConfig, out:
     tensors = load_file(adapter / "adapter.safetensors")
     name = next(name for name in tensors if name.endswith("q_proj.B"))
     save_file({**tensors, name: tensors[name] * 1e7}, adapter / "adapter.safetensors")
+    reseal(adapter)
     with pytest.raises(UserError, match=r"q_proj.weight is beyond float16. Write bfloat16"):
         export_merged(base, adapter, out, dtype="float16")
     assert nothing_left(out)

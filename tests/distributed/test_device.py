@@ -81,6 +81,7 @@ def rank_1_of_2(show: Show, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[An
     called: list[Any] = []
     show(2)
     ours = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", STATUS_FILE: "status"}
+    ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in ours.items():
         monkeypatch.setenv(name, value)
 
@@ -92,6 +93,7 @@ def rank_1_of_2(show: Show, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[An
         called.append(f"new group: {given['backend']}")
         return "object group"
 
+    monkeypatch.setattr(engine, "meet_on_loopback", lambda: False)  # the other process is not there
     monkeypatch.setattr(deepspeed, "init_distributed", start)
     monkeypatch.setattr(torch.cuda, "set_device", lambda to: called.append(to))
     monkeypatch.setattr(dist, "get_backend", lambda *group: "nccl")

@@ -36,6 +36,7 @@ def listening() -> list[str]:
 
 
 def test_a_process_alone_listens_on_the_loopback_interface() -> None:
+    shutdown()  # of a group that an earlier test left
     before = listening()
     init_distributed()
     try:

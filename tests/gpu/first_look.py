@@ -239,11 +239,12 @@ def _syncs(check: Check, micro_batch: int) -> Figures:
     seen: list[int] = []
     beat = Watchdog.beat
 
-    def listening(watchdog: Watchdog, step: int) -> None:
-        seen.append(step)
-        if check.on_gpu:
-            torch.cuda.set_sync_debug_mode("warn" if first <= step < last else "default")
-        beat(watchdog, step)
+    def listening(watchdog: Watchdog, doing: int | str, patience: float = 1.0) -> None:
+        if isinstance(doing, int):
+            seen.append(doing)
+            if check.on_gpu:
+                torch.cuda.set_sync_debug_mode("warn" if first <= doing < last else "default")
+        beat(watchdog, doing, patience)
 
     settings = ["model.dtype=bfloat16", "train.log_every=10", "train.save_every=0", f"train.steps={last + 2}"]
     with mock.patch.object(Watchdog, "beat", listening), _told() as places:

@@ -182,9 +182,9 @@ def reads_per_step(folder: Path, stage: int, *overrides: str, first: int = 3, st
     reads.counting = False
     beat = Watchdog.beat
 
-    def watched(watchdog: Watchdog, step: int) -> None:
-        reads.counting = first <= step < first + steps
-        beat(watchdog, step)
+    def watched(watchdog: Watchdog, doing: int | str, patience: float = 1.0) -> None:
+        reads.counting = isinstance(doing, int) and first <= doing < first + steps
+        beat(watchdog, doing, patience)
 
     settings = [
         "model.dtype=bfloat16",

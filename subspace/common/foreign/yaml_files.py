@@ -18,7 +18,9 @@ from subspace.errors import UserError, printable
 
 #: Bytes of a file; PyYAML reads some 200 kB a second. And values in it, with those that aliases repeat.
 MOST_YAML_BYTES, MOST_VALUES = 1 << 18, 50_000
-_TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")
+_TEXT = "tag:yaml.org,2002:str"
+_TEXT_TAGS = (_TEXT, "tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")
+_SWITCHES = ("on", "off", "yes", "no")
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -38,6 +40,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _fault("a key is a list or a mapping, and not a text", key)
+            if key.value.casefold() in _SWITCHES:
+                key.tag = _TEXT  # as a key, `on` is the word
             if key.tag not in _TEXT_TAGS:
                 raise _fault(f"the key {key.value} is no text to YAML. Write it in quotes: '{key.value}'", key)
             if key.value in seen:

@@ -8,8 +8,8 @@ items), and by a rest. A *run* is a list with one array a task, ``(seeds, items)
 The interval is ``mean +- sqrt(t_i^2 V_i + t_s^2 V_s)``: V_i is the variance of the mean over items, V_s that over
 seeds, each with Student's quantile for its own degrees of freedom. Both contain the rest, and a quantile for the sum of
 two estimated variances is at most the larger one (J. Hajek (1962), Annals of Mathematical Statistics 33:713), so it
-errs towards wide. In simulation it covers 94.5 % or more from two seeds on, where Satterthwaite's approximation falls
-to 87 % if the seeds dominate; a bootstrap of two or three seeds falls below that.
+errs towards wide. In simulation it covers 94 % or more from two seeds on, where Satterthwaite's approximation falls
+to 87 % if the seeds dominate.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ deepspeed.utils.groups._WORLD_GROUP            a second run in one      DeepSpee
 logger "DeepSpeed", FutureWarnings             nothing; noise           calls of collectives that torch has renamed
 launcher.multinode_runner.PDSHRunner, its      arguments that a shell   it quotes nothing, and ends other people's
 arguments, launcher.runner.PDSHRunner          reads, on several hosts  processes; see :mod:`subspace.distributed.hosts`
+zero.partition_parameters.zero3_linear_wrap    adapters at experts,     for good in the place of torch's ``linear``,
+                                               after ZeRO-3             whose protocol it does not keep
 torch.utils.cpp_extension._get_build_directory check for a stale lock   DeepSpeed's JIT builds wait for the lock there
 =============================================  =======================  ==============================================
 """
@@ -95,9 +97,6 @@ def shard_as(parameter: nn.Parameter, new: Iterable[nn.Parameter]) -> None:
 def has_zero_optimizer(parameter: Tensor) -> bool:
     """Return True if a ZeRO optimizer (stage 1 to 3) updates a copy of the parameter."""
     return is_sharded(parameter) or hasattr(parameter, "_hp_mapping")
-
-
-# --- the optimizer's tensors ---
 
 
 @dataclass(frozen=True)
@@ -197,9 +196,6 @@ def offloaded_gradient_norms(engine: Any) -> list[Tensor]:
     return list(getattr(engine.optimizer, "norm_for_param_grads", {}).values()) if engine.zero_optimization() else []
 
 
-# --- the engine's counters and loss scale ---
-
-
 def skipped_steps(engine: Any) -> int:
     """Return the number of steps skipped because a gradient overflowed float16."""
     return int(engine.skipped_steps)
@@ -239,6 +235,25 @@ def loss_scale_exhausted(engine: Any) -> bool:
 
 
 # --- patches of DeepSpeed ---
+
+
+def keep_linear_protocol() -> None:
+    """Let the ``linear`` that DeepSpeed puts in the place of torch's, at ZeRO-3 and ever after, honour its protocol.
+
+    Behind its autograd function, what only stands for a tensor, as an expert's matrix does, has no gradients.
+    """
+    from deepspeed.runtime.zero import linear, partition_parameters
+
+    partition_parameters.zero3_linear_wrap = _linear
+    if torch.nn.functional.linear is linear.zero3_linear_wrap:  # it has been put there already
+        torch.nn.functional.linear = _linear
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    product = zero3_linear_wrap if isinstance(weight, Tensor) else torch._C._nn.linear
+    return product(input, weight, bias)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -331,11 +346,8 @@ def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str], mark
         ) -> tuple[list[str], list[str], dict[str, str]]:
             given = self.args
             words = [sys.executable, "-u", "-m", MODULE, "node", f"--world_info={self.world_info_base64}"]
-            words += [
-                f"--node_rank={NUMBER}",
-                f"--master_addr={given.master_addr}",
-                f"--master_port={given.master_port}",
-            ]
+            words += [f"--node_rank={NUMBER}", f"--master_addr={given.master_addr}"]
+            words += [f"--master_port={given.master_port}"]
             words += ["--module"] if given.module else []
             words += ["--no_local_rank"] if given.no_local_rank else []
             words += [f"--log_level={given.log_level}", self.user_script, *self.user_arguments]
@@ -344,7 +356,7 @@ def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str], mark
             return [*pdsh(list(active_resources)), line], ["true"], pdsh_environment(environment)
 
     runner.PDSHRunner = QuotingRunner
-    runner.main(list(arguments))
+    runner.main([*arguments])
 
 
 def run_node_launcher(arguments: Sequence[str]) -> None:
@@ -363,9 +375,6 @@ def silence_deepspeed() -> None:
 
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
-
-
-# --- capabilities of the machine ---
 
 
 def fp16_supported() -> bool:

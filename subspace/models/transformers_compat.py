@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subspace.common.patching import patched
+from subspace.distributed.deepspeed_compat import keep_linear_protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -138,6 +139,8 @@ def zero3_loading(engine: Mapping[str, Any] | None) -> Any:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    if engine is not None:
+        keep_linear_protocol()
     return None if engine is None else HfDeepSpeedConfig(dict(engine))  # type: ignore[no-untyped-call]
 
 

@@ -23,6 +23,7 @@ from subspace.adapters.penalties import with_penalties
 from subspace.adapters.registry import list_methods, resolve_method
 from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.adapters.targets import find_target_modules
+from subspace.distributed.deepspeed_compat import keep_linear_protocol
 from subspace.errors import UserError
 from subspace.models.bitsandbytes_compat import weight_format
 from subspace.models.config import ModelConfig
@@ -167,6 +168,23 @@ def test_an_expert_that_no_token_was_sent_to_has_zeros_as_its_gradient() -> None
     for parameter in trained_parameters(model).values():
         rows = gradient_of(parameter).flatten(1).abs().sum(1)
         assert {number for number in range(4) if not rows[number]} == silent
+
+
+def test_experts_have_gradients_though_zero_3_has_replaced_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed leaves its own behind in a process, which the model's code calls with what stands for a matrix."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    gradients = []
+    for linear in (torch._C._nn.linear, zero3_linear_wrap):
+        monkeypatch.setattr(F, "linear", linear)
+        model = mixture("mixtral", "eager")
+        inject(model, "lora", {"r": 2}, targets=EXPERTS)
+        keep_linear_protocol()
+        perturb(model)
+        loss_of(model(IDS, use_cache=False).logits).backward()
+        gradients.append([gradient_of(p) for p in trained_parameters(model).values()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-4 * one.abs().max().item())
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

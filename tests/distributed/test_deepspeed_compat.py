@@ -285,6 +285,40 @@ def test_builds_leave_their_locks_where_they_are_looked_for(tmp_path: Path, monk
 
 
 @pytest.mark.processes
+class StandIn:
+    """What is no tensor, but stands for one where torch multiplies by it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*(arg.tensor if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["before", "after"])
+def test_the_linear_that_zero_3_leaves_behind_keeps_the_protocol(monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    from deepspeed.runtime.zero import linear, partition_parameters
+
+    init_distributed()
+    monkeypatch.setattr(partition_parameters, "zero3_linear_wrap", linear.zero3_linear_wrap)
+    patches = partition_parameters.InsertPostInitMethodToModuleSubClasses
+    monkeypatch.setattr(patches, "linear_bk", torch._C._nn.linear, raising=False)
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+    if before:
+        compat.keep_linear_protocol()
+    object.__new__(patches)._enable_mem_efficient_linear()
+    if not before:
+        compat.keep_linear_protocol()
+    weight = torch.randn(3, 4, requires_grad=True)
+    product: Any = torch.nn.functional.linear
+    assert product is not torch._C._nn.linear
+    product(torch.ones(2, 4), StandIn(weight)).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((3, 4), 2.0))
+    assert torch.equal(product(torch.ones(2, 4), weight), product(torch.ones(2, 4), StandIn(weight)))
+
+
 def test_a_second_run_in_one_process_has_a_world_group_of_its_own() -> None:
     again = (
         "import deepspeed; from deepspeed.utils import groups; from subspace.distributed import collectives, engine\n"

@@ -165,6 +165,7 @@ def test_a_file_is_shown_without_suites_model_or_tokenizer(
 ) -> None:
     """Where rows are refused, nothing else is looked at."""
     monkeypatch.setattr("subspace.models.loading.open_tokenizer", None)
+    monkeypatch.setenv("COLUMNS", "300")  # as wide as the table
     good = [{"instruction": "q", "output": "a", "id": n} for n in range(5)]
     file = tmp_path / "mine.json"
     file.write_text(json.dumps([*good, *BAD]))
@@ -175,7 +176,7 @@ def test_a_file_is_shown_without_suites_model_or_tokenizer(
     assert source["first_bad"][0] == f"{file}, row 6: 'output' is int, not text"
     assert main(["data", str(file)]) == 2
     shown = " ".join(capsys.readouterr().out.split())
-    for text in ("of the shape: instruction", "key id, which is not used", "refused", "data.bad_rows=drop"):
+    for text in ("of the shape: instruction", "with the key id, which is not used", "refused", "data.bad_rows=drop"):
         assert text in shown
 
 

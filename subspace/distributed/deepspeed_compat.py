@@ -253,7 +253,7 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     product = zero3_linear_wrap if isinstance(weight, Tensor) else torch._C._nn.linear
-    return product(input, weight, bias)  # type: ignore[no-any-return]
+    return product(input, weight, bias)
 
 
 @contextmanager

@@ -158,6 +158,15 @@ def meet_on_loopback() -> bool:
     return address == "localhost"
 
 
+def local_size_variable() -> str:
+    """Return the variable in which this process's launcher says how many processes it has on this machine.
+
+    torchrun may be started where the one of another launcher is still set.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or not os.environ.get("LOCAL_SIZE")
+    return "LOCAL_WORLD_SIZE" if by_torchrun else "LOCAL_SIZE"
+
+
 def gloo_interface() -> str | None:
     """Return the network interface for gloo; None to leave the choice to gloo.
 
@@ -169,7 +178,7 @@ def gloo_interface() -> str | None:
 
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return None
-    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    here = int(os.environ.get(local_size_variable()) or 1)
     if here >= int(os.environ.get("WORLD_SIZE") or 1):
         up = (loopback := psutil.net_if_stats().get(LOOPBACK)) is not None and loopback.isup
         return LOOPBACK if up and meet_on_loopback() else None

@@ -60,8 +60,6 @@ LAUNCH_NUMBERS = {
     "LOCAL_WORLD_SIZE": (1, hosts.MOST_SLOTS),
     "MASTER_PORT": (1, 65_535),
 }
-#: Of two of them, the first counts from 0 up to below the second.
-_BELOW = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
 
 def launch_fault() -> str | None:
@@ -72,9 +70,9 @@ def launch_fault() -> str | None:
         text = os.environ.get(name)
         if text is not None and not (re.fullmatch(r"[0-9]{1,9}", text) and least <= int(text) <= most):
             return f"{name} is {shown(text)}, but should be a number from {least:,} to {most:,}"
-    for name, of in _BELOW:
+    for name, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", hosts.local_size_variable())):
         if name in os.environ and of in os.environ and int(os.environ[name]) >= int(os.environ[of]):
-            return f"{name} is {os.environ[name]}, but the {os.environ[of]} of {of} are counted from 0"
+            return f"{name} is {os.environ[name]} where {of} is {os.environ[of]}, and ranks are counted from 0"
     if not re.fullmatch(r"[\w:\[][\w.:%\[\]-]{0,254}", os.environ.get("MASTER_ADDR", "localhost"), re.ASCII):
         return f"MASTER_ADDR is {shown(os.environ['MASTER_ADDR'])}, which is no host's name or address"
     return None
@@ -128,7 +126,7 @@ def init_rank_env() -> None:
         # CUDA shows a process one MIG instance at most, the first of the list.
         own = names[int(os.environ["LOCAL_RANK"])] if names[0].startswith("MIG-") else devices
         os.environ["CUDA_VISIBLE_DEVICES"] = own
-    ranks_here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1" if under_launcher() else "1"
+    ranks_here = os.environ.get(hosts.local_size_variable()) or "1" if under_launcher() else "1"
     os.environ.setdefault("OMP_NUM_THREADS", _threads(int(ranks_here)))
     set_rank_env()
     register_rank()
@@ -165,7 +163,7 @@ def set_rank_env(*, deterministic: bool = False) -> None:
     elif os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
-    ranks_here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    ranks_here = os.environ.get(hosts.local_size_variable())
     if ranks_here == os.environ["WORLD_SIZE"] and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # all of them are here, whatever name a batch system gives this machine
     devices = visible_devices()

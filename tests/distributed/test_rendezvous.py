@@ -87,12 +87,20 @@ def test_what_a_launcher_says_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (launcher.launched_rank(), launcher.launched_world_size()) == (1, 2)
 
 
+def test_torchrun_counts_though_another_launchers_variable_is_still_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**GOOD, "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.launch_fault() is None
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert "LOCAL_SIZE is 1" in (launcher.launch_fault() or "")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
         ("WORLD_SIZE", "abc", "WORLD_SIZE is 'abc', but should be a number from 1"),
-        ("RANK", "2", "RANK is 2, but the 2 of WORLD_SIZE are counted from 0"),
-        ("LOCAL_RANK", "7", "LOCAL_RANK is 7, but the 2 of LOCAL_SIZE"),
+        ("RANK", "2", "RANK is 2 where WORLD_SIZE is 2, and ranks are counted from 0"),
+        ("LOCAL_RANK", "7", "LOCAL_RANK is 7 where LOCAL_SIZE is 2"),
         ("MASTER_PORT", "-1", "MASTER_PORT is '-1', but should be a number from 1 to 65,535"),
         ("MASTER_ADDR", "a b", "MASTER_ADDR is 'a b', which is no host's name"),
     ],

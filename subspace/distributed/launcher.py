@@ -39,7 +39,7 @@ from subspace.common.paths import checkout
 from subspace.distributed import hosts, peers
 from subspace.distributed.orphans import end_with_starter, holding
 from subspace.distributed.reach import ensure_reachable
-from subspace.distributed.signals import STATUS_FILE, read_status, register_rank
+from subspace.distributed.signals import STATUS_FILE, read_status, register_rank, write_status
 from subspace.distributed.supervision import supervise
 from subspace.errors import RunStopped, UserError, shown
 
@@ -236,12 +236,6 @@ def is_peer_failure(error: BaseException) -> bool:
     """Return True if an error only means that another process ended, by messages of gloo, NCCL and torch's store."""
     words = ("by peer", "Broken pipe", "remote process exited", "Connection was likely closed", "Socket closed")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def write_status(status: int) -> None:
-    """Write the run's exit status where our launcher reads it."""
-    if file := os.environ.get(STATUS_FILE):
-        Path(file).write_text(str(status))
 
 
 def free_port() -> int:

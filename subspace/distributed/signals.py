@@ -59,6 +59,12 @@ def local_rank_pids(status_file: str | Path | None = None) -> list[int]:
     return [int(text) for path in Path(file).parent.glob("rank-*") if (text := path.read_text())] if file else []
 
 
+def write_status(status: int) -> None:
+    """Write the run's exit status where our launcher reads it."""
+    if file := os.environ.get(STATUS_FILE):
+        Path(file).write_text(str(status))
+
+
 def read_status(file: str | Path | None) -> int | None:
     """Return the run's status from the file that the launcher and the ranks share; None if there is none yet."""
     if not file or not Path(file).exists():

@@ -11,10 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from subspace.distributed.hosts import MARK_TO_GIVE, SSH_FAILED, HostWatch, pdsh_environment, signal_command
 from subspace.distributed.signals import local_rank_pids, read_status
 from subspace.errors import RunStopped
+
+if TYPE_CHECKING:
+    import psutil
 
 logger = logging.getLogger(__name__)
 
@@ -246,25 +250,32 @@ def _signal_group(group: int, number: int) -> None:
 
 def _end_group(group: int) -> int:
     """Terminate the remaining processes of a group and return how many there were."""
-    found = _count_group(group)
+    import psutil
+
+    found = len(_processes_of(group))
     for number, patience in ((signal.SIGTERM, SHUTDOWN_GRACE_S), (signal.SIGKILL, 5.0)):
         end = time.monotonic() + patience
-        if _count_group(group):
+        if _processes_of(group):
             _signal_group(group, number)
-        while _count_group(group) and time.monotonic() < end:
+        while (left := _processes_of(group)) and time.monotonic() < end:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    if process.status() == psutil.STATUS_STOPPED:  # SIGTERM would reach it only when it goes on
+                        process.kill()
             time.sleep(0.1)
     return found
 
 
-def _count_group(group: int) -> int:
-    """Return the number of a group's running processes, without zombies, which a parent may never wait for."""
+def _processes_of(group: int) -> list[psutil.Process]:
+    """Return a group's running processes, without zombies, which a parent may never wait for."""
     import psutil
 
-    count = 0
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            count += os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-    return count
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def _as_shell(status: int) -> int:

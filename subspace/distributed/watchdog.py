@@ -22,6 +22,7 @@ from typing import Self
 from subspace.common.paths import PACKAGE
 from subspace.common.progress import Progress, ProgressCallback
 from subspace.distributed import peers
+from subspace.distributed.signals import write_status
 
 #: Seconds from a process's report to its exit, so that all processes have reported before the first one exits.
 REPORT_GRACE_S = 5.0
@@ -98,6 +99,7 @@ class Watchdog:
             missing = f" No report from rank {', '.join(silent)}." if (silent := self._silent()) else ""
             said = f"error: {self.doing} hangs. The reports above say where each rank is.{missing}\n"
             os.write(2, said.encode())
+            write_status(1)
             peers.report_failure(1)
         os._exit(1)
 

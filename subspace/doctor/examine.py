@@ -18,6 +18,7 @@ from typing import Any
 
 from subspace.config import read_config
 from subspace.distributed import launcher
+from subspace.distributed.signals import write_status
 from subspace.doctor.base import (
     ALONE,
     CONNECTED,
@@ -204,5 +205,5 @@ def _leave(status: int) -> None:
     """End a process whose main thread hangs in a collective."""
     sys.stdout.flush()
     if launcher.launched_rank() == 0:
-        launcher.write_status(status)
+        write_status(status)
     os._exit(status)

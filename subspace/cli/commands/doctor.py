@@ -15,6 +15,7 @@ from subspace.cli.command import Command, count, json_argument, launch_arguments
 from subspace.distributed import launcher
 from subspace.distributed.hosts import read_hostfile
 from subspace.distributed.reach import find_troubles
+from subspace.distributed.signals import write_status
 from subspace.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _examine(options: argparse.Namespace) -> int:
 
     status = examine(options.config, options.settings, lambda report: _show(report, options), wait=options.wait)
     if launcher.launched_rank() == 0:
-        launcher.write_status(status)
+        write_status(status)
     return status
 
 

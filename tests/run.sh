@@ -7,7 +7,7 @@ usage() {
     cat <<'TEXT'
 usage: bash tests/run.sh [--help] [PYTEST_ARGUMENT ...]
 
-Needs Python 3.11 or newer; no GPU. Takes about 13 minutes on 2 cores after installation.
+Needs Python 3.11 or newer; no GPU. Takes about 12 minutes on 2 cores after installation.
 
   1. makes .venv and installs requirements.txt and tests/requirements.txt into it
   2. ruff, codespell, mypy, import-linter

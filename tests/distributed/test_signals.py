@@ -23,7 +23,7 @@ from tests.helpers.material import logged, make_material
 
 pytestmark = pytest.mark.processes
 
-STEPS = 40
+STEPS = 24
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ usage: bash tests/run.sh [--help] [PYTEST_ARGUMENT ...]
 Needs Python 3.11 or newer; no GPU. Takes about 12 minutes on 2 cores after installation.
 
   1. makes .venv and installs requirements.txt and tests/requirements.txt into it
-  2. ruff, codespell, mypy, import-linter
-  3. prepares SmolLM2-135M and the eight commonsense suites in data/cache
-  4. pytest on every core, without the tests that take minutes (-m long), need a GPU (-m gpu), or hosts and SLURM
+  2. ruff, codespell, mypy, import-linter; beside them, prepares SmolLM2-135M and the eight suites in data/cache
+  3. pytest on every core, without the tests that take minutes (-m long), need a GPU (-m gpu), or hosts and SLURM
      (-m cluster; tests/cluster/run.sh installs what those need); arguments are passed on to it
 
 examples:
@@ -30,15 +29,19 @@ case "${1-}" in -h | --help) usage; exit 0 ;; esac
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # several ranks share the cores
 unset PYTHONDONTWRITEBYTECODE             # hundreds of processes would each compile the package anew
 
-step "1/4 install"
+step "1/3 install"
 make_environment requirements.txt tests/requirements.txt
-step "2/4 ruff, codespell, mypy, import-linter"
-supervise ruff check .
-supervise ruff format --check .
-supervise codespell
-supervise mypy
-supervise lint-imports --no-logo
-step "3/4 prepare the model and the data"
-supervise subspace prepare
-step "4/4 pytest"
+step "2/3 ruff, codespell, mypy, import-linter; beside them, the model and the data"
+supervise bash -euo pipefail -c '
+    subspace prepare & prepared=$!
+    trap "kill $prepared" ERR
+    ruff check .
+    ruff format --check .
+    codespell
+    mypy
+    lint-imports --no-logo
+    trap - ERR
+    wait $prepared
+'
+step "3/3 pytest"
 supervise python -m pytest --durations=25 -n auto --dist loadfile -m "not long and not gpu and not cluster" "$@"

@@ -134,7 +134,7 @@ def test_a_failure_of_one_rank_is_told_by_it(start: Callable[..., Run]) -> None:
 @pytest.mark.parametrize(
     "number",
     [
-        pytest.param(number, marks=[] if number in (signal.SIGTERM, signal.SIGINT) else pytest.mark.long)
+        pytest.param(number, marks=[] if number == signal.SIGTERM else pytest.mark.long)
         for number in supervision.SIGNALS
     ],
     ids=lambda number: number.name,
@@ -155,16 +155,6 @@ def test_a_training_that_is_stopped_before_its_first_step_says_so_once(start: Ca
     assert status == RunStopped.status
     assert said.startswith("stopped: by a signal, before its first step")
     assert said.count("\n") == 1
-
-
-@pytest.mark.processes
-def test_a_killed_rank_ends_all(start: Callable[..., Run]) -> None:
-    run = start("waits")
-    run.pids(0)
-    os.kill(run.pids(1)[0], signal.SIGKILL)
-    status, said = run.end()
-    assert status == 128 + signal.SIGKILL
-    assert "signal 9" in said
 
 
 @pytest.mark.processes

@@ -115,12 +115,14 @@ def stopped_by(run: Run, number: signal.Signals) -> None:
     assert [path.name for path in checkpoints(run.folder)] == [f"step-{last:06d}"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT], ids=lambda number: number.name
+)
 def test_a_signal_makes_a_checkpoint(start: Callable[..., Run], number: signal.Signals) -> None:
     stopped_by(start(number.name, 2), number)
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_and_is_known_as_finished(start: Callable[..., Run], whole: Path) -> None:
     run = start("stopped", 2)
     stopped_by(run, signal.SIGUSR1)
@@ -155,6 +157,7 @@ def test_a_killed_rank_ends_all_with_one_message(start: Callable[..., Run], rank
     assert said.count("error:") == 1
 
 
+@pytest.mark.long
 def test_all_at_once_on_a_second_signal(start: Callable[..., Run]) -> None:
     run = start("twice", 2)
     run.wait_for(5)

@@ -38,13 +38,13 @@ SLACK = {"lora-dash": 2, "full": 2}
 STRAY = {"lora-dash": 1e-3, "full": 1e-3}
 #: A base in 16 bits, so that adapters are copied to its dtype; at stage 3 each is cast by itself.
 IN_16_BITS = ("model.dtype=bfloat16", "train.steps=6")
-#: By stage; at stage 3 kinds of site (biases, attention), of starts (from W's singular directions or row norms) and of
-#: schedules (growth, a launch).
+#: By stage; at stage 3 kinds of site (activations, attention), of starts (from W's singular directions) and of
+#: schedules (pruning, a launch).
 WITH_EVERY_CHANGE = {
     0: {"full"},
     1: {"adalora"},
     2: {"full"},
-    3: {"adalora", "bitfit", "flexlora", "full", "ia3", "lora", "lora-dash", "prefix", "spectral", "svdiff"},
+    3: {"adalora", "full", "ia3", "lora", "lora-dash", "prefix", "spectral"},
 }
 LONG = pytest.mark.long
 CASES = [

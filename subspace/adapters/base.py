@@ -128,6 +128,8 @@ class Adapter(nn.Module, Generic[C]):
 
     #: How many matrices of the model it adapts: those of a stack of experts, else one.
     num_matrices: int = 1
+    #: The share a of its update that is in force: W + a (W' - W) stands in the place of W'.
+    update_scale: float = 1.0
 
     #: Frozen parameters of the base that the adapter holds in its place, by their names there.
     original_params: Mapping[str, nn.Parameter] = {}
@@ -213,6 +215,10 @@ class Adapter(nn.Module, Generic[C]):
     def merged(self) -> dict[str, Tensor | None]:
         """Return the tensors that, in place of the base's of these names, make it compute what the adapter does."""
         raise NotImplementedError
+
+    def scale_update(self, scale: float) -> None:
+        """Let a share of the update be in force, from here on. A method that can be merged knows how."""
+        self.update_scale = scale
 
     def penalty(self) -> Tensor | None:
         """Return this adapter's share of a term to add to the loss. Default: none is added."""
@@ -307,6 +313,11 @@ def _charge_penalty(adapter: Adapter, inputs: Any, output: Tensor) -> Tensor:
     return output if penalty is None else charge_penalty(output, penalty, adapter.loss_tap)
 
 
+def _scale_output(adapter: LinearAdapter, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return what W + a (W' - W) gives, to which a linear layer's output is as far on the way as its weight."""
+    return torch.lerp(adapter.frozen(*inputs), output, adapter.update_scale)
+
+
 class LinearAdapter(Adapter[C]):
     """A method at a linear layer, defined by the weight that replaces W."""
 
@@ -332,6 +343,11 @@ class LinearAdapter(Adapter[C]):
         W, b = gather_weight_fp32(self.base), self.base_bias()
         assert W is not None
         return {"weight": as_stored(self.base, self.weight(W)), "bias": self.bias(None if b is None else b.float())}
+
+    def scale_update(self, scale: float) -> None:
+        super().scale_update(scale)
+        if _scale_output not in self._forward_hooks.values():
+            self.register_forward_hook(_scale_output)
 
     def base_bias(self) -> Tensor | None:
         """Return the frozen bias, ``(out,)``, or None."""

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from subspace.adapters.exchange.base_files import CARD, RECORD, check_tokenizer, copy_base_files, write_config
 from subspace.adapters.exchange.model_card import adapter_facts, base_name, model_card
 from subspace.adapters.inject import adapters
-from subspace.adapters.merging import SharedTensors, frozen, merge_site, mergeable_adapters, note_untied
+from subspace.adapters.merging import (
+    SharedTensors,
+    frozen,
+    merge_site,
+    mergeable_adapters,
+    note_untied,
+    scale_updates,
+)
 from subspace.adapters.serialization import check_adapter_base, load_adapter
 from subspace.adapters.targets import PARTS
 from subspace.common.files import write_folder, write_json
@@ -60,13 +67,15 @@ class MergeReport:
     merged_difference: float  # merged against unmerged, in float32
     written_difference: float  # the written folder against unmerged: what the rounding costs
     same_tokens: float  # share of the probe's positions where the written folder prefers the same next token
+    scale: float = 1.0  # the share of the update that was merged
 
     def __str__(self) -> str:
         advice = ". Write float32 to keep more" if self.rounding > 0.1 else ""
+        part = "" if self.scale == 1 else f" at {self.scale:g} of what was trained"
         return (
-            f"{self.layers} layers merged. The update is {self.update:.2e} of the weights' norm; {self.dtype} rounds "
-            f"away {self.rounding:.1%} of it{advice}.\nLargest difference of a logit from the unmerged model, relative "
-            f"to the largest: {self.merged_difference:.1e} merged, {self.written_difference:.1e} as written "
+            f"{self.layers} layers merged{part}. The update is {self.update:.2e} of the weights' norm; {self.dtype} "
+            f"rounds away {self.rounding:.1%} of it{advice}.\nLargest difference of a logit from the unmerged model, "
+            f"relative to the largest: {self.merged_difference:.1e} merged, {self.written_difference:.1e} as written "
             f"({self.same_tokens:.1%} of next tokens equal)."
         )
 
@@ -78,6 +87,7 @@ def export_merged(
     *,
     dtype: str | None = None,
     as_trained: bool = False,
+    scale: float = 1.0,
     tolerance: float = TOLERANCE,
 ) -> MergeReport:
     """Write base model and adapter as one ordinary HF folder, after proving its logits against the unmerged model.
@@ -91,6 +101,7 @@ def export_merged(
         dtype: what to write: ``float32``, ``bfloat16`` or ``float16``; default: the dtype of ``config``.
         as_trained: for a quantised base, merge into its weights as they dequantise, which are those that the adapter
             was trained with; else into the original ones.
+        scale: the share a of the update: the weights become W + a (W' - W). 0 is the base, 1 what was trained.
         tolerance: the largest difference of a logit that is let through, relative to the largest logit.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -104,12 +115,15 @@ def export_merged(
         shape = open_shape(replace(config, quantize="none"))
         load_adapter(shape, adapter, any_base=True)
         mergeable_adapters(shape)
+        scale_updates(shape, scale)
     attention = "sdpa" if config.attention == "flash_attention_2" else config.attention
     exact = replace(config, dtype="float32", quantize="none", attention=attention, gradient_checkpointing=False)
     written = replace(config, dtype=dtype or config.dtype).dtype
 
     tokenizer = open_tokenizer(exact)
     model, files = _open(exact, adapter, quantize=config.quantize if as_trained else "none"), find_files(exact)
+    if scale != 1:
+        scale_updates(model, scale)
     opened = model.config.to_dict()
     probe = _probe(tokenizer).to(model.device)
     unmerged = _logits(model, probe)
@@ -155,6 +169,7 @@ def export_merged(
             merged_difference=difference,
             written_difference=_difference(after, unmerged),
             same_tokens=float((after.argmax(-1) == unmerged.argmax(-1)).float().mean()),
+            scale=scale,
         )
         name = base_name(config.path, files)
         # Nothing of this machine: the folder is made to be given away.

@@ -75,13 +75,47 @@ def merge_site(
     held = {name: getattr(layer, name) for name in merged}
     for name, value in merged.items():
         like = adapter.original_params.get(name, held[name])
+        scaled = _part_of_the_way(like, value, adapter.update_scale)
         # New parameters, not new values: the old ones are kept as they are, bit for bit, and may be shared.
-        new = None if value is None else frozen(value, dtype or (held["weight"] if like is None else like).dtype)
+        new = None if scaled is None else frozen(scaled, dtype or (held["weight"] if like is None else like).dtype)
         if new is not None and isinstance(value, nn.Parameter):  # a trained tensor itself: other sites may have it
             new = shared.setdefault(value, new)
         setattr(layer, name, new)
     replace_site(model, site, layer)
     return Replaced(adapter, held)
+
+
+@torch.no_grad()
+def _part_of_the_way(start: Tensor | None, end: Tensor | None, scale: float) -> Tensor | None:
+    """Return what lies a share of the way from a frozen tensor to its merged one; None stands for zeros."""
+    if scale == 1 or end is None:
+        return end
+    if scale == 0:
+        return start  # the same bits, the signs of zeros with them
+    return torch.lerp(torch.zeros_like(end) if start is None else start.to(end), end, scale)
+
+
+def scale_updates(model: nn.Module, scale: float) -> None:
+    """Let each weight W' of a model with adapters be W + a (W' - W), whatever its method; ``merge`` follows it.
+
+    Args:
+        model: with adapters, which are to be used, not trained.
+        scale: a, from 0, the base model, to 1, what was trained.
+
+    Raises:
+        UserError: a method changes more than weights, so there is no way from the base to it; or a is no such number.
+    """
+    if not 0 <= scale <= 1:
+        raise UserError(f"the update was to be scaled by {scale:g}, but takes a share from 0, the base, to 1, the run")
+    found = adapters(model)
+    for site, adapter in found.items():
+        if not adapter.mergeable:
+            raise UserError(
+                f"the update of {adapter.name} cannot be scaled: what it does at {site} is not what a linear layer can "
+                "do, so it lies on no line from the base. Leave --scale out"
+            )
+    for adapter in found.values():
+        adapter.scale_update(scale)
 
 
 def note_untied(model: Any) -> None:

@@ -60,7 +60,7 @@ def stacked(base: Any, several: Sequence[Adapter | None]) -> tuple[Tensor, Tenso
         factors = adapter.to_lora() if isinstance(adapter, LinearAdapter) and adapter.mergeable else None
         if factors is None:
             return None
-        found.append(factors)
+        found.append((factors[0], adapter.update_scale * factors[1]))
     rank = max(len(A) for A, _ in found)
     return (
         torch.stack([F.pad(A.detach().T.to(device), (0, rank - len(A))) for A, _ in found]),

@@ -71,10 +71,15 @@ def take_sample(task: Task, split: str, limit: int | None, folder: str | None = 
     answers = Counter(item["label"] if len(item["choices"]) > 1 else str(item["choices"]) for item in items)
     positions: Sequence[int] = range(len(items))
     if limit is not None and limit < len(items):
-        hashes = [hashlib.sha256(item["id"].encode()).digest() for item in items]
-        positions = sorted(sorted(positions, key=hashes.__getitem__)[:limit])
+        positions = choose([item["id"] for item in items], limit)
     task = with_answer_words(task, items)
     return Sample(task, [items[i] for i in positions], max(answers.values()) / answers.total(), positions)
+
+
+def choose(ids: Sequence[str], limit: int) -> list[int]:
+    """Return the positions, in order, of so many texts: those with the smallest hashes."""
+    hashes = [hashlib.sha256(text.encode()).digest() for text in ids]
+    return sorted(sorted(range(len(ids)), key=hashes.__getitem__)[:limit])
 
 
 def split_items(task: Task, split: str, folder: str | None) -> list[Item]:

@@ -113,13 +113,21 @@ class Choices:
         sizes: for each item the number of its rows in a batch, and the number of tokens of the longest.
     """
 
-    def __init__(self, model: nn.Module, choices: Sequence[Sequence[tuple[list[int], int]]]) -> None:
-        """Build the rows; ``choices`` has for each item its choices, as token ids and the number of context tokens."""
+    def __init__(
+        self, model: nn.Module, choices: Sequence[Sequence[tuple[list[int], int]]], *, share: bool = True
+    ) -> None:
+        """Build the rows.
+
+        Args:
+            model: the model.
+            choices: for each item its choices, as token ids and the number of context tokens.
+            share: whether the choices of an item may share a row, if the model can score such rows.
+        """
         config: Any = model.config
         window = max_positions(config)
         longest = max(len(ids) for item in choices for ids, _ in item)
         self.truncated = sum(any(len(ids) > window + 1 for ids, _ in item) for item in choices)
-        share = can_score_as_tree(model, longest)
+        share = share and can_score_as_tree(model, longest)
         self.rows = [build_scoring_rows(item, window, share=share) for item in choices]
         self.sizes = [(len(rows), max(len(row.ids) for row in rows)) for rows in self.rows]
 

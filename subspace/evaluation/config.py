@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Required
 
@@ -66,6 +66,14 @@ class EvaluationSubject:
     #: Of that run: data.chat_template, a file, and data.date, with which evaluate.chat_template asks.
     chat_template: str | None = None
     date: str = DataConfig.date
+    scale: float = 1.0  # the share of the adapters' update that is in force
+
+    def at_scale(self, scale: float) -> EvaluationSubject:
+        """Return a run with a share of its update; its results lie in a folder within the run's. 0 is the base."""
+        if scale == 1 or not self.adapter:
+            return self
+        part = replace(self, folder=self.folder / f"scale-{scale:g}", scale=scale)
+        return part if scale else replace(part, adapter=None, method="", mixture="", scale=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +121,15 @@ class EvaluateConfig(Settings):
     engine: str | None = setting(
         None, "for a model too large for one device: a ZeRO-3 configuration, as ds_configs/zero3.json"
     )
+    retention: str = setting(
+        "none",
+        "also measure how much of the base is kept: bits per byte on Wikipedia passages that no training prompt shows, "
+        "beside the base's own",
+        choices=("none", "wikipedia"),
+    )
+    retention_limit: int | None = setting(
+        None, "passages, always the same ones; null for all 2,938", min=1, max=MOST_COUNT
+    )
     hang_minutes: float = setting(
         30.0, "minutes without progress after which scoring is ended; 0 disables the watchdog", min=0
     )
@@ -136,6 +153,8 @@ class EvaluateConfig(Settings):
         idle = [name for name in asked if not set(EFFECTIVE[name]) & set(self.protocols)]
         if "prompt" in asked and self.chat_template:
             idle.append("prompt")
+        if self.retention_limit is not None and self.retention == "none":
+            idle.append("retention_limit")
         if "published_batch" in asked and "no_attention_mask" not in self.defect_names:
             idle.append("published_batch")
         return sorted(set(idle))

@@ -113,10 +113,10 @@ def evaluate(
     """
     jobs = build_jobs(model, tokenizer, config, progress) if jobs is None else jobs
     subject = checksum or (weights_checksum(model) if folder else "")
-    total, done = sum(_work(job.scorer, range(len(job.sample.items))) for job in jobs), 0
+    total, done = sum(count_work(job.scorer, range(len(job.sample.items))) for job in jobs), 0
     results = []
     title = f"score {adapter or model_name or 'the model'} by {', '.join(config.protocols)}"
-    with _scoring(model), (progress if is_main() else no_progress)(title, total, "tokens") as at:
+    with scoring(model), (progress if is_main() else no_progress)(title, total, "tokens") as at:
 
         def advance(tokens: int, detail: str) -> None:
             nonlocal done
@@ -128,7 +128,7 @@ def evaluate(
             file = items_file(folder, job.scorer.name, job.sample.task.name) if folder else None
             result = _scored_before(folder, job, subject, overwrite=config.overwrite)
             if result:
-                advance(_work(job.scorer, range(len(job.sample.items))), f"{job.sample.task.title}, scored before")
+                advance(count_work(job.scorer, range(len(job.sample.items))), f"{job.sample.task.title}, scored before")
                 results.append(result)
                 continue
             began = time.perf_counter()
@@ -136,7 +136,7 @@ def evaluate(
             with ResumableResults(
                 file, digest([subject, dict(job.fingerprint_fields)]), config.batch_tokens, default
             ) as partial:
-                records = _score(model, job, partial, advance)
+                records = score_job(model, job, partial, advance)
                 result = TaskResult(
                     model=model_name,
                     adapter=adapter,
@@ -180,7 +180,7 @@ def _scored_before(folder: Path | None, job: Job, subject: str, *, overwrite: bo
     return broadcast_object(result) if folder else None
 
 
-def _score(
+def score_job(
     model: nn.Module, job: Job, partial: ResumableResults, advance: Callable[[int, str], None]
 ) -> list[ItemRecord]:
     """Return the records of all items on every rank; each rank scores its share of the remaining batches."""
@@ -197,19 +197,19 @@ def _score(
     plan = plan_batches(scorer.sizes, partial.budget)
     remaining = [batch for batch in plan if not partial.records.keys() >= set(batch)]
     before = set(range(len(scorer.sizes))).difference(*remaining)
-    advance(_work(scorer, before), f"{job.sample.task.title}, {len(before)} items scored before")
+    advance(count_work(scorer, before), f"{job.sample.task.title}, {len(before)} items scored before")
     with scorer.shared_prefix(model) if remaining else nullcontext():
         for turn in assign_to_ranks(remaining):
             own_batch = turn[rank()]
             partial.add(own_batch, splitter.score(own_batch))
             scored += len({number for batch in turn for number in batch})
             speed = scored / (time.perf_counter() - began)
-            advance(sum(_work(scorer, batch) for batch in turn), f"{job.sample.task.title}, {speed:.1f} items/s")
+            advance(sum(count_work(scorer, batch) for batch in turn), f"{job.sample.task.title}, {speed:.1f} items/s")
     partial.gather()
     return [partial.records[number] for number in range(len(scorer.sizes))]
 
 
-def _work(scorer: Scorer, numbers: Iterable[int]) -> int:
+def count_work(scorer: Scorer, numbers: Iterable[int]) -> int:
     """Return the number of tokens of items, without padding."""
     return sum(rows * length for rows, length in (scorer.sizes[number] for number in numbers))
 
@@ -226,7 +226,7 @@ def _fingerprint_fields(scorer: Scorer, sample: Sample, tokenizer: str) -> dict[
 
 
 @contextmanager
-def _scoring(model: nn.Module) -> Iterator[None]:
+def scoring(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode without gradients, and restore its mode afterwards.
 
     The memory that one pass frees is allocated again by the next. Malloc trimming, which loading the model switches on,

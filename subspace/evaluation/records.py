@@ -40,6 +40,16 @@ class Evidence(TypedDict, total=False):
     text: str
 
 
+class PassageRecord(TypedDict):
+    """Result of measuring a text; ``base_bits`` are those of the base model, None where that itself was measured."""
+
+    id: str
+    bytes: int
+    tokens: int
+    bits: float
+    base_bits: float | None
+
+
 def make_record(
     item: Item,
     prompt: str,

@@ -111,7 +111,7 @@ def _line(value: Any) -> str:
 def _is_record(line: Any) -> bool:
     """Return True for the number of an item with its record, and not for what a damaged file may have there."""
     match line:
-        case [int(), {"id": _, "prediction": _, "correct": dict()}]:
+        case [int(), {"id": _, "prediction": _, "correct": dict()}] | [int(), {"id": _, "bits": float()}]:
             return True
     return False
 

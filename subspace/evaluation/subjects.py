@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from subspace.adapters.inject import adapters, remove_adapters
+from subspace.adapters.merging import scale_updates
 from subspace.adapters.multi_adapter import AdaptersBySite, batch_adapters, can_batch_adapters
 from subspace.adapters.serialization import check_adapter_base, load_adapter
 from subspace.common.locks import in_use
@@ -35,7 +36,8 @@ from subspace.evaluation.evaluate import Job, build_jobs, evaluate
 from subspace.evaluation.fingerprint import weights_checksum
 from subspace.evaluation.protocols.base import Scorer
 from subspace.evaluation.records import ItemRecord
-from subspace.evaluation.results import TaskResult
+from subspace.evaluation.results import TaskResult, digest
+from subspace.evaluation.retention import RetentionMeter
 from subspace.models.base_record import identify
 from subspace.models.config import ModelConfig
 from subspace.models.inspection import inspect_model
@@ -63,13 +65,14 @@ def _evaluate_alone(
     """Score subjects whose folders no other process writes to."""
     for subject in subjects:  # what the settings alone decide is refused first
         if subject.evaluate.engine:
+            _check_sharded(subject)
             resolve_deepspeed_config_for_inference(subject.evaluate.engine, subject.model.dtype)
     subjects = [replace(subject, model=inspect_model(subject.model)) for subject in subjects]
     for subject in subjects:  # before any of them is loaded
         if subject.adapter:
             check_adapter_base(subject.adapter, base=identify(subject.model))
             if not subject.model.trust_remote_code:  # foreign code may not bear a model without values
-                load_adapter(open_shape(subject.model), subject.adapter, any_base=True)
+                _put_adapters(open_shape(subject.model), subject, any_base=True)
     samples: dict[str, list[Sample]] = {}
     for subject in subjects:
         selection = str(subject.evaluate.selection)
@@ -97,6 +100,18 @@ def _evaluate_alone(
                 on_jobs(jobs)
             results.update(zip(numbers, _score_group(model, tokenizer, group, jobs, progress, zero3), strict=True))
     return [results[number] for number in range(len(subjects))]
+
+
+def _check_sharded(subject: EvaluationSubject) -> None:
+    """Raise UserError for what needs base and adapters apart, which DeepSpeed's engine wraps together."""
+    cure = f"Leave evaluate.engine out, or merge and score that: subspace merge {subject.folder}"
+    if subject.scale != 1:
+        raise UserError(f"--scale was asked for with evaluate.engine, which shards the weights. {cure} --scale ...")
+    if subject.evaluate.retention != "none":
+        raise UserError(
+            f"evaluate.retention={subject.evaluate.retention} was asked for with evaluate.engine, under which the base "
+            f"cannot be measured beside its runs. {cure}"
+        )
 
 
 def _tell_without_effect(subjects: Iterable[EvaluationSubject]) -> None:
@@ -159,29 +174,35 @@ def _score_group(
     """Return the results of subjects that have the same base and evaluation settings."""
     results: dict[int, list[TaskResult]] = {}
     deferred: dict[int, tuple[AdaptersBySite, str]] = {}
+    settings = subjects[0].evaluate
+    meter = None if settings.retention == "none" else RetentionMeter(model, tokenizer, settings, progress)
 
     def score(number: int, jobs: Sequence[Job], checksum: str = "") -> None:
         subject = subjects[number]
         results[number] = evaluate(
             model, tokenizer, subject.evaluate, subject.folder, jobs=jobs, progress=progress, checksum=checksum,
-            model_name=subject.model.path, adapter=subject.method, base=identify(subject.model).short(),
+            model_name=subject.model.path, adapter=_adapter_name(subject), base=identify(subject.model).short(),
         )  # fmt: skip
 
     for number, subject in enumerate(subjects):
-        if subject.adapter:
-            load_adapter(model, subject.adapter)
+        _put_adapters(model, subject)
         if zero3:
             engine = init_inference_engine(model.requires_grad_(False), zero3)
             score(number, jobs)
             engine.destroy()
             break
+        checksum = _checksum(model, subject)
+        if meter:
+            _measure_retention(meter, model, subject, checksum)
         # The published evaluator may run adapters in training mode (dropout), which is not of the form W + B A.
         can_join = LLM_ADAPTERS_PUBLISHED not in subject.evaluate.protocols and can_batch_adapters(model)
         if subject.evaluate.batch_adapters and can_join:
-            deferred[number] = adapters(model), weights_checksum(model)
+            deferred[number] = adapters(model), checksum
         else:
-            score(number, jobs)
+            score(number, jobs, checksum)
         remove_adapters(model)
+    if meter:
+        meter.close()
 
     shared = [MultiAdapterScorer(job.scorer, len(deferred)) for job in jobs]
     with batch_adapters(model, [by_site for by_site, _ in deferred.values()]):
@@ -190,6 +211,35 @@ def _score_group(
                 scorer.index = index
             score(number, [replace(job, scorer=scorer) for job, scorer in zip(jobs, shared, strict=True)], checksum)
     return [results[number] for number in range(len(subjects))]
+
+
+def _put_adapters(model: Any, subject: EvaluationSubject, *, any_base: bool = False) -> None:
+    """Load a subject's adapters, if it has any, into its base, as strong as they are to be."""
+    if subject.adapter:
+        load_adapter(model, subject.adapter, any_base=any_base)
+    if subject.scale != 1:
+        scale_updates(model, subject.scale)
+
+
+def _checksum(model: Any, subject: EvaluationSubject) -> str:
+    """Return the checksum of a subject that is loaded: of its weights, and of how strong they are."""
+    checksum = weights_checksum(model)
+    return checksum if subject.scale == 1 else digest([checksum, subject.scale])
+
+
+def _adapter_name(subject: EvaluationSubject) -> str:
+    return subject.method if subject.scale == 1 else f"{subject.method} x {subject.scale:g}"
+
+
+def _measure_retention(meter: RetentionMeter, model: Any, subject: EvaluationSubject, checksum: str) -> None:
+    """Measure a subject that is loaded, and before the first with adapters their base, unless that is done."""
+    if meter.is_measured(subject.folder, checksum):
+        return
+    if subject.adapter and meter.base is None:
+        remove_adapters(model)
+        meter.measure_base(model, subject.folder, weights_checksum(model))
+        _put_adapters(model, subject)
+    meter.measure(model, subject.folder, checksum, model_name=subject.model.path, adapter=_adapter_name(subject))
 
 
 class MultiAdapterScorer:

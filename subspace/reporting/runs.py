@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from subspace.data.tokenization import common_prefix_length
 from subspace.errors import UserError, nearest
 from subspace.evaluation.results import TaskResult, read_results, read_verified_items
 from subspace.reporting.facts import TrainingFacts, join_facts, read_facts
+from subspace.reporting.retention import Kept, read_kept
 from subspace.reporting.statistics import Array
 
 # How to make two runs agree in a field of their fingerprints.
@@ -129,6 +131,11 @@ class Column:
     def facts(self) -> TrainingFacts:
         """What training the method took, over its seeds."""
         return join_facts([run.facts for run in self.runs])
+
+    @cached_property
+    def kept(self) -> Kept | None:
+        """What the method has kept of its base, where that was measured of the very models that were scored."""
+        return read_kept((run.folder, next(iter(run.results.values())).subject) for run in self.runs)
 
     def marks(self, task: str, metric: str) -> Array:
         """Return the correctness of each item for each seed: ``(seeds, items)``, as 0 and 1."""

@@ -22,6 +22,7 @@ from subspace.data.tasks import list_tasks
 from subspace.evaluation.results import TaskResult
 from subspace.reporting import statistics
 from subspace.reporting.facts import TrainingFacts
+from subspace.reporting.retention import KEPT, Kept
 from subspace.reporting.runs import Column, ensure_comparable, load_runs, suite, title
 from subspace.reporting.statistics import ALPHA, Difference
 
@@ -89,9 +90,18 @@ class Table:
         difference = ["difference"] if len(self.columns) == 2 else []
         head = (*HEAD, *(column.name for column in self.columns), *difference)
         rows = tuple(row.texts[: len(head)] for row in (*self.rows, *self.means))
-        facts = self._facts(len(head))
+        facts = [*self._kept(len(head)), *self._facts(len(head))]
         heading = f"{self.protocol}: accuracy in % [95 % interval]"
         return Grid(heading, head, (*rows, *facts), self.notes, left=2, last=len(self.means), facts=len(facts))
+
+    def _kept(self, width: int) -> list[tuple[str, ...]]:
+        """Return the row of what is kept of the base, if that was measured of any method; only what is alike."""
+        kept = alike(self.columns)
+        if not (first := next(filter(None, kept), None)):
+            return []
+        cells = [NONE if found is None else str(found) for found in kept]
+        row = [KEPT, "bits/byte", str(first.passages), "", *cells]
+        return [(*row, *[""] * (width - len(row)))]
 
     def _facts(self, width: int) -> list[tuple[str, ...]]:
         """Return rows of what training took, unless nothing is known of any method."""
@@ -120,13 +130,26 @@ class Table:
                     "about": c.about,
                     "runs": [str(run.folder) for run in c.runs],
                     **{name: value for name, value in c.facts._asdict().items() if value is not None},
+                    **({KEPT: _kept_dict(found)} if found else {}),
                 }
-                for c in self.columns
+                for c, found in zip(self.columns, alike(self.columns), strict=True)
             },
             "rows": [values(row) for row in self.rows],
             "means": [values(row) for row in self.means],
             "notes": list(self.notes),
         }
+
+
+def alike(columns: Sequence[Column]) -> list[Kept | None]:
+    """Return what each method has kept of its base, where it was measured as of the first one that was measured."""
+    found = [column.kept for column in columns]
+    first = next(filter(None, found), None)
+    return [kept if kept and first and kept.fingerprint == first.fingerprint else None for kept in found]
+
+
+def _kept_dict(kept: Kept) -> dict[str, Any]:
+    more = kept.more and {name: v if math.isfinite(v) else None for name, v in kept.more._asdict().items()}
+    return {"passages": kept.passages, "base_bits_per_byte": kept.base, "more": more}
 
 
 def write(tables: Sequence[Table], form: str, *, transposed: bool = False) -> str:
@@ -144,13 +167,15 @@ def _csv(tables: Sequence[Table]) -> str:
     fields = [f.name for f in dataclasses.fields(Cell)]
     about = ["protocol", "task", "metric", "items", "majority", "in_mean", "method"]
     out = csv.writer(text, lineterminator="\n")
-    out.writerow([*about, *fields, "fingerprint", *TrainingFacts._fields])
+    out.writerow([*about, *fields, "fingerprint", *TrainingFacts._fields, KEPT, f"{KEPT}_low", f"{KEPT}_high"])
     for table in tables:
+        kept = [found and found.more for found in alike(table.columns)]
         for row in (*table.rows, *table.means):
-            for column, cell in zip(table.columns, row.cells, strict=True):
+            for column, cell, more in zip(table.columns, row.cells, kept, strict=True):
                 if cell:
                     values = [table.protocol, row.task, row.metric, row.n, row.majority, row.in_mean, column.name]
                     values += [*dataclasses.astuple(cell), row.fingerprint, *column.facts]
+                    values += [more.value, more.low, more.high] if more else [None] * 3
                     out.writerow([_no_formula(value) if isinstance(value, str) else value for value in values])
     return text.getvalue().rstrip("\n")
 
@@ -260,6 +285,10 @@ def _notes(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
         )
     if len(columns) == 2:
         notes.append(f"difference: {columns[1].name} minus {columns[0].name}, over the same items")
+    if measured := next(filter(None, alike(columns)), None):
+        notes.append(measured.note)
+        if other := [c.name for c, kept in zip(columns, alike(columns), strict=True) if c.kept and not kept]:
+            notes.append(f"{KEPT} of {', '.join(other)} is of other passages: measure all with one retention_limit")
     if any(not row.in_mean for row in rows):
         notes.append("rows in brackets are not in the mean")
     for run in (run for column in columns for run in column.runs):

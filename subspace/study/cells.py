@@ -16,6 +16,7 @@ from typing import Any
 from subspace.common.foreign.yaml_files import format_value
 from subspace.config import RunConfig, read_config
 from subspace.evaluation.results import RESULTS
+from subspace.evaluation.retention import retention_file
 from subspace.study.grid import Grid
 from subspace.study.search import Losses, Outcome, Trial, search
 from subspace.training.checkpoint import ENVIRONMENT_FILE
@@ -97,6 +98,11 @@ class Cell:
     def scored(self) -> bool:
         """Whether it was scored."""
         return (self.folder / RESULTS).exists()
+
+    @property
+    def measured(self) -> bool:
+        """Whether it was measured what is kept of the base."""
+        return retention_file(self.folder).exists()
 
     def facts(self) -> dict[str, Any]:
         """Return the run's ``environment.json``; empty without one."""

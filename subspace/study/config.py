@@ -17,7 +17,8 @@ from subspace.errors import UserError, nearest
 #: Outcomes by which methods are called better: of each item, the log-odds of the right answer; or the held-out loss.
 ANSWER_LOGPROB, VALIDATION_LOSS = "answer_logprob", "validation_loss"
 OUTCOMES = (ANSWER_LOGPROB, VALIDATION_LOSS)
-BEYOND = ("accuracy", "validation_loss")
+RETENTION = "retention"
+BEYOND = ("accuracy", "validation_loss", RETENTION)
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ class Final(Declaration):
 
 @dataclass(frozen=True)
 class OutcomeChoice(Declaration):
-    """What decides, and what is shown besides."""
+    """What decides, and what is shown besides: retention is measured on so many ``passages`` (null: on all 2,938)."""
 
     primary: str = ANSWER_LOGPROB
     also: tuple[str, ...] = BEYOND
+    passages: int | None = 200
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def _check(study: Study, where: str) -> None:
 
 def _check_numbers(study: Study, where: str) -> None:
     halving, rates, trials = study.search.halving, study.rates, study.search.trials
+    passages = study.outcome.passages
     shares = (halving.first, *halving.rungs) if halving else ()
     allowed = {
         "rates.ladder": (rates.ladder, rates.ladder >= 1, "at least 1"),
@@ -202,6 +205,7 @@ def _check_numbers(study: Study, where: str) -> None:
         "search.trials": (trials, trials is None or trials >= 1, "at least 1"),
         "search.halving": (list(shares), all(0 < share <= 1 for share in shares), "shares of the steps, to 1"),
         "search.halving.keep": (halving and halving.keep, not halving or 0 < halving.keep < 1, "between 0 and 1"),
+        "outcome.passages": (passages, passages is None or passages >= 1, "at least 1, or null for all"),
         "axes": (dict(study.axes), all(study.axes.values()), "values to search for each setting"),
     }
     for name, (value, good, wanted) in allowed.items():

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from subspace.common.files import remove_folder, write_file
+from subspace.config import read_config
 from subspace.errors import RunFailed, RunStopped, UserError, nearest
+from subspace.evaluation.retention import select_passages
 from subspace.resumption import is_finished
 from subspace.study.cells import FAILED_FILE, OUTPUT_FILE, Cell, final_cells, read_search, search_cells
-from subspace.study.config import ANSWER_LOGPROB
+from subspace.study.config import ANSWER_LOGPROB, RETENTION
 from subspace.study.grid import Grid
 from subspace.study.search import Outcome
 
@@ -105,7 +107,10 @@ class Executor:
     def _score(self, outcome: Outcome) -> bool:
         """Score all finals by one command, those of one base in shared batches."""
         cells = [cell for cell in final_cells(self.grid, outcome) if cell.ended]
-        if self.grid.primary != ANSWER_LOGPROB or all(cell.scored for cell in cells):
+        trouble = retention_trouble(self.grid)
+        measure = RETENTION in self.grid.also and not trouble
+        done = all(cell.scored and (cell.measured or not measure) for cell in cells)
+        if self.grid.primary != ANSWER_LOGPROB or done:
             return True
         if self._out_of_time():
             logger.info("time is up: the finals are to be scored. The same command goes on")
@@ -113,7 +118,13 @@ class Executor:
         logger.info(f"score {len(cells)} finals")
         output = self.grid.folder / OUTPUT_FILE
         folders = [str(cell.folder) for cell in cells]
-        status = self.run(["evaluate", *folders, "evaluate.batch_adapters=true"], output)
+        settings = ["evaluate.batch_adapters=true"]
+        if measure:
+            settings.append("evaluate.retention=wikipedia")
+            settings += [f"evaluate.retention_limit={self.grid.passages}"] if self.grid.passages else []
+        elif trouble:
+            logger.info(f"what is kept of the base is not measured: {trouble}")
+        status = self.run(["evaluate", *folders, *settings], output)
         if status:
             raise _failure(self.grid.folder, status, output)
         return True
@@ -129,6 +140,19 @@ class Executor:
         )
         when = f", about {left * seconds / taken / 60:.0f} min" if taken else ""
         return f"{left:,} steps remain{when}"
+
+
+def retention_trouble(grid: Grid) -> str:
+    """Return why it cannot be measured what a study's runs keep of their base; empty where it can, or is not to be."""
+    if RETENTION not in grid.also or grid.primary != ANSWER_LOGPROB:
+        return ""
+    if read_config(grid.base, list(grid.overrides)).evaluate.engine:
+        return "under evaluate.engine base and adapters are one"
+    try:
+        select_passages(1)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def next_cells(grid: Grid, outcome: Outcome, only: Sequence[str] = ()) -> list[tuple[Cell, int]]:

@@ -79,6 +79,7 @@ class Grid:
     reference: str
     primary: str
     also: tuple[str, ...]
+    passages: int | None
     contenders: tuple[Contender, ...] = field(default=())
 
     @property
@@ -151,6 +152,7 @@ def resolve(study: Study, progress: Progress = no_progress, *, centred: bool = T
         reference=study.reference,
         primary=study.outcome.primary,
         also=study.outcome.also,
+        passages=study.outcome.passages,
         contenders=tuple(contenders),
     )
     if centred and not rates.list:

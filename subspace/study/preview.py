@@ -14,8 +14,8 @@ from subspace.planning.plan import build_plan, format_time
 from subspace.reporting.continuous import Spread, seeds_for, smallest_difference
 from subspace.reporting.statistics import ALPHA, ASSUMED_DISCORDANCE, POWER
 from subspace.study.cells import read_search
-from subspace.study.config import ANSWER_LOGPROB
-from subspace.study.execute import planned_steps, remaining_steps
+from subspace.study.config import ANSWER_LOGPROB, RETENTION
+from subspace.study.execute import planned_steps, remaining_steps, retention_trouble
 from subspace.study.grid import Grid
 from subspace.study.results import read_results
 
@@ -114,6 +114,17 @@ class Preview:
             yield f"time here, one run after another: {format_time(self.seconds[0])} to {format_time(self.seconds[1])}"
         if self.items:
             yield from self._power_lines()
+            yield from self._retention_lines()
+
+    def _retention_lines(self) -> Iterator[str]:
+        if RETENTION in self.grid.also:
+            trouble, count = retention_trouble(self.grid), self.grid.passages
+            passages = "all" if count is None else f"{count:,}"
+            yield (
+                f"what is kept of the base is not measured: {trouble}"
+                if trouble
+                else f"what is kept of the base: bits per byte on {passages} Wikipedia passages (outcome.passages)"
+            )
 
     def _power_lines(self) -> Iterator[str]:
         seeds, items, others = len(self.grid.final_seeds), sum(self.items), len(self.grid.contenders) - 1

@@ -141,7 +141,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], parts: tuple[str
     for part in parts:
         old, new = dict(_flat(part, before[part])), dict(_flat(part, now[part]))
         for key in {**old, **new}:
-            if old.get(key) != new.get(key):
+            younger = part == "shared" and key not in old  # a setting that did not exist has its default
+            if old.get(key) != new.get(key) and not younger:
                 name = key.removeprefix("shared.").removeprefix("rules.")
                 yield f"{name} changed from {old.get(key)!r} to {new.get(key)!r}"
 

@@ -12,6 +12,7 @@ from typing import Any
 from subspace.common import tables
 from subspace.common.files import write_file
 from subspace.reporting.continuous import smallest_difference
+from subspace.reporting.retention import KEPT, Kept
 from subspace.reporting.statistics import ALPHA, POWER, detectable_difference
 from subspace.study.cells import Cell, final_cells, search_cells, trial_name
 from subspace.study.config import ANSWER_LOGPROB
@@ -29,6 +30,7 @@ def report_grid(result: StudyResult) -> tables.Grid:
     scored = grid.primary == ANSWER_LOGPROB
     head = ["method", "size", "trained", "best rate", "edge", "valid. loss", f"{_unit(result)} vs {grid.reference}"]
     head += ["accuracy"] if scored and "accuracy" in grid.also else []
+    head += [KEPT] if _kept(result) else []
     head += [f"s/step x {grid.reference}", "MB", "groups"]
     rows = tuple(_row(result, method) for method in result.methods)
     return tables.Grid(_title(result), tuple(head), rows, tuple(sentences(result)), left=2)
@@ -58,10 +60,17 @@ def _row(result: StudyResult, method: MethodResult) -> tuple[str, ...]:
     if grid.primary == ANSWER_LOGPROB and "accuracy" in grid.also:
         a = method.accuracy
         cells.append(NONE if a is None else f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]")
+    if _kept(result):
+        cells.append(NONE if method.kept is None else str(method.kept))
     reference = result.method(grid.reference).seconds
     relative = method.seconds / reference if method.seconds and reference else None
     cells += [NONE if relative is None else f"{relative:.2f}", f"{method.memory / 1e6:,.0f}" if method.memory else NONE]
     return (*cells, method.group)
+
+
+def _kept(result: StudyResult) -> Kept | None:
+    """Return the first method's retention that was measured; None if none was."""
+    return next((method.kept for method in result.methods if method.kept), None)
 
 
 def _axes(method: MethodResult) -> str:
@@ -100,6 +109,8 @@ def sentences(result: StudyResult) -> Iterator[str]:
     yield from _curse(methods)
     yield from _one_rate(result)
     yield from _smallest(result)
+    if kept := _kept(result):
+        yield kept.note
     seeds = max((len(method.seeds) for method in methods), default=0)
     if seeds == 1:
         yield "one seed: the differences hold for these runs, not for the methods"
@@ -257,6 +268,9 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
         "p_holm": method.corrected,
         "verdict": method.verdict,
         "accuracy": method.accuracy._asdict() if method.accuracy else None,
+        KEPT: {n: plain(v) for n, v in method.kept.more._asdict().items()}
+        if method.kept and method.kept.more
+        else None,
         "seconds_a_step": method.seconds,
         "peak_memory": method.memory,
         "groups": method.group,

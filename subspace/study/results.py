@@ -16,10 +16,11 @@ from subspace.errors import UserError
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import read_items
 from subspace.reporting.continuous import MeanDifference, Spread, paired_difference, paired_over_seeds, spread
+from subspace.reporting.retention import Kept, read_kept
 from subspace.reporting.runs import ScoredRun, ensure_comparable, load_runs
 from subspace.reporting.statistics import ALPHA, Array, Estimate, Run, estimate, holm
 from subspace.study.cells import Cell, final_cells, read_search
-from subspace.study.config import ANSWER_LOGPROB
+from subspace.study.config import ANSWER_LOGPROB, RETENTION
 from subspace.study.grid import Contender, Grid
 from subspace.study.search import Losses, Outcome, Side, Trial, common_rates, kendall_tau, letters
 
@@ -63,6 +64,7 @@ class MethodResult:
         against: its difference from the reference in the primary outcome; None for the reference itself.
         corrected: the p-value of that, by Holm over all methods.
         accuracy_gain: its difference from the reference in accuracy; the sign must agree for it to be better.
+        kept: how many bits per byte more than its base its finals need for texts of no task, where that was measured.
         group: methods that share a letter are not told apart.
         failed: how many of its cells ended in a failure of their own.
     """
@@ -80,6 +82,7 @@ class MethodResult:
     against: MeanDifference | None = None
     corrected: float | None = None
     accuracy_gain: float | None = None
+    kept: Kept | None = None
     group: str = ""
     failed: int = 0
 
@@ -139,6 +142,7 @@ def _method_result(grid: Grid, contender: Contender, outcome: Outcome, losses: L
         losses=tuple(cell.losses()[grid.steps] for cell in ended),
         seconds=float(np.median([facts["seconds"] / facts["steps"] for facts in outcomes])) if outcomes else None,
         memory=max((facts["peak_memory"] for facts in outcomes), default=None),
+        kept=read_kept((cell.folder, None) for cell in ended) if RETENTION in grid.also else None,
         failed=sum(cell.failed for cell in (*tried, *finals)),
     )
 

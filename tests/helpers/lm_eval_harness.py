@@ -13,6 +13,8 @@ from unittest import mock
 import datasets
 import lm_eval
 import numpy as np
+from lm_eval.api import metrics
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -104,6 +106,21 @@ def harness_model(
 ) -> HFLM:
     """Return the model as the harness runs it; ``auto`` searches for a batch size from ``most`` down."""
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=most)
+
+
+def text_log_likelihoods(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[float]:
+    """Return the harness's log-likelihood of each whole text, in nats."""
+    asked = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
+    found: list[float] = harness_model(model, tokenizer).loglikelihood_rolling(asked, disable_tqdm=True)
+    return found
+
+
+def bits_per_byte(log_likelihoods: Sequence[float], sizes: Sequence[int]) -> float:
+    """Return the harness's bits per byte of texts of these sizes."""
+    found: float = metrics.bits_per_byte([*zip(log_likelihoods, sizes, strict=True)])
+    return found
 
 
 def harness_scores(lm: HFLM, *tasks: ConfigurableTask) -> list[list[float]]:

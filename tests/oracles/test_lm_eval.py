@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from itertools import chain
@@ -16,12 +17,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from subspace.data import tasks as tasks_module
 from subspace.data.items import Item
-from subspace.data.samples import take_sample
+from subspace.data.samples import Sample, take_sample
 from subspace.evaluation.config import EvaluateConfig
 from subspace.evaluation.evaluate import evaluate
 from subspace.evaluation.protocols.likelihood import Likelihood, draw_examples
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import read_items
+from subspace.evaluation.retention import PassageScorer
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model, open_tokenizer
 from tests.helpers.items import items
@@ -176,3 +178,18 @@ def gap(record: ItemRecord, metric: str, one: int, other: int) -> float:
     """Return how much better the first choice is than the second."""
     divisors = record["characters"] if metric == "acc_norm" else [1] * len(record["scores"])
     return float(record["scores"][one] / divisors[one] - record["scores"][other] / divisors[other])
+
+
+@pytest.mark.parametrize("longest", [512, 40])  # texts within the window, and longer than it
+def test_bits_per_byte_are_the_harness_s(tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    model = tiny_llama(max_position_embeddings=longest).eval()
+    task = tasks_module.find_task("boolq")
+    passages = [{"id": item["id"], "context": item["context"]} for item in items("boolq", 12)]
+    texts = [passage["context"] for passage in passages]
+    ours: list[Any] = PassageScorer(model, tokenizer, Sample(task, passages, 0.0)).score(model, range(12))  # type: ignore[arg-type]
+    theirs = harness.text_log_likelihoods(model, tokenizer, texts)
+    assert [-record["bits"] * math.log(2) for record in ours] == pytest.approx(theirs, rel=1e-5)
+    sizes = [len(text.encode()) for text in texts]
+    assert [record["bytes"] for record in ours] == sizes
+    whole = sum(record["bits"] for record in ours) / sum(sizes)
+    assert whole == pytest.approx(harness.bits_per_byte(theirs, sizes), rel=1e-5)

@@ -61,6 +61,7 @@ def model_card(name: str, about: Mapping[str, Any], base_folder: Path) -> str:
     if HUB_ID.fullmatch(base):
         header = [f"base_model: {base}", *header]
     commit = f" at commit `{record['commit']}`" if record["commit"] else ""
+    part = "" if about["scale"] == 1 else f" at {about['scale']:g} of what was trained"
     lines = [
         "---", *header, "---", "", f"# {name}", "",
         f"`{base}`{commit} with trained adapters merged into its weights, by `subspace merge`, version "
@@ -68,7 +69,7 @@ def model_card(name: str, about: Mapping[str, Any], base_folder: Path) -> str:
         *_methods(about["methods"]), "",
         f"- Base: SHA-256 of its weights `{record['weights']}`",
         f"- Adapter: `{about['adapter']}`, SHA-256 `{about['adapter_sha256']}`",
-        f"- Layers merged: {about['layers']}, in float32, then rounded to {about['dtype']}. The update is "
+        f"- Layers merged: {about['layers']}{part}, in float32, then rounded to {about['dtype']}. The update is "
         f"{about['update']:.2e} of the weights' norm; rounding takes {about['rounding']:.1%} of it",
         f"- Largest difference of a logit from the unmerged model, relative to the largest logit, before this folder "
         f"was put in place: {about['merged_difference']:.1e} merged, {about['written_difference']:.1e} as written "

@@ -208,7 +208,7 @@ class ExpertsAdapter(Adapter[Any]):
         if not self._has_factors:
             return None
         A, B = torch.vmap(lambda values: self.at(0, values).to_lora())(self._stacks())
-        return A, B
+        return A, self.update_scale * B
 
     # Products, for what stands in the weight's place.
 
@@ -243,8 +243,9 @@ class ExpertsAdapter(Adapter[Any]):
 
     def one(self, x: Tensor, number: int) -> Tensor:
         """Return an expert's product, ``(..., in) -> (..., out)``."""
-        out: Tensor = self.at(number).forward(x)
-        return out
+        method = self.at(number)
+        out: Tensor = method.forward(x)
+        return out if self.update_scale == 1 else torch.lerp(method.frozen(x), out, self.update_scale)
 
     def grouped(self, x: Tensor, offsets: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Return each row's product with its expert's matrix, ``(rows, in) -> (rows, out)``.

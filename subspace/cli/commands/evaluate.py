@@ -21,7 +21,7 @@ from subspace.cli.command import (
 )
 from subspace.common.host_memory import manage_malloc
 from subspace.distributed import launcher
-from subspace.errors import UserError
+from subspace.errors import UserError, shown
 
 if TYPE_CHECKING:
     from subspace.evaluation.config import EvaluationSubject
@@ -35,8 +35,26 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=count, metavar="N", help="score only N items of each task: short for evaluate.limit=N"
     )
+    parser.add_argument(
+        "--scale",
+        type=_shares,
+        default=(1.0,),
+        metavar="A,..",
+        help="score runs with shares of their updates, from 0 (the base) to 1 (default), on one load: 0,0.25,0.5,1",
+    )
     launch_arguments(parser)
     json_argument(parser)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    """Return the shares that an option's text lists, without duplicates; for argparse's ``type``."""
+    try:
+        shares = tuple(dict.fromkeys(float(word) for word in text.split(",")))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no list of shares from 0 to 1, such as 0,0.25,0.5,0.75,1")
+    return shares
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -50,7 +68,10 @@ def _run(options: argparse.Namespace) -> int:
     subjects = [config_module.read_subject(word, settings) for word in given if word not in settings]
     if not subjects:
         raise UserError("subspace evaluate was given settings, but nothing to score: a run's folder or a model")
-    status = launch_or_none(options, ["evaluate", *given])
+    scaled = [subject.at_scale(scale) for subject in subjects for scale in options.scale]
+    subjects = [subject for number, subject in enumerate(scaled) if subject not in scaled[:number]]
+    scales = [] if options.scale == (1.0,) else ["--scale", ",".join(f"{scale:g}" for scale in options.scale)]
+    status = launch_or_none(options, ["evaluate", *given, *scales])
     if status is not None:
         return status
     launcher.init_rank_env()
@@ -110,7 +131,10 @@ COMMAND = Command(
   subspace evaluate smollm2-135m evaluate.tasks=boolq,piqa --limit 100
   subspace evaluate runs/quickstart evaluate.protocol=llm-adapters,answer-word
   subspace evaluate smollm2-135m runs/lora runs/dora       one load of their base for all three
-  subspace evaluate launch/recipes/quickstart.yaml         the base model, scored as that run will be""",
+  subspace evaluate launch/recipes/quickstart.yaml         the base model, scored as that run will be
+  subspace evaluate runs/quickstart --scale 0,0.25,0.5,0.75,1 evaluate.retention=wikipedia
+                                                           on the way from the base to the run: what it has learnt
+                                                           against what it has kept""",
     _arguments,
     _run,
     settings_manual,

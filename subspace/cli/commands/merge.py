@@ -20,6 +20,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the run's"
     )
     parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="A", help="a share of the update, from 0 (the base) to 1 (default)"
+    )
+    parser.add_argument(
         "--as-trained", action="store_true", help="merge into the dequantised weights of a quantised base"
     )
     json_argument(parser)
@@ -35,7 +38,9 @@ def _run(options: argparse.Namespace) -> int:
     manage_malloc()
     # The run's, which a training may be replacing; and the new one's, beside it, because it is not to be there yet.
     with in_use(run.folder, reads=True), in_use(out.with_name(f".{out.name}.merging")):
-        report = export_merged(run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained)
+        report = export_merged(
+            run.model, run.adapter, out, dtype=options.dtype, as_trained=options.as_trained, scale=options.scale
+        )
     say(json.dumps({"folder": str(out), **dataclasses.asdict(report)}) if options.json else f"{report}\nmerged: {out}")
     return 0
 
@@ -45,7 +50,8 @@ COMMAND = Command(
     "write base model and adapter as one plain Hugging Face folder, verified to give equal outputs",
     """examples:
   subspace merge runs/quickstart --out merged
-  subspace merge runs/quickstart --out merged --dtype float32""",
+  subspace merge runs/quickstart --out merged --dtype float32
+  subspace merge runs/quickstart --out half --scale 0.5      halfway back to the base""",
     _arguments,
     _run,
 )

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from subspace.cli.main import main
+from subspace.errors import UserError
 from subspace.evaluation.records import ItemRecord
 from subspace.evaluation.results import TaskResult, accuracy, items_file, write_items, write_results
+from subspace.evaluation.retention import retention_file, write_retention
 from subspace.study import execute, record
 from subspace.study.config import read_study
 from subspace.study.execute import Executor
@@ -23,7 +25,7 @@ from subspace.study.report import report_grid, sentences, write_report
 from subspace.study.results import StudyResult, log_odds, read_results, right_answers
 from tests.helpers.studies import STUDY, made_up, make_study
 
-ITEMS = 60
+ITEMS, PASSAGES = 60, 30
 TEXT = STUDY.replace("outcome: {{primary: validation_loss}}\n", "").replace(
     "train.steps: 5,", "train.steps: 5, evaluate.protocol: answer-word, evaluate.tasks: openbookqa,"
 )
@@ -39,6 +41,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def unsealed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "is_finished", lambda config: True)
+
+    def unprepared(limit: int) -> None:
+        raise UserError("boolq is not prepared")
+
+    monkeypatch.setattr(execute, "select_passages", unprepared)
 
 
 def item(scores: list[float], label: Any, prediction: Any) -> ItemRecord:
@@ -77,6 +84,12 @@ def scored(
                 truncated=0, seconds=1.0, fingerprint_fields={"task version": "1"}, items=file,
             )  # fmt: skip
             write_results(folder, [result])
+            if "evaluate.retention=wikipedia" in arguments:
+                lost = 0.0 if label == "lora" else 0.05 + draw.normal(0, 0.01, PASSAGES)
+                bits = [{"bits": float(b), "base_bits": 100.0} for b in 100 * (1 + lost * np.ones(PASSAGES))]
+                passages: list[Any] = [{"id": str(n), "bytes": 100, "tokens": 20, **b} for n, b in enumerate(bits)]
+                about = {"model": "m", "adapter": label, "dtype": "float32", "subject": "s", "ingredients": {}}
+                write_retention(folder, about, passages)
         return 0
 
     return run
@@ -169,3 +182,37 @@ def test_files_are_written_in_every_form(root: Path, tmp_path: Path, capsys: pyt
     assert main(["study", "report", study_file, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert {method["method"] for method in content["methods"]} == {"lora", "ssb"}
+
+
+def test_what_finals_keep_of_the_base_is_measured_and_told(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    run = scored(lambda label, seed, draw: draw.normal(0, 1, ITEMS))
+
+    def noting(arguments: Sequence[str], output: Path) -> int:
+        asked.append([word for word in arguments if word.startswith("evaluate.retention")])
+        return run(arguments, output)
+
+    text = TEXT + "outcome: {{passages: 30}}\n"
+    assert read_study(make_study(root, "[lora, ssb]", TEXT.replace("{runs}", str(tmp_path)))).outcome.passages == 200
+    without = study(root, tmp_path / "without", noting, "[lora, ssb]", text)
+    assert not any(asked)
+    assert "kept" not in report_grid(without).head
+    monkeypatch.setattr(execute, "select_passages", lambda limit: None)
+    result = study(root, tmp_path / "with", noting, "[lora, ssb]", text)
+    assert asked[-1] == ["evaluate.retention=wikipedia", "evaluate.retention_limit=30"]
+    grid = report_grid(result)
+    (column,) = [number for number, name in enumerate(grid.head) if name == "kept"]
+    told = {row[0]: row[column] for row in grid.rows}
+    assert told["lora"] == "+0.000 [+0.000, +0.000]"
+    assert told["ssb"].startswith("+0.0")
+    assert float(told["ssb"].partition("[")[2].partition(",")[0]) > 0
+    (note,) = [sentence for sentence in sentences(result) if sentence.startswith("kept")]
+    assert "on 30 Wikipedia passages" in note
+    retention_file(next((tmp_path / "with" / "toy" / "ssb").rglob("results.json")).parent).unlink()
+    count = len(asked)
+    assert Executor(result.grid, noting).execute()  # scored, but not measured: the scoring is asked for again
+    assert len(asked) == count + 1
+    assert Executor(result.grid, noting).execute()
+    assert len(asked) == count + 1

@@ -3,8 +3,9 @@ r"""Retention: what a run has kept of its base, as bits per byte on Wikipedia pa
 .. math:: \Delta = \frac1n \sum_j \frac{\log_2 p_{base}(x_j) - \log_2 p_{run}(x_j)}{bytes(x_j)}
 
 The texts are the distinct passages of BoolQ's test split: the commonsense rows ask its questions without them. A text's
-probability is lm-evaluation-harness's (0.4.13, ``loglikelihood_rolling``): of all its tokens, the first one given the
-token that begins a text; one longer than the model's window is read in windows of that size.
+probability is lm-evaluation-harness's (0.4.13, ``loglikelihood_rolling`` with ``add_bos_token=False``, which begins a
+text once): of all its tokens, the first given the one that begins a text; one longer than the model's window is read in
+windows of that size.
 
 Base and runs are measured on one load, by batches of the same rows, so that adapters that do nothing yet differ by
 exactly 0. A run's passages, each with the base's bits, are one file, ``evaluation/retention/wikipedia.jsonl``, whose

@@ -113,7 +113,9 @@ def text_log_likelihoods(
 ) -> list[float]:
     """Return the harness's log-likelihood of each whole text, in nats."""
     asked = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
-    found: list[float] = harness_model(model, tokenizer).loglikelihood_rolling(asked, disable_tqdm=True)
+    # Otherwise a tokenizer that begins texts by itself begins them twice, and the second beginning is predicted too.
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, add_bos_token=False)
+    found: list[float] = lm.loglikelihood_rolling(asked, disable_tqdm=True)
     return found
 
 

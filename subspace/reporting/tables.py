@@ -169,7 +169,7 @@ def _csv(tables: Sequence[Table]) -> str:
     out = csv.writer(text, lineterminator="\n")
     out.writerow([*about, *fields, "fingerprint", *TrainingFacts._fields, KEPT, f"{KEPT}_low", f"{KEPT}_high"])
     for table in tables:
-        kept = [found and found.more for found in alike(table.columns)]
+        kept = [None if found is None else found.more for found in alike(table.columns)]
         for row in (*table.rows, *table.means):
             for column, cell, more in zip(table.columns, row.cells, kept, strict=True):
                 if cell:

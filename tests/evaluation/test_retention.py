@@ -113,7 +113,7 @@ def test_passages_are_distinct_and_a_limit_takes_a_part_of_them() -> None:
 def test_bits_are_those_of_the_text_alone_in_any_batch_and_over_windows() -> None:
     tokenizer, sample = bpe_tokenizer(), select_passages(6)
     for longest in (512, 24):
-        model = tiny_llama(max_position_embeddings=longest).eval()
+        model = tiny_llama(max_position_embeddings=longest)
         scorer = PassageScorer(model, tokenizer, sample)
         assert any(rows > 1 for rows, _ in scorer.sizes) == (longest == 24)
         assert ("window" in scorer.fingerprint_fields) == (longest == 24)

@@ -182,7 +182,7 @@ def gap(record: ItemRecord, metric: str, one: int, other: int) -> float:
 
 @pytest.mark.parametrize("longest", [512, 40])  # texts within the window, and longer than it
 def test_bits_per_byte_are_the_harness_s(tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
-    model = tiny_llama(max_position_embeddings=longest).eval()
+    model = tiny_llama(max_position_embeddings=longest)
     task = tasks_module.find_task("boolq")
     passages = [{"id": item["id"], "context": item["context"]} for item in items("boolq", 12)]
     texts = [passage["context"] for passage in passages]

@@ -38,7 +38,7 @@ def not_ok(said: str) -> dict[str, str]:
 
 def test_two_hosts_are_well(hosts: Hosts, place: Path) -> None:
     program = examine(hosts, place)
-    assert (program.poll(), program.err) == (0, ""), program.out
+    assert (program.poll(), program.err) == (0, "starting the processes on node1, node2 ...\n"), program.out
     assert not_ok(program.out) == {}
     assert "2 processes on node1 (0), node2 (1), met at 10.77.0.1:" in program.out
 

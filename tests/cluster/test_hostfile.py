@@ -208,7 +208,8 @@ def test_a_host_without_the_folder(head: Head, hosts: Hosts, place: Path) -> Non
 def refused(head: Head, program: Program, place: Path, *complaints: str) -> None:
     """See a command end soon, with one message that names the host and what is wrong."""
     assert program.wait(120) == 2, program.err
-    (line,) = program.err.splitlines()
+    *signs_of_life, line = program.err.splitlines()
+    assert [sign for sign in signs_of_life if not sign.endswith(" ...")] == []
     assert line.startswith("error: ")
     assert [complaint for complaint in complaints if complaint not in line] == []
     assert program.out == ""

@@ -6,14 +6,13 @@ The folder holds ``config.yaml`` (fully resolved), ``environment.json`` (version
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
+import logging
 import socket
-import subprocess
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from typing import Any
 import torch
 
 from subspace.adapters.inject import adapters, inject, take_over_schedules
+from subspace.adapters.multi_adapter import share_weights
 from subspace.adapters.parameter_count import count_adapters, count_trained
 from subspace.adapters.targets import coverage
 from subspace.common.files import write_json
 from subspace.common.host_memory import set_malloc_trim
 from subspace.common.locks import in_use
-from subspace.common.paths import checkout
 from subspace.common.progress import Progress, no_progress, show_progress
 from subspace.config import MethodEntry, RunConfig, write_config
 from subspace.data.dataset import Data
@@ -34,17 +33,19 @@ from subspace.data.leakage import overlap_notices
 from subspace.data.sampler import StepPlan
 from subspace.distributed import watchdog
 from subspace.distributed.collectives import barrier, broadcast_object, gather_objects, is_main, rank, world_size
-from subspace.distributed.device import device, on_gpu
+from subspace.distributed.device import device
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.distributed.launcher import launched_rank, launched_world_size
+from subspace.distributed.signals import SignalHandler
 from subspace.distributed.watchdog import LOADING_PATIENCE, Watchdog
-from subspace.errors import UserError, file_trouble
+from subspace.errors import RunStopped, UserError, file_trouble
 from subspace.models.base_record import BaseRecord, base_record, identify
 from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.liger_compat import apply_liger
 from subspace.models.loading import ModelSummary, open_model, summarize_model
 from subspace.resolve import ResolvedRun, check_shape, resolve_run, schedule_notices, with_absolute_paths
 from subspace.resumption import (
+    Material,
     check_resume_settings,
     describe_resume,
     ensure_new_run_dir,
@@ -52,16 +53,41 @@ from subspace.resumption import (
     new_run_id,
     open_run_data,
 )
+from subspace.together import OneDisplay, Together, check_draws_nothing, check_together, labels, raise_failures
 from subspace.training.acceleration import compile_layers
-from subspace.training.checkpoint import ENVIRONMENT_FILE, known_run_id, last_checkpoint_hint
+from subspace.training.checkpoint import ENVIRONMENT_FILE, known_run_id, last_checkpoint_hint, read_environment
 from subspace.training.checkpointer import TrainState
 from subspace.training.determinism import check_deterministic, deterministic_algorithms
-from subspace.training.logging import TrainLogger, peak_memory
+from subspace.training.logging import TrainLogger, describe_environment, peak_memory
 from subspace.training.loop import is_paused, train
 from subspace.training.optimizers import ineffective_settings, lr_factor, make_optimizer, parameter_groups
 from subspace.training.resume import Checkpoint
+from subspace.training.steps import Passes, run_passes
 
-PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run with its rows and steps, and where it goes on.
+
+    Attributes:
+        run: its settings.
+        data: its rows.
+        plan: the rows of each step.
+        resumed: the checkpoint that it continues from.
+        notices: for the user.
+        run_id: by which its checkpoints are known.
+        seen: what of the suites it will have seen, for the user.
+    """
+
+    run: ResolvedRun
+    data: Data
+    plan: StepPlan
+    resumed: Checkpoint | None
+    notices: list[str]
+    run_id: str
+    seen: list[str]
 
 
 def train_run(config: RunConfig, *, resume: bool = False, until: int | None = None) -> Path:
@@ -76,23 +102,35 @@ def train_run(config: RunConfig, *, resume: bool = False, until: int | None = No
         RunFailed: a loss or gradient that is not finite, or a trained tensor that never changes.
         RunStopped: a signal stopped the run; a checkpoint is saved.
     """
-    check_deterministic(wanted=config.train.deterministic)
-    # The first process reads and writes the folder, for all.
-    with in_use(config.folder) if launched_rank() == 0 else nullcontext():
-        return _train_alone(config, resume=resume, until=until)
+    return train_runs([config], resume=resume, until=until)[0]
 
 
-def _train_alone(config: RunConfig, *, resume: bool, until: int | None) -> Path:
-    """Train in a folder that no other run is writing to. Collective over ranks."""
-    wanted = config.train.deterministic
-    run = resolve_run(config, launched_world_size(), device())
-    if not resume:
-        ensure_new_run_dir(config.folder)
-    elif launched_rank() == 0:
-        check_resume_settings(run)
-    check_shape(run)
-    material = open_run_data(run)
-    base = identify(run.config.model)  # here for the same reason: the first time, every byte is read
+def train_runs(configs: Sequence[RunConfig], *, resume: bool = False, until: int | None = None) -> list[Path]:
+    """Train runs of one base together, and return their folders, as :func:`train_run`. Collective over ranks.
+
+    Each is what it is alone. One that fails does not end the others; its error is raised when they have ended.
+    """
+    check_deterministic(wanted=configs[0].train.deterministic)
+    # The first process reads and writes the folders, for all.
+    with ExitStack() as stack:
+        for folder in {config.folder: None for config in configs} if launched_rank() == 0 else ():
+            stack.enter_context(in_use(folder))
+        return _train_alone(configs, resume=resume, until=until)
+
+
+def _train_alone(configs: Sequence[RunConfig], *, resume: bool, until: int | None) -> list[Path]:
+    """Train in folders that no other run is writing to. Collective over ranks."""
+    config, wanted = configs[0], configs[0].train.deterministic
+    runs = [resolve_run(each, launched_world_size(), device()) for each in configs]
+    check_together(runs)
+    for run in runs:
+        if not resume:
+            ensure_new_run_dir(run.config.folder)
+        elif launched_rank() == 0:
+            check_resume_settings(run)
+        check_shape(run)
+    materials = [open_run_data(run) for run in runs]
+    base = identify(runs[0].config.model)  # here for the same reason: the first time, every byte is read
 
     hang_seconds = 60 * config.train.hang_minutes
     # The watchdog reports a hang; the timeout of collectives must be longer than its own.
@@ -101,42 +139,89 @@ def _train_alone(config: RunConfig, *, resume: bool, until: int | None) -> Path:
         init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes), deterministic=wanted)
         with deterministic_algorithms(wanted=wanted):
             check_same_base(base)
-            check_same_rows(material[0])
-            run_id = known_run_id(config.folder) if resume and is_main() else None
-            resumed, notices = None, list[str]()
-            if resume:
-                run, material, resumed, notices = find_resume_point(run, material, base, run_id)
-            run_id = broadcast_object(run_id or (resumed and resumed.facts.get("run")) or new_run_id())
-            return _train_on_rows(run, *material, base, resumed, notices, run_id, until)
+            opened = [_find_start(*one, base, resume=resume) for one in zip(runs, materials, strict=True)]
+            _train_on_rows(opened, base, until)
+    return [each.folder for each in configs]
 
 
-def _train_on_rows(
-    run: ResolvedRun,
-    data: Data,
-    plan: StepPlan,
-    base: BaseRecord,
-    resumed: Checkpoint | None,
-    notices: list[str],
-    run_id: str,
-    until: int | None,
-) -> Path:
-    """Train on the planned rows and return the run's folder. Collective over ranks."""
+def _find_start(run: ResolvedRun, material: Material, base: BaseRecord, *, resume: bool) -> OpenedRun:
+    """Return a run that begins, or goes on. Collective over ranks."""
+    check_same_rows(material[0])
+    run_id = known_run_id(run.config.folder) if resume and is_main() else None
+    resumed, notices = None, list[str]()
+    if resume:
+        run, material, resumed, notices = find_resume_point(run, material, base, run_id)
+    run_id = broadcast_object(run_id or (resumed and resumed.facts.get("run")) or new_run_id())
     config = run.config
     seen = overlap_notices(config.data.mixture, config.evaluate.selection, config.data.columns) if is_main() else []
+    return OpenedRun(run, *material, resumed, notices, run_id, seen)
+
+
+def _train_on_rows(opened: Sequence[OpenedRun], base: BaseRecord, until: int | None) -> None:
+    """Train on the planned rows. Collective over ranks."""
     watchdog.beat("the loading of the model", LOADING_PATIENCE)
-    model, summary, methods = build_model(run, initialize=resumed is None)
+    model, summary = open_base(opened[0].run)
+    config, names = opened[0].run.config, labels([one.run.config for one in opened])
+    signals = SignalHandler()
+    hang = Watchdog(config.folder / "hang", 60 * config.train.hang_minutes, rank(), world_size())
+    if len(opened) == 1:
+        passes = _start(opened[0], model, summary, base, until, signals)
+        with signals, hang:
+            run_passes(passes)
+        barrier()
+        return
+    check_draws_nothing(model)
+    if is_main():
+        log.info(f"{len(opened)} runs on one {Path(config.model.path).name}: {', '.join(names)}")
+    steps = sum(len(one.plan) for one in opened)
+    with (show_progress if is_main() else no_progress)("training", steps, "steps") as at:
+        display = OneDisplay(at)
+        runs = {
+            name: _start(one, share_weights(model), summary, base, until, signals, names, display.of(name), name)
+            for name, one in zip(names, opened, strict=True)
+        }
+        together = Together(runs, model, measured=not any(one.resumed for one in opened))
+        with signals, hang:
+            together.train()
+    barrier()
+    if is_main():
+        for name, one in zip(names, opened, strict=True):
+            _note_company(one.run.config.folder, name, together)
+    barrier()
+    raise_failures(together.outcomes)
+
+
+def _start(
+    opened: OpenedRun,
+    model: Any,
+    summary: ModelSummary,
+    base: BaseRecord,
+    until: int | None,
+    signals: SignalHandler,
+    company: Sequence[str] = (),
+    show: Progress = show_progress,
+    label: str = "",
+) -> Passes[TrainState]:
+    """Give a model the run's adapters and an engine; return the training, which has not begun. Collective over ranks.
+
+    ``company`` are the names of the runs that it is trained together with, if it is, and ``label`` is its own.
+    """
+    run, data, plan, resumed, notices = opened.run, opened.data, opened.plan, opened.resumed, opened.notices
+    config = run.config
+    methods = inject_methods(model, config, initialize=resumed is None)
     watchdog.beat("the start of the engine", LOADING_PATIENCE)
     run = run.with_adapters(model)
     if resumed:
         notices = [*notices, *describe_resume(resumed, run, plan)]
     notices = [*notices, *run.engine.notices, *data.notices, *schedule_notices(config, data, plan)]
     notices += ineffective_settings(model, config.train)
-    notices += seen
-    write_run_metadata(run, model, summary, methods, {**data.report, "seen": seen}, resumed, run_id)
+    notices += opened.seen
+    report = {**data.report, "seen": opened.seen}
+    write_run_metadata(run, model, summary, methods, report, resumed, opened.run_id, company)
     notices.append(data.example)
 
     began = time.perf_counter()
-    with TrainLogger(
+    logger = TrainLogger(
         config.folder,
         len(plan),
         every=config.train.log_every,
@@ -144,19 +229,48 @@ def _train_on_rows(
         config=config.as_dict(),
         done=resumed.facts["step"] if resumed else 0,
         seconds=resumed.facts["seconds"] if resumed else 0.0,
-    ) as logger:
-        for part in methods:
-            logger.note("{method}: {trained:,} trained numbers at {sites} sites, {reach}".format(**part))
-        for notice in notices:
-            logger.note(notice)
-        engine = start_engine(run, model, steps=len(plan))
-        weight_bytes = gather_objects(weight_memory_bytes(model))
+        label=label,
+        show=show,
+    )
+    for part in methods:
+        logger.note("{method}: {trained:,} trained numbers at {sites} sites, {reach}".format(**part))
+    for notice in notices:
+        logger.note(notice)
+    engine = start_engine(run, model, steps=len(plan))
+    weight_bytes = gather_objects(weight_memory_bytes(model))
+    settings = {"config": config.as_dict(), "engine": run.engine.settings, "base": base.as_dict(), "run": opened.run_id}
+    about = {"model": config.model.path, "run": opened.run_id}
+
+    def training() -> Passes[TrainState]:
         torch.manual_seed(config.train.seed + rank())  # dropout must differ between ranks
-        state = _train(run, engine, data, plan, base, logger, resumed, run_id, until)
-    if is_main() and not is_paused(state, until, len(plan)):
-        write_outcome(config.folder, state, time.perf_counter() - began, weight_bytes)
-    barrier()
-    return config.folder
+        with logger:
+            try:
+                state = yield from train(
+                    engine, data, plan, config.train, run.layout, config.folder, logger,
+                    signals=signals, settings=settings, about=about, resumed=resumed, until=until,
+                )  # fmt: skip
+            except UserError:
+                raise
+            except Exception as error:
+                if (trouble := file_trouble(error)) is None:
+                    raise
+                raise UserError(f"{trouble}. {last_checkpoint_hint(config.folder)}") from error
+        if is_main() and not is_paused(state, until, len(plan)):
+            write_outcome(config.folder, state, time.perf_counter() - began, weight_bytes)
+        return state
+
+    return training()
+
+
+def _note_company(folder: Path, name: str, together: Together) -> None:
+    """Add to ``environment.json`` what the runs that were trained together gained, and why this one failed, if so."""
+    file, outcome = folder / ENVIRONMENT_FILE, together.outcomes[name]
+    about = json.loads(file.read_text())
+    measured = {"gain": together.gain, "share": together.share(name)}
+    about |= {key: value for key, value in measured.items() if value is not None}
+    if isinstance(outcome, UserError) and not isinstance(outcome, RunStopped):
+        about["failure"] = str(outcome)
+    write_json(file, about)
 
 
 def check_same_base(base: BaseRecord) -> None:
@@ -187,6 +301,12 @@ def build_model(run: ResolvedRun, *, initialize: bool) -> tuple[Any, ModelSummar
     Without ``initialize``, the adapters are not initialised from the weights, because a checkpoint overwrites them.
     Collective over ranks.
     """
+    model, summary = open_base(run)
+    return model, summary, inject_methods(model, run.config, initialize=initialize)
+
+
+def open_base(run: ResolvedRun) -> tuple[Any, ModelSummary]:
+    """Load the model of a run, and return it with a summary. Collective over ranks."""
     config = run.config
     torch.manual_seed(config.train.seed)
     model: Any = open_model(config.model, zero3=run.engine.settings if run.engine.stage == 3 else None)
@@ -196,9 +316,13 @@ def build_model(run: ResolvedRun, *, initialize: bool) -> tuple[Any, ModelSummar
     model.config.use_cache = False
     if config.train.liger:
         apply_liger(model)
+    return model, summary
+
+
+def inject_methods(model: Any, config: RunConfig, *, initialize: bool) -> list[dict[str, Any]]:
+    """Inject a run's adapters into its model and return one report per method. Collective over ranks."""
     progress = watchdog.beating(show_progress if is_main() else no_progress)
-    methods = [inject_method(model, entry, config.train.seed, progress, start=initialize) for entry in config.method]
-    return model, summary, methods
+    return [inject_method(model, entry, config.train.seed, progress, start=initialize) for entry in config.method]
 
 
 def write_run_metadata(
@@ -209,6 +333,7 @@ def write_run_metadata(
     data: dict[str, Any],
     resumed: Checkpoint | None,
     run_id: str,
+    company: Sequence[str] = (),
 ) -> None:
     """Write ``config.yaml`` and ``environment.json``. Collective over ranks."""
     config = run.config
@@ -221,6 +346,10 @@ def write_run_metadata(
             "data": data,
             "adapters": {"methods": methods, "sites": list(adapters(model)), "trained": count_trained(model)},
         }
+        if company:
+            before: dict[str, Any] = read_environment(config.folder) if resumed else {}
+            about["together"] = list(company)
+            about |= {key: before[key] for key in ("gain", "share") if key in before}
         if resumed:
             about["resumed_after"] = resumed.facts["step"]
         write_json(config.folder / ENVIRONMENT_FILE, about)
@@ -237,34 +366,6 @@ def start_engine(run: ResolvedRun, model: Any, *, steps: int) -> Any:
     if train.keep_memory and not run.on_gpu:
         set_malloc_trim(False)
     return engine
-
-
-def _train(
-    run: ResolvedRun,
-    engine: Any,
-    data: Data,
-    plan: StepPlan,
-    base: BaseRecord,
-    logger: TrainLogger,
-    resumed: Checkpoint | None,
-    run_id: str,
-    until: int | None,
-) -> TrainState:
-    """Run the training loop; raise UserError if the file system refuses a file."""
-    config = run.config
-    settings = {"config": config.as_dict(), "engine": run.engine.settings, "base": base.as_dict(), "run": run_id}
-    about = {"model": config.model.path, "run": run_id}
-    try:
-        return train(
-            engine, data, plan, config.train, run.layout, config.folder, logger,
-            settings=settings, about=about, resumed=resumed, until=until,
-        )  # fmt: skip
-    except UserError:
-        raise
-    except Exception as error:
-        if (trouble := file_trouble(error)) is None:
-            raise
-        raise UserError(f"{trouble}. {last_checkpoint_hint(config.folder)}") from error
 
 
 def inject_method(
@@ -293,32 +394,3 @@ def write_outcome(folder: Path, state: TrainState, seconds: float, weight_bytes:
     about = json.loads((folder / ENVIRONMENT_FILE).read_text())
     about["outcome"] = {**asdict(state), "seconds": seconds, "peak_memory": peak_memory(), "weights_held": weight_bytes}
     write_json(folder / ENVIRONMENT_FILE, about)
-
-
-def describe_environment() -> dict[str, Any]:
-    """Return library versions, git commit, devices, and numbers of processes and threads."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu() else []
-    return {
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": git_commit(),
-        "devices": devices or [platform.processor() or platform.machine()],
-        "processes": world_size(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def git_commit() -> str | None:
-    """Return the repository's commit, with ``+`` where files differ from it; None outside a repository."""
-    repository = checkout()
-    if repository is None:
-        return None
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -120,7 +120,11 @@ class LowRankAdapter(LinearAdapter[C]):
         p = self.input_dropout()
         shared = None if p else self.copies.share(self, x)
         x, h = lora_down(x, self.in_dtype("A", x.dtype), p) if shared is None else shared
-        return x, self.core(torch.relu(h) if self.constraint == "nonlinear" else h)
+        return x, self.between(h)
+
+    def between(self, h: Tensor) -> Tensor:
+        """Return what stands between the factors, ``(..., r)``, for the product of x and A."""
+        return self.core(torch.relu(h) if self.constraint == "nonlinear" else h)
 
     def forward(self, x: Tensor) -> Tensor:
         # B (A x) costs r * (in + out) per token; (B A) x would cost in * out.

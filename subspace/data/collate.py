@@ -135,6 +135,56 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class JoinedBatch:
+    """The micro-batches of several runs in one, each run's sequences after the other's.
+
+    Attributes:
+        batch: all of them.
+        rows: sequences of each.
+        labelled: tokens with loss of each.
+    """
+
+    batch: Batch
+    rows: tuple[int, ...]
+    labelled: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Self:
+        """Return them on a device."""
+        return replace(self, batch=self.batch.to(device))
+
+
+def join_batches(batches: Sequence[Batch]) -> JoinedBatch:
+    """Return batches that are in CPU memory as one, padded on the right to the longest sequence. Reads values."""
+    import torch
+    from torch.nn.functional import pad
+
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+    columns = torch.unique(torch.cat([batch.columns for batch in batches]))
+    targets, positions = [], []
+    for batch in batches:
+        rows, tokens = batch.input_ids.shape
+        own = torch.full((rows, len(columns)), IGNORE_INDEX)
+        own[:, torch.searchsorted(columns, batch.columns)] = batch.targets.view(rows, -1)
+        targets.append(own.flatten())
+        if batch.position_ids is not None:
+            padding = torch.arange(longest - tokens).expand(rows, -1)  # rows of their own, as collate has them
+            positions.append(torch.cat([batch.position_ids, padding], dim=1))
+    wide = [[pad(t, (0, longest - t.shape[1])) for t in (b.input_ids, b.attention_mask)] for b in batches]
+    ids, mask = (torch.cat(parts) for parts in zip(*wide, strict=True))
+    target = torch.cat(targets)
+    joined = Batch(
+        input_ids=ids,
+        attention_mask=mask,
+        columns=columns,
+        targets=target,
+        labelled=(target != IGNORE_INDEX).nonzero().squeeze(1),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        position_ids=torch.cat(positions) if positions else None,
+    )
+    return JoinedBatch(joined, tuple(len(b.input_ids) for b in batches), tuple(b.num_labelled for b in batches))
+
+
 def collate(
     batch: Sequence[TokenRow], pad_id: int, loss_on: str = "answers", pad_to_multiple: int = 8, room: int | None = None
 ) -> dict[str, Tensor]:

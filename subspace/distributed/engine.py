@@ -8,12 +8,13 @@ import os
 import secrets
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from subspace.common.patching import patched
 from subspace.distributed import peers
 from subspace.distributed.collectives import gather_objects, object_group, rank, world_size
 from subspace.distributed.deepspeed_compat import (
@@ -87,6 +88,29 @@ def init_engine(
     if world_size() == 1 and not engine.zero_optimization():
         skip_useless_allreduce(engine)
     return engine
+
+
+def hand_gradients(engine: Any, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    """Let the engine take gradients that were computed elsewhere, as those of a backward pass of its own. Collective.
+
+    It does with them what it does with its own: divides, scales, adds up, reduces.
+    """
+    loss: Tensor = _Handed.apply(gradients, *parameters)  # type: ignore[no-untyped-call]
+    with patched(engine.module, "forward", lambda: loss):
+        engine.backward(engine())
+
+
+class _Handed(torch.autograd.Function):
+    """Autograd function ``parameters -> 0`` with given gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor | None], *parameters: nn.Parameter) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(None if gradient is None else factors[0] * gradient for gradient in ctx.gradients)
 
 
 def init_inference_engine(model: nn.Module, config: Json) -> Any:

@@ -13,7 +13,7 @@ Shapes: (N) labelled tokens of a batch, (H) hidden size, (V) vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,31 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         targets: ``(N,)``, token ids.
     """
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def cross_entropy_each(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    counts: Sequence[int],
+    chunks: Callable[[int], int],
+) -> Tensor:
+    """Return :func:`summed_cross_entropy` of each of several parts of the tokens, ``(parts,)``.
+
+    Args:
+        head: maps hidden states ``(n, H)`` to logits ``(n, V)``: of all parts in one call, where their logits may all
+            be there at a time.
+        hidden: ``(N, H)``.
+        targets: ``(N,)``.
+        counts: the tokens of each part, one after the other.
+        chunks: the number of chunks for so many tokens.
+    """
+    of_parts = targets.split_with_sizes(list(counts))
+    if chunks(len(hidden)) == 1:
+        logits = head(hidden).split_with_sizes(list(counts))
+        return torch.stack([summed_cross_entropy(*part) for part in zip(logits, of_parts, strict=True)])
+    parts = zip(hidden.split_with_sizes(list(counts)), of_parts, strict=True)
+    return torch.stack([chunked_cross_entropy(head, h, t, chunks(len(h))) for h, t in parts])
 
 
 def chunked_cross_entropy(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunks: int) -> Tensor:

@@ -172,16 +172,16 @@ class _LoraUpAdd(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         h, B = ctx.saved_tensors
         rows = grad_y.reshape(-1, len(B))  # (n, O)
-        grad_h = _scaled_product(rows, B, ctx.scale).view(h.shape)
+        grad_h = scaled_product(rows, B, ctx.scale).view(h.shape)
         if not ctx.needs_input_grad[2]:
             return grad_y, grad_h, None, None
         h = h.reshape(-1, B.shape[1])
         if rows.is_cpu:
             # h^T grad_y, (R, O), and transposed: in this order the product reads both along their rows, which is half
             # again as fast as grad_y^T h.
-            return grad_y, grad_h, _scaled_product(h.T, rows, ctx.scale).T, None
+            return grad_y, grad_h, scaled_product(h.T, rows, ctx.scale).T, None
         # A GPU's products are as fast in either order, and what follows wants the gradient in B's own layout.
-        return grad_y, grad_h, _scaled_product(rows.T, h, ctx.scale), None
+        return grad_y, grad_h, scaled_product(rows.T, h, ctx.scale), None
 
 
 class _ScaleRows(torch.autograd.Function):
@@ -203,7 +203,7 @@ class _ScaleRows(torch.autograd.Function):
         return grad * g, (grad * y).reshape(-1, len(m)).sum(0, dtype=m.dtype) / norm, None
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Return ``scale left right``, ``(m, k) (k, n) -> (m, n)``: in 16 bits by one call, and rounded once."""
     if left.dtype in (torch.float16, torch.bfloat16) and not torch.is_grad_enabled():
         return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=scale)

@@ -351,6 +351,14 @@ def note_base(model: nn.Module) -> None:
     _in_memory[model] = BaseRecord("", None, *checksums, config=described, in_memory=True)
 
 
+def note_copy(copy: nn.Module, model: nn.Module) -> None:
+    """Remember of a copy what is known of its model's origin."""
+    if model in _origins:
+        _origins[copy] = _origins[model]
+    if model in _in_memory:
+        _in_memory[copy] = _in_memory[model]
+
+
 def base_record(model: nn.Module) -> BaseRecord | None:
     """Return the record of the base that a model was opened from; None if where it came from is not known.
 

@@ -17,18 +17,23 @@ Shapes: (B) rows, (T) tokens, (C) columns in which any row has a label, (N) labe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from subspace.common.patching import patched
-from subspace.data.collate import Batch, Sequences
+from subspace.data.collate import Batch, JoinedBatch, Sequences
 from subspace.distributed.collectives import gather_objects
 from subspace.distributed.zero import is_sharded
-from subspace.kernels.cross_entropy import chunked_cross_entropy, num_chunks, summed_cross_entropy
+from subspace.kernels.cross_entropy import chunked_cross_entropy, cross_entropy_each, num_chunks, summed_cross_entropy
 from subspace.models.transformers_compat import attention_kernel, flash_attention_inputs, known_packing
+
+#: Returns the loss of a head, hidden states ``(N, H)`` and targets ``(N,)``: a scalar, or that of each part.
+HeadLoss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 
 
 class SummedLoss:
@@ -97,6 +102,32 @@ class SummedLoss:
         with known_packing(packed=positions is not None):
             return self._run(ids, inputs, targets, labelled)
 
+    def each(self, joined: JoinedBatch) -> Tensor:
+        """Return the cross entropy summed over the labelled tokens of each part of a batch, ``(parts,)``.
+
+        Not under ZeRO-3.
+        """
+        batch = joined.batch
+        masked = self.masks_padding and batch.position_ids is None
+        inputs = {
+            "attention_mask": batch.attention_mask if masked else None,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+            "logits_to_keep": batch.columns,
+        }
+        vocabulary = getattr(_unwrapped(self.model).get_output_embeddings(), "out_features", 0)
+        with known_packing(packed=batch.position_ids is not None):
+            if vocabulary and not self.postprocesses_logits:
+                device = self.device_type or batch.input_ids.device.type
+                chunks = partial(num_chunks, vocabulary=vocabulary, device=device)
+                ending = partial(cross_entropy_each, counts=joined.labelled, chunks=chunks)
+                if (loss := self._at_head(batch.input_ids, inputs, batch.targets, batch.labelled, ending)) is not None:
+                    return loss.view(-1)
+            logits: Tensor = self.model(input_ids=batch.input_ids, **inputs).logits
+        tokens = [rows * len(batch.columns) for rows in joined.rows]
+        parts = zip(logits.flatten(0, 1).split_with_sizes(tokens), batch.targets.split_with_sizes(tokens), strict=True)
+        return torch.stack([summed_cross_entropy(*part) for part in parts])
+
     def _run(self, ids: Tensor, inputs: dict[str, Any], targets: Tensor, labelled: Tensor) -> Tensor:
         head = _unwrapped(self.model).get_output_embeddings()
         vocabulary = getattr(head, "out_features", 0)
@@ -106,15 +137,24 @@ class SummedLoss:
                 # The frozen head inside an adapter is gathered for each chunk, which all processes must do equally
                 # often. A head that is sharded itself is gathered once, round its forward pass.
                 chunks = max(gather_objects(chunks))
-            ending = _LossInPlaceOfLogits(head.forward, targets, labelled, chunks)
-            with patched(head, "forward", ending), _last_hook(head, ending.remember):
-                out: Tensor = self.model(input_ids=ids, **inputs).logits
-            if ending.is_unchanged(out):
-                return out.view(())
-            self.postprocesses_logits = True
-            del out, ending  # free their saved tensors; there is no backward pass for them
+            ending = partial(chunked_cross_entropy, chunks=chunks)
+            if (loss := self._at_head(ids, inputs, targets, labelled, ending)) is not None:
+                return loss.view(())
         logits: Tensor = self.model(input_ids=ids, **inputs).logits
         return summed_cross_entropy(logits.flatten(0, 1), targets)
+
+    def _at_head(
+        self, ids: Tensor, inputs: dict[str, Any], targets: Tensor, labelled: Tensor, loss: HeadLoss
+    ) -> Tensor | None:
+        """Return the loss that the head returned in place of logits; None if the model changes what it returns."""
+        head = _unwrapped(self.model).get_output_embeddings()
+        ending = _LossInPlaceOfLogits(head.forward, targets, labelled, loss)
+        with patched(head, "forward", ending), _last_hook(head, ending.remember):
+            out: Tensor = self.model(input_ids=ids, **inputs).logits
+        if ending.is_unchanged(out):
+            return out
+        self.postprocesses_logits = True
+        return None  # the saved tensors go: there is no backward pass for them
 
 
 def summed_loss(model: Any, batch: Batch | Mapping[str, Tensor]) -> Tensor:
@@ -128,16 +168,15 @@ def summed_loss(model: Any, batch: Batch | Mapping[str, Tensor]) -> Tensor:
 class _LossInPlaceOfLogits:
     """Replacement of the head's forward for one call of the model; it returns and remembers the loss."""
 
-    def __init__(self, run_head: Any, targets: Tensor, labelled: Tensor, chunks: int) -> None:
-        self.run_head, self.targets, self.labelled, self.chunks = run_head, targets, labelled, chunks
+    def __init__(self, run_head: Any, targets: Tensor, labelled: Tensor, find_loss: HeadLoss) -> None:
+        self.run_head, self.targets, self.labelled, self.find_loss = run_head, targets, labelled, find_loss
         self.loss: Tensor | None = None
         self.version: int | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return the loss, ``(1, 1, 1)`` because logits have three dimensions, of hidden states ``(B, C, H)``."""
+        """Return the loss, ``(n, 1, 1)`` because logits have three dimensions, of hidden states ``(B, C, H)``."""
         at_labels = hidden.flatten(0, 1)[self.labelled]
-        loss = chunked_cross_entropy(self.run_head, at_labels, self.targets[self.labelled], self.chunks)
-        return loss.view(1, 1, 1)
+        return self.find_loss(self.run_head, at_labels, self.targets[self.labelled]).view(-1, 1, 1)
 
     def remember(self, head: nn.Module, inputs: Any, loss: Tensor) -> None:
         """Forward hook: remember the head's final output, after DeepSpeed's hooks."""

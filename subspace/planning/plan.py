@@ -21,7 +21,7 @@ import torch
 
 from subspace.adapters.inject import trained_parameters
 from subspace.adapters.parameter_count import count_trained
-from subspace.common.host_memory import resident_memory
+from subspace.common.host_memory import available_memory, resident_memory
 from subspace.config import RunConfig
 from subspace.data.config import TASK_LENGTH
 from subspace.data.dataset import Data, is_encoded, open_data
@@ -245,6 +245,16 @@ def build_plan(
         largest_micro_batch=None if memory is None else estimate.largest_micro_batch(model, memory),
         memory=memory,
     )
+
+
+def room_for_runs(config: RunConfig) -> int:
+    """Return how many runs like this one fit into this machine's free memory when they are trained together.
+
+    A further run takes what so many more rows of a micro-batch take: its adapters are small beside them.
+    """
+    free = torch.cuda.mem_get_info(device())[0] if device().type == "cuda" else available_memory()[0]
+    found = build_plan(config, memory=free)
+    return max(1, (found.largest_micro_batch or 0) // found.micro_batch)
 
 
 def _shape_with_adapters(run: ResolvedRun) -> tuple[Any, ResolvedRun]:

@@ -24,6 +24,8 @@ from subspace.training.logging import LOG_FILE
 
 #: Written into a cell's folder when its training failed, as with a loss that is not finite: the command's last words.
 FAILED_FILE = "failed.txt"
+#: The settings of a cell that is trained together with others.
+CELL_FILE = "cell.yaml"
 #: What a cell's command printed.
 OUTPUT_FILE = "output.txt"
 
@@ -103,6 +105,22 @@ class Cell:
     def measured(self) -> bool:
         """Whether it was measured what is kept of the base."""
         return retention_file(self.folder).exists()
+
+    @property
+    def seconds(self) -> float | None:
+        """What its training took; of one that shared its passes with others, its share. None if it is not known."""
+        last = max((line for line in self.log() if "seconds" in line), key=lambda line: int(line["step"]), default={})
+        facts = self.facts()
+        seconds = facts.get("outcome", last).get("seconds")
+        return None if seconds is None else float(seconds * facts.get("share", 1.0))
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The peak of its process's memory in bytes; None if that is not known, or was that of others too."""
+        last = max((line for line in self.log() if "seconds" in line), key=lambda line: int(line["step"]), default={})
+        facts = self.facts()
+        found: int | None = facts.get("outcome", last).get("peak_memory")
+        return None if "together" in facts else found
 
     def facts(self) -> dict[str, Any]:
         """Return the run's ``environment.json``; empty without one."""

@@ -1,4 +1,7 @@
-"""The execution of a study: one cell after another, each by the command that would train it alone.
+"""The execution of a study: one cell after another, each by the command that would train it alone, or several at once.
+
+Cells of one seed that are due up to the same step are trained together, in passes that they share: the outcomes are
+those of one after the other, sooner.
 
 Where a study stands is read from the folders of its cells before every step, so the same command goes on after a kill
 at any moment. A cell that fails by itself, as by a loss that is not finite, loses its place in the search; whatever
@@ -11,18 +14,22 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from subspace.common.files import remove_folder, write_file
-from subspace.config import read_config
+from subspace.config import read_config, write_config
+from subspace.distributed.device import device
 from subspace.errors import RunFailed, RunStopped, UserError, nearest
 from subspace.evaluation.retention import select_passages
+from subspace.resolve import ResolvedRun, resolve_run
 from subspace.resumption import is_finished
-from subspace.study.cells import FAILED_FILE, OUTPUT_FILE, Cell, final_cells, read_search, search_cells
+from subspace.study.cells import CELL_FILE, FAILED_FILE, OUTPUT_FILE, Cell, final_cells, read_search, search_cells
 from subspace.study.config import ANSWER_LOGPROB, RETENTION
 from subspace.study.grid import Grid
 from subspace.study.search import Outcome
+from subspace.together import check_together
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +46,7 @@ class Executor:
         run: starts a command.
         only: methods to which the cells are limited; empty for all.
         minutes: after so many no other cell is begun; None for no limit.
+        together: how many cells are trained in one pass at most.
         clock: seconds, for ``minutes`` and the progress line.
     """
 
@@ -46,9 +54,11 @@ class Executor:
     run: Run
     only: Sequence[str] = ()
     minutes: float | None = None
+    together: int = 1
     clock: Callable[[], float] = time.monotonic
     seconds_of_steps: list[tuple[int, float]] = field(default_factory=list)
     confirmed: set[Path] = field(default_factory=set)
+    resolved: dict[Path, ResolvedRun] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.began = self.clock()
@@ -69,7 +79,11 @@ class Executor:
             if self._out_of_time():
                 logger.info(f"time is up: {self._remaining(outcome)}. The same command goes on")
                 return False
-            self._train(*work[0], outcome)
+            group = self._group(work)
+            if len(group) > 1:
+                self._train_together(group, work[0][1], outcome)
+            else:
+                self._train(*work[0], outcome)
         if not outcome.ended or (self.only and remaining_steps(self.grid, outcome)):
             logger.info(f"nothing is left for {', '.join(self.only)}: {self._remaining(outcome)}")
             return False
@@ -103,6 +117,45 @@ class Executor:
         if until not in cell.losses():
             raise UserError(f"{cell.folder} was trained to step {until}, but its log has no held-out loss of it")
         self.seconds_of_steps.append((until - before, self.clock() - began))
+
+    def _group(self, work: Sequence[tuple[Cell, int]]) -> list[Cell]:
+        """Return the first of the cells that are due, and those that can be trained in one pass with it."""
+        first, until = work[0]
+        group = [first]
+        for cell, step in work[1:]:
+            if len(group) < self.together and (step, cell.seed) == (until, first.seed):
+                with suppress(UserError):
+                    check_together([self._resolved(first), self._resolved(cell)])
+                    group.append(cell)
+        return group
+
+    def _resolved(self, cell: Cell) -> ResolvedRun:
+        if cell.folder not in self.resolved:
+            self.resolved[cell.folder] = resolve_run(cell.config(), 1, device())
+        return self.resolved[cell.folder]
+
+    def _train_together(self, group: Sequence[Cell], until: int, outcome: Outcome) -> None:
+        """Train cells in one pass up to a step. One that fails by itself does not end the others."""
+        began, before = self.clock(), sum(map(_trained_steps, group))
+        names = ", ".join(f"{cell.method} {cell.trial.rate:g}" for cell in group)
+        logger.info(f"{names}, seed {group[0].seed}, in one pass: to step {until}. {self._remaining(outcome)}")
+        files = []
+        for cell in group:
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            files.append(cell.folder / CELL_FILE)
+            write_config(cell.config(), files[-1])
+        output = self.grid.folder / OUTPUT_FILE
+        pause = ["--until", str(until)] if until < self.grid.steps else []
+        status = self.run(["train", *map(str, files), "--resume", *pause], output)
+        for cell in group:
+            if until not in cell.losses() and (why := cell.facts().get("failure")):
+                write_file(cell.folder / FAILED_FILE, f"{why}\n")
+                logger.info(f"{cell.folder} failed, and counts as the worst: {why}")
+        if status and not all(until in cell.losses() for cell in group):
+            raise _failure(self.grid.folder, status, output)
+        if gain := group[0].facts().get("gain"):
+            logger.info(f"that was {gain:.1f} times as fast as one run after the other")
+        self.seconds_of_steps.append((sum(map(_trained_steps, group)) - before, self.clock() - began))
 
     def _score(self, outcome: Outcome) -> bool:
         """Score all finals by one command, those of one base in shared batches."""

@@ -182,12 +182,10 @@ def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
     for phase, cell in _cells(result):
         if not cell.begun:
             continue
-        facts = cell.facts().get("outcome", {})
         losses = cell.losses()
         contender = result.grid.contender(cell.method)
-        log = {int(line["step"]): line for line in cell.log() if "seconds" in line}
-        last = max(log, default=0)
-        seconds = facts.get("seconds", log[last]["seconds"] if last else None)
+        last = max((int(line["step"]) for line in cell.log() if "seconds" in line), default=0)
+        seconds = cell.seconds
         yield {
             "method": cell.method,
             "phase": phase,
@@ -201,7 +199,7 @@ def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
             **{f"loss_{step}": plain(losses.get(step)) for step in result.grid.rules.rungs},
             "seconds": seconds,
             "seconds_a_step": seconds / last if last and seconds is not None else None,
-            "peak_memory": facts.get("peak_memory", log[last]["peak_memory"] if last else None),
+            "peak_memory": cell.peak_memory,
         }
 
 

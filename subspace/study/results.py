@@ -132,7 +132,7 @@ def _method_result(grid: Grid, contender: Contender, outcome: Outcome, losses: L
     tried = [Cell(grid, label, trial, seed) for trial in outcome.trials[label] for seed in grid.search_seeds]
     finals = [cell for cell in final_cells(grid, outcome) if cell.method == label]
     ended = [cell for cell in finals if cell.ended and grid.steps in cell.losses()]
-    outcomes = [cell.facts()["outcome"] for cell in ended]
+    seconds = [taken / cell.facts()["outcome"]["steps"] for cell in ended if (taken := cell.seconds) is not None]
     return MethodResult(
         contender=contender,
         best=best,
@@ -140,8 +140,8 @@ def _method_result(grid: Grid, contender: Contender, outcome: Outcome, losses: L
         searched=losses[label, best, grid.steps] if best else None,
         seeds=tuple(cell.seed for cell in ended),
         losses=tuple(cell.losses()[grid.steps] for cell in ended),
-        seconds=float(np.median([facts["seconds"] / facts["steps"] for facts in outcomes])) if outcomes else None,
-        memory=max((facts["peak_memory"] for facts in outcomes), default=None),
+        seconds=float(np.median(seconds)) if seconds else None,
+        memory=max((m for cell in ended if (m := cell.peak_memory) is not None), default=None),
         kept=read_kept((cell.folder, None) for cell in ended) if RETENTION in grid.also else None,
         failed=sum(cell.failed for cell in (*tried, *finals)),
     )

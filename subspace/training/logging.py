@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
+import platform
 import resource
+import subprocess
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,13 +23,16 @@ from subspace.common import progress
 from subspace.common.files import fsync_path, open_log, write_file
 from subspace.common.foreign.text import MOST_RESULT_BYTES, read_json, read_text
 from subspace.common.host_memory import resident_memory
-from subspace.distributed.collectives import is_main
+from subspace.common.paths import checkout
+from subspace.distributed.collectives import is_main, world_size
 from subspace.distributed.device import on_gpu
 from subspace.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
+
+PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -66,7 +73,8 @@ def peak_memory() -> int:
 class TrainLogger:
     """Log of a run's steps; silent on ranks other than 0.
 
-    A resumed run has ``done`` steps already, which took ``seconds``; the log continues after them.
+    A resumed run has ``done`` steps already, which took ``seconds``; the log continues after them. Messages begin with
+    the ``label``.
     """
 
     def __init__(
@@ -79,23 +87,25 @@ class TrainLogger:
         config: Any = None,
         done: int = 0,
         seconds: float = 0.0,
+        label: str = "",
+        show: progress.Progress = progress.show_progress,
     ) -> None:
         self.folder, self.steps, self.every = folder, steps, every
+        self.label = f"{label}: " if label else ""
         self.done, self.earlier = done, seconds
         self.tokens = self.all_tokens = 0
         self.began = self.last = time.perf_counter()
         self.active = is_main()
         if self.active:
             truncate_log(folder / LOG_FILE, done)
-        self.bar = (
-            progress.show_progress("training", steps, "steps") if self.active else progress.no_progress("training")
-        )
+        self.bar = (show if self.active else progress.no_progress)("training", steps, "steps")
         self.at: progress.ProgressCallback
         self.trackers: list[Any] = []
-        if self.active:
-            self.trackers += [_tracker(name, folder, config, done) for name in trackers]
+        self._open_trackers = [partial(_tracker, name, folder, config, done) for name in trackers]
 
     def __enter__(self) -> Self:
+        if self.active:
+            self.trackers += [opened() for opened in self._open_trackers]
         self.at = self.bar.__enter__()
         self.began = self.last = time.perf_counter()
         return self
@@ -156,7 +166,7 @@ class TrainLogger:
     def note(self, text: str) -> None:
         """Log a message for the user."""
         if self.active:
-            logger.info(text)
+            logger.info(f"{self.label}{text}")
 
     def _write(self, line: dict[str, Any]) -> None:
         with open_log(self.folder / LOG_FILE) as file:
@@ -210,3 +220,32 @@ def truncate_log(log: Path, done: int) -> None:
 
 def _tracker(name: str, folder: Path, config: Any, done: int) -> Any:
     return _TensorBoard(folder, done) if name == "tensorboard" else _Wandb(folder, config)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return library versions, git commit, devices, and numbers of processes and threads."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu() else []
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": git_commit(),
+        "devices": devices or [platform.processor() or platform.machine()],
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the repository's commit, with ``+`` where files differ from it; None outside a repository."""
+    repository = checkout()
+    if repository is None:
+        return None
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -21,10 +21,10 @@ from subspace.adapters.inject import adapter_groups
 from subspace.common.prefetch import prefetch
 from subspace.data.dataset import Data
 from subspace.data.sampler import StepPlan
+from subspace.distributed import watchdog
 from subspace.distributed.collectives import all_reduce_host, all_reduce_sum, rank
 from subspace.distributed.deepspeed_config import BatchLayout
 from subspace.distributed.signals import SignalHandler
-from subspace.distributed.watchdog import Watchdog
 from subspace.models.lm_head import SummedLoss
 from subspace.models.padding import needs_padding_mask
 from subspace.training.blame import LossTrace
@@ -35,6 +35,7 @@ from subspace.training.logging import TrainLogger
 from subspace.training.optimizer_access import DeepSpeedOptimizerAccess
 from subspace.training.resume import Checkpoint
 from subspace.training.steps import (
+    Passes,
     accumulate_gradients,
     micro_batches,
     optimizer_step,
@@ -55,14 +56,17 @@ def train(
     folder: Path,
     logger: TrainLogger,
     *,
+    signals: SignalHandler,
     settings: Mapping[str, Any],
     about: Mapping[str, Any],
     resumed: Checkpoint | None = None,
     until: int | None = None,
-) -> TrainState:
+) -> Passes[TrainState]:
     """Train the engine's adapters on the planned steps and save them in ``folder/adapter``. Collective over ranks.
 
-    A run that pauses ``until`` it is resumed saves a checkpoint in place of the adapter; :func:`is_paused` tells.
+    It asks for its forward and backward passes, which whoever trains may run together with those of other runs:
+    :func:`subspace.training.steps.run_passes` runs them as they come. A run that pauses ``until`` it is resumed saves a
+    checkpoint in place of the adapter; :func:`is_paused` tells.
 
     Args:
         engine: DeepSpeed's, with the model and its adapters.
@@ -72,6 +76,7 @@ def train(
         layout: how a step's rows are distributed over ranks and micro-batches.
         folder: the run's.
         logger: records every step.
+        signals: tells when to stop.
         settings: stored in checkpoints, to be compared with those of a resumed run.
         about: metadata for ``adapter.json``.
         resumed: the checkpoint to continue from.
@@ -92,12 +97,7 @@ def train(
     summed_loss = SummedLoss(engine, masks_padding=needs_padding_mask(engine))
     health.trace = LossTrace(engine, summed_loss, data, plan)
     collated = micro_batches(data, plan, layout, engine.device, first=first, one_sequence=summed_loss.one_sequence)
-    with (
-        SignalHandler() as signals,
-        Watchdog(folder / "hang", 60 * config.hang_minutes, rank(), layout.ranks) as watchdog,
-        closing(prefetch(collated)) as batches_of_steps,
-        health,
-    ):
+    with closing(prefetch(collated)) as batches_of_steps, health:
         for step in range(first, end + 1):
             if config.patience and state.validations_since_best >= config.patience:
                 logger.note(f"stopped after step {step - 1}: no better validation loss since {state.best_step}")
@@ -110,7 +110,7 @@ def train(
                 state.loss = health.read(engine)
                 raise checkpointer.save_and_stop(state)
 
-            stats = accumulate_gradients(
+            stats = yield from accumulate_gradients(
                 engine, summed_loss, batches, counts, layout, offload=config.offload_activations
             )
             health.record(step, stats)
@@ -127,7 +127,7 @@ def train(
             state.steps = step
             logger.step(step, loss=state.loss, learning_rate=learning_rate, norm=norm, tokens=counts.read)
             if validates:
-                loss = validation_loss(engine, summed_loss, data, layout, watchdog, step)
+                loss = validation_loss(engine, summed_loss, data, layout, step)
                 state.add_validation(loss)
                 logger.validation(step, loss)
             checkpointer.save_if_due(state)
@@ -152,9 +152,7 @@ def is_read(step: int, last: int, config: TrainConfig, engine: Any) -> bool:
     return engine.fp16_enabled() or step in (1, last) or any(step % every == 0 for every in periods)
 
 
-def validation_loss(
-    engine: Any, summed_loss: SummedLoss, data: Data, layout: BatchLayout, watchdog: Watchdog, step: int
-) -> float:
+def validation_loss(engine: Any, summed_loss: SummedLoss, data: Data, layout: BatchLayout, step: int) -> float:
     """Return the mean loss over the held-out rows' labelled tokens. All ranks run the same number of forward passes."""
     engine.eval()
     total, labelled = torch.zeros((), device=engine.device, dtype=torch.float64), 0

@@ -6,16 +6,17 @@ which would end that: counts come with the batches, and losses and gradient norm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from subspace.adapters.base import Adapter, OptimizerAccess, TrainProgress
+from subspace.adapters.inject import trained_parameters
 from subspace.adapters.penalties import with_penalties
 from subspace.data.collate import Batch
 from subspace.data.dataset import Data
@@ -23,9 +24,11 @@ from subspace.data.sampler import StepPlan, shard_batch
 from subspace.distributed.collectives import all_reduce_host, all_reduce_sum, rank
 from subspace.distributed.deepspeed_compat import steps_without_reads
 from subspace.distributed.deepspeed_config import BatchLayout
-from subspace.distributed.engine import gradient_norm, max_abs_gradient
+from subspace.distributed.engine import gradient_norm, hand_gradients, max_abs_gradient
 from subspace.models.lm_head import SummedLoss
 from subspace.training.acceleration import offload_activations
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,57 @@ def sum_over_ranks(batches: Sequence[Batch], *, stop_requested: bool) -> StepCou
     return StepCounts(*all_reduce_host([labelled, read, int(stop_requested)]))
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A micro-batch that waits for its forward and its backward pass.
+
+    Attributes:
+        engine: whose model it goes through, and which takes the gradients.
+        summed_loss: of the engine's model.
+        batch: in CPU memory.
+        weight: the factor on its summed loss.
+        offload: whether saved activations are in CPU memory until the backward pass.
+    """
+
+    engine: Any
+    summed_loss: SummedLoss
+    batch: Batch
+    weight: float
+    offload: bool
+
+    def run(self) -> Tensor:
+        """Run both; the gradients stay with the engine. Return the summed loss, not read yet. Collective."""
+        with offload_activations() if self.offload else nullcontext():
+            summed = self.summed_loss(self.batch.to(self.engine.device))
+        self.engine.backward(with_penalties(self.weight * summed, self.engine.module))
+        return summed.detach()
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Give the engine the gradients of its trained tensors, from a pass that several runs shared. Collective."""
+        hand_gradients(self.engine, list(trained_parameters(self.engine.module).values()), gradients)
+
+
+#: What asks for the passes of a training, one at a time, and is sent the summed loss of each.
+Passes = Generator[Pass, Tensor, T]
+
+
+def run_passes(passes: Passes[T]) -> T:
+    """Run the passes that are asked for, one after the other, and return what the asking ends with."""
+    with closing(passes):
+        try:
+            asked = next(passes)
+            while True:
+                try:
+                    summed = asked.run()
+                except Exception as error:
+                    asked = passes.throw(error)
+                else:
+                    asked = passes.send(summed)
+        except StopIteration as ended:
+            result: T = ended.value
+            return result
+
+
 def accumulate_gradients(
     engine: Any,
     summed_loss: SummedLoss,
@@ -95,8 +149,8 @@ def accumulate_gradients(
     layout: BatchLayout,
     *,
     offload: bool,
-) -> StepStats:
-    """Run forward and backward over a step's micro-batches; the gradients stay with the engine. Collective.
+) -> Passes[StepStats]:
+    """Ask for a step's passes, after which the gradients are with the engine; return their results. Collective.
 
     With ``offload``, saved activations are in CPU memory until the backward pass.
     """
@@ -109,10 +163,8 @@ def accumulate_gradients(
             # DeepSpeed counts micro-batches in step(), which must follow every backward pass, and updates the
             # parameters after the last one only. That last call is `optimizer_step`.
             engine.step()
-        with offload_activations() if offload else nullcontext():
-            summed = summed_loss(batch.to(engine.device))
-        engine.backward(with_penalties(weight * summed, engine.module))
-        loss += summed.detach() / counts.labelled
+        summed = yield Pass(engine, summed_loss, batch, weight, offload)
+        loss += summed / counts.labelled
     loss, gradient = all_reduce_sum(torch.stack([loss, max_abs_gradient(engine)])).unbind()
     return StepStats(loss, gradient)
 

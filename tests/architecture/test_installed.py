@@ -85,12 +85,13 @@ def test_the_package_knows_where_it_is(installed: Installed) -> None:
     resources = installed.packages / "subspace" / "resources"
     expected = {
         "paths.checkout()": None,
-        "run.git_commit()": None,
+        "logging.git_commit()": None,
         "paths.declarations_folder()": resources / "data",
         "paths.find_resource('ds_configs/zero2.json')": resources / "engines" / "zero2.json",
         "paths.cache_folder()": installed.root / "home" / "cache" / "subspace",
     }
-    program = f"from subspace import run; from subspace.common import paths; print({', '.join(expected)}, sep='\\n')"
+    imports = "from subspace.common import paths; from subspace.training import logging"
+    program = f"{imports}; print({', '.join(expected)}, sep='\\n')"
     assert installed.python(program).splitlines() == [str(value) for value in expected.values()]
 
 

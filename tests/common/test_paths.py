@@ -19,7 +19,7 @@ from subspace.common.paths import (
 )
 from subspace.data.tasks import list_mixtures, list_tasks
 from subspace.errors import UserError
-from subspace.run import git_commit
+from subspace.training.logging import git_commit
 
 
 @pytest.fixture

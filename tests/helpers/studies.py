@@ -10,7 +10,7 @@ from pathlib import Path
 
 from subspace.cli.main import main
 from subspace.common.files import write_json
-from subspace.config import read_config, write_config
+from subspace.config import RunConfig, read_config, write_config
 from subspace.errors import RunStopped
 from subspace.study.execute import Run
 from tests.helpers.material import make_material
@@ -49,9 +49,13 @@ def made_up(loss: Callable[[str, float, int, int], float], asked: list[tuple[Pat
     """
 
     def run(arguments: Sequence[str], output: Path) -> int:
-        _, base, *rest = arguments
-        until = int(rest[rest.index("--until") + 1]) if "--until" in rest else None
-        config = read_config(base, [word for word in rest if "=" in word])
+        files = [word for word in arguments if word.endswith(".yaml")]
+        until = int(arguments[arguments.index("--until") + 1]) if "--until" in arguments else None
+        settings = [word for word in arguments if "=" in word]
+        failed = [train(read_config(file, settings), until, output, alone=len(files) == 1) for file in files]
+        return int(any(failed))
+
+    def train(config: RunConfig, until: int | None, output: Path, *, alone: bool) -> bool:
         assert config.train.steps is not None
         assert config.train.validate_every
         folder, every, last = config.folder, config.train.validate_every, until or config.train.steps
@@ -64,8 +68,11 @@ def made_up(loss: Callable[[str, float, int, int], float], asked: list[tuple[Pat
         for step in range(done + 1, last + 1):
             value = loss(label, config.train.learning_rate, config.train.seed, step)
             if not math.isfinite(value):
-                output.write_text("error: the loss of step 1 is not finite\n")
-                return 1
+                if alone:
+                    output.write_text("error: the loss of step 1 is not finite\n")
+                else:
+                    write_json(folder / "environment.json", {"failure": "the loss of step 1 is not finite"})
+                return True
             lines.append({"step": step, "loss": value, "seconds": float(step), "peak_memory": 1})
             if step % every == 0 or step == config.train.steps:
                 lines.append({"step": step, "validation_loss": value})
@@ -73,7 +80,7 @@ def made_up(loss: Callable[[str, float, int, int], float], asked: list[tuple[Pat
         log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         outcome = {"steps": last, "seconds": float(last), "peak_memory": 1}
         write_json(folder / "environment.json", {} if until else {"outcome": outcome})
-        return 0
+        return False
 
     return run
 

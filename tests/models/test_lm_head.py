@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspace.adapters.inject import inject, trained_parameters
-from subspace.data.collate import IGNORE_INDEX, Batch
+from subspace.data.collate import IGNORE_INDEX, Batch, TokenRow, collate, join_batches
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.distributed.engine import init_distributed, init_engine
 from subspace.kernels import cross_entropy as loss
@@ -181,3 +181,31 @@ def test_no_label_at_all_is_a_loss_of_zero() -> None:
     of = batch()
     of["labels"] = torch.full_like(of["labels"], IGNORE_INDEX)
     assert summed_loss(tiny_llama(), of).item() == 0.0
+
+
+@pytest.mark.parametrize("most", [10, 10_000], ids=["parts", "one call"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_each_of_several_batches_has_its_own_loss(
+    architecture: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "MAX_LOGITS", most * VOCABULARY)
+    model = tiny(architecture)
+    several = [batch(2, 16), batch(3, 24), batch(1, 24)]
+    several[2]["labels"][:, 3:] = IGNORE_INDEX  # columns of its own
+    losses = SummedLoss(model).each(join_batches([Batch.from_labels(of) for of in several]))
+    assert torch.allclose(losses, torch.stack([plain(model, of) for of in several]), rtol=1e-5)
+
+
+def test_packed_batches_are_joined_with_their_positions() -> None:
+    rows = [[TokenRow(list(range(2, 2 + n)), 1) for n in lengths] for lengths in ((5, 3), (9,), (4, 4, 7))]
+    packed = [Batch.from_labels(collate(of, 0, room=16, pad_to_multiple=1)) for of in rows]
+    joined = join_batches(packed)
+    assert joined.batch.position_ids is not None
+    assert joined.batch.position_ids.tolist() == [
+        [0, 1, 2, 3, 4, 0, 1, 2, *range(7)],
+        [*range(9), *range(6)],
+        [*range(7), *range(4), *range(4)],
+    ]
+    model = tiny_llama()
+    losses = SummedLoss(model).each(joined)
+    assert torch.allclose(losses, torch.stack([SummedLoss(model)(one) for one in packed]), rtol=1e-5)

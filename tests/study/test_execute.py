@@ -6,16 +6,18 @@ import csv
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from subspace.cli.main import main
+from subspace.config import read_config
 from subspace.errors import RunStopped, UserError
 from subspace.study import execute, record
 from subspace.study.cells import Cell, read_search
 from subspace.study.config import read_study
-from subspace.study.execute import Executor, planned_steps, remaining_steps
+from subspace.study.execute import Executor, next_cells, planned_steps, remaining_steps
 from subspace.study.grid import Grid
 from subspace.study.report import TIMES, report_grid, write_report
 from subspace.study.results import read_results
@@ -83,6 +85,54 @@ def test_a_study_goes_on_wherever_it_was_stopped(root: Path, tmp_path: Path, uns
     write_report(read_results(stopped))
     for name in ("cells.csv", "curves.csv", "table.md"):
         assert (whole.folder / name).read_bytes() == (stopped.folder / name).read_bytes()
+
+
+def test_cells_that_are_due_are_trained_together(root: Path, tmp_path: Path, unsealed: None) -> None:
+    def loss(label: str, rate: float, seed: int, step: int) -> float:
+        return math.inf if rate >= 1e-2 and label == "lora" else quadratic(label, rate, seed, step)
+
+    commands: list[list[str]] = []
+
+    def run(arguments: Sequence[str], output: Path) -> int:
+        commands.append([word for word in arguments if word.endswith(".yaml")])
+        return made_up(loss)(arguments, output)
+
+    one, several = opened(root, tmp_path / "one"), opened(root, tmp_path / "several")
+    assert Executor(one, made_up(loss)).execute()
+    assert Executor(several, run, together=4).execute()
+    assert max(map(len, commands)) == 4
+    for command in commands:
+        settings = [read_config(file).train for file in command]
+        assert len({config.seed for config in settings}) == 1  # the same rows
+    for grid in (one, several):
+        write_report(read_results(grid))
+    assert cells_without_times(one.folder) == cells_without_times(several.folder)
+    assert any(row["state"] == "failed" for row in cells_without_times(several.folder))
+
+
+def test_cells_that_cannot_share_a_pass_are_trained_alone(root: Path, tmp_path: Path, unsealed: None) -> None:
+    text = STUDY.replace("settings: {{", "settings: {{train.compile: true, ")
+    grid = opened(root, tmp_path, text)
+    executor = Executor(grid, made_up(quadratic), together=4)
+    assert len(executor._group(next_cells(grid, read_search(grid)[0]))) == 1
+
+
+@pytest.mark.long
+def test_a_study_of_runs_together_is_that_of_runs_alone(tmp_path: Path) -> None:
+    ends = []
+    for together in (1, 8):
+        (folder := tmp_path / str(together)).mkdir()
+        grid = opened(folder, folder / "runs")
+        assert Executor(grid, here, together=together).execute()
+        write_report(read_results(grid))
+        ends.append(cells_without_times(grid.folder))
+    assert len(ends[0]) == len(ends[1]) > 6
+    for alone, shared in zip(*ends, strict=True):
+        for name, value in alone.items():
+            if name.startswith("loss_") and value:
+                assert float(shared[name]) == pytest.approx(float(value), rel=1e-4)
+            else:
+                assert shared[name] == value
 
 
 def test_a_training_that_fails_counts_as_the_worst(root: Path, tmp_path: Path, unsealed: None) -> None:

@@ -101,7 +101,7 @@ def test_another_base_is_refused_before_it_is_loaded(
     world: Path, change: Callable[[Path], None], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change(world / "model")
-    monkeypatch.setattr("subspace.run.build_model", None)
+    monkeypatch.setattr("subspace.run.open_base", None)
     before = sorted(path.name for path in (world / "runs" / "whole" / "checkpoints").iterdir())
     with pytest.raises(UserError) as caught:
         go_on(world)

@@ -17,8 +17,11 @@ from subspace.errors import RunStopped, UserError, nearest
 
 if TYPE_CHECKING:
     from subspace.study.config import Study
+    from subspace.study.grid import Grid
 
 FORMATS = ("terminal", "markdown", "latex", "csv")
+#: Runs of a study that share a pass at most: beyond it little is gained, and memory grows.
+TOGETHER = 8
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +36,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--only", metavar="METHODS", help="train these methods only, as lora,ssb; the others stay due")
     run.add_argument("--minutes", type=float, metavar="N", help="begin no run after so many minutes")
     run.add_argument("--processes", type=count, metavar="N", help="processes of each run; see `subspace train`")
+    run.add_argument(
+        "--together",
+        type=count,
+        metavar="N",
+        default=TOGETHER,
+        help=f"train so many runs in one pass at most, default {TOGETHER}; 1: one after another",
+    )
     run.add_argument("--resume", action="store_true", help="go on, as it does in any case")
     run.add_argument("--dry-run", action="store_true", help="print the commands that are due instead of running them")
     parser.add_argument("--format", metavar="FORMAT", help=f"of the report: {', '.join(FORMATS)}; default: terminal")
@@ -80,7 +90,7 @@ def _execute(study: Study, options: argparse.Namespace) -> int:
         return run_command([*arguments, *more], output)
 
     grid = open_grid(study, show_progress, write=not options.dry_run)
-    executor = Executor(grid, run, only, options.minutes)
+    executor = Executor(grid, run, only, options.minutes, _fitting(grid, options))
     if options.dry_run:
         from subspace.study.cells import read_search
 
@@ -90,6 +100,17 @@ def _execute(study: Study, options: argparse.Namespace) -> int:
     with in_use(grid.folder), _stopping():
         done = executor.execute()
     return _report(study, options) if done else 0
+
+
+def _fitting(grid: Grid, options: argparse.Namespace) -> int:
+    """Return how many runs are to share a pass: as many as asked for, if they fit into memory."""
+    from subspace.config import read_config
+    from subspace.planning.plan import room_for_runs
+
+    if options.together == 1 or options.dry_run:
+        return 1
+    example = read_config(grid.base, [*grid.overrides, *grid.contender(grid.reference).overrides()])
+    return min(int(options.together), room_for_runs(example))
 
 
 def _report(study: Study, options: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ from subspace.doctor.base import (
 )
 from subspace.errors import UserError
 from subspace.resolve import resolve_run
-from subspace.run import PACKAGES, git_commit
+from subspace.training.logging import PACKAGES, git_commit
 
 REINSTALL = "install requirements.txt anew on every host, or share one environment"
 

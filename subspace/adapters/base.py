@@ -322,6 +322,7 @@ class LinearAdapter(Adapter[C]):
     """A method at a linear layer, defined by the weight that replaces W."""
 
     site = "linear"
+    _scales_output = False  # once it has been asked for a share of its update
 
     def __init__(self, base: nn.Module, config: C) -> None:
         super().__init__(base, config)
@@ -346,8 +347,9 @@ class LinearAdapter(Adapter[C]):
 
     def scale_update(self, scale: float) -> None:
         super().scale_update(scale)
-        if _scale_output not in self._forward_hooks.values():
+        if not self._scales_output:
             self.register_forward_hook(_scale_output)
+            self._scales_output = True
 
     def base_bias(self) -> Tensor | None:
         """Return the frozen bias, ``(out,)``, or None."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from subspace.common.foreign.templates import compile_expression, compile_template
+from subspace.common.paths import find_resource
 from subspace.data.items import Item, make_item, relabel
 from subspace.data.rows import BadRow
 from subspace.data.sources.files import file_records
@@ -62,7 +63,7 @@ def custom_task(file: Path) -> Task:
     Raises:
         UserError: the file is invalid, or has the name of a declared task.
     """
-    file = file.resolve()
+    file = (file if file.exists() else find_resource(file) or file).resolve()
     declared = read_task_file(file)
     if file.stem in list_tasks(None):
         raise UserError(f"{file} has the name of a task that exists already. Give the file another name")

@@ -71,6 +71,8 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         return folder
     if Path(name).is_dir():
         return _complete(name, Path(name))
+    if own := paths.find_resource(Path(name) / "config.json"):
+        return _complete(name, own.parent)
     if _is_hub_id(name) and (found := hub_model_here(name, revision)):
         return _complete(name, found)
     raise UserError(_no_model(name, revision))

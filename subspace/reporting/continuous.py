@@ -26,6 +26,8 @@ from subspace.reporting.statistics import ALPHA, LEVEL, POWER, Array, Run
 GRID = 400
 #: More seeds than anybody trains: where so many do not suffice, the items are too few.
 MOST_SEEDS = 1000
+#: Degrees of freedom of a variance that is known.
+MANY = 10**9
 
 
 class MeanDifference(NamedTuple):
@@ -66,23 +68,40 @@ def paired_difference(before: Run, after: Run) -> MeanDifference:
     return _tested(parts)
 
 
-def paired_over_seeds(before: Sequence[float], after: Sequence[float]) -> MeanDifference:
-    """Return the mean of ``after - before`` of numbers that are one a seed, as a validation loss is."""
+def paired_over_seeds(before: Sequence[float], after: Sequence[float], *, rounding: float = 0.0) -> MeanDifference:
+    """Return the mean of ``after - before`` of numbers that are one a seed, as a validation loss is.
+
+    If both are rounded alike to multiples of ``rounding``, as best rates to those of a ladder, seeds do not show that.
+    """
     differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
     seeds = len(differences)
     variance = float(differences.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    return _tested(_Parts(float(differences.mean()), 0.0, 0, variance, seeds - 1))
+    known = rounding**2 / 6  # twice that of a uniform distribution
+    return _tested(_Parts(float(differences.mean()), known, MANY if known else 0, variance, seeds - 1))
 
 
 def spread(before: Run, after: Run) -> Spread:
-    """Return the observed variances of the difference, by the two-way analysis of variance, as means over tasks."""
+    """Return the observed variances of a difference, by the two-way analysis of variance, as means over tasks."""
+    return mean_spread([(before, after)])
+
+
+def mean_spread(pairs: Sequence[tuple[Run, Run]]) -> Spread:
+    """Return the mean over several differences of their observed variances.
+
+    An estimate may fall below 0 where the truth is near. Their mean is cut off there, not each, which would raise it.
+    """
+    known = np.mean([_variances(before, after) for before, after in pairs], axis=0)
+    return Spread(*np.maximum(0.0, known).tolist())
+
+
+def _variances(before: Run, after: Run) -> tuple[float, float, float]:
     differences = [b - a for a, b in zip(before, after, strict=True)]
     seeds = len(differences[0])
     rest = float(np.mean([_rest(task) for task in differences]))
     of_items = float(np.mean([task.mean(0).var(ddof=1) if task.shape[1] > 1 else 0.0 for task in differences]))
     noise = rest * _share([task.shape[1] for task in differences])
     of_seeds = float(_seed_means(differences).var(ddof=1)) if seeds > 1 else 0.0
-    return Spread(max(0.0, of_items - rest / seeds) if seeds > 1 else of_items, max(0.0, of_seeds - noise), rest)
+    return of_items - rest / seeds if seeds > 1 else of_items, of_seeds - noise, rest
 
 
 def power_of(difference: float, known: Spread, items: Sequence[int], seeds: int, alpha: float = ALPHA) -> float:
@@ -169,7 +188,8 @@ def _half(parts: _Parts, alpha: float) -> float:
     from scipy.special import stdtrit
 
     pairs = ((parts.items, parts.df_items), (parts.seeds, parts.df_seeds))
-    return math.sqrt(sum(float(stdtrit(df, 1 - alpha / 2)) ** 2 * variance for variance, df in pairs if df > 0))
+    # By the lower tail: 1 - alpha / 2 is 1 for small levels, whose quantile is infinite.
+    return math.sqrt(sum(float(stdtrit(df, alpha / 2)) ** 2 * variance for variance, df in pairs if df > 0))
 
 
 def _p(parts: _Parts) -> float:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from subspace.common.tables import Grid as TextGrid
 from subspace.config import read_config
 from subspace.data.samples import select_samples
 from subspace.errors import UserError
 from subspace.planning.plan import build_plan, format_time
-from subspace.reporting.continuous import Spread, seeds_for, smallest_difference
-from subspace.reporting.statistics import ALPHA, ASSUMED_DISCORDANCE, POWER
+from subspace.reporting.continuous import Spread, mean_spread, seeds_for, smallest_difference
+from subspace.reporting.statistics import ALPHA, ASSUMED_DISCORDANCE, POWER, Run
 from subspace.study.cells import read_search
 from subspace.study.config import ANSWER_LOGPROB, RETENTION
 from subspace.study.execute import planned_steps, remaining_steps, retention_trouble
 from subspace.study.grid import Grid
-from subspace.study.results import read_results
+from subspace.study.results import Scores, StudyResult, common_scores, read_results
 
 #: Before finals show it: of the answers that only one of two methods gets right, the share that every seed repeats, and
 #: the standard deviation over seeds of a difference in accuracy, of half a point.
@@ -36,8 +39,10 @@ class Preview:
         seconds: the range of the time of all steps that are left; None where it cannot be estimated.
         items: the number of items of each task; empty where held-out losses decide.
         alpha: the level of the first test, by Holm over all methods.
+        known: by how much differences in accuracy vary: as the finals so far show, else as is assumed.
+        pilot: how many finals show it; 0 where it is assumed.
         smallest: the smallest difference in accuracy that is detected; None if none is, or without items.
-        log_odds: the same in log-odds, by the spread of the finals so far; None before there are some.
+        primary: the same in the primary outcome, by the finals so far; None before two seeds of two methods.
         power: the power it is for.
         wanted: the difference in accuracy for which seeds are asked, and how many that takes; None: no number does.
     """
@@ -49,8 +54,10 @@ class Preview:
     seconds: tuple[float, float] | None
     items: tuple[int, ...]
     alpha: float
+    known: Spread
+    pilot: int
     smallest: float | None
-    log_odds: float | None
+    primary: float | None
     power: float
     wanted: tuple[float, int | None] | None = None
 
@@ -81,7 +88,9 @@ class Preview:
             "alpha": self.alpha,
             "power": self.power,
             "smallest_points": None if self.smallest is None else 100 * self.smallest,
-            "smallest_log_odds": self.log_odds,
+            "smallest_primary": self.primary,
+            "assumed": not self.pilot,
+            "spread": self.known._asdict(),
             "seeds_for": None if self.wanted is None else {"points": 100 * self.wanted[0], "seeds": self.wanted[1]},
         }
 
@@ -115,6 +124,9 @@ class Preview:
         if self.items:
             yield from self._power_lines()
             yield from self._retention_lines()
+        if self.primary is not None:
+            unit = "log-odds" if grid.primary == ANSWER_LOGPROB else "of held-out loss"
+            yield f"smallest difference in the primary outcome, by the finals so far: {self.primary:.3f} {unit}"
 
     def _retention_lines(self) -> Iterator[str]:
         if RETENTION in self.grid.also:
@@ -129,13 +141,16 @@ class Preview:
     def _power_lines(self) -> Iterator[str]:
         seeds, items, others = len(self.grid.final_seeds), sum(self.items), len(self.grid.contenders) - 1
         found = "none" if self.smallest is None else f"{100 * self.smallest:.1f} points of accuracy"
+        differ, repeated, sd = _in_words(self.known)
         yield (
             f"smallest difference from {self.grid.reference} that {seeds} seeds and {items:,} items show: {found} "
-            f"(power {100 * self.power:.0f} %, Holm over {others} methods), if {100 * ASSUMED_DISCORDANCE:.0f} % of "
-            f"the answers differ, a third of them with every seed, and seeds differ by {100 * SEED_SD:g} points"
+            f"(power {100 * self.power:.0f} %, Holm over {others} methods)"
         )
-        if self.log_odds is not None:
-            yield f"by the finals so far: {self.log_odds:.3f} log-odds"
+        source = f"as the {self.pilot} finals so far show" if self.pilot else "as is assumed before there are finals"
+        yield (
+            f"{source}: {differ:.1f} % of the answers differ between two methods, {repeated:.0f} % of these with every "
+            f"seed, and a difference varies by {sd:.2g} points between seeds"
+        )
         if self.wanted:
             points, needed = 100 * self.wanted[0], self.wanted[1]
             if needed is None:
@@ -143,6 +158,15 @@ class Preview:
                 yield f"no number of seeds shows {points:g} points on these items: {more}"
             else:
                 yield f"{points:g} points take {needed} seeds: final: {{seeds: {list(range(needed))}}}"
+
+
+def _in_words(known: Spread) -> tuple[float, float, float]:
+    """Return per cent of answers that differ, of these per cent that do with every seed, and points between seeds.
+
+    A difference of two answers is -1, 0 or 1, so its mean square is the share that differs.
+    """
+    differ = known.items + known.rest
+    return 100 * differ, 100 * known.items / differ if differ else 0.0, 100 * known.seeds**0.5
 
 
 def preview(grid: Grid, *, power: float = POWER, difference: float | None = None) -> Preview:
@@ -169,10 +193,13 @@ def preview(grid: Grid, *, power: float = POWER, difference: float | None = None
     left = remaining_steps(grid, outcome)
     one = build_plan(config).seconds
     seeds = len(grid.final_seeds)
+    found = read_results(grid)
+    observed, pilot = pilot_spread(found, lambda scores: scores.correct)
+    known = observed or ASSUMED
     wanted = None
     if difference is not None:
         share = difference / 100
-        wanted = share, seeds_for(share, ASSUMED, items, power=power, alpha=alpha)
+        wanted = share, seeds_for(share, known, items, power=power, alpha=alpha)
     return Preview(
         grid=grid,
         trials=sum(len(contender.trials) for contender in grid.contenders),
@@ -181,18 +208,42 @@ def preview(grid: Grid, *, power: float = POWER, difference: float | None = None
         seconds=(one[0] * left / grid.steps, one[1] * left / grid.steps) if one else None,
         items=tuple(items),
         alpha=alpha,
-        smallest=smallest_difference(ASSUMED, items, seeds, power=power, alpha=alpha) if items else None,
-        log_odds=_observed(grid, items, power, alpha) if items else None,
+        known=known,
+        pilot=pilot,
+        smallest=smallest_difference(known, items, seeds, power=power, alpha=alpha) if items else None,
+        primary=_smallest_primary(found, items, power, alpha),
         power=power,
         wanted=wanted,
     )
 
 
-def _observed(grid: Grid, items: Sequence[int], power: float, alpha: float) -> float | None:
-    """Return the smallest difference in log-odds by the spread of the finals so far; None before two seeds of some."""
-    result = read_results(grid)
-    if not result.spreads or max(len(method.seeds) for method in result.methods) < 2:
+def pilot_spread(result: StudyResult, of: Callable[[Scores], Run]) -> tuple[Spread | None, int]:
+    """Return by how much a difference between two methods varies, a mean over all pairs, and of how many finals.
+
+    The luck of the reference's seeds is in every difference from it, so these alone would know it by few seeds.
+
+    Args:
+        result: the results so far.
+        of: the outcome of a method's scores.
+
+    Returns:
+        ``(None, 0)`` before two methods have two seeds in common that were scored.
+    """
+    pairs = [pair for one, two in itertools.combinations(result.methods, 2) if (pair := common_scores(one, two))]
+    paired = [(of(before), of(after)) for before, after in pairs if len(before.log_odds[0]) > 1]
+    if not paired:
+        return None, 0
+    return mean_spread(paired), sum(len(method.seeds) for method in result.methods)
+
+
+def _smallest_primary(result: StudyResult, items: list[int], power: float, alpha: float) -> float | None:
+    """Return the smallest difference in the primary outcome that the study will find, by the finals so far."""
+    seeds = len(result.grid.final_seeds)
+    if result.grid.primary == ANSWER_LOGPROB:
+        known, _ = pilot_spread(result, lambda scores: scores.log_odds)
+        return smallest_difference(known, items, seeds, power=power, alpha=alpha) if known else None
+    errors = [m.against.error**2 * len(m.seeds) for m in result.methods if m.against and len(m.seeds) > 1]
+    if not errors or seeds < 2:
         return None
-    count = len(result.spreads)
-    mean = Spread(*(sum(column) / count for column in zip(*result.spreads, strict=True)))
-    return smallest_difference(mean, items, len(grid.final_seeds), power=power, alpha=alpha)
+    # One number a seed, which varies by nothing but the seed: the number of items does not matter.
+    return smallest_difference(Spread(0.0, float(np.mean(errors)), 0.0), [2], seeds, power=power, alpha=alpha)

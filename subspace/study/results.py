@@ -121,7 +121,7 @@ def read_results(grid: Grid) -> StudyResult:
     outcome, losses = read_search(grid)
     results = [_method_result(grid, contender, outcome, losses) for contender in grid.contenders]
     results = _with_scores(grid, results)
-    results, spreads = _compared(grid, results)
+    results, spreads = compared(grid, results)
     results.sort(key=lambda result: math.inf if result.loss is None else result.loss)
     return StudyResult(grid, outcome, losses, tuple(results), tuple(_taus(grid, outcome, losses, results)), spreads)
 
@@ -250,10 +250,10 @@ def _records(run: ScoredRun, task: str) -> list[ItemRecord]:
 # Comparisons.
 
 
-def _compared(grid: Grid, results: Sequence[MethodResult]) -> tuple[list[MethodResult], tuple[Spread, ...]]:
+def compared(grid: Grid, results: Sequence[MethodResult]) -> tuple[list[MethodResult], tuple[Spread, ...]]:
     """Return the results with their differences from the reference and groups, and the spreads of these differences."""
     reference = next(result for result in results if result.contender.label == grid.reference)
-    against = {r.contender.label: _difference(grid, reference, r) for r in results if r is not reference}
+    against = {r.contender.label: difference_between(grid, reference, r) for r in results if r is not reference}
     found = {label: difference for label, difference in against.items() if difference}
     corrected = dict(zip(found, holm([difference.p for difference in found.values()]), strict=True))
     groups = _groups(grid, results)
@@ -261,7 +261,7 @@ def _compared(grid: Grid, results: Sequence[MethodResult]) -> tuple[list[MethodR
     compared = []
     for result in results:
         label, gain = result.contender.label, None
-        pair = _common(reference, result)
+        pair = common_scores(reference, result)
         if label in found and pair and pair[0].items:
             spreads.append(spread(pair[0].log_odds, pair[1].log_odds))
             gain = float(np.mean([b.mean() - a.mean() for a, b in zip(pair[0].correct, pair[1].correct, strict=True)]))
@@ -281,7 +281,7 @@ def _groups(grid: Grid, results: Sequence[MethodResult]) -> dict[str, str]:
     """Return each method's letters, by Holm over all pairs."""
     able = [result for result in results if result.seeds]
     pairs = [(a, b) for i, a in enumerate(able) for b in able[:i]]
-    tested = [(a, b, difference) for a, b in pairs if (difference := _difference(grid, a, b))]
+    tested = [(a, b, difference) for a, b in pairs if (difference := difference_between(grid, a, b))]
     p_values = holm([difference.p for _, _, difference in tested])
     apart = {
         frozenset((a.contender.label, b.contender.label))
@@ -299,10 +299,10 @@ def _standing(grid: Grid, result: MethodResult) -> float:
     return -(result.loss if result.loss is not None else math.inf)
 
 
-def _difference(grid: Grid, before: MethodResult, after: MethodResult) -> MeanDifference | None:
+def difference_between(grid: Grid, before: MethodResult, after: MethodResult) -> MeanDifference | None:
     """Return by how much the second is better in the primary outcome, over the seeds that both have."""
     if grid.primary == ANSWER_LOGPROB:
-        pair = _common(before, after)
+        pair = common_scores(before, after)
         return paired_difference(pair[0].log_odds, pair[1].log_odds) if pair else None
     seeds = [seed for seed in before.seeds if seed in after.seeds]
     if not seeds:
@@ -311,7 +311,7 @@ def _difference(grid: Grid, before: MethodResult, after: MethodResult) -> MeanDi
     return paired_over_seeds([-one[seed] for seed in seeds], [-two[seed] for seed in seeds])
 
 
-def _common(before: MethodResult, after: MethodResult) -> tuple[Scores, Scores] | None:
+def common_scores(before: MethodResult, after: MethodResult) -> tuple[Scores, Scores] | None:
     """Return the scores of the seeds that both have."""
     seeds = [seed for seed in before.seeds if seed in after.seeds]
     if not (seeds and before.scores and after.scores):

@@ -107,6 +107,15 @@ def test_a_t_test_over_seeds_is_scipy_s() -> None:
     assert (found.p, found.low, found.high) == pytest.approx((theirs.pvalue, interval.low, interval.high))
 
 
+def test_seeds_that_agree_exactly_do_not_make_p_small() -> None:
+    """Two seeds whose means are equal to the last bit: the items alone decide, and p says what the interval says."""
+    one = [np.array([[0.5, -0.5, 0.25, -0.25], [-0.5, 0.5, -0.25, 0.25]]) + np.array([1.0, -1.0, 0.5, -0.25])]
+    found = paired_difference(zeros(one), one)
+    assert found.low < 0 < found.high
+    assert 0.5 < found.p < 1
+    assert paired_over_seeds([0.0, 0.0], [0.0, 0.0], rounding=1.0).p == pytest.approx(1.0)
+
+
 def test_what_nothing_is_known_of_has_no_bounds() -> None:
     one = [np.array([[0.3]])]
     found = paired_difference(zeros(one), one)  # one item, one seed

@@ -222,34 +222,6 @@ def test_a_finished_run_of_other_settings_is_refused(root: Path, tmp_path: Path)
         Executor(grid, made_up(quadratic)).execute()
 
 
-def test_a_real_study_end_to_end_in_this_process(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two methods, two rates, one final each: trained by the command itself, resumed at its rung."""
-    text = STUDY.replace("ladder: 3", "ladder: 2").replace("[0, 1]", "[0]").replace("rungs: [0.4]", "keep: 0.4")
-    grid = opened(root, tmp_path, text.replace("step: 3.1623", "step: 1.5"))
-    rules = grid.rules
-    assert Executor(grid, here).execute()
-    result = read_results(grid)
-    write_report(result)
-    rows = cells_without_times(grid.folder)
-    assert {row["state"] for row in rows} == {"finished", "paused"}
-    for contender in grid.contenders:
-        trained = Cell(grid, contender.label, result.outcome.best[contender.label], 0).facts()["adapters"]["trained"]
-        assert trained == contender.trained
-    assert rules.rungs == (1, 2, 5)
-    best = Cell(grid, "lora", result.outcome.best["lora"], 100)
-    log = [json.loads(line) for line in (best.folder / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5]  # each step once, over three commands
-    assert [line["step"] for line in log if "validation_loss" in line] == [1, 2, 3, 4, 5]
-    assert checkpoints(best.folder) == []
-    before = (grid.folder / "cells.csv").read_bytes()
-    assert Executor(grid, stopping_after(here, 0)).execute()  # nothing is left to run
-    assert main(["study", "report", str(root / "toy.yaml"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["ended"]
-    assert (grid.folder / "cells.csv").read_bytes() == before
-
-
 def test_two_methods_of_a_seed_are_fed_the_same_rows(root: Path, tmp_path: Path) -> None:
     grid = opened(root, tmp_path)
     fed = {}
@@ -272,3 +244,34 @@ def test_the_progress_line_says_what_remains(
     said = [line for line in caplog.messages if "steps remain" in line]
     assert f"{planned_steps(grid):,} steps remain" in said[0]
     assert "5 steps remain, about" in said[-1]
+
+
+@pytest.mark.processes
+def test_the_quick_study_runs_as_it_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command in the README, from a checkout in which nothing was prepared: search, finals, scoring, table."""
+    file = "launch/studies/quick.yaml"
+    assert main(["study", "run", file]) == 0
+    assert "4 methods" in capsys.readouterr().out
+    assert main(["study", "report", file, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ended"]
+    assert {method["method"] for method in found["methods"]} == {"lora", "dora", "ssb", "bitfit"}
+    assert all(len(method["seeds"]) == 2 and not method["failed"] for method in found["methods"])
+    assert max(method["accuracy"]["value"] for method in found["methods"]) > 0.3  # of four choices
+
+    grid = record.open_grid(read_study(file))
+    assert {row["state"] for row in cells_without_times(grid.folder)} == {"finished", "paused"}
+    outcome, _ = read_search(grid)
+    for contender in grid.contenders:
+        trained = Cell(grid, contender.label, outcome.best[contender.label], 0).facts()["adapters"]["trained"]
+        assert trained == contender.trained
+    best = Cell(grid, "lora", outcome.best["lora"], 100)
+    log = best.log()
+    steps = [line["step"] for line in log if "loss" in line]
+    assert steps == [1, *range(4, 33, 4)]  # once, over three commands
+    assert [line["step"] for line in log if "validation_loss" in line] == [8, 16, 24, 32]
+    assert checkpoints(best.folder) == []
+    before = (grid.folder / "cells.csv").read_bytes()
+    assert Executor(grid, stopping_after(here, 0)).execute()  # nothing is left to run
+    assert main(["study", "report", file]) == 0
+    assert (grid.folder / "cells.csv").read_bytes() == before

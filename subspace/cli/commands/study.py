@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from subspace.study.config import Study
     from subspace.study.grid import Grid
 
+CLAIMS = "claims"
 FORMATS = ("terminal", "markdown", "latex", "csv")
 #: Runs of a study that share a pass at most: beyond it little is gained, and memory grows.
 TOGETHER = 8
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", metavar="ACTION", help=f"{', '.join(ACTIONS)}: the cost; all that is due; the table")
+    parser.add_argument(
+        "action", metavar="ACTION", help=f"{', '.join((*ACTIONS, CLAIMS))}: the cost; all due; the table; CLAIMS.md"
+    )
     parser.add_argument("study", metavar="FILE", help="YAML file of the study, as launch/studies/quick.yaml")
     plan = parser.add_argument_group("plan")
     plan.add_argument("--power", type=float, default=0.8, metavar="P", help="of finding a difference; default: 0.8")
@@ -50,12 +53,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.action not in ACTIONS:
-        raise UserError(f"subspace study {options.action} is unknown. {nearest(options.action, ACTIONS)}")
+    if options.action not in (*ACTIONS, CLAIMS):
+        raise UserError(f"subspace study {options.action} is unknown. {nearest(options.action, (*ACTIONS, CLAIMS))}")
     if options.format not in (None, *FORMATS):
         raise UserError(
             f"--format {options.format} was given, but a study has none. {nearest(options.format, FORMATS)}"
         )
+    if options.action == CLAIMS:
+        return _claims(options)
     from subspace.study.config import read_study
 
     return ACTIONS[options.action](read_study(options.study), options)
@@ -134,6 +139,16 @@ def _report(study: Study, options: argparse.Namespace) -> int:
     return 0
 
 
+def _claims(options: argparse.Namespace) -> int:
+    from subspace.common.tables import print_grid
+    from subspace.study.claims import write_claims
+
+    file, table = write_claims(Path(options.study))
+    print_grid(table)
+    print(f"written: {file}", file=sys.stderr)
+    return 0
+
+
 @contextmanager
 def _stopping() -> Iterator[None]:
     """End at SIGTERM and SIGUSR1 with the status of a run that was stopped; the training in progress is told so."""
@@ -159,7 +174,8 @@ COMMAND = Command(
   subspace study plan launch/studies/methods.yaml --power 0.8 --difference 0.5
   subspace study run launch/studies/quick.yaml             killed at any moment, the same command goes on
   subspace study run launch/studies/methods.yaml --only lora,ssb --minutes 120
-  subspace study report launch/studies/quick.yaml --format markdown""",
+  subspace study report launch/studies/quick.yaml --format markdown
+  subspace study claims launch/studies/claims.yaml         what the studies run here say of published claims""",
     _arguments,
     _run,
 )

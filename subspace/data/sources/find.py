@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from subspace.common.download import HubFiles, hub_data_files
 from subspace.common.files import file_sha256
 from subspace.common.hashing import hash_json
+from subspace.common.paths import find_resource
 from subspace.data.rows import BadRow, Row
 from subspace.data.sources.files import WHAT_IS_READ, file_kind, file_records, without_nulls
 from subspace.data.sources.shapes import Seen, check_columns, read_row
@@ -185,6 +186,8 @@ def _matches(text: str) -> list[Path]:
         path = Path(text).expanduser()
         if path.exists():
             return [path]
+        if own := find_resource(text):
+            return [own]
     except (OSError, RuntimeError):  # no file is called so: too long a name, or a user that there is not
         return []
     if not _PATTERN.search(text):

@@ -199,7 +199,7 @@ def test_scores_are_taken_again_where_the_same_bytes_lie_elsewhere(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved = (tmp_path / "model").rename(tmp_path / "moved")
-    monkeypatch.setattr("subspace.evaluation.evaluate._score", None)  # nothing is scored
+    monkeypatch.setattr("subspace.evaluation.evaluate.score_job", None)  # nothing is scored
     ((result,),) = evaluate_subjects(subjects(tmp_path, scored, f"model.path={moved}"))
     assert result.n == 4
 

@@ -7,10 +7,11 @@ import errno
 import os
 import re
 import reprlib
+import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 #: Characters of a value in a message.
 MOST_SHOWN = 100
@@ -84,6 +85,16 @@ def printable(text: str) -> str:
         else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text
     )
+
+
+def tell(line: str, file: TextIO | None = None) -> None:
+    """Write a line at once, on standard error unless another file is given.
+
+    ``print`` writes the end of a line by itself where nothing is buffered, so that lines of two processes mix.
+    """
+    file = sys.stderr if file is None else file
+    file.write(f"{line}\n")
+    file.flush()
 
 
 class _Short(reprlib.Repr):

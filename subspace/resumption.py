@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +34,13 @@ from subspace.training.logging import LOG_FILE
 from subspace.training.optimizers import lr_factor
 from subspace.training.resume import (
     ADAPTER,
-    FACTS,
     Checkpoint,
     FoundCheckpoint,
     changed_settings,
     check_resumable,
     find_checkpoint,
     read_checkpoint,
+    read_facts,
 )
 
 logger = logging.getLogger(__name__)
@@ -104,7 +102,7 @@ def is_finished(config: RunConfig) -> bool:
     except UserError as error:
         logger.warning("note: the run had ended, but %s", error)
         return False
-    if description["about"].get("run") != about.get("run"):
+    if _run_named(description) != about.get("run"):
         logger.warning("note: the run had ended, but %s is another run's", config.folder / ADAPTER)
         return False
     recorded = description.get("base")
@@ -112,6 +110,12 @@ def is_finished(config: RunConfig) -> bool:
         return before.model == config.model
     check_base(f"the run {config.folder}", recorded, identify(model), ANOTHER_NAME)
     return True
+
+
+def _run_named(description: Mapping[str, Any]) -> Any:
+    """Return the run that an adapter's description names."""
+    about = description.get("about")
+    return about.get("run") if isinstance(about, Mapping) else None
 
 
 def open_run_data(run: ResolvedRun, *, held_out: int | None = None, former: bool = False) -> Material:
@@ -143,11 +147,13 @@ def check_resume_settings(run: ResolvedRun) -> None:
     """
     folder = run.config.folder
     for path in reversed(checkpoints(folder)):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-            saved = _with_younger_settings(with_current_names(facts["config"]), run.config)
-            check_resumable(folder, {**facts, "config": saved}, with_former_defaults(run.config, saved).as_dict())
-            return
+        try:
+            facts = read_facts(path)
+        except UserError:  # it is looked at again, with its checksums
+            continue
+        saved = _with_younger_settings(with_current_names(facts["config"]), run.config)
+        check_resumable(folder, {**facts, "config": saved}, with_former_defaults(run.config, saved).as_dict())
+        return
 
 
 def find_resume_point(

@@ -6,7 +6,6 @@ The folder holds ``config.yaml`` (fully resolved), ``environment.json`` (version
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import time
@@ -265,7 +264,7 @@ def _start(
 def _note_company(folder: Path, name: str, together: Together) -> None:
     """Add to ``environment.json`` what the runs that were trained together gained, and why this one failed, if so."""
     file, outcome = folder / ENVIRONMENT_FILE, together.outcomes[name]
-    about = json.loads(file.read_text())
+    about = read_environment(folder)
     measured = {"gain": together.gain, "share": together.share(name)}
     about |= {key: value for key, value in measured.items() if value is not None}
     if isinstance(outcome, UserError) and not isinstance(outcome, RunStopped):
@@ -391,6 +390,6 @@ def inject_method(
 
 def write_outcome(folder: Path, state: TrainState, seconds: float, weight_bytes: list[int]) -> None:
     """Add the outcome to ``environment.json``; ``weight_bytes`` is each process's memory for frozen weights."""
-    about = json.loads((folder / ENVIRONMENT_FILE).read_text())
+    about = read_environment(folder)
     about["outcome"] = {**asdict(state), "seconds": seconds, "peak_memory": peak_memory(), "weights_held": weight_bytes}
     write_json(folder / ENVIRONMENT_FILE, about)

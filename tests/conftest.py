@@ -33,7 +33,7 @@ import torch
 from subspace.common import paths
 from subspace.common.progress import show_notices
 from subspace.distributed.launcher import DETERMINISTIC_ENV
-from subspace.distributed.signals import STATUS_FILE
+from subspace.distributed.peers import STATUS_FILE
 
 #: Files of tests that take longest, first: with several workers, none of them is left for the end.
 LONGEST_FIRST = [

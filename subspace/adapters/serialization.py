@@ -33,7 +33,7 @@ from typing_extensions import TypedDict
 from subspace.adapters.inject import adapter_groups, adapters, assign_groups, inject
 from subspace.adapters.registry import method_origin, resolve_recorded_method
 from subspace.common.files import file_sha256, settle_folder, write_folder, write_json
-from subspace.common.foreign.text import checked
+from subspace.common.foreign.text import checked, open_regular, parse_json, read_bytes
 from subspace.common.hashing import hash_json
 from subspace.distributed.collectives import barrier, broadcast_object, is_main
 from subspace.distributed.zero import full_shape, gather_copies
@@ -142,6 +142,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     description = read_description(folder)
     with _damage_errors(folder):
+        open_regular(folder / TENSORS).close()  # a pipe would be waited for
         sealed = description.get("tensors")
         if sealed is None:
             _note_unsealed(folder)
@@ -166,7 +167,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     with _damage_errors(folder):
         with contextlib.suppress(OSError):
             settle_folder(folder)
-        description = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        description = parse_json(read_bytes(folder / SETTINGS).decode(), str(folder / SETTINGS))
         if not isinstance(description, dict) or not isinstance(description.get("adapters"), list):
             raise _Damage(f"{SETTINGS} describes no adapters")
         number = description.get("format")

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from subspace.common.progress import signs
 from subspace.common.tables import FORMATS
 from subspace.distributed import launcher
-from subspace.distributed.signals import STATUS_FILE
-from subspace.errors import UserError, nearest, printable, shown
+from subspace.distributed.peers import STATUS_FILE
+from subspace.errors import UserError, nearest, printable, shown, tell
 
 if TYPE_CHECKING:
     from subspace.reporting.tables import Table
@@ -37,15 +38,23 @@ class Command:
 
 def say(text: object, file: TextIO | None = None) -> None:
     """Print what may hold texts of files and models: without what would command the terminal."""
-    print(printable(str(text)), file=file)
+    tell(printable(str(text)), file or sys.stdout)
 
 
 def sign_of_life(what: str) -> None:
-    """Tell at once, before libraries load for seconds, what a command begins with; once for all its processes."""
+    """Tell at once, before libraries load for seconds, what a command begins with, and go on telling what it is at.
+
+    The first of its processes does so, for all.
+    """
     if "torch" in sys.modules:  # a program calls it that has loaded them
         return
-    if not launcher.under_launcher() or (os.environ["RANK"] == "0" and STATUS_FILE not in os.environ):
-        logger.info(f"{what}: reading the settings and loading libraries ...")
+    launched = launcher.under_launcher()
+    if launched and os.environ["RANK"] != "0":
+        return
+    doing = f"{what}: reading the settings and loading libraries"
+    if not (launched and STATUS_FILE in os.environ):  # else the process that started it has said so
+        logger.info(f"{doing} ...")
+    signs.start(doing)
 
 
 def json_argument(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +101,7 @@ def launch_or_none(options: argparse.Namespace, arguments: Sequence[str]) -> int
         return 0
     if launch:
         logger.info(f"starting {launch.what} ...")
+        signs.stop()  # the first of them goes on
     return launch.run() if launch else None
 
 

@@ -28,10 +28,10 @@ from subspace.cli.commands import (
     table,
     train,
 )
-from subspace.common.progress import show_notices
+from subspace.common.progress import show_notices, signs
 from subspace.common.synonyms import setting_elsewhere
 from subspace.distributed import launcher, peers
-from subspace.errors import RunStopped, UserError, file_trouble, nearest, printable
+from subspace.errors import RunStopped, UserError, file_trouble, nearest, printable, tell
 
 COMMANDS = [
     prepare.COMMAND,
@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launcher.should_report_error(1):
             raise
         return peers.reported_status() or 1
+    finally:
+        signs.stop()
 
 
 def _fail(message: str, status: int, *, at_once: bool = True) -> int:
@@ -90,7 +92,7 @@ def _fail(message: str, status: int, *, at_once: bool = True) -> int:
         told = printable(message)
         if len(told) > MOST_MESSAGE:
             told = f"{told[: MOST_MESSAGE // 2]} ... {told[-MOST_MESSAGE // 2 :]}"
-        print(f"{'stopped' if status == RunStopped.status else 'error'}: {told}", file=sys.stderr)
+        tell(f"{'stopped' if status == RunStopped.status else 'error'}: {told}")
         return status
     # Of a run that was stopped, a process may notice only that another one is gone.
     return peers.reported_status() or status

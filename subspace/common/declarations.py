@@ -109,6 +109,7 @@ def find_declared(name: str, declared: Mapping[str, _Declared], kind: str) -> _D
 
 Share = typing.Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
 Amount = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Finite = typing.Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Count = typing.Annotated[int, pydantic.Field(ge=0)]
 Positive = typing.Annotated[int, pydantic.Field(ge=1)]
 Name = typing.Annotated[str, pydantic.Field(min_length=1)]

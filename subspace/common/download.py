@@ -29,6 +29,7 @@ from subspace.common.files import (
     write_file,
     write_json,
 )
+from subspace.common.foreign.text import read_json
 from subspace.common.foreign.yaml_files import read_yaml
 from subspace.common.hashing import hash_json
 from subspace.common.locks import locked
@@ -333,9 +334,9 @@ def _on_record(record: Path, repo: str) -> HubDownload | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        facts = json.loads(record.read_text(encoding="utf-8"))
+        facts: dict[str, Any] = read_json(record, dict[str, Any])
         commit, names = str(facts["commit"]), list(facts["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
     found = {name: try_to_load_from_cache(repo, name, revision=commit, repo_type="dataset") for name in names}
     if not all(isinstance(path, str) and Path(path).is_file() for path in found.values()):

@@ -27,6 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from subspace.common.foreign.text import open_regular, read_json
 from subspace.common.locks import Busy, has_ended, locked, this_process
 from subspace.common.paths import nearest_existing
 from subspace.errors import UserError, file_trouble
@@ -114,8 +115,8 @@ def fsync_path(path: Path) -> None:
 
 
 def file_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's content as a hexadecimal string."""
-    with file.open("rb") as opened:
+    """Return the SHA-256 of a file's content as a hexadecimal string; raise UserError for what is no regular file."""
+    with open_regular(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
@@ -348,7 +349,7 @@ def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any] | N
     Sizes are always compared; checksums where ``thorough``, of a file that has not changed once in a process.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(folder / MANIFEST, dict[str, Any])
         for name, (size, checksum) in manifest.pop("files").items():
             about = (folder / name).stat()
             if about.st_size != size:
@@ -358,7 +359,7 @@ def read_manifest(folder: Path, *, thorough: bool = False) -> dict[str, Any] | N
                 if file_sha256(folder / name) != checksum:
                     return None
                 _intact.add(state)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return manifest
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import filelock
 
+from subspace.common.foreign.text import open_regular
 from subspace.errors import UserError
 
 logger = logging.getLogger("subspace")
@@ -238,8 +239,9 @@ def _write(record: Path) -> None:
 
 def _read(record: Path) -> dict[str, Any]:
     """Return what a record says; empty if there is none that makes sense."""
-    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
-        holder = json.loads(record.read_text()[:10_000])
+    with suppress(UserError, OSError, ValueError, TypeError, AttributeError, RecursionError):
+        with open_regular(record) as file:
+            holder = json.loads(file.read(10_000))
         if {"host", "machine", "pid", "since", "command"} <= holder.keys():
             return {key: "".join(c for c in str(value) if c.isprintable()) for key, value in holder.items()}
     return {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,9 +41,61 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
         # What a file or a model says of itself may stand in a message.
         return printable(super().format(record))
 
+    def emit(self, record: logging.LogRecord) -> None:
+        signs.last = record.created
+        super().emit(record)
+
     @property
     def stream(self) -> TextIO:
         return sys.stderr
+
+
+class SignsOfLife:
+    """Lines that say what a program is at, every ten seconds in which it says nothing else.
+
+    So nobody takes for dead what loads libraries, waits for other processes, or reads a model from a slow disk.
+
+    Attributes:
+        last: when the last line was said.
+        hidden: how many displays there are that show for themselves that the program goes on.
+    """
+
+    def __init__(self) -> None:
+        self.last, self.hidden = 0.0, 0
+        self._doing, self._since = "", 0.0
+        self._ended: threading.Event | None = None
+
+    def start(self, doing: str) -> None:
+        """Begin, unless it has begun; ``doing`` is what the program is at."""
+        if self._ended is None:
+            self._ended, self.last = threading.Event(), time.time()
+            self.note(doing)
+            threading.Thread(target=self._run, args=(self._ended,), name="signs of life", daemon=True).start()
+
+    def note(self, doing: str) -> None:
+        """Say from now on that the program is at this."""
+        if doing != self._doing:
+            self._doing, self._since = doing, time.time()
+
+    def stop(self) -> None:
+        """Say no more."""
+        if self._ended:
+            self._ended.set()
+            self._ended = None
+
+    def due(self, now: float) -> str | None:
+        """Return the line that is to be said at a time, in seconds as of :func:`time.time`; None if there is none."""
+        if self.hidden or now - self.last < SECONDS_BETWEEN_LINES:
+            return None
+        return f"{self._doing}: still at it, for {_clock(now - self._since)}"
+
+    def _run(self, ended: threading.Event) -> None:
+        while not ended.wait(min(1.0, SECONDS_BETWEEN_LINES)):
+            if line := self.due(time.time()):
+                logger.info(line)
+
+
+signs = SignsOfLife()
 
 
 def show_notices() -> None:
@@ -81,10 +134,19 @@ def _bar(title: str, total: float, unit: str) -> Iterator[ProgressCallback]:
         progress.TimeRemainingColumn(),
         console=Console(file=sys.stderr),  # itself, whatever others redirect meanwhile
     )
-    with bars:
+    with bars, _shown():
         stage = bars.add_task(title, total=total or None, detail="")
         yield lambda done, detail="": bars.update(stage, completed=done, detail=detail)
         bars.update(stage, total=total or 1, completed=total or 1)
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    signs.hidden += 1
+    try:
+        yield
+    finally:
+        signs.hidden -= 1
 
 
 @contextmanager

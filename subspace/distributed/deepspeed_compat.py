@@ -55,7 +55,7 @@ import logging
 import runpy
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,6 @@ import torch
 from torch import Tensor, nn
 
 from subspace.common.patching import patched
-from subspace.distributed.hosts import MODULE, NUMBER, launch_line, pdsh, pdsh_environment
 
 #: DeepSpeed's libraries for NVMe, compiled at their first use.
 NVME_LIBRARIES = ("async_io", "pin_memory")
@@ -324,13 +323,13 @@ def forget_world_group() -> None:
         groups._WORLD_GROUP = None  # type: ignore[attr-defined]
 
 
-def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str], mark: str) -> None:
-    """Run DeepSpeed's launcher for several hosts, with every word quoted; it ends with SystemExit where that failed.
+def run_pdsh_launcher(arguments: Sequence[str], command: Callable[..., tuple[list[str], dict[str, str]]]) -> None:
+    """Run DeepSpeed's launcher for several hosts with another command; it ends with SystemExit where that failed.
 
     Args:
         arguments: the launcher's.
-        exports: variables for the hosts, besides those that DeepSpeed passes on.
-        mark: what the launch's processes are known by.
+        command: makes the command that starts the launcher of each host, and its environment, of that one's options and
+            words, the variables that DeepSpeed passes on, the hosts' names, and the environment of this process.
     """
     from deepspeed.launcher import multinode_runner, runner
 
@@ -345,15 +344,14 @@ def run_pdsh_launcher(arguments: Sequence[str], exports: Mapping[str, str], mark
             self, environment: dict[str, str], active_resources: Mapping[str, object]
         ) -> tuple[list[str], list[str], dict[str, str]]:
             given = self.args
-            words = [sys.executable, "-u", "-m", MODULE, "node", f"--world_info={self.world_info_base64}"]
-            words += [f"--node_rank={NUMBER}", f"--master_addr={given.master_addr}"]
+            words = [f"--world_info={self.world_info_base64}", f"--master_addr={given.master_addr}"]
             words += [f"--master_port={given.master_port}"]
             words += ["--module"] if given.module else []
             words += ["--no_local_rank"] if given.no_local_rank else []
             words += [f"--log_level={given.log_level}", self.user_script, *self.user_arguments]
-            line = launch_line(words, {**self.exports, **exports}, str(Path.cwd()), mark)
-            # The last command is the one that would end whatever looks like this run. hosts.signal_command ends it.
-            return [*pdsh(list(active_resources)), line], ["true"], pdsh_environment(environment)
+            started, variables = command(words, self.exports, [*active_resources], environment)
+            # The second command is the one that would end whatever looks like this run; our wrapper ends it.
+            return started, ["true"], variables
 
     runner.PDSHRunner = QuotingRunner
     runner.main([*arguments])

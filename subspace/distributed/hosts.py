@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import IO
 
 from subspace.common.foreign.text import read_text
-from subspace.errors import RunStopped, UserError, shown
+from subspace.errors import RunStopped, UserError, shown, tell
 
 MODULE = "subspace.distributed.hosts"
 #: In the environment of a launch's processes: which launch and which of its hosts it is.
@@ -307,12 +307,20 @@ def main(arguments: Sequence[str]) -> int:
     exports = read_environment_files()
     mark = os.environ.get(MARK_TO_GIVE) or secrets.token_hex(8)
     os.environ["DS_ENV_FILE"] = os.devnull  # no file: DeepSpeed reads nothing
+
+    def started(
+        given: Sequence[str], passed_on: Mapping[str, str], hosts: Sequence[str], environment: Mapping[str, str]
+    ) -> tuple[list[str], dict[str, str]]:
+        words = [sys.executable, "-u", "-m", MODULE, "node", f"--node_rank={NUMBER}", *given]
+        line = launch_line(words, {**passed_on, **exports}, str(Path.cwd()), mark)
+        return [*pdsh(hosts), line], pdsh_environment(environment)
+
     try:
-        run_pdsh_launcher(rest, exports, mark)
+        run_pdsh_launcher(rest, started)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         unreachable = re.search(r"host=(\S+) was not reachable", str(error))
         reason = f"`ssh {unreachable[1]} hostname` fails without a password" if unreachable else str(error)
-        print(f"error: the hosts of {rest[rest.index('--hostfile') + 1]}: {reason}", file=sys.stderr)
+        tell(f"error: the hosts of {rest[rest.index('--hostfile') + 1]}: {reason}")
         return 2
     return 0
 

@@ -38,10 +38,11 @@ from types import FrameType
 from subspace.common.paths import checkout
 from subspace.distributed import hosts, peers
 from subspace.distributed.orphans import end_with_starter, holding
+from subspace.distributed.peers import STATUS_FILE
 from subspace.distributed.reach import ensure_reachable
-from subspace.distributed.signals import STATUS_FILE, read_status, register_rank, write_status
+from subspace.distributed.signals import read_status, register_rank, write_status
 from subspace.distributed.supervision import supervise
-from subspace.errors import RunStopped, UserError, shown
+from subspace.errors import RunStopped, UserError, shown, tell
 
 #: In the ranks' environment: the user's CUDA_VISIBLE_DEVICES, as far as the run uses it.
 DEVICES = "SUBSPACE_DEVICES"
@@ -225,10 +226,7 @@ def stopping_at_signal() -> Iterator[None]:
 def _stop(number: int, frame: FrameType | None) -> None:
     # Not an exception that a library's `except Exception` takes for a failure of its own.
     if should_report_error(RunStopped.status):
-        print(
-            "stopped: by a signal, before its first step or after its last one; repeat the command with --resume",
-            file=sys.stderr,
-        )
+        tell("stopped: by a signal, before its first step or after its last one; repeat the command with --resume")
     sys.exit(RunStopped.status)
 
 

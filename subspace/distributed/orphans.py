@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from subspace.common.locks import held, is_held
+from subspace.errors import tell
 
 #: In the environment of processes: the file that their starter holds.
 WATCH = "SUBSPACE_WATCH"
@@ -57,7 +57,7 @@ def _watch(starter: int, file: Path, parent: int) -> None:
                 break
         time.sleep(LOOK_S)
     with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone too
-        print("note: what started this process is gone, and it ends too", file=sys.stderr, flush=True)
+        tell("note: what started this process is gone, and it ends too")
     os.kill(os.getpid(), signal.SIGUSR1)  # the request to end between two steps
     time.sleep(END_S)
     os._exit(128 + signal.SIGUSR1)

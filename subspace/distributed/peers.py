@@ -6,7 +6,7 @@ however that happens, and finds by keepalive probes when the other machine or th
 merely stopped or busy keeps its connection; :mod:`subspace.distributed.watchdog` finds those.
 
 The connections exist from the start of the process group to :func:`stop`, where our launcher does not start all
-processes on one machine and shares a folder with them (:data:`subspace.distributed.signals.STATUS_FILE`). A failure
+processes on one machine and shares a folder with them (:data:`STATUS_FILE`). A failure
 before that is told to those who ask at the port where the group would have met.
 """
 
@@ -24,8 +24,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from subspace.distributed.hosts import meet_on_loopback
-from subspace.distributed.signals import STATUS_FILE
 
+#: In the ranks' environment: a file for the run's status. The ranks write their PIDs beside it.
+STATUS_FILE = "SUBSPACE_STATUS_FILE"
 #: Seconds in which a process that ended, or whoever noticed too, may have reported why.
 REPORT_GRACE_S = 3.0
 #: Seconds that a process has to end by itself after a failure was reported.

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from subspace.distributed.peers import STATUS_FILE, peer_lost
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-#: In the ranks' environment: a file for the run's status. The ranks write their PIDs beside it.
-STATUS_FILE = "SUBSPACE_STATUS_FILE"
 
 
 class SignalHandler:
@@ -38,8 +38,6 @@ class SignalHandler:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        from subspace.distributed.peers import peer_lost
-
         if number == signal.SIGINT and self.stop_requested:
             raise KeyboardInterrupt  # the second Ctrl-C: at once
         if number == signal.SIGTERM and (peer_lost() or any(not _alive(pid) for pid in local_rank_pids())):

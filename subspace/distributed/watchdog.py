@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from subspace.common.paths import PACKAGE
-from subspace.common.progress import Progress, ProgressCallback
+from subspace.common.progress import Progress, ProgressCallback, signs
 from subspace.distributed import peers
 from subspace.distributed.signals import write_status
 
@@ -129,6 +129,8 @@ _current: Watchdog | None = None
 
 def beat(doing: int | str, patience: float = 1.0) -> None:
     """Tell the watchdog of this process, if there is one, what the process is doing now: see :meth:`Watchdog.beat`."""
+    if isinstance(doing, str):
+        signs.note(doing)
     if _current:
         _current.beat(doing, patience)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,6 +55,18 @@ class Job:
     sample: Sample
     scorer: Scorer
     fingerprint_fields: Mapping[str, str]
+
+    def fits(self, number: int, record: Mapping[str, Any]) -> bool:
+        """Return True if a record from a file is one of the item of this number."""
+        items, correct = self.sample.items, record.get("correct")
+        return (
+            0 <= number < len(items)
+            and record.get("id") == items[number]["id"]
+            and isinstance(record.get("prompt"), str)
+            and {"prediction", "label"} <= record.keys()
+            and isinstance(correct, dict)
+            and all(isinstance(correct.get(metric), bool) for metric in self.scorer.metrics)
+        )
 
 
 def build_jobs(
@@ -134,7 +146,7 @@ def evaluate(
             began = time.perf_counter()
             default = token_budget(model, writes=job.scorer.writes)
             with ResumableResults(
-                file, digest([subject, dict(job.fingerprint_fields)]), config.batch_tokens, default
+                file, digest([subject, dict(job.fingerprint_fields)]), config.batch_tokens, default, job.fits
             ) as partial:
                 records = score_job(model, job, partial, advance)
                 result = TaskResult(

@@ -25,6 +25,7 @@ from typing_extensions import TypedDict
 
 from subspace.common.declarations import Amount, Count, Name, Positive, Share, find_fault
 from subspace.common.files import fsync_path, write_file
+from subspace.common.foreign.text import MOST_RESULT_BYTES, read_bytes
 from subspace.common.hashing import hash_json
 from subspace.common.locks import locked
 from subspace.errors import UserError
@@ -156,7 +157,7 @@ def _checksum(file: Path) -> str | None:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_bytes(file, most=MOST_RESULT_BYTES)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}. Score the run again: subspace evaluate") from None
 
@@ -260,7 +261,7 @@ def read_results(folder: Path) -> list[TaskResult]:
     """
     file = folder / RESULTS
     try:
-        rows = json.loads(file.read_bytes())
+        rows = json.loads(read_bytes(file, most=MOST_RESULT_BYTES))
     except FileNotFoundError:
         raise UserError(f"{folder} has no {RESULTS}: it was not scored. Run: subspace evaluate {folder}") from None
     except (OSError, ValueError, RecursionError) as error:

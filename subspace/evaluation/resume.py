@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from subspace.common.files import open_log, write_file
+from subspace.common.foreign.text import MOST_RESULT_BYTES, read_bytes
 from subspace.distributed.collectives import barrier, broadcast_object, gather_objects, is_main, rank, world_size
+from subspace.errors import UserError
 from subspace.evaluation.records import ItemRecord
 
 
@@ -27,10 +29,13 @@ class ResumableResults:
         key: checksum of everything that the records depend on; stored records with another key are discarded.
         budget: tokens of a batch; None for the budget of the stored records, or else ``default``.
         default: tokens of a batch if there are no stored records.
+        fits: returns True for what is a record of the item of a number; others are discarded.
     """
 
-    def __init__(self, file: Path | None, key: str, budget: int | None, default: int) -> None:
-        self.file = file
+    def __init__(
+        self, file: Path | None, key: str, budget: int | None, default: int, fits: Callable[[int, Any], bool]
+    ) -> None:
+        self.file, self.fits = file, fits
         self.handle: IO[str] | None = None
         self.records: dict[int, ItemRecord] = {}
         readable = list(self._read(key, budget)) if file else []
@@ -76,10 +81,17 @@ class ResumableResults:
     def _read(self, key: str, budget: int | None) -> Iterator[tuple[int, dict[int, ItemRecord]]]:
         for file in self._files():
             head, *lines = [line for line in _lines(file) if line is not None] or [None]
-            if not isinstance(head, dict) or head.get("key") != key or not isinstance(head.get("budget"), int):
-                continue
-            if budget in (None, head["budget"]):
-                yield head["budget"], dict(filter(_is_record, lines))
+            match head:
+                case {"key": stored_key, "budget": int(stored)} if stored_key == key and stored >= 1:
+                    if budget in (None, stored):
+                        yield int(stored), dict(filter(self._is_record, lines))
+
+    def _is_record(self, line: Any) -> bool:
+        """Return True for the number of an item with its record, and not for what a damaged file may have there."""
+        match line:
+            case [int(number), dict(record)]:
+                return self.fits(number, record)
+        return False
 
     def _start(self, key: str) -> None:
         """Rewrite this process's file without incomplete lines; the first process's takes over the records of all."""
@@ -108,18 +120,10 @@ def _line(value: Any) -> str:
     return f"{json.dumps(value, ensure_ascii=False)}\n"
 
 
-def _is_record(line: Any) -> bool:
-    """Return True for the number of an item with its record, and not for what a damaged file may have there."""
-    match line:
-        case [int(), {"id": _, "prediction": _, "correct": dict()}] | [int(), {"id": _, "bits": float()}]:
-            return True
-    return False
-
-
 def _lines(file: Path) -> Iterator[Any]:
     """Yield the value of each complete line of a file, and None for an incomplete one."""
-    with contextlib.suppress(OSError):
-        for line in file.read_bytes().split(b"\n"):
+    with contextlib.suppress(OSError, UserError):
+        for line in read_bytes(file, most=MOST_RESULT_BYTES).split(b"\n"):
             try:
                 yield json.loads(line) if line else None
             except (ValueError, RecursionError):

@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 
 from subspace.common.declarations import Amount, Positive, find_fault
 from subspace.common.files import write_file
+from subspace.common.foreign.text import MOST_RESULT_BYTES, read_bytes
 from subspace.common.progress import Progress, no_progress
 from subspace.data.samples import Sample, choose, split_items
 from subspace.data.tasks import find_task
@@ -175,7 +176,9 @@ class RetentionMeter:
     def measure_base(self, model: Any, folder: Path, subject: str) -> None:
         """Measure a base, a model without adapters, for its runs. An interrupted one is resumed from ``folder``."""
         file = retention_file(folder).with_name("base.jsonl")
-        self.unfinished = ResumableResults(file, self._key(subject), self.budget, token_budget(model, writes=False))
+        self.unfinished = ResumableResults(
+            file, self._key(subject), self.budget, token_budget(model, writes=False), self._fits
+        )
         with self.unfinished as partial:
             self.base = [record["bits"] for record in self._score(model, "the base", partial)]
 
@@ -184,7 +187,7 @@ class RetentionMeter:
         assert not adapter or self.base is not None
         file = retention_file(folder)
         default = token_budget(model, writes=False)
-        with ResumableResults(file, self._key(subject), self.budget, default) as partial:
+        with ResumableResults(file, self._key(subject), self.budget, default, self._fits) as partial:
             records = self._score(model, adapter or model_name, partial)
             if not adapter:
                 self.base = [record["bits"] for record in records]
@@ -200,6 +203,12 @@ class RetentionMeter:
         """Remove what only an interrupted measurement needs."""
         if self.unfinished:
             self.unfinished.remove()
+
+    def _fits(self, number: int, record: Mapping[str, Any]) -> bool:
+        """Return True if a record from a file is one of the passage of this number."""
+        items, bits = self.job.sample.items, record.get("bits")
+        mine = 0 <= number < len(items) and record.get("id") == items[number]["id"]
+        return mine and isinstance(bits, float) and math.isfinite(bits)
 
     def _key(self, subject: str) -> str:
         return digest([subject, dict(self.job.fingerprint_fields)])
@@ -262,7 +271,7 @@ def read_retention(folder: Path) -> Retention | None:
     file = retention_file(folder)
     again = f"Measure it again: subspace evaluate {folder} evaluate.retention=wikipedia"
     try:
-        content = file.read_bytes()
+        content = read_bytes(file, most=MOST_RESULT_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -29,13 +29,13 @@ from typing_extensions import TypedDict
 
 from subspace.common import paths
 from subspace.common.files import file_sha256, write_file
-from subspace.common.foreign.text import checked
+from subspace.common.foreign.text import checked, read_text
 from subspace.common.hashing import hash_json
 from subspace.common.locks import locked
 from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
-from subspace.models.files import ModelFiles, as_user_error, read_header, read_json
+from subspace.models.files import MOST_FILE, ModelFiles, as_user_error, read_header, read_json
 from subspace.models.lazy_safetensors import DTYPES
 from subspace.models.prepare import find_files
 
@@ -261,8 +261,8 @@ def _tokenizer(files: ModelFiles) -> tuple[Any, Any]:
     if state:
         state["settings"] = {key: _content(settings[key]) for key in TOKENIZER_SETTINGS if settings.get(key)}
     template: Any = settings.get("chat_template")
-    with suppress(OSError):
-        template = (files.folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (separate := files.folder / "chat_template.jinja").exists():
+        template = read_text(separate, most=MOST_FILE)
     return state, template
 
 
@@ -297,11 +297,8 @@ def _stamped(file: Path, compute: Any) -> Any:
 
 
 def _cached(entry: Path, key: Stamp) -> Any:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads(entry.read_text(encoding="utf-8"))
-        if content["file"] == key:
-            return content["value"]
-    return None
+    content = read_json(entry)
+    return content.get("value") if content.get("file") == key else None
 
 
 def _computed(file: Path, entry: Path, key: Stamp, compute: Any) -> Any:

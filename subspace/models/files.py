@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from subspace.common.download import refuse_lfs_pointer
+from subspace.common.foreign.text import read_bytes
 from subspace.errors import UserError, shown
 from subspace.models.transformers_compat import is_causal_lm, is_masked_lm
 
@@ -28,6 +29,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", 
 #: Other files that a tokenizer may be read from.
 TOKENIZER_PARTS = ("merges.txt", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 MOST_HEADER = 100_000_000  # bytes of a safetensors file's description, by its format
+#: Bytes of a tokenizer, or of an index of weights.
+MOST_FILE = 1 << 28
 WORKING = "LLaMA, Mistral, Qwen2, Qwen3, Gemma and Phi-3 checkpoints work"
 
 NOT_A_MODEL = {
@@ -118,7 +121,7 @@ class ModelFiles:
             return present[:1]
         self._check_pointers(present[:1])
         with as_user_error(f"cannot read {present[0]}"):
-            index = json.loads(present[0].read_text(encoding="utf-8"))
+            index = json.loads(read_bytes(present[0], most=MOST_FILE).decode())
             names = sorted(set(index["weight_map"].values()))
             if outside := [name for name in names if Path(name).name != name]:
                 raise UserError(f"{present[0]} names {shown(outside[0])}, which is no file of the model's folder")
@@ -178,8 +181,8 @@ class ModelFiles:
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON file's mapping; an empty one if the file is missing or damaged, which its own reader reports."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_bytes(file, most=MOST_FILE).decode())
+    except (UserError, OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -215,7 +218,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             name: StoredTensor(each["dtype"], tuple(each["shape"]), *(8 + length + at for at in each["data_offsets"]))
             for name, each in content.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("the description of its tensors cannot be read") from None
     expected = max((tensor.end for tensor in found.values()), default=8 + length)
     if expected != size:

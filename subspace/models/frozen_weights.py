@@ -16,7 +16,6 @@ which computes the same of a weight that it holds transposed.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from subspace.models.bitsandbytes_compat import (
     scale_tensors,
     storage_format,
 )
+from subspace.models.files import read_json
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -105,7 +105,7 @@ def find_weight_file(folder: str | Path, name: str) -> Path | None:
     folder = Path(folder)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        file = folder / json.loads(index.read_text())["weight_map"].get(name, "no file")
+        file = folder / read_json(index)["weight_map"].get(name, "no file")
     if not file.is_file():
         return None
     with safe_open(file, framework="pt") as stored:

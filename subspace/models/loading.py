@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from subspace.common.progress import signs
 from subspace.data.chat.limits import ModelLimits
 from subspace.distributed.device import device
 from subspace.distributed.zero import is_sharded
@@ -81,6 +82,7 @@ def open_model(
     Raises:
         UserError: no such model, damaged or mismatched files, or an unsupported combination of settings.
     """
+    signs.note("the loading of the model")
     config = settle(config)
     files = find_files(config)
     files.check_weights()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from subspace.config import read_config
 from subspace.distributed.orphans import holding
 from subspace.errors import RunFailed
 from subspace.planning.plan import Plan, build_plan, format_bytes, format_time
+from subspace.training.checkpoint import read_environment
 
 VERIFIED_STEPS = 3
 
@@ -68,7 +68,7 @@ def verify_plan(file: str, settings: Sequence[str], *, processes: int = 1) -> Ve
             last = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
             raise RunFailed(f"the three steps were not trained: {last[0]}")
         run = Path(folder) / "verify"
-        outcome = json.loads((run / "environment.json").read_text())["outcome"]
+        outcome = read_environment(run)["outcome"]
         saved = next((run / "checkpoints").iterdir())
         size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
     return VerifiedPlan(plan, outcome["peak_memory"], size, outcome["seconds"])

@@ -6,7 +6,6 @@ For the training text: rows, repeats, truncated rows, answer frequencies. For ea
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import TypedDict
 
 from subspace.common.foreign.templates import render
+from subspace.common.foreign.text import read_json
 from subspace.common.progress import Progress, no_progress
 from subspace.common.tables import Grid
 from subspace.data.chat.limits import NO_LIMITS, ModelLimits
@@ -324,10 +325,13 @@ def _lengths(
     return [len(ids) + 1 for ids, _ in encoded], read
 
 
+class _Shape(TypedDict, total=False):
+    max_position_embeddings: int | None
+
+
 def _window(model: str) -> int | None:
     """Return a model's maximum number of input tokens, from its ``config.json``; None if that does not state it."""
-    about = json.loads((model_folder(model) / "config.json").read_text(encoding="utf-8"))
-    window: int | None = about.get("max_position_embeddings")
+    window: int | None = read_json(model_folder(model) / "config.json", _Shape).get("max_position_embeddings")
     return window
 
 

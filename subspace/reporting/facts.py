@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from subspace.common.foreign.text import read_json
+from subspace.errors import UserError
 
 
 class TrainingFacts(NamedTuple):
@@ -40,10 +43,9 @@ NONE = "-"
 
 def read_facts(folder: Path, config: Mapping[str, Any]) -> TrainingFacts:
     """Return what a run's folder says of its training; what it lacks, or what makes no sense there, is None."""
-    try:
-        about = json.loads((folder / "environment.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        about = {}
+    about: Any = {}
+    with suppress(UserError):
+        about = read_json(folder / "environment.json", Any, finite=False)
     return TrainingFacts(
         trained=_number(about, "adapters", "trained"),
         steps=_number(about, "outcome", "steps"),

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from subspace.common.foreign.text import MOST_RESULT_BYTES, read_text
 from subspace.common.foreign.yaml_files import format_value
 from subspace.config import RunConfig, read_config
 from subspace.evaluation.results import RESULTS
 from subspace.evaluation.retention import retention_file
 from subspace.study.grid import Grid
 from subspace.study.search import Losses, Outcome, Trial, search
-from subspace.training.checkpoint import ENVIRONMENT_FILE
+from subspace.training.checkpoint import read_environment
 from subspace.training.logging import LOG_FILE
 
 #: Written into a cell's folder when its training failed, as with a loss that is not finite: the command's last words.
@@ -123,12 +124,8 @@ class Cell:
         return None if "together" in facts else found
 
     def facts(self) -> dict[str, Any]:
-        """Return the run's ``environment.json``; empty without one."""
-        try:
-            facts: dict[str, Any] = json.loads((self.folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return facts
+        """Return the run's ``environment.json``; empty without one. It raises UserError for one of another kind."""
+        return read_environment(self.folder)
 
 
 def trial_name(trial: Trial) -> str:
@@ -179,14 +176,12 @@ def final_cells(grid: Grid, outcome: Outcome) -> list[Cell]:
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError:
+    if not file.exists():
         return
-    for line in text.splitlines():
+    for line in read_text(file, most=MOST_RESULT_BYTES).splitlines():
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(found, dict) and "step" in found:
             yield found

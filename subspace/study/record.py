@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from subspace.common.files import write_json
+from subspace.common.foreign.text import read_json
 from subspace.common.hashing import hash_json
 from subspace.common.progress import Progress, no_progress
 from subspace.errors import UserError
@@ -52,12 +53,12 @@ def _read(grid: Grid) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(file, dict[str, Any])
         if found["schema"] != SCHEMA:
             raise ValueError(f"schema {found['schema']}")
         found["grid"]["contenders"], found["asked"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error!r}). Remove it: the runs stay, and are found again") from None
+    except (UserError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}). Remove it: the runs stay, and are found again") from None
     return found
 
 

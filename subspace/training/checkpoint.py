@@ -11,13 +11,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from subspace.adapters.serialization import read_description
+from subspace.common.declarations import Amount, Count, Finite, Positive
 from subspace.common.files import (
     PARTIAL,
     begin_folder,
@@ -28,12 +32,41 @@ from subspace.common.files import (
     settle_folder,
     write_checked,
 )
-from subspace.errors import UserError
+from subspace.common.foreign.text import read_json
+from subspace.errors import UserError, printable
 
 MANIFEST = "manifest.json"
 #: What checkpoints are renamed to that cannot be used, and those of another run, which nothing here removes.
 DAMAGED, FOREIGN = ".damaged", ".foreign"
 FACTS, ADAPTER, ENVIRONMENT_FILE = "training.json", "adapter", "environment.json"
+
+
+class _Manifest(TypedDict):
+    """A checkpoint's ``manifest.json``; those of format 1 do not say the run and the step."""
+
+    format: Positive
+    files: dict[str, list[int | str]]
+    seal: str
+    run: NotRequired[str | None]
+    step: NotRequired[Count]
+
+
+class _Step(TypedDict):
+    step: Count
+
+
+class Outcome(TypedDict):
+    """How a training ended, in its ``environment.json``: steps, the last step's loss, seconds, and bytes at most."""
+
+    steps: Positive
+    loss: Finite
+    seconds: Amount
+    peak_memory: Count
+
+
+class _Environment(TypedDict, total=False):
+    run: str
+    outcome: Outcome
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -68,16 +101,18 @@ def finish_checkpoint(unfinished: Path, target: Path, run: str | None = None) ->
 
 def find_corruption(checkpoint: Path) -> str | None:
     """Return a description of a checkpoint's damage; None if every file is as written, for the step of its name."""
+    file = checkpoint / MANIFEST
     try:
-        text = (checkpoint / MANIFEST).read_bytes()
-        content = json.loads(text)
-        files = content["files"]
-        if text != _manifest({key: value for key, value in content.items() if key != "seal"}):
+        content: dict[str, Any] = read_json(file, _Manifest)
+        if file.read_bytes() != _manifest({key: value for key, value in content.items() if key != "seal"}):
             return f"{MANIFEST} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UserError, OSError):
         return f"{MANIFEST} is missing or damaged"
-    for name, (size, checksum) in files.items():
+    for name, about in content["files"].items():
+        size, checksum = (*about, "", "")[:2]
         path = checkpoint / name
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            return f"{MANIFEST} names {printable(name)}, which is no file of its folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -91,33 +126,42 @@ def find_corruption(checkpoint: Path) -> str | None:
 def _former_step(checkpoint: Path) -> int | None:
     """Return the step of a checkpoint of an earlier version, whose manifest does not say it."""
     try:
-        return int(json.loads((checkpoint / FACTS).read_bytes())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        step: int = read_json(checkpoint / FACTS, _Step, finite=False)["step"]
+    except UserError:
         return None
+    return step
 
 
 def run_of(checkpoint: Path) -> str | None:
     """Return the run that a checkpoint's manifest names; None if it does not, as those of earlier versions."""
     try:
-        named: str | None = json.loads((checkpoint / MANIFEST).read_bytes()).get("run")
-    except (OSError, ValueError, AttributeError):
+        manifest: dict[str, Any] = read_json(checkpoint / MANIFEST, _Manifest)
+    except UserError:
         return None
-    return named
+    return manifest.get("run")
 
 
 def known_run_id(folder: Path) -> str | None:
     """Return the id of the run in a folder; None if it has none, as runs of earlier versions."""
-    found = read_environment(folder).get("run")
-    return found if isinstance(found, str) else None
+    return read_environment(folder).get("run")
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """Return what a run has written about itself; empty where that cannot be read."""
-    try:
-        found = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    """Return what a run has written about itself, with an :class:`Outcome` as ``outcome`` if its training has ended.
+
+    Empty without such a file.
+
+    Raises:
+        UserError: the file cannot be read, or is none of a run.
+    """
+    file = folder / ENVIRONMENT_FILE
+    if not os.path.lexists(file):
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found: dict[str, Any] = read_json(file, _Environment, finite=False)  # the best of no validation is infinite
+    except UserError as error:
+        raise UserError(f"{error}. Copy the whole run again, or remove this file and resume: --resume") from None
+    return found
 
 
 def own_adapter(folder: Path) -> Path:

@@ -17,11 +17,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from typing_extensions import TypedDict
 
 from subspace.common import progress
 from subspace.common.files import fsync_path, open_log, write_file
-from subspace.common.foreign.text import MOST_RESULT_BYTES, read_json, read_text
+from subspace.common.foreign.text import MOST_RESULT_BYTES, read_text
 from subspace.common.host_memory import resident_memory
 from subspace.common.paths import checkout
 from subspace.distributed.collectives import is_main, world_size
@@ -39,28 +38,6 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for a tracker that is not installed."""
     if "wandb" in names and importlib.util.find_spec("wandb") is None:
         raise UserError("train.trackers asks for wandb, which is not installed here. Run: pip install wandb")
-
-
-class Outcome(TypedDict):
-    """How a training ended, in its ``environment.json``: steps, the last step's loss, and seconds."""
-
-    steps: int
-    loss: float
-    seconds: float
-
-
-class _Environment(TypedDict, total=False):
-    outcome: Outcome
-
-
-def read_environment(folder: Path) -> dict[str, Any]:
-    """Return a run's ``environment.json``; it has an :class:`Outcome` as ``outcome`` if the training has ended.
-
-    Raises:
-        UserError: it cannot be read, or is none.
-    """
-    found: dict[str, Any] = read_json(folder / "environment.json", _Environment)
-    return found
 
 
 def peak_memory() -> int:
@@ -131,6 +108,7 @@ class TrainLogger:
         self.all_tokens += tokens
         if not self.active:
             return
+        progress.signs.stop()  # steps show that it goes on
         speed = self.all_tokens / (time.perf_counter() - self.began)
         self.at(step, f"loss {loss:.4f}  {speed:,.0f} tok/s")
         if step % self.every == 0 or step in (1, self.steps):

@@ -114,6 +114,8 @@ def restore_optimizer_state(engine: Any, saved: dict[str, Tensor]) -> None:
     by_name: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for name, value in saved.items():
         kind, _, parameter = name.partition("/")
+        if kind != BLOCK and parameter not in by_name:
+            raise UserError(f"the checkpoint has a state of {parameter}, which this model does not train")
         if kind != BLOCK:
             by_name[parameter][kind] = value
     begun: dict[Tensor, list[tuple[_NamedSlice, float, Tensor | None]]] = {}

@@ -12,16 +12,20 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, Required
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from subspace.adapters.inject import adapters
 from subspace.adapters.serialization import read_adapter, save_adapter
+from subspace.common.declarations import Amount, Count, Positive
 from subspace.common.files import PARTIAL, write_checked
+from subspace.common.foreign.text import read_json
 from subspace.common.random_state import random_states, set_random_states
 from subspace.distributed.collectives import broadcast_object, gather_objects, is_main, rank, world_size
 from subspace.distributed.deepspeed_compat import (
@@ -130,8 +134,67 @@ def find_checkpoint(folder: Path, before: int | None = None, run: str | None = N
     path, notices = broadcast_object(checkpoint.find_newest(folder, before, run) if is_main() else None)
     if path is None:
         return FoundCheckpoint(None, {}, notices)
-    facts: dict[str, Any] = broadcast_object(json.loads((path / FACTS).read_text()) if is_main() else None)
+    facts: dict[str, Any] = broadcast_object(read_facts(path) if is_main() else None)
     return FoundCheckpoint(path, facts, notices)
+
+
+class _Outcome(TypedDict, total=False):
+    """The fields of :class:`subspace.training.checkpointer.TrainState`."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # type: ignore[misc]  # noqa: RUF012  (read by pydantic)
+    steps: Count
+    loss: float
+    best_validation: float
+    best_step: Count
+    validations_since_best: Count
+
+
+class _Counters(TypedDict):
+    steps: Count
+    skipped: Count
+    schedule: int
+    loss_scale: dict[str, float | None]
+
+
+class _Method(TypedDict):
+    name: str
+
+
+class _Config(TypedDict, total=False):
+    """A run's configuration, as its checkpoints keep it."""
+
+    method: Required[_Method | list[_Method]]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    train: dict[str, Any]
+    evaluate: dict[str, Any]
+
+
+class _Facts(TypedDict):
+    """What of ``training.json`` is read; ``best_validation`` is infinite before the first one."""
+
+    step: Positive
+    outcome: _Outcome
+    config: _Config
+    engine: dict[str, Any]
+    engine_state: _Counters
+    optimizer: bool
+    fed: str
+    start: dict[str, str]
+    seconds: Amount
+    random: list[dict[str, Any]]
+    ranks: Positive
+    base: NotRequired[dict[str, Any] | None]
+    run: NotRequired[str | None]
+    rows: NotRequired[Count]
+    planned: NotRequired[Count]
+    held_out: NotRequired[Count]
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself, in its ``training.json``; raise UserError if that makes no sense."""
+    found: dict[str, Any] = read_json(checkpoint / FACTS, _Facts, finite=False)
+    return found
 
 
 def read_checkpoint(path: Path, facts: dict[str, Any]) -> Checkpoint:
@@ -139,7 +202,7 @@ def read_checkpoint(path: Path, facts: dict[str, Any]) -> Checkpoint:
     contents = []
     for content in (
         read_adapter(path / ADAPTER)[1] if is_main() else {},
-        load((path / TENSORS).read_bytes()) if is_main() else {},
+        _load_tensors(path / TENSORS) if is_main() else {},
     ):
         names = broadcast_object(list(content))
         contents.append({name: broadcast_object(content.get(name)) for name in names})
@@ -149,6 +212,13 @@ def read_checkpoint(path: Path, facts: dict[str, Any]) -> Checkpoint:
             "Evaluate or merge its adapter, or train again with the optimizer on the CPU"
         )
     return Checkpoint(path, facts, *contents)
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load(file.read_bytes())
+    except SafetensorError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def check_resumable(folder: Path, facts: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -209,7 +279,10 @@ def restore_checkpoint(engine: Any, saved: Checkpoint, seed: int) -> None:
     restore_loss_scale(engine, counters["loss_scale"])
 
     if saved.facts["ranks"] == world_size():
-        set_random_states(saved.facts["random"][rank()])
+        try:
+            set_random_states(saved.facts["random"][rank()])
+        except (LookupError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{saved.path / FACTS} holds no states of random generators: {error}") from None
     else:
         fresh = np.random.SeedSequence([seed, saved.facts["step"], rank()]).generate_state(1)
         torch.manual_seed(int(fresh[0]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import io
 import subprocess
 import sys
@@ -134,3 +135,17 @@ def test_the_command_starts_light() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert shown.stdout.split() == []
+
+
+#: Modules that know one another, with the reason: what is attached to a model when adapters are put in writes them,
+#: and what reads them puts them in.
+CIRCLE = ("subspace.adapters.exchange.pretrained", "subspace.adapters.serialization")
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Also not inside functions, where the order in which modules are loaded does not show it."""
+    imported = graph()
+    own = [module for module in imported.modules if module.startswith("subspace")]
+    known = {module: imported.find_modules_directly_imported_by(module).intersection(own) for module in own}
+    known[CIRCLE[0]].remove(CIRCLE[1])
+    graphlib.TopologicalSorter(known).prepare()  # raises CycleError, with the circle

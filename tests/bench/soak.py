@@ -27,7 +27,7 @@ from subspace import run  # noqa: F401  (what the ranks will need is imported on
 from subspace.adapters.serialization import TENSORS
 from subspace.cli import main as cli
 from subspace.distributed import launcher
-from subspace.distributed.signals import STATUS_FILE
+from subspace.distributed.peers import STATUS_FILE
 from tests.helpers.material import logged, make_material
 
 RANKS = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,11 +19,12 @@ import subspace
 from subspace.adapters import catalog as catalogue
 from subspace.adapters.registry import list_methods
 from subspace.cli import main as cli
-from subspace.cli.command import Command
+from subspace.cli.command import Command, sign_of_life
 from subspace.common.paths import recipes_folder
+from subspace.common.progress import show_notices, signs
 from subspace.config import read_config
 from subspace.distributed import launcher, peers
-from subspace.distributed.signals import STATUS_FILE
+from subspace.distributed.peers import STATUS_FILE
 from subspace.errors import UserError
 from tests.helpers.tiny_models import tiny
 
@@ -60,6 +63,56 @@ def test_a_command_says_what_it_does_before_libraries_load() -> None:
     said = run("-c", blocked)
     assert said.returncode == 7
     assert said.stderr == "launch/recipes/quickstart.yaml: reading the settings and loading libraries ...\n"
+
+
+@pytest.mark.parametrize(
+    ("launched", "said", "goes_on"),
+    [
+        ({}, "run.yaml: reading the settings and loading libraries ...\n", True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "run.yaml: reading the settings and loading libraries ...\n", True),
+        ({"RANK": "0", "WORLD_SIZE": "2", STATUS_FILE: "status"}, "", True),  # whoever started it has said so
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "", False),
+    ],
+    ids=["alone", "first", "first of ours", "second"],
+)
+def test_one_process_of_a_run_shows_that_it_goes_on(
+    launched: dict[str, str], said: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    started: list[str] = []
+    monkeypatch.setattr(signs, "start", started.append)
+    monkeypatch.delitem(sys.modules, "torch")
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    show_notices()
+    sign_of_life("run.yaml")
+    assert capsys.readouterr().err == said
+    assert started == ["run.yaml: reading the settings and loading libraries"] * goes_on
+
+
+def test_what_several_processes_may_say_at_once_is_one_write_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    assert cli.main(["nosuch"]) == 2
+    assert [text.count("\n") for text in written] == [1]
+    assert written[0].startswith("error: unknown command 'nosuch'")
+    assert written[0].endswith("\n")
+
+
+def test_nothing_prints_on_standard_error() -> None:
+    """What print writes there is two writes, between which another process may write."""
+    calls = (
+        (file, node)
+        for file in sorted((ROOT / "subspace").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    )
+    given = [
+        f"{file.name}:{node.lineno}"
+        for file, node in calls
+        if any(key.arg == "file" and "stderr" in ast.unparse(key.value) for key in node.keywords)
+    ]
+    assert given == []
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from subspace.common import progress
 from subspace.common.progress import no_progress, show_notices, show_progress
+from subspace.distributed import watchdog
 
 
 @pytest.fixture
@@ -76,3 +79,49 @@ def test_no_progress_takes_the_same_calls(capsys: pytest.CaptureFixture[str]) ->
         at(5, "half")
     assert capsys.readouterr() == ("", "")
     assert progress.SECONDS_BETWEEN_LINES > 0
+
+
+def test_a_sign_of_life_is_due_where_nothing_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    signs = progress.SignsOfLife()
+    signs.last = 100.0
+    signs.note("the loading of the model")
+    monkeypatch.setattr(signs, "_since", 95.0)
+    assert signs.due(109.9) is None
+    assert signs.due(110.0) == "the loading of the model: still at it, for 15 s"
+    signs.hidden += 1  # a bar
+    assert signs.due(110.0) is None
+
+
+def test_a_program_goes_on_saying_what_it_is_at(
+    package: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
+    monkeypatch.setattr(progress, "signs", progress.SignsOfLife())
+    show_notices()
+    progress.signs.start("mine.yaml: loading libraries")
+    until_said("mine.yaml: loading libraries: still at it, for 0 s", capsys)
+    progress.signs.note("the loading of the model")
+    until_said("the loading of the model: still at it, for 0 s", capsys)
+    assert progress.signs.last > 0  # the line puts off the next one
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "signs of life"]
+    progress.signs.stop()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def until_said(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ""
+    for _ in range(2000):
+        said += capsys.readouterr().err
+        if f"{line}\n" in said:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"nothing but {said!r} was said")
+
+
+def test_what_a_run_waits_for_is_what_its_signs_of_life_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[str] = []
+    monkeypatch.setattr(progress.signs, "note", noted.append)
+    watchdog.beat("the meeting of all processes")
+    watchdog.beat(3)  # steps show themselves
+    assert noted == ["the meeting of all processes"]

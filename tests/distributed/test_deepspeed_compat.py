@@ -338,14 +338,20 @@ def test_deepspeeds_launcher_makes_its_command_for_several_hosts_by_the_class_th
     assert runner.PDSHRunner is multinode_runner.PDSHRunner, blame("launcher.runner.PDSHRunner")
     monkeypatch.setattr(runner, "PDSHRunner", runner.PDSHRunner)
     monkeypatch.setattr(runner, "main", lambda words: words)
-    compat.run_pdsh_launcher([], {"A": "b c"}, "mark")
+    given: list[Any] = []
+
+    def started(*arguments: Any) -> tuple[list[str], dict[str, str]]:
+        given.extend(arguments)
+        return ["start"], {"A": "b"}
+
+    compat.run_pdsh_launcher([], started)
     options = ["--module", "--no_local_rank", "--log_level", "critical", "--master_addr", "x", "subspace", "d e"]
     made = runner.PDSHRunner(runner.parse_args(options), "e30")
     made.add_export("F", "$g")
-    command, _, _ = made.get_cmd({}, {"host": [0]})
-    assert command[:-1] == ["pdsh", "-S", "-f", "1", "-w", "host"], blame("PDSHRunner.get_cmd")
-    exports = "export F='$g'; export A='b c'; export SUBSPACE_LAUNCH='mark-%n'; cd "
-    assert command[-1].startswith(exports), blame("PDSHRunner.exports")
-    assert "--no_local_rank --log_level=critical subspace 'd e'; status=$?; " in command[-1], blame(
+    assert made.get_cmd({"C": "d"}, {"host": [0]}) == (["start"], ["true"], {"A": "b"}), blame("PDSHRunner.get_cmd")
+    words, exports, hosts, environment = given
+    assert (exports["F"], hosts, environment) == ("$g", ["host"], {"C": "d"}), blame("PDSHRunner.exports")
+    assert words[:2] == ["--world_info=e30", "--master_addr=x"], blame("the launcher's arguments")
+    assert words[-5:] == ["--module", "--no_local_rank", "--log_level=critical", "subspace", "d e"], blame(
         "the launcher's arguments"
     )

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from subspace.distributed import collectives, engine, launcher
 from subspace.distributed.device import device, on_gpu
-from subspace.distributed.signals import STATUS_FILE
+from subspace.distributed.peers import STATUS_FILE
 from subspace.errors import UserError
 from subspace.training.logging import peak_memory
 

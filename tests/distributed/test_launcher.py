@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from subspace.distributed import hosts, launcher, supervision
-from subspace.distributed.signals import STATUS_FILE
+from subspace.distributed.peers import STATUS_FILE
 from subspace.errors import RunStopped, UserError
 
 ROOT = Path(__file__).resolve().parents[2]

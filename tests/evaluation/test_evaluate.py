@@ -338,7 +338,20 @@ def test_a_killed_scoring_goes_on_where_it_was(protocol: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "line", ["5", "[1]", "[[0], {}]", '{"id": 1}', '[0, {"id": "x"}]', "[" * 10_000, '["0", null]']
+    "line",
+    [
+        "5",
+        "[1]",
+        "[[0], {}]",
+        '{"id": 1}',
+        '[0, {"id": "x"}]',
+        "[" * 10_000,
+        '["0", null]',
+        '[5, {"id": "5", "prompt": "", "prediction": {"acc": 0}, "label": 0, "correct": {"acc": true}}]',
+        '[5, {"id": "I", "prompt": "", "prediction": {"acc": 0}, "label": 0, "correct": {}}]',
+        '[5, {"id": "I", "prompt": "", "prediction": {"acc": 0}, "label": 0, "correct": {"acc": 1}}]',
+        '[-1, {"id": "I", "prompt": "", "prediction": {"acc": 0}, "label": 0, "correct": {"acc": true}}]',
+    ],
 )
 def test_what_a_partial_file_should_not_hold_is_passed_over(tmp_path: Path, line: str, monkeypatch: Any) -> None:
     undisturbed = score(tmp_path / "undisturbed", "likelihood", stage=0)

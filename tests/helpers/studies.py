@@ -78,7 +78,7 @@ def made_up(loss: Callable[[str, float, int, int], float], asked: list[tuple[Pat
                 lines.append({"step": step, "validation_loss": value})
         write_config(config, folder / "config.yaml")
         log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        outcome = {"steps": last, "seconds": float(last), "peak_memory": 1}
+        outcome = {"steps": last, "loss": value, "seconds": float(last), "peak_memory": 1}
         write_json(folder / "environment.json", {} if until else {"outcome": outcome})
         return False
 

@@ -26,7 +26,8 @@ from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.models.loading import open_model, open_tokenizer
 from subspace.reporting.row_report import report_rows
-from subspace.training.logging import read_environment, truncate_log
+from subspace.training.checkpoint import read_environment
+from subspace.training.logging import truncate_log
 from tests.helpers.tiny_models import tiny_llama
 from tests.hostile.inputs import OTHERS, Case, Place, command, replaced, spoilt, written
 

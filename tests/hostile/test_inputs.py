@@ -15,7 +15,7 @@ from subspace.adapters.serialization import save_adapter
 from subspace.evaluation.results import TaskResult, accuracy, items_file, write_items, write_results
 from tests.helpers.material import make_material
 from tests.helpers.tiny_models import tiny_llama
-from tests.hostile import configurations, files
+from tests.hostile import configurations, files, runs
 from tests.hostile.inputs import Case, Place, judge
 
 SEED = 19
@@ -25,7 +25,7 @@ DRAWN = 100
 
 def all_cases(seed: int = SEED) -> list[Case]:
     rng = random.Random(seed)
-    return [*configurations.cases(rng), *files.cases(rng)]
+    return [*configurations.cases(rng), *files.cases(rng), *runs.cases(rng)]
 
 
 def drawn(cases: list[Case], count: int, seed: int = SEED) -> list[Case]:

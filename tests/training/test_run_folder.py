@@ -17,6 +17,7 @@ from subspace.adapters.serialization import TENSORS
 from subspace.cli.main import main
 from subspace.common.files import open_log
 from subspace.common.locks import in_use
+from subspace.distributed.watchdog import Watchdog
 from subspace.errors import UserError
 from subspace.evaluation.results import RESULTS
 from subspace.resumption import is_finished
@@ -292,3 +293,45 @@ def test_a_run_with_relative_paths_is_merged_from_another_folder(
     written = config_module.read_config(folder / "config.yaml")
     assert written.model.path == str(material.parent / "model")
     assert written.data.mixture == str(material.parent / "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        '{"outcome": 3}',
+        '{"outcome": {"steps": "x", "loss": 1, "seconds": 1, "peak_memory": 1}}',
+        '{"run": 3}',
+    ],
+)
+def test_a_run_that_says_nonsense_of_itself_is_refused_in_one_message(
+    text: str, material: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "environment.json").write_text(text)
+    settings = [f"runs={run.parent}", f"name={run.name}", *SETTINGS_OF_RUNS]
+    resume = ["train", str(material), *settings, "--resume"]
+    for command in (resume, ["evaluate", str(run)], ["merge", str(run), "--out", str(run.parent / "merged")]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.count("error: ") == 1
+        assert f"{run / 'environment.json'}" in said
+        assert "Traceback" not in said
+
+
+# The watch.
+
+
+def test_all_of_a_run_is_watched(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[int | str] = []
+
+    class Noted(Watchdog):
+        def beat(self, doing: int | str, patience: float = 1.0) -> None:
+            beats.append(doing)
+            super().beat(doing, patience)
+
+    monkeypatch.setattr("subspace.run.Watchdog", Noted)
+    monkeypatch.setattr("subspace.training.loop.Watchdog", Noted)
+    train_run(configured(material, tmp_path / "run", "train.steps=2"))
+    waits = ["the meeting of all processes", "the loading of the model", "the start of the engine", 1, 2]
+    assert list(dict.fromkeys(beat for beat in beats if beat in waits)) == waits

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subspace.cli.command import Command, count, json_argument
+from subspace.cli.command import Command, count, json_argument, say
 from subspace.errors import RunStopped, UserError, nearest
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _report(study: Study, options: argparse.Namespace) -> int:
         print((result.grid.folder / "cells.csv").read_text(encoding="utf-8"), end="")
     else:
         print(grid.markdown() if options.format == "markdown" else grid.latex())
-    print(f"written: {', '.join(str(file) for file in files)}", file=sys.stderr)
+    say(f"written: {', '.join(str(file) for file in files)}", file=sys.stderr)
     return 0
 
 

@@ -96,7 +96,9 @@ def _sorted(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _report(folder: Path, options: argparse.Namespace) -> None:
     """Say how a run has ended."""
-    outcome = json.loads((folder / "environment.json").read_text()).get("outcome")
+    from subspace.training.checkpoint import read_environment
+
+    outcome = read_environment(folder).get("outcome")
     if options.json:
         say(json.dumps({"run": str(folder), **(outcome or {"paused": options.until})}))
     elif outcome is None:

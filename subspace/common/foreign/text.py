@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -37,7 +38,7 @@ _SUSPECT = re.compile(r"\d{19}|[eE]\+?0*\d{3}|\\[uU][dD]|NaN|Infinity")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading; raise OSError for one that is not there, UserError for a pipe, a device or a folder."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = os.fstat(handle).st_mode
@@ -71,18 +72,19 @@ def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
         raise UserError(f"{path} is no text in UTF-8: byte {error.start + 1:,} cannot be one") from None
 
 
-def read_json(path: Path, kind: type[_Kind] | Any, *, most: int = MOST_BYTES) -> _Kind:
+def read_json(path: Path, kind: type[_Kind] | Any, *, most: int = MOST_BYTES, finite: bool = True) -> _Kind:
     """Return the content of a JSON file of a type, with what else stands there.
 
     Args:
         path: the file.
         kind: the type, as an annotation; of a :class:`typing.TypedDict`, the keys that are read.
         most: bytes that it may have.
+        finite: infinite numbers and NaN are faults.
 
     Raises:
         UserError: the file cannot be read, is not JSON, or has another type at the key that is named.
     """
-    value: _Kind = checked(parse_json(read_text(path, most=most), str(path)), kind, str(path))
+    value: _Kind = checked(parse_json(read_text(path, most=most), str(path), finite=finite), kind, str(path))
     return value
 
 
@@ -96,7 +98,7 @@ def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
     return ((line, f"{path}, line {number}") for number, line in enumerate(lines, 1))
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, *, finite: bool = True) -> Any:
     """Return the value of a JSON text; ``where`` names it in errors. Of two equal keys, neither counts: an error."""
     try:
         value = json.loads(text, object_pairs_hook=_once)
@@ -108,7 +110,7 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:  # a number of thousands of digits, or a key that is there twice
         raise UserError(f"{where} cannot be understood: {printable(str(error).partition(';')[0])}") from None
     if text.count("[") + text.count("{") > MOST_DEPTH or _SUSPECT.search(text):
-        check_bounds(value, where)
+        check_bounds(value, where, finite=finite)
     return value
 
 

@@ -26,6 +26,7 @@ from subspace.common.files import (
     file_sha256,
     finish_folder,
     move_folder,
+    open_log,
     read_manifest,
     remove_folder,
     write_checked,
@@ -451,3 +452,11 @@ def test_a_good_folder_of_a_cache_that_may_only_be_read_is_used(
     build_dir_atomically(tmp_path / "folder", good, build)
     monkeypatch.setattr(files, "locked", None)
     assert not build_dir_atomically(tmp_path / "folder", good, build)
+
+
+def test_a_log_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "log.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic link"):
+        open_log(tmp_path / "log.jsonl")
+    assert (tmp_path / "victim").read_text() == "mine"

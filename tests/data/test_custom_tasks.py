@@ -365,6 +365,15 @@ def test_a_broken_or_hostile_suite_is_one_message(tmp_path: Path, yaml: str) -> 
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.parametrize(
+    "line", ["extraction: first_word", "max_new_tokens: 0", "max_new_tokens: many", "answer_words: 5", "position: x"]
+)
+def test_a_key_of_a_task_is_refused_by_its_name_before_an_item_is_read(tmp_path: Path, line: str) -> None:
+    key, _, value = line.partition(": ")
+    with pytest.raises(UserError, match=rf"{key}.*{value}"):
+        custom_task(own(tmp_path, rows(3), f"file: own.jsonl\n{line}\n"))
+
+
 # The math suites
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.registry import list_methods
 from subspace.data import tasks as tasks_module
 from subspace.data.tokenization import common_prefix_length, encode_rows
+from subspace.errors import UserError
 from subspace.evaluation.answer_extraction import AnswerWords
 from subspace.evaluation.greedy_decoding import decode_greedily, prefill_shared_prefix
 from subspace.evaluation.protocols.llm_adapters import LLMAdapters
@@ -245,3 +247,12 @@ def test_a_prompt_that_is_too_long_keeps_its_end() -> None:
     assert scorer.truncated == 4
     assert [len(prompt) for prompt in scorer.prompts] == [100 - 32] * 4
     assert str(bpe_tokenizer().decode(scorer.prompts[0])).endswith("### Response:")
+
+
+@pytest.mark.parametrize("new", [100, 101])
+def test_an_answer_as_long_as_the_window_is_refused(new: int) -> None:
+    """Nothing of the prompt would be left; a slice from its end would leave all of it."""
+    task = dataclasses.replace(tasks_module.find_task("piqa"), max_new_tokens=new)
+    model = tiny_llama(max_position_embeddings=100)
+    with pytest.raises(UserError, match=f"asks for answers of up to {new} tokens, but the model reads only 100"):
+        LLMAdapters(model, bpe_tokenizer(), task, items("piqa", 4), "alpaca-indented")

@@ -379,3 +379,13 @@ def test_two_scorings_of_one_folder_keep_each_others_rows(tmp_path: Path) -> Non
     assert {found.task for found in read_results(tmp_path)} == {task for share in shares for task in share}
     for found in read_results(tmp_path):
         read_verified_items(found)
+
+
+def test_a_number_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    """The last of several barriers: what is scored, and what is read, is looked at before."""
+    record: Any = {"id": "a", "prompt": "p", "scores": [math.nan], "prediction": {}, "label": 0, "correct": {}}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_items(tmp_path / "items.jsonl", [record])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results(tmp_path, [result(tmp_path, metrics={"acc": Score(math.nan, 0.0)})])
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".jsonl")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import pytest
@@ -13,6 +13,7 @@ from subspace.adapters.inject import adapters, inject, remove_adapters, trained_
 from subspace.adapters.registry import list_methods
 from subspace.adapters.serialization import load_adapter, save_adapter
 from subspace.data import samples as samples_module
+from subspace.distributed.watchdog import Watchdog
 from subspace.evaluation import evaluate as evaluate_module
 from subspace.evaluation import subjects
 from subspace.evaluation.config import EvaluateConfig, EvaluationSubject
@@ -121,3 +122,25 @@ def test_all_are_scored_on_one_load_as_each_is_alone(
 def test_subjects_that_are_scored_otherwise_are_laid_out_otherwise(base: Path, tmp_path: Path) -> None:
     plain, short = subject(base, tmp_path), subject(base, tmp_path, "lora", limit=5)
     assert [[r.n for r in results] for results in evaluate_subjects([plain, short])] == [[12] * 4, [5] * 4]
+
+
+def test_a_scoring_is_watched_from_the_loading_of_the_model_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes wait for one another there as in a training."""
+    limits, beats = [], []
+
+    class Noted(Watchdog):
+        def __enter__(self) -> Self:
+            limits.append((self.folder, self.seconds))
+            return super().__enter__()
+
+        def beat(self, doing: int | str, patience: float = 1.0) -> None:
+            beats.append(doing)
+            super().beat(doing, patience)
+
+    monkeypatch.setattr(subjects, "Watchdog", Noted)
+    evaluate_subjects([subject(base, tmp_path, tasks="siqa", protocol="likelihood", hang_minutes=7.0)])
+    assert limits == [(tmp_path / "base" / "hang", 420.0)]
+    assert beats[0] == "the loading of the model"
+    assert any(str(beat).startswith("score ") for beat in beats[1:])

@@ -307,6 +307,19 @@ def test_equal_scores_are_all_best_in_any_order_of_the_columns(tmp_path: Path) -
     assert [text[-1] for text in shown[0].values()] == [BEST, BEST, BEST, TIED]
 
 
+def test_of_several_best_ones_the_same_is_compared_with_in_any_order(tmp_path: Path) -> None:
+    """Of a third one the p-value is 0.01 beside the one, and 0.08 beside the other."""
+    marks = {"one": 16 * "1" + 4 * "0", "two": 4 * "0" + 16 * "1", "less": 8 * "1" + 12 * "0"}
+    folders = {name: run(tmp_path / name, {"boolq": {"acc": right}}) for name, right in marks.items()}
+    found = set()
+    for order in (["one", "two", "less"], ["two", "one", "less"]):
+        (table,) = build_tables([folders[name] for name in order])
+        cell = table.rows[0].cells[2]
+        assert cell
+        found.add(cell.p)
+    assert found == {0.0078125}
+
+
 # One subject a column.
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from subspace.cli.main import main
+from subspace.common.locks import in_use
 from subspace.config import read_config
 from subspace.errors import RunStopped, UserError
 from subspace.study import execute, record
@@ -275,3 +276,10 @@ def test_the_quick_study_runs_as_it_is_shipped(capsys: pytest.CaptureFixture[str
     assert Executor(grid, stopping_after(here, 0)).execute()  # nothing is left to run
     assert main(["study", "report", file]) == 0
     assert (grid.folder / "cells.csv").read_bytes() == before
+
+
+def test_two_executions_of_one_study_do_not_mix(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = opened(root, tmp_path)
+    with in_use(grid.folder):
+        assert main(["study", "run", str(root / "toy.yaml")]) == 2
+    assert "is in use by process" in capsys.readouterr().err

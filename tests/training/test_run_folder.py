@@ -331,7 +331,6 @@ def test_all_of_a_run_is_watched(material: Path, tmp_path: Path, monkeypatch: py
             super().beat(doing, patience)
 
     monkeypatch.setattr("subspace.run.Watchdog", Noted)
-    monkeypatch.setattr("subspace.training.loop.Watchdog", Noted)
     train_run(configured(material, tmp_path / "run", "train.steps=2"))
     waits = ["the meeting of all processes", "the loading of the model", "the start of the engine", 1, 2]
     assert list(dict.fromkeys(beat for beat in beats if beat in waits)) == waits

@@ -80,6 +80,7 @@ def test_a_line_beyond_the_bound_is_not_held_in_memory(tmp_path: Path) -> None:
         assert next(lines) == b"ab\n"
         with pytest.raises(OverflowError, match="line 2 has more than 10 bytes"):
             next(lines)
+        assert opened.tell() == len(b"ab\n") + 10 + 1
 
 
 def test_aliases_are_read_up_to_a_number_of_values_and_never_into_themselves() -> None:

@@ -283,6 +283,8 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
         ("node1 slots=2\nnode2\n", "line 2 is 'node2'"),
         ("node1 slots=2\nnode1 slots=4\n", "line 2 names host 'node1' a second time"),
         (None, "No such file"),
+        ("-oProxyCommand=id slots=1\n", "names the host '-oProxyCommand=id', which no host is called"),
+        ("a;id slots=1\n", "which no host is called"),
     ],
 )
 def test_a_bad_hostfile_is_refused(tmp_path: Path, text: str | None, complaint: str) -> None:

@@ -9,7 +9,8 @@ usage: bash tests/run.sh [--help] [PYTEST_ARGUMENT ...]
 
 Needs Python 3.11 or newer; no GPU. Takes about 12 minutes on 2 cores after installation.
 
-  1. makes .venv and installs requirements.txt and tests/requirements.txt into it
+  1. makes .venv and installs requirements.txt and tests/requirements.txt into it; as root on Debian, Chromium as well, in
+     which pages of results are looked at (without it, those tests are left out)
   2. ruff, codespell, mypy, import-linter; beside them, prepares SmolLM2-135M and the eight suites in data/cache
   3. pytest on every core, without the tests that take minutes (-m long), need a GPU (-m gpu), or hosts and SLURM
      (-m cluster; tests/cluster/run.sh installs what those need); arguments are passed on to it
@@ -29,8 +30,18 @@ case "${1-}" in -h | --help) usage; exit 0 ;; esac
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # several ranks share the cores
 unset PYTHONDONTWRITEBYTECODE             # hundreds of processes would each compile the package anew
 
+# Pages are looked at where there is a browser; that there is none is no failure.
+install_chromium() {
+    if ! command -v chromium > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+        export DEBIAN_FRONTEND=noninteractive
+        supervise apt-get update -qq && supervise apt-get install -qq --yes --no-install-recommends chromium ||
+            echo "Chromium cannot be installed: the tests of pages in a browser are left out" >&2
+    fi
+}
+
 step "1/3 install"
 make_environment requirements.txt tests/requirements.txt
+install_chromium
 step "2/3 ruff, codespell, mypy, import-linter; beside them, the model and the data"
 supervise bash -euo pipefail -c '
     subspace prepare & prepared=$!

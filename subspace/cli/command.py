@@ -9,7 +9,8 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from pathlib import Path
+from typing import TextIO
 
 from subspace.common.progress import signs
 from subspace.common.tables import FORMATS
@@ -17,11 +18,10 @@ from subspace.distributed import launcher
 from subspace.distributed.peers import STATUS_FILE
 from subspace.errors import UserError, nearest, printable, shown, tell
 
-if TYPE_CHECKING:
-    from subspace.reporting.tables import Table
-
-
 logger = logging.getLogger("subspace")
+
+#: The forms of an outcome by the endings of files.
+ENDINGS = {".html": "html", ".md": "markdown", ".tex": "latex", ".csv": "csv", ".json": "json"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,53 @@ def scored_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", metavar="NAME", help="scoring protocol to read; default: all that every run has")
 
 
+def format_arguments(parser: argparse.ArgumentParser, what: str = "") -> None:
+    """Add the options of a command whose outcome is written in several forms; :func:`chosen_format` reads them."""
+    parser.add_argument("--format", metavar="FORMAT", help=f"{what}{', '.join(FORMATS)}; default: terminal")
+    parser.add_argument("--markdown", action="store_true", help="short for --format markdown")
+    parser.add_argument("--output", "-o", metavar="FILE", help="write to a file, in the form that its ending names")
+    json_argument(parser)
+
+
+def chosen_format(options: argparse.Namespace) -> str:
+    """Return the form that is asked for by ``--format``, a short form of it, or the ending of the file.
+
+    Raises:
+        UserError: a form that there is none of, two at once, or a file whose ending names none.
+    """
+    asked = {f"--format {options.format}": options.format} if options.format else {}
+    asked |= {f"--{name}": name for name in ("markdown", "json") if getattr(options, name)}
+    for name, form in asked.items():
+        if form not in FORMATS:
+            raise UserError(f"{name} was given, but there is no such form. {nearest(form, FORMATS)}")
+    if len(set(asked.values())) > 1:
+        raise UserError(f"{' and '.join(asked)} were given. Give one of them")
+    if "terminal" in asked.values() and options.output is not None:
+        raise UserError(f"--output {options.output} was given, but a terminal's tables are only printed. Give --format")
+    if asked:
+        return str(next(iter(asked.values())))
+    if options.output is None:
+        return "terminal"
+    ending = Path(options.output).suffix.lower()
+    if ending not in ENDINGS:
+        raise UserError(
+            f"--output {options.output} was given, whose ending names no form: they are {', '.join(ENDINGS)}. Give "
+            "--format as well"
+        )
+    return ENDINGS[ending]
+
+
+def deliver(text: str, options: argparse.Namespace) -> None:
+    """Print an outcome, or write it to the file that ``--output`` names."""
+    if options.output is None:
+        say(text.rstrip("\n"))
+        return
+    from subspace.common.files import write_file
+
+    write_file(Path(options.output), text.rstrip("\n") + "\n")
+    say(f"written: {options.output}", file=sys.stderr)
+
+
 def settings_manual() -> str:
     """Return the help text of all settings: defaults and descriptions, and each method's own settings with defaults."""
     from subspace.adapters.registry import list_methods, resolve_method
@@ -134,19 +181,3 @@ def settings_manual() -> str:
         own = [f"{name}={format_value(info.default)}" for name, info in declared_settings(method.Config).items()]
         lines.append(f"  {method.name:<12} {' '.join(own) or '(none)'}")
     return "\n".join(lines)
-
-
-def show_tables(found: Sequence[Table], options: argparse.Namespace) -> None:
-    """Print tables in the format that the options select; `evaluate` has only --json."""
-    from subspace.common.tables import print_grid
-    from subspace.reporting.tables import write
-
-    given = {name: getattr(options, name, None) for name in ("format", "markdown", "transpose")}
-    form = "json" if options.json else "markdown" if given["markdown"] else given["format"] or "terminal"
-    if form not in FORMATS:
-        raise UserError(f"--format {form} was given, but a table cannot be written so. {nearest(form, FORMATS)}")
-    if form != "terminal":
-        say(write(found, form, transposed=bool(given["transpose"])))
-        return
-    for table in found:
-        print_grid(table.grid.transposed() if given["transpose"] else table.grid)

@@ -125,11 +125,12 @@ def parse(arguments: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         allow_abbrev=False,
     )
     command.arguments(parser)
-    known = re.findall(r"(?<=\[|\s)-[\w-]+", parser.format_usage())
+    lines = re.findall(r"^  (-.*?)(?:\s{2,}|$)", parser.format_help(), re.MULTILINE)
+    known = [name.split()[0] for line in lines for name in line.split(", ")]
     for option in (argument.partition("=")[0] for argument in rest if argument.startswith("-")):
-        if option not in (*known, "--help"):
+        if option not in known:
             called = setting_elsewhere(option)
-            hint = f"Here it is {called}" if called else nearest(option, [*known, "--help"])
+            hint = f"Here it is {called}" if called else nearest(option, known)
             raise UserError(f"{parser.prog} has no option '{option}'. {hint}")
     return command, parser.parse_intermixed_args(rest)
 

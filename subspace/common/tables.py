@@ -1,4 +1,6 @@
-"""Tables rendered for the terminal, Markdown, LaTeX or HTML. JSON and CSV are written from the unrounded numbers.
+"""Tables rendered for the terminal, Markdown or LaTeX; pages of them are made by :mod:`subspace.reporting.page`.
+
+JSON and CSV are written from the unrounded numbers.
 
 Titles and names may come from anybody's files. Each is one line here without characters that command a terminal, and
 every form writes it such that it is read as the text that it is.
@@ -6,15 +8,16 @@ every form writes it such that it is read as the text that it is.
 
 from __future__ import annotations
 
-import html
+import csv
+import io
 import os
 import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import rich.table
@@ -24,6 +27,7 @@ BEST, TIED = "◆", "◇"
 #: Columns of a terminal for which tables are made at least.
 NARROWEST = 40
 
+_FORMULA = ("=", "+", "-", "@")  # what a spreadsheet takes for the beginning of one
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": "\\textbackslash{}",
@@ -35,6 +39,9 @@ _LATEX = {
     "<": "\\textless{}",
     ">": "\\textgreater{}",
     "|": "\\textbar{}",
+    "↑": "$\\uparrow$",
+    "↓": "$\\downarrow$",
+    "▽": "$\\bigtriangledown$",
 }
 _MARKDOWN = {
     **{character: f"\\{character}" for character in "\\`*|~$#"},
@@ -42,17 +49,6 @@ _MARKDOWN = {
     "<": "&lt;",
     ">": "&gt;",
 }
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em; color: #1c1c1c }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-caption { text-align: left; font-weight: 600; padding: .5em 0 }
-th, td { padding: .25em .8em; text-align: right; white-space: nowrap }
-thead { border-bottom: 1.5px solid }
-tbody + tbody { border-top: 1px solid }
-.left { text-align: left }
-.best { font-weight: 700 }
-ul { color: #555; padding-left: 1.2em }
-"""
 
 
 @dataclass(frozen=True)
@@ -114,22 +110,6 @@ class Grid:
         begin = f"% {self.title}\n\\begin{{tabular}}{{{columns}}}\n\\toprule"
         return f"{begin}\n{body}\n\\bottomrule\n\\end{{tabular}}\n{notes}"
 
-    def html(self) -> str:
-        """Return the table as HTML, its notes below."""
-
-        def line(row: Sequence[str], tag: str) -> str:
-            kinds = ["left" if i < self.left else "best" if BEST in text else "" for i, text in enumerate(row)]
-            cells = (
-                f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>"
-                for kind, text in zip(kinds, row, strict=True)
-            )
-            return f"<tr>{''.join(cells)}</tr>"
-
-        bodies = ["\n".join(["<tbody>", *(line(row, "td") for row in block), "</tbody>"]) for block in self.blocks]
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        head = f"<caption>{html.escape(self.title)}</caption>\n<thead>{line(self.head, 'th')}</thead>"
-        return "\n".join(["<table>", head, *bodies, "</table>", f"<ul>{notes}</ul>"])
-
     def rich(self, *, wrapped: bool = False) -> rich.table.Table:
         """Return the table for a terminal; its cells are lines, or wrapped if the terminal is narrow."""
         from rich import box
@@ -159,18 +139,27 @@ class Grid:
         return table
 
 
-def html_page(grids: Sequence[Grid]) -> str:
-    """Return a web page of these tables."""
-    tables = "\n".join(grid.html() for grid in grids)
-    head = f'<meta charset="utf-8"><title>{html.escape(grids[0].title)}</title><style>{_STYLE}</style>'
-    return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{tables}\n</body></html>"
-
-
 def render_grids(grids: Sequence[Grid], form: str) -> str:
-    """Return tables as text, in Markdown, LaTeX or HTML."""
-    if form == "html":
-        return html_page(grids)
+    """Return tables as text, in Markdown or LaTeX."""
     return "\n\n".join(grid.markdown() if form == "markdown" else grid.latex() for grid in grids)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], last: Sequence[str] = ()) -> str:
+    """Return rows as CSV with a head, a column for every name that one of them has; those of ``last`` come last."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = [*(name for name in names if name not in last), *(name for name in names if name in last)]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _no_formula(value) if isinstance(value, str) else value for key, value in row.items()})
+    return out.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """Return a text in one line that a spreadsheet takes for a text."""
+    line = printable_line(text)
+    return f"'{line}" if line.lstrip().startswith(_FORMULA) else line
 
 
 def print_grid(grid: Grid, *, wrapped: bool = False) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace.common.tables import Grid
+from subspace.common.tables import Grid, csv_text
 from subspace.data.tasks import list_tasks
 from subspace.errors import UserError
 from subspace.evaluation.results import read_verified_items
@@ -220,6 +220,22 @@ def compare_columns(columns: Sequence[Column]) -> list[Comparison]:
         )
         for other, lines, means in zip(others, _corrected(by_task), _corrected(by_suite), strict=True)
     ]
+
+
+def comparisons_csv(found: Sequence[Comparison]) -> str:
+    """Return comparisons as CSV with one line for each task and mean of each of them."""
+    rows = [
+        {
+            "protocol": one.protocol, "first": one.first.name, "other": one.other.name, "task": line.task,
+            "metric": line.metric, "items": line.n, "mean": mean, "before": line.before, "after": line.after,
+            **{"difference" if name == "value" else name: value for name, value in line.difference._asdict().items()},
+            "p_holm": line.corrected, "detectable": line.detectable,
+        }
+        for one in found
+        for mean, lines in ((False, one.tasks), (True, one.means))
+        for line in lines
+    ]  # fmt: skip
+    return csv_text(rows)
 
 
 def _line(first: Column, other: Column, name: str, tasks: Sequence[str]) -> ComparisonRow:

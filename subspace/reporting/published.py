@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace.common.tables import Grid
+from subspace.common.tables import Grid, csv_text
 from subspace.errors import UserError
 from subspace.reporting import statistics
 from subspace.reporting.runs import Column, load_runs, title
@@ -97,6 +97,19 @@ def compare_with_published(folders: Sequence[Path], protocol: str | None = None)
         UserError: a run whose configuration has no published scores, or that was scored on none of their tasks.
     """
     return [_compare(column) for columns in load_runs(folders, protocol) for column in columns]
+
+
+def published_csv(found: Sequence[PublishedComparison]) -> str:
+    """Return comparisons as CSV with one line for each task and average of each of them."""
+    rows = [
+        {
+            "protocol": one.protocol, "name": one.column.name, "task": row.task, "items": row.n,
+            **(row.ours._asdict() if row.ours else {}), "published": row.published, "inside": row.inside,
+        }
+        for one in found
+        for row in one.rows
+    ]  # fmt: skip
+    return csv_text(rows)
 
 
 def _compare(column: Column) -> PublishedComparison:

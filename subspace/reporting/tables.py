@@ -7,9 +7,7 @@ not significantly different from it are marked. Below stand what the methods' tr
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -17,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace.common.tables import BEST, TIED, Grid, printable_line, render_grids
+from subspace.common.tables import BEST, TIED, Grid, csv_text, render_grids
 from subspace.data.tasks import list_tasks
 from subspace.evaluation.results import TaskResult
 from subspace.reporting import statistics
-from subspace.reporting.facts import TrainingFacts
 from subspace.reporting.retention import KEPT, Kept
 from subspace.reporting.runs import Column, ensure_comparable, load_runs, suite, title
 from subspace.reporting.statistics import ALPHA, Difference
 
 HEAD = ("task", "metric", "items", "majority")
 NONE = "-"
-FORMULA = ("=", "+", "-", "@")  # what a spreadsheet takes for the beginning of one
 
 
 @dataclass(frozen=True)
@@ -153,37 +149,34 @@ def _kept_dict(kept: Kept) -> dict[str, Any]:
 
 
 def write(tables: Sequence[Table], form: str, *, transposed: bool = False) -> str:
-    """Return tables as text: JSON, CSV, or a format of ``render_grids``; ``transposed`` swaps rows and columns."""
+    """Return tables as text, as a page, or as a format of ``render_grids``; ``transposed`` swaps rows and columns."""
     if form == "json":
         return json.dumps([table.as_dict() for table in tables], indent=2)
     if form == "csv":
         return _csv(tables)
+    if form == "html":
+        from subspace.reporting.page.scores import tables_page
+
+        return tables_page(tables, transposed=transposed)
     return render_grids([table.grid.transposed() if transposed else table.grid for table in tables], form)
 
 
 def _csv(tables: Sequence[Table]) -> str:
     """Return CSV with one line for each task, metric and method."""
-    text = io.StringIO()
-    fields = [f.name for f in dataclasses.fields(Cell)]
-    about = ["protocol", "task", "metric", "items", "majority", "in_mean", "method"]
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow([*about, *fields, "fingerprint", *TrainingFacts._fields, KEPT, f"{KEPT}_low", f"{KEPT}_high"])
-    for table in tables:
-        kept = [None if found is None else found.more for found in alike(table.columns)]
-        for row in (*table.rows, *table.means):
-            for column, cell, more in zip(table.columns, row.cells, kept, strict=True):
-                if cell:
-                    values = [table.protocol, row.task, row.metric, row.n, row.majority, row.in_mean, column.name]
-                    values += [*dataclasses.astuple(cell), row.fingerprint, *column.facts]
-                    values += [more.value, more.low, more.high] if more else [None] * 3
-                    out.writerow([_no_formula(value) if isinstance(value, str) else value for value in values])
-    return text.getvalue().rstrip("\n")
-
-
-def _no_formula(text: str) -> str:
-    """Return a text in one line that a spreadsheet takes for a text."""
-    line = printable_line(text)
-    return f"'{line}" if line.lstrip().startswith(FORMULA) else line
+    rows = [
+        {
+            "protocol": table.protocol, "task": row.task, "metric": row.metric, "items": row.n,
+            "majority": row.majority, "in_mean": row.in_mean, "method": column.name,
+            **dataclasses.asdict(cell), "fingerprint": row.fingerprint, **column.facts._asdict(),
+            KEPT: more and more.value, f"{KEPT}_low": more and more.low, f"{KEPT}_high": more and more.high,
+        }
+        for table in tables
+        for kept in [[None if found is None else found.more for found in alike(table.columns)]]
+        for row in (*table.rows, *table.means)
+        for column, cell, more in zip(table.columns, row.cells, kept, strict=True)
+        if cell
+    ]  # fmt: skip
+    return csv_text(rows).rstrip("\n")
 
 
 def build_tables(folders: Sequence[Path], protocol: str | None = None) -> list[Table]:

@@ -33,7 +33,7 @@ def open_grid(study: Study, progress: Progress = no_progress, *, write: bool = F
         UserError: runs of the study exist that the new grid does not have.
     """
     plain = resolve(study, centred=False)
-    asked = _hash(plain)
+    asked = grid_hash(plain)
     recorded = _read(plain)
     if recorded and recorded["asked"] == asked:
         return _restored(plain, recorded["grid"])
@@ -43,7 +43,7 @@ def open_grid(study: Study, progress: Progress = no_progress, *, write: bool = F
     if recorded:
         refuse_changed(recorded["grid"], grid)
     if write:
-        content = {"schema": SCHEMA, "asked": asked, "hash": _hash(grid), "grid": grid.as_dict()}
+        content = {"schema": SCHEMA, "asked": asked, "hash": grid_hash(grid), "grid": grid.as_dict()}
         write_json(grid.folder / STUDY_FILE, content)
     return grid
 
@@ -62,7 +62,8 @@ def _read(grid: Grid) -> dict[str, Any] | None:
     return found
 
 
-def _hash(grid: Grid) -> str:
+def grid_hash(grid: Grid) -> str:
+    """Return the hash of all that decides the study's numbers."""
     return hash_json(_plain(grid))
 
 

@@ -1,34 +1,27 @@
-"""A study's table with its sentences, and its files: ``table.md``, ``table.tex``, ``cells.csv`` and ``curves.csv``."""
+"""A study's table, and the sentences that it must be read with."""
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics as plain_statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from subspace.common import tables
-from subspace.common.files import write_file
 from subspace.reporting.continuous import smallest_difference
 from subspace.reporting.retention import KEPT, Kept
 from subspace.reporting.statistics import ALPHA, POWER, detectable_difference
-from subspace.study.cells import Cell, final_cells, search_cells, trial_name
 from subspace.study.config import ANSWER_LOGPROB
 from subspace.study.results import MethodResult, StudyResult, plain
 
 ARROWS = {"low": "↓", "high": "↑"}
 NONE = "-"
-#: Columns of ``cells.csv`` that depend on the machine, at its end.
-TIMES = ("seconds", "seconds_a_step", "peak_memory")
 
 
 def report_grid(result: StudyResult) -> tables.Grid:
     """Return the table: a row a method, the best held-out loss first."""
     grid = result.grid
     scored = grid.primary == ANSWER_LOGPROB
-    head = ["method", "size", "trained", "best rate", "edge", "valid. loss", f"{_unit(result)} vs {grid.reference}"]
+    head = ["method", "size", "trained", "best rate", "edge", "valid. loss", f"{unit(result)} vs {grid.reference}"]
     head += ["accuracy"] if scored and "accuracy" in grid.also else []
     head += [KEPT] if _kept(result) else []
     head += [f"s/step x {grid.reference}", "MB", "groups"]
@@ -46,7 +39,8 @@ def _title(result: StudyResult) -> str:
     )
 
 
-def _unit(result: StudyResult) -> str:
+def unit(result: StudyResult) -> str:
+    """Return what differences from the reference are measured in."""
     return "log-odds" if result.grid.primary == ANSWER_LOGPROB else "lower loss"
 
 
@@ -106,9 +100,9 @@ def sentences(result: StudyResult) -> Iterator[str]:
         yield f"the best rate lies at the end of the ladder, so a better one may lie beyond: {', '.join(edges)}"
     if failed := [f"{m.contender.label} {m.failed}" for m in methods if m.failed]:
         yield f"trainings that failed, and count as the worst: {', '.join(failed)}"
-    yield from _curse(methods)
-    yield from _one_rate(result)
-    yield from _smallest(result)
+    yield from curse(methods)
+    yield from one_rate(result)
+    yield from smallest(result)
     if kept := _kept(result):
         yield kept.note
     seeds = max((len(method.seeds) for method in methods), default=0)
@@ -125,14 +119,16 @@ def sentences(result: StudyResult) -> Iterator[str]:
     )
 
 
-def _curse(methods: Sequence[MethodResult]) -> Iterator[str]:
+def curse(methods: Sequence[MethodResult]) -> Iterator[str]:
+    """Yield how much the search's best flatters, by the finals."""
     gaps = [m.loss - m.searched for m in methods if m.loss is not None and m.searched is not None]
     if gaps:
         mean = sum(gaps) / len(gaps)
         yield f"winner's curse: the finals' losses are {mean:+.3f} beside the search's best, on average over methods"
 
 
-def _one_rate(result: StudyResult) -> Iterator[str]:
+def one_rate(result: StudyResult) -> Iterator[str]:
+    """Yield what one learning rate for all would have said."""
     if result.taus:
         taus = ", ".join(f"{tau:.2f} at {rate:.2g}" for rate, tau, _ in result.taus)
         rung = result.grid.rules.rungs[0]
@@ -143,7 +139,8 @@ def _one_rate(result: StudyResult) -> Iterator[str]:
             yield f"at {rate:.2g} for all, {first} would be first; tuned, it is {best}"
 
 
-def _smallest(result: StudyResult) -> Iterator[str]:
+def smallest(result: StudyResult) -> Iterator[str]:
+    """Yield the smallest difference that the finals could show."""
     scored = [method for method in result.methods if method.scores]
     if not (result.spreads and scored and scored[0].scores):
         return
@@ -158,82 +155,6 @@ def _smallest(result: StudyResult) -> Iterator[str]:
             f"smallest difference that these {runs} runs could show against {result.grid.reference}: "
             f"{plain_statistics.median(known):.3f} log-odds (median over methods, power {100 * POWER:.0f} %){also}"
         )
-
-
-# Files.
-
-
-def write_report(result: StudyResult) -> list[Path]:
-    """Write the study's files into its folder and return them."""
-    folder, grid = result.grid.folder, report_grid(result)
-    contents = {
-        "table.md": grid.markdown() + "\n",
-        "table.tex": grid.latex() + "\n",
-        "cells.csv": _csv(list(cell_rows(result))),
-        "curves.csv": _csv(list(curve_rows(result))),
-    }
-    for name, content in contents.items():
-        write_file(folder / name, content)
-    return [folder / name for name in contents]
-
-
-def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
-    """Yield a row for each cell of which there is anything; the columns that depend on the machine come last."""
-    for phase, cell in _cells(result):
-        if not cell.begun:
-            continue
-        losses = cell.losses()
-        contender = result.grid.contender(cell.method)
-        last = max((int(line["step"]) for line in cell.log() if "seconds" in line), default=0)
-        seconds = cell.seconds
-        yield {
-            "method": cell.method,
-            "phase": phase,
-            "trial": trial_name(cell.trial),
-            "rate": cell.trial.rate,
-            **dict(cell.trial.axes),
-            "seed": cell.seed,
-            "trained": contender.trained,
-            "steps": max((step for step in losses if not cell.failed), default=0),
-            "state": "failed" if cell.failed else "finished" if cell.ended else "paused",
-            **{f"loss_{step}": plain(losses.get(step)) for step in result.grid.rules.rungs},
-            "seconds": seconds,
-            "seconds_a_step": seconds / last if last and seconds is not None else None,
-            "peak_memory": cell.peak_memory,
-        }
-
-
-def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
-    """Yield every held-out loss of every cell: the curves over steps, and over rates."""
-    for phase, cell in _cells(result):
-        if not cell.failed:
-            for step, loss in sorted(cell.losses().items()):
-                yield {
-                    "method": cell.method,
-                    "phase": phase,
-                    "trial": trial_name(cell.trial),
-                    "rate": cell.trial.rate,
-                    "seed": cell.seed,
-                    "step": step,
-                    "validation_loss": plain(loss),
-                }
-
-
-def _cells(result: StudyResult) -> Iterator[tuple[str, Cell]]:
-    for cell in search_cells(result.grid, result.outcome):
-        yield "search", cell
-    for cell in sorted(final_cells(result.grid, result.outcome), key=lambda cell: (cell.method, cell.seed)):
-        yield "final", cell
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    names = [*(name for name in names if name not in TIMES), *(name for name in names if name in TIMES)]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 def as_dict(result: StudyResult) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def test_the_package_knows_where_it_is(installed: Installed) -> None:
 
 def test_every_file_of_the_package_is_in_the_wheel(installed: Installed) -> None:
     package = REPOSITORY / "subspace"
-    wanted = {"py.typed", *(str(file.relative_to(package)) for file in package.rglob("*.py"))}
+    own = [file for ending in ("*.py", "*.html", "*.css") for file in package.rglob(ending)]
+    wanted = {"py.typed", *(str(file.relative_to(package)) for file in own)}
     links = {"data": "data", "engines": "ds_configs", "recipes": "launch/recipes", "studies": "launch/studies"}
     for name, folder in links.items():
         here = REPOSITORY / folder

@@ -19,8 +19,9 @@ from subspace.study import execute, record
 from subspace.study.cells import Cell, read_search
 from subspace.study.config import read_study
 from subspace.study.execute import Executor, next_cells, planned_steps, remaining_steps
+from subspace.study.files import TIMES, write_report
 from subspace.study.grid import Grid
-from subspace.study.report import TIMES, report_grid, write_report
+from subspace.study.report import report_grid
 from subspace.study.results import read_results
 from subspace.training.checkpoint import checkpoints
 from tests.helpers.studies import STUDY, here, made_up, make_study, stopping_after

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from subspace.study.report import TIMES
+from subspace.study.files import TIMES
 from tests.helpers.studies import STUDY, make_study
 
 pytestmark = [pytest.mark.long, pytest.mark.processes]

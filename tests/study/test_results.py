@@ -20,8 +20,9 @@ from subspace.evaluation.retention import retention_file, write_retention
 from subspace.study import execute, record
 from subspace.study.config import read_study
 from subspace.study.execute import Executor
+from subspace.study.files import write_report
 from subspace.study.grid import Grid
-from subspace.study.report import report_grid, sentences, write_report
+from subspace.study.report import report_grid, sentences
 from subspace.study.results import StudyResult, log_odds, read_results, right_answers
 from tests.helpers.studies import STUDY, made_up, make_study
 
@@ -169,14 +170,19 @@ def test_one_seed_is_said_to_be_one(root: Path, tmp_path: Path) -> None:
 def test_files_are_written_in_every_form(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = study(root, tmp_path, scored(lambda label, seed, draw: draw.normal(0, 0.5, ITEMS)), "[lora, ssb]")
     files = {file.name: file.read_text() for file in write_report(result)}
-    assert set(files) == {"table.md", "table.tex", "cells.csv", "curves.csv"}
+    assert set(files) == {"report.html", "table.md", "table.tex", "cells.csv", "curves.csv"}
     rows = list(csv.DictReader(files["cells.csv"].splitlines()))
     assert [row["phase"] for row in rows].count("final") == 4
     assert list(rows[0])[-3:] == ["seconds", "seconds_a_step", "peak_memory"]
     curves = list(csv.DictReader(files["curves.csv"].splitlines()))
     assert {row["step"] for row in curves} == {"1", "2", "3", "4", "5"}
     study_file = str(root / "toy.yaml")
-    for form, start in (("markdown", "**study toy"), ("latex", "% study toy"), ("csv", "method,phase")):
+    for form, start in (
+        ("markdown", "**study toy"),
+        ("latex", "% study toy"),
+        ("csv", "method,phase"),
+        ("html", "<!doctype html>"),
+    ):
         assert main(["study", "report", study_file, "--format", form]) == 0
         assert capsys.readouterr().out.startswith(start)
     assert main(["study", "report", study_file, "--json"]) == 0

@@ -16,7 +16,6 @@ from subspace.cli.command import (
     launch_or_none,
     say,
     settings_manual,
-    show_tables,
     sign_of_life,
 )
 from subspace.common.host_memory import manage_malloc
@@ -106,8 +105,9 @@ def _say_what_shows(jobs: Sequence[Job]) -> None:
 
 def _show_scores(subjects: Sequence[EvaluationSubject], options: argparse.Namespace) -> None:
     """Print a table for each protocol: side by side what can be compared, else one for each subject."""
+    from subspace.common.tables import print_grid
     from subspace.reporting.agreement import agreement
-    from subspace.reporting.tables import build_tables
+    from subspace.reporting.tables import build_tables, write
 
     found: list[Table] = []
     for protocol in dict.fromkeys(name for s in subjects for name in s.evaluate.protocols):
@@ -116,7 +116,11 @@ def _show_scores(subjects: Sequence[EvaluationSubject], options: argparse.Namesp
             found += build_tables(folders, protocol)
         except UserError:
             found += [table for folder in folders for table in build_tables([folder], protocol)]
-    show_tables(found, options)
+    if options.json:
+        say(write(found, "json"))
+    else:
+        for table in found:
+            print_grid(table.grid)
     for folder in dict.fromkeys(s.folder for s in subjects if "answer-word" in s.evaluate.protocols):
         by_task = ", ".join(f"{task} {100 * share.value:.1f} %" for task, share in agreement(folder).items())
         if by_task and not options.json:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subspace.cli.command import Command, count, json_argument, say
+from subspace.cli.command import Command, chosen_format, count, deliver, format_arguments, say
 from subspace.errors import RunStopped, UserError, nearest
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from subspace.study.grid import Grid
 
 CLAIMS = "claims"
-FORMATS = ("terminal", "markdown", "latex", "csv")
 #: Runs of a study that share a pass at most: beyond it little is gained, and memory grows.
 TOGETHER = 8
 
@@ -48,17 +47,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--resume", action="store_true", help="go on, as it does in any case")
     run.add_argument("--dry-run", action="store_true", help="print the commands that are due instead of running them")
-    parser.add_argument("--format", metavar="FORMAT", help=f"of the report: {', '.join(FORMATS)}; default: terminal")
-    json_argument(parser)
+    format_arguments(parser, "of the report: ")
 
 
 def _run(options: argparse.Namespace) -> int:
     if options.action not in (*ACTIONS, CLAIMS):
         raise UserError(f"subspace study {options.action} is unknown. {nearest(options.action, (*ACTIONS, CLAIMS))}")
-    if options.format not in (None, *FORMATS):
-        raise UserError(
-            f"--format {options.format} was given, but a study has none. {nearest(options.format, FORMATS)}"
-        )
+    chosen_format(options)  # refuses before anything runs
     if options.action == CLAIMS:
         return _claims(options)
     from subspace.study.config import read_study
@@ -120,21 +115,19 @@ def _fitting(grid: Grid, options: argparse.Namespace) -> int:
 
 def _report(study: Study, options: argparse.Namespace) -> int:
     from subspace.common.tables import print_grid
-    from subspace.study import report
+    from subspace.study.files import FILES, write_report
     from subspace.study.record import open_grid
+    from subspace.study.report import as_dict, report_grid
     from subspace.study.results import read_results
 
-    result = read_results(open_grid(study))
-    files = report.write_report(result)
-    grid = report.report_grid(result)
-    if options.json:
-        print(json.dumps(report.as_dict(result), indent=2))
-    elif options.format in (None, "terminal"):
-        print_grid(grid)
-    elif options.format == "csv":
-        print((result.grid.folder / "cells.csv").read_text(encoding="utf-8"), end="")
+    result, form = read_results(open_grid(study)), chosen_format(options)
+    files = write_report(result)
+    if form == "terminal":
+        print_grid(report_grid(result))
+    elif form == "json":
+        deliver(json.dumps(as_dict(result), indent=2), options)
     else:
-        print(grid.markdown() if options.format == "markdown" else grid.latex())
+        deliver((result.grid.folder / FILES[form]).read_text(encoding="utf-8"), options)
     say(f"written: {', '.join(str(file) for file in files)}", file=sys.stderr)
     return 0
 
@@ -174,7 +167,8 @@ COMMAND = Command(
   subspace study plan launch/studies/methods.yaml --power 0.8 --difference 0.5
   subspace study run launch/studies/quick.yaml             killed at any moment, the same command goes on
   subspace study run launch/studies/methods.yaml --only lora,ssb --minutes 120
-  subspace study report launch/studies/quick.yaml --format markdown
+  subspace study report launch/studies/quick.yaml          the table, and a page with charts: report.html
+  subspace study report launch/studies/quick.yaml --output table.tex
   subspace study claims launch/studies/claims.yaml         what the studies run here say of published claims""",
     _arguments,
     _run,

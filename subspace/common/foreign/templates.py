@@ -1,6 +1,7 @@
 """Jinja templates and expressions of tasks and prompts: sandboxed, and limited in time, memory and output.
 
-Every failure is a :class:`BadTemplate`: of the syntax, of a field that the record lacks, of the sandbox, of arithmetic.
+Those of this package's own pages are trusted, and escape what is put into them. Every failure of the others
+is a :class:`BadTemplate`: of the syntax, of a field that the record lacks, of the sandbox, of arithmetic.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined
 from jinja2.sandbox import SandboxedEnvironment
 
 from subspace.common.foreign.limits import MOST_MEMORY, limited
@@ -104,6 +105,13 @@ def evaluate(expression: str, record: Mapping[str, Any], /, **more: Any) -> Any:
     except _FAILURES as error:
         raise BadTemplate(what, _reason(error)) from None
     return value
+
+
+def page_template(source: str, **known: Any) -> Template:
+    """Return one of this package's own templates of a page, with names that it knows: every value in it is escaped."""
+    page = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=False)
+    page.globals.update(known)
+    return page.from_string(source)
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,1 @@
+"""Pages of results: one HTML file each, with charts as inline SVG, that needs neither a network nor a script."""

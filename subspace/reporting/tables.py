@@ -8,14 +8,13 @@ not significantly different from it are marked. Below stand what the methods' tr
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from subspace.common.tables import BEST, TIED, Grid, csv_text, render_grids
+from subspace.common.tables import BEST, TIED, Grid
 from subspace.data.tasks import list_tasks
 from subspace.evaluation.results import TaskResult
 from subspace.reporting import statistics
@@ -146,37 +145,6 @@ def alike(columns: Sequence[Column]) -> list[Kept | None]:
 def _kept_dict(kept: Kept) -> dict[str, Any]:
     more = kept.more and {name: v if math.isfinite(v) else None for name, v in kept.more._asdict().items()}
     return {"passages": kept.passages, "base_bits_per_byte": kept.base, "more": more}
-
-
-def write(tables: Sequence[Table], form: str, *, transposed: bool = False) -> str:
-    """Return tables as text, as a page, or as a format of ``render_grids``; ``transposed`` swaps rows and columns."""
-    if form == "json":
-        return json.dumps([table.as_dict() for table in tables], indent=2)
-    if form == "csv":
-        return _csv(tables)
-    if form == "html":
-        from subspace.reporting.page.scores import tables_page
-
-        return tables_page(tables, transposed=transposed)
-    return render_grids([table.grid.transposed() if transposed else table.grid for table in tables], form)
-
-
-def _csv(tables: Sequence[Table]) -> str:
-    """Return CSV with one line for each task, metric and method."""
-    rows = [
-        {
-            "protocol": table.protocol, "task": row.task, "metric": row.metric, "items": row.n,
-            "majority": row.majority, "in_mean": row.in_mean, "method": column.name,
-            **dataclasses.asdict(cell), "fingerprint": row.fingerprint, **column.facts._asdict(),
-            KEPT: more and more.value, f"{KEPT}_low": more and more.low, f"{KEPT}_high": more and more.high,
-        }
-        for table in tables
-        for kept in [[None if found is None else found.more for found in alike(table.columns)]]
-        for row in (*table.rows, *table.means)
-        for column, cell, more in zip(table.columns, row.cells, kept, strict=True)
-        if cell
-    ]  # fmt: skip
-    return csv_text(rows).rstrip("\n")
 
 
 def build_tables(folders: Sequence[Path], protocol: str | None = None) -> list[Table]:

@@ -18,6 +18,7 @@ from subspace.common.declarations import Declaration, build
 from subspace.common.files import write_file
 from subspace.common.foreign.yaml_files import read_yaml
 from subspace.common.paths import find_resource, resource_name
+from subspace.common.random_state import seeded
 from subspace.common.tables import Grid as Table
 from subspace.config import read_config
 from subspace.errors import UserError, nearest
@@ -167,12 +168,12 @@ def recorded_grid(file: Path) -> Grid | None:
     return open_grid(study) if (Path(runs) / study.name / STUDY_FILE).exists() else None
 
 
+@seeded(0)
 def compute_the_same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Return whether two methods with the same tensors have the same output and gradients at a layer, to the bit."""
     import torch
     from torch import nn
 
-    torch.manual_seed(0)
     base, outcomes = nn.Linear(24, 16), []
     tensors: dict[str, Any] = {}
     start = torch.randn(5, 24)

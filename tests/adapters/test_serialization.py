@@ -117,7 +117,7 @@ def test_missing_tensor_is_named(tmp_path: Path) -> None:
 def test_damaged_file(tmp_path: Path, file: str) -> None:
     folder = save_adapter(trained(), tmp_path / "adapter")
     (folder / file).write_bytes((folder / file).read_bytes()[:40])
-    with warnings.catch_warnings(), pytest.raises(UserError, match="is damaged"):
+    with warnings.catch_warnings(), pytest.raises(UserError, match="is (damaged|not JSON)"):
         load_adapter(tiny_llama(), folder)
 
 
@@ -171,7 +171,7 @@ def test_a_flipped_bit_anywhere_is_damage(tmp_path: Path) -> None:
             if file.name == SETTINGS and _says_the_same(bytes(content), sound):
                 continue  # the space between two words
             file.write_bytes(content)
-            with pytest.raises(UserError, match=r"the adapter in .* (is damaged|has format)"):
+            with pytest.raises(UserError, match="is damaged|has format|is not JSON"):
                 read_adapter(folder)
         file.write_bytes(sound)
     read_adapter(folder)

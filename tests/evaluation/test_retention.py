@@ -31,7 +31,8 @@ from subspace.evaluation.subjects import evaluate_subjects
 from subspace.models.config import ModelConfig
 from subspace.reporting.continuous import paired_difference
 from subspace.reporting.retention import read_kept
-from subspace.reporting.tables import build_tables, write
+from subspace.reporting.table_formats import write
+from subspace.reporting.tables import build_tables
 from tests.helpers.items import items
 from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 

@@ -22,7 +22,8 @@ from subspace.evaluation.results import TaskResult, accuracy, items_file, write_
 from subspace.reporting import statistics
 from subspace.reporting.comparison import compare_runs
 from subspace.reporting.plots import plot
-from subspace.reporting.tables import build_tables, write
+from subspace.reporting.table_formats import write
+from subspace.reporting.tables import build_tables
 
 Marks = Mapping[str, Sequence[str]]  # by metric, for each item: "1" right, "0" wrong
 

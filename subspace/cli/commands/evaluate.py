@@ -107,7 +107,8 @@ def _show_scores(subjects: Sequence[EvaluationSubject], options: argparse.Namesp
     """Print a table for each protocol: side by side what can be compared, else one for each subject."""
     from subspace.common.tables import print_grid
     from subspace.reporting.agreement import agreement
-    from subspace.reporting.tables import build_tables, write
+    from subspace.reporting.table_formats import write
+    from subspace.reporting.tables import build_tables
 
     found: list[Table] = []
     for protocol in dict.fromkeys(name for s in subjects for name in s.evaluate.protocols):

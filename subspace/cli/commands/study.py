@@ -138,7 +138,7 @@ def _claims(options: argparse.Namespace) -> int:
 
     file, table = write_claims(Path(options.study))
     print_grid(table)
-    print(f"written: {file}", file=sys.stderr)
+    say(f"written: {file}", file=sys.stderr)
     return 0
 
 

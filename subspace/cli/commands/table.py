@@ -18,7 +18,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from subspace.common.tables import print_grid
-    from subspace.reporting.tables import build_tables, write
+    from subspace.reporting.table_formats import write
+    from subspace.reporting.tables import build_tables
 
     form = chosen_format(options)
     found = build_tables([Path(run) for run in options.runs], options.protocol)

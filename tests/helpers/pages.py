@@ -112,6 +112,8 @@ MEASURE = """(() => {
       if (leaves(box, frame)) wrong.push(`${name}: a mark leaves its drawing`);
     }
   }
+  for (const one of document.querySelectorAll(".drawing"))
+    if ([...one.children].filter(shown).length !== 1) wrong.push("a chart is shown in several widths, or in none");
   const wide = document.documentElement.clientWidth, needed = document.documentElement.scrollWidth;
   if (needed > wide) wrong.push(`the page is ${needed} wide, not ${wide}`);
   for (const e of document.querySelectorAll("h1, h2, h3, p, li, dd, figcaption, figure, svg[role=img], summary")) {

@@ -42,8 +42,10 @@ make_environment() { # FILE ...
 supervise() { # COMMAND ...
     "$@" < /dev/null &
     child=$!
-    wait "$child"
+    local status=0
+    wait "$child" || status=$?
     child=
+    return "$status" # also where a caller goes on after a failure
 }
 
 _stop() { # STATUS

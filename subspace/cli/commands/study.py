@@ -67,9 +67,11 @@ def _plan(study: Study, options: argparse.Namespace) -> int:
     from subspace.study.preview import preview
     from subspace.study.record import open_grid
 
+    if (form := chosen_format(options)) not in ("terminal", "json"):
+        raise UserError(f"study plan was asked for {form}, but it is printed for a terminal or as json. Give --json")
     found = preview(open_grid(study, show_progress), power=options.power, difference=options.difference)
-    if options.json:
-        print(json.dumps(found.as_dict(), indent=2))
+    if form == "json":
+        deliver(json.dumps(found.as_dict(), indent=2), options)
         return 0
     print_grid(found.table)
     print("\n".join(found.lines()))

@@ -7,6 +7,7 @@ Prepared models and data are read from the real cache; what tests add to it goes
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -73,6 +74,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {str(folder / name): place for place, name in enumerate(LONGEST_FIRST)}
     starts = {str(item.path) for item in items if item.get_closest_marker("processes")}
     items.sort(key=lambda item: order.get(str(item.path), 99 if str(item.path) in starts else 100))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> None:
+    """Take what has been imported out of the garbage collector, which DeepSpeed runs in full for every engine."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -43,6 +43,7 @@ deepspeed.utils.groups._WORLD_GROUP            a second run in one      DeepSpee
 logger "DeepSpeed", FutureWarnings             nothing; noise           calls of collectives that torch has renamed
 launcher.multinode_runner.PDSHRunner, its      arguments that a shell   it quotes nothing, and ends other people's
 arguments, launcher.runner.PDSHRunner          reads, on several hosts  processes; see :mod:`subspace.distributed.hosts`
+runtime.compiler.compile                       a second of each start   its Muon, in no use here, loads torch's compiler
 zero.partition_parameters.zero3_linear_wrap    adapters at experts,     for good in the place of torch's ``linear``,
                                                after ZeRO-3             whose protocol it does not keep
 torch.utils.cpp_extension._get_build_directory check for a stale lock   DeepSpeed's JIT builds wait for the lock there
@@ -259,9 +260,8 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
 def steps_without_reads(engine: Any) -> Iterator[None]:
     """Inside the block, let ``engine.step()`` read nothing from the GPU, nor wait for it to copy a number there.
 
-    DeepSpeed would skip a step whose gradient norm is not finite; now whoever calls has to look for that. In float16
-    nothing is changed, because the loss scale depends on it, nor with an offloaded optimizer, whose gradients are in
-    CPU memory.
+    DeepSpeed would skip a step whose gradient norm is not finite; now whoever calls has to look for that. Nothing is
+    changed in float16, whose loss scale depends on it, nor with an offloaded optimizer, whose gradients the CPU has.
     """
     optimizer = engine.optimizer
     offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
@@ -308,6 +308,14 @@ def skip_useless_allreduce(engine: Any) -> None:
     engine.enable_backward_allreduce = False
 
 
+def import_muon() -> None:
+    """Import DeepSpeed's Muon, as ZeRO does to see whether it is the optimizer, without torch's compiler."""
+    from deepspeed.runtime import compiler
+
+    with patched(compiler, "compile", lambda: lambda function: function):
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+
+
 def disable_shm_comm_op() -> None:
     """Prevent ``deepspeed.init_distributed`` from compiling a CPU op that training never calls."""
     import deepspeed.ops
@@ -346,8 +354,7 @@ def run_pdsh_launcher(arguments: Sequence[str], command: Callable[..., tuple[lis
             given = self.args
             words = [f"--world_info={self.world_info_base64}", f"--master_addr={given.master_addr}"]
             words += [f"--master_port={given.master_port}"]
-            words += ["--module"] if given.module else []
-            words += ["--no_local_rank"] if given.no_local_rank else []
+            words += [f"--{flag}" for flag in ("module", "no_local_rank") if getattr(given, flag)]
             words += [f"--log_level={given.log_level}", self.user_script, *self.user_arguments]
             started, variables = command(words, self.exports, [*active_resources], environment)
             # The second command is the one that would end whatever looks like this run; our wrapper ends it.
@@ -366,13 +373,9 @@ def run_node_launcher(arguments: Sequence[str]) -> None:
 def silence_deepspeed() -> None:
     """Silence DeepSpeed's internal log messages. Process-wide, so for processes of the command line only."""
     # A filter and not a level, which the import of DeepSpeed would overwrite.
-    logging.getLogger("DeepSpeed").addFilter(_is_error)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 def fp16_supported() -> bool:

@@ -19,6 +19,7 @@ from subspace.distributed import peers
 from subspace.distributed.collectives import gather_objects, object_group, rank, world_size
 from subspace.distributed.deepspeed_compat import (
     disable_shm_comm_op,
+    import_muon,
     keep_linear_protocol,
     local_gradients,
     offloaded_gradient_norms,
@@ -77,6 +78,7 @@ def init_engine(
     import deepspeed
 
     keep_linear_protocol()
+    import_muon()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model,

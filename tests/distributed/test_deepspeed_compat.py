@@ -229,6 +229,15 @@ def test_one_process_without_zero_does_not_reduce_its_gradients() -> None:
     assert Started(1).engine.enable_backward_allreduce is True, blame("engine.enable_backward_allreduce")
 
 
+def test_muon_is_imported_without_torchs_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("deepspeed.runtime.zero.muon")]:
+        monkeypatch.delitem(sys.modules, name)
+    compat.import_muon()
+    muon = sys.modules["deepspeed.runtime.zero.muon.original_muon"]
+    assert not hasattr(muon.muon_update, "_torchdynamo_orig_callable")
+    assert hasattr(torch.compile(lambda: None), "_torchdynamo_orig_callable")  # what it would have
+
+
 def test_the_table_of_ops_decides_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     import deepspeed.ops
     from deepspeed.comm.torch import build_shm_op

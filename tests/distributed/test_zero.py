@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from torch import Tensor
 from subspace import config as config_module
 from subspace.adapters.registry import list_methods
 from subspace.common.paths import REPOSITORY
-from subspace.distributed import launcher
-from tests.helpers.material import STAGES, logged, make_material, saved_adapter
+from tests.helpers.material import STAGES, logged, make_material, saved_adapter, worker_command
 from tests.helpers.reference import train_plainly
 from tests.helpers.tiny_models import EARLY_SCHEDULES, tiny
 
@@ -122,14 +120,7 @@ def test_the_last_smaller_step_is_exact_though_processes_have_no_rows(
 def launch(wanted: list[Any], root: Path, ranks: int) -> None:
     jobs = root / f"{ranks}.json"
     jobs.write_text(json.dumps(wanted))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += [
-        "--master_port",
-        str(launcher.free_port()),
-        "--",
-        str(REPOSITORY / "tests" / "workers" / "zero_losses.py"),
-        str(jobs),
-    ]
+    command = worker_command(ranks, "zero_losses", str(jobs))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

@@ -26,7 +26,6 @@ from subspace.common.progress import ProgressCallback
 from subspace.data import samples as samples_module
 from subspace.data import tasks as tasks_module
 from subspace.data.samples import find_tasks, take_sample
-from subspace.distributed import launcher
 from subspace.errors import UserError
 from subspace.evaluation import config as config_module
 from subspace.evaluation import evaluate as evaluate_module
@@ -36,6 +35,7 @@ from subspace.evaluation.results import TaskResult, read_items, read_results, re
 from subspace.evaluation.subjects import evaluate_subjects
 from subspace.models.config import ModelConfig
 from tests.helpers.items import items
+from tests.helpers.material import worker_command
 from tests.helpers.tiny_models import bpe_tokenizer, tiny_llama
 from tests.workers.score_tasks import score, score_subjects
 
@@ -388,9 +388,7 @@ WAYS = {f"{protocol}, ZeRO-{stage}": (protocol, stage) for protocol in PROTOCOLS
 
 
 def by_processes(jobs: list[Any]) -> list[str]:
-    worker = str(REPOSITORY / "tests" / "workers" / "score_tasks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    return [*command, f"--master_port={launcher.free_port()}", worker, json.dumps(jobs)]
+    return worker_command(2, "score_tasks", json.dumps(jobs))
 
 
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

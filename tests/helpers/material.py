@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from subspace.adapters.serialization import TENSORS
+from subspace.common.paths import REPOSITORY
 from tests.helpers.tiny_models import tiny_llama
 
 WORDS = [
@@ -30,6 +32,12 @@ WORDS = [
     "soap",
 ]
 STAGES = (0, 1, 2, 3)
+
+
+def worker_command(ranks: int, worker: str, *arguments: str) -> list[str]:
+    """Return the command that runs a script of tests/workers in so many processes."""
+    folder = REPOSITORY / "tests" / "workers"
+    return [sys.executable, str(folder / "start_ranks.py"), str(ranks), str(folder / f"{worker}.py"), *arguments]
 
 
 def make_material(root: Path, rows: int = 48) -> Path:

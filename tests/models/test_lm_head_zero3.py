@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from subspace.common.paths import REPOSITORY
-from subspace.distributed import launcher
-from tests.helpers.material import logged, make_material, saved_adapter
+from tests.helpers.material import logged, make_material, saved_adapter, worker_command
 
 pytestmark = pytest.mark.processes
 
@@ -30,14 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings += ["data.loss_on=all", "train.learning_rate=0.005", "train.validate_every=6"]
         jobs = [(str(file), [*settings, f"name={ranks}-{method}", f"method={method}"]) for method in METHODS]
         (root / "jobs.json").write_text(json.dumps(jobs))
-        port = str(launcher.free_port())
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
-        command += [
-            "--",
-            str(REPOSITORY / "tests" / "workers" / "zero_losses.py"),
-            str(root / "jobs.json"),
-            str(at_once),
-        ]
+        command = worker_command(ranks, "zero_losses", str(root / "jobs.json"), str(at_once))
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr[-6000:]

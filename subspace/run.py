@@ -28,7 +28,7 @@ from subspace.common.locks import in_use
 from subspace.common.progress import Progress, no_progress, show_progress
 from subspace.config import MethodEntry, RunConfig, write_config
 from subspace.data.dataset import Data
-from subspace.data.leakage import overlap_notices
+from subspace.data.leakage import TrainedTexts, overlap_notices
 from subspace.data.sampler import StepPlan
 from subspace.distributed import watchdog
 from subspace.distributed.collectives import barrier, broadcast_object, gather_objects, is_main, rank, world_size
@@ -138,12 +138,15 @@ def _train_alone(configs: Sequence[RunConfig], *, resume: bool, until: int | Non
         init_distributed(minutes=max(30.0, 2 * config.train.hang_minutes), deterministic=wanted)
         with deterministic_algorithms(wanted=wanted):
             check_same_base(base)
-            opened = [_find_start(*one, base, resume=resume) for one in zip(runs, materials, strict=True)]
+            texts = TrainedTexts()
+            opened = [_find_start(*one, base, texts, resume=resume) for one in zip(runs, materials, strict=True)]
             _train_on_rows(opened, base, until)
     return [each.folder for each in configs]
 
 
-def _find_start(run: ResolvedRun, material: Material, base: BaseRecord, *, resume: bool) -> OpenedRun:
+def _find_start(
+    run: ResolvedRun, material: Material, base: BaseRecord, texts: TrainedTexts, *, resume: bool
+) -> OpenedRun:
     """Return a run that begins, or goes on. Collective over ranks."""
     check_same_rows(material[0])
     run_id = known_run_id(run.config.folder) if resume and is_main() else None
@@ -152,7 +155,8 @@ def _find_start(run: ResolvedRun, material: Material, base: BaseRecord, *, resum
         run, material, resumed, notices = find_resume_point(run, material, base, run_id)
     run_id = broadcast_object(run_id or (resumed and resumed.facts.get("run")) or new_run_id())
     config = run.config
-    seen = overlap_notices(config.data.mixture, config.evaluate.selection, config.data.columns) if is_main() else []
+    compared = config.data.mixture, config.evaluate.selection, config.data.columns
+    seen = overlap_notices(*compared, texts) if is_main() else []
     return OpenedRun(run, *material, resumed, notices, run_id, seen)
 
 

@@ -25,12 +25,29 @@ MAX_OVERLAP = 0.01
 Columns = Mapping[str, str | None]
 
 
-def find_overlap(mixture: str, samples: Iterable[Sample], columns: Columns | None = None) -> dict[str, tuple[int, int]]:
+class TrainedTexts:
+    """The texts of mixtures' rows, by their keys; read once for all runs of a command."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, set[int]] = {}
+
+    def keys(self, mixture: str, columns: Columns) -> set[int]:
+        """Return the keys of a mixture's texts."""
+        asked = repr((mixture, columns))
+        if asked not in self._known:
+            keys = set(map(_key, _questions(mixture, columns)))
+            keys.discard(_key(""))  # of questions without a word, which equal each other and are not the same
+            self._known[asked] = keys
+        return self._known[asked]
+
+
+def find_overlap(
+    mixture: str, samples: Iterable[Sample], columns: Columns | None = None, texts: TrainedTexts | None = None
+) -> dict[str, tuple[int, int]]:
     """Return for each task with overlap the number of its items in the mixture's rows, and of all its items."""
     own = bool(mixture) and any(part.data for part in find_mixture(mixture).parts)
     compared = [sample for sample in samples if _is_compared(sample.task, own=own)]
-    trained = set(map(_key, _questions(mixture, columns or {}))) if compared and mixture else set()
-    trained.discard(_key(""))  # of questions without a word, which equal each other and are not the same
+    trained = (texts or TrainedTexts()).keys(mixture, columns or {}) if compared and mixture else set()
     overlap = {}
     for sample in compared:
         asked = [{_key(sample.task.instruction(item)), _key(item["question"])} for item in sample.items]
@@ -39,7 +56,9 @@ def find_overlap(mixture: str, samples: Iterable[Sample], columns: Columns | Non
     return overlap
 
 
-def overlap_notices(mixture: str, selection: TaskSelection, columns: Columns | None = None) -> list[str]:
+def overlap_notices(
+    mixture: str, selection: TaskSelection, columns: Columns | None = None, texts: TrainedTexts | None = None
+) -> list[str]:
     """Return a notice for each selected task that has items in the rows of the mixture.
 
     A suite whose items are not on this machine is skipped: it is checked again when it is scored.
@@ -53,7 +72,7 @@ def overlap_notices(mixture: str, selection: TaskSelection, columns: Columns | N
     return [
         f"{mixture} holds {seen} of {of} items of {name}"
         + (", too many for its score to mean anything: it will be refused" if seen > MAX_OVERLAP * of else "")
-        for name, (seen, of) in find_overlap(mixture, samples, columns).items()
+        for name, (seen, of) in find_overlap(mixture, samples, columns, texts).items()
     ]
 
 

@@ -23,7 +23,7 @@ from subspace.adapters.serialization import check_adapter_base, load_adapter
 from subspace.common.locks import in_use
 from subspace.common.progress import Progress, no_progress
 from subspace.data.chat.template import ChatTemplate, read_template
-from subspace.data.leakage import MAX_OVERLAP, find_overlap
+from subspace.data.leakage import MAX_OVERLAP, TrainedTexts, find_overlap
 from subspace.data.samples import Sample, select_samples
 from subspace.distributed import watchdog
 from subspace.distributed.collectives import broadcast_object, is_main, rank, world_size
@@ -73,12 +73,12 @@ def _evaluate_alone(
             check_adapter_base(subject.adapter, base=identify(subject.model))
             if not subject.model.trust_remote_code:  # foreign code may not bear a model without values
                 _put_adapters(open_shape(subject.model), subject, any_base=True)
-    samples: dict[str, list[Sample]] = {}
+    samples, texts = dict[str, list[Sample]](), TrainedTexts()
     for subject in subjects:
         selection = str(subject.evaluate.selection)
         if selection not in samples:
             samples[selection] = select_samples(subject.evaluate.selection)
-        check_contamination(subject, samples[selection])
+        check_contamination(subject, samples[selection], texts)
     _tell_without_effect(subjects)
     results: dict[int, list[TaskResult]] = {}
     bases: dict[tuple[ModelConfig, int | None], dict[str, list[int]]] = {}
@@ -272,13 +272,15 @@ class MultiAdapterScorer:
         return [current[number] for number in batch]
 
 
-def check_contamination(subject: EvaluationSubject, samples: Iterable[Sample]) -> None:
+def check_contamination(
+    subject: EvaluationSubject, samples: Iterable[Sample], texts: TrainedTexts | None = None
+) -> None:
     """Raise UserError if a run was trained on more than ``MAX_OVERLAP`` of a task's items; log a note if on fewer.
 
     With ``evaluate.on_contamination=warn`` a note is logged in either case.
     """
     try:
-        overlap = find_overlap(subject.mixture, samples, subject.columns)
+        overlap = find_overlap(subject.mixture, samples, subject.columns, texts)
     except UserError as error:  # files that were moved, say
         unknown = f"{subject.folder} was trained on {subject.mixture}, and whether it saw the items is unknown: {error}"
         if subject.evaluate.on_contamination == "error":

@@ -8,6 +8,7 @@ touched it, every command is an ordinary process. If the study's process is kill
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -21,7 +22,15 @@ from pathlib import Path
 from subspace.distributed.device import on_gpu
 
 #: What a training and a scoring import; none of it starts threads.
-PRELOADED = ["subspace.run", "subspace.evaluation.subjects", "deepspeed", "transformers.modeling_utils"]
+PRELOADED = [
+    "subspace.cli.main",
+    "subspace.run",
+    "subspace.evaluation.subjects",
+    "deepspeed.runtime.engine",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation.utils",
+    "transformers.tokenization_utils_tokenizers",
+]
 
 
 def run_command(arguments: Sequence[str], output: Path) -> int:
@@ -59,6 +68,7 @@ def _run_process(arguments: Sequence[str], output: Path) -> int:
 
 def _command(arguments: list[str], output: str, environment: dict[str, str], folder: str) -> None:
     """Become the command; runs in the forked process."""
+    gc.freeze()  # what the server imported: DeepSpeed collects garbage in full for every engine, 0.3 s a time
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)  # as of now: the server has that of its start

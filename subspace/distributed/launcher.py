@@ -7,8 +7,9 @@ That launcher has four faults, which a wrapper works around, and more on several
   seconds. The wrapper (:mod:`subspace.distributed.supervision`) gives the launch a process group of its own, passes
   signals on to the ranks alone, as SIGUSR1, so that they can end between two steps
   (:mod:`subspace.distributed.signals`), and ends what is left afterwards. A second signal ends all at once.
-- A launcher that is killed leaves the ranks running and ends with status 0. So status 0 counts only together with a
-  marker that the run itself writes at its end (:func:`write_success_marker`).
+- A launcher that is killed leaves the ranks running, and ``deepspeed``, which started it, ends with status 0. So the
+  wrapper starts it itself, and status 0 counts only together with a marker that the run writes at its end
+  (:func:`write_success_marker`).
 - Two launches take the same port. The wrapper picks a free one.
 - It replaces CUDA_VISIBLE_DEVICES by numbers that it counts from 0, and cannot read names such as ``GPU-8932f937`` and
   ``MIG-1``. The wrapper gives it numbers, and the ranks put the user's own list back (:data:`DEVICES`).
@@ -18,7 +19,9 @@ A run of one process needs no launcher: it becomes rank 0 of 1 (:func:`init_rank
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import random
 import re
@@ -310,7 +313,6 @@ def build_launch(
     """
     environment: dict[str, str] = {}
     names: tuple[str, ...] = ()
-    module = ["deepspeed.launcher.runner"]
     if hostfile:
         names = tuple(hosts.read_hostfile(hostfile))
         hosts.read_environment_files()
@@ -331,11 +333,12 @@ def build_launch(
             )
         if count == 1:
             return None
-        where = ["--num_gpus", str(count)]
-        if devices:
-            where = ["--include", f"localhost:{','.join(map(str, range(count)))}"]
-            if "CUDA_VISIBLE_DEVICES" in os.environ:
-                environment[DEVICES] = ",".join(devices[:count])
+        # `deepspeed` is two processes, of which the second starts the ranks. On one machine the first does no more than
+        # tell it this list of devices, two seconds later.
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": [*range(count)]}).encode()).decode()
+        module, where = ["deepspeed.launcher.launch"], [f"--world_info={world}", "--master_addr=127.0.0.1"]
+        if devices and "CUDA_VISIBLE_DEVICES" in os.environ:
+            environment[DEVICES] = ",".join(devices[:count])
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or _threads(count)
         if not devices:
             environment["DS_ACCELERATOR"] = (

@@ -233,7 +233,7 @@ def test_a_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str], monkey
     arguments = ["launch/recipes/quickstart.yaml", "name=x"]
     assert cli.main(["train", *arguments, "--processes", "2", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "-m deepspeed.launcher.runner --num_gpus 2" in printed
+    assert "-m deepspeed.launcher.launch --world_info=" in printed
     assert printed.endswith(f"--module subspace train {' '.join(arguments)}\n")
     assert cli.main(["train", *arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out == f"{sys.executable} -m subspace train {' '.join(arguments)}\n"

@@ -8,6 +8,7 @@ from typing import Any
 
 from subspace.common.files import write_file
 from subspace.common.tables import csv_text
+from subspace.reporting.retention import KEPT, read_kept
 from subspace.study.cells import Cell, final_cells, search_cells, trial_name
 from subspace.study.page.page import study_page
 from subspace.study.report import report_grid
@@ -45,16 +46,13 @@ def cell_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
         last = max((int(line["step"]) for line in cell.log() if "seconds" in line), default=0)
         seconds = cell.seconds
         yield {
-            "method": cell.method,
-            "phase": phase,
-            "trial": trial_name(cell.trial),
-            "rate": cell.trial.rate,
+            **_names(cell, phase),
             **dict(cell.trial.axes),
-            "seed": cell.seed,
             "trained": contender.trained,
             "steps": max((step for step in losses if not cell.failed), default=0),
             "state": "failed" if cell.failed else "finished" if cell.ended else "paused",
             **{f"loss_{step}": plain(losses.get(step)) for step in result.grid.rules.rungs},
+            KEPT: _kept(cell),
             "seconds": seconds,
             "seconds_a_step": seconds / last if last and seconds is not None else None,
             "peak_memory": cell.peak_memory,
@@ -66,15 +64,19 @@ def curve_rows(result: StudyResult) -> Iterator[dict[str, Any]]:
     for phase, cell in _cells(result):
         if not cell.failed:
             for step, loss in sorted(cell.losses().items()):
-                yield {
-                    "method": cell.method,
-                    "phase": phase,
-                    "trial": trial_name(cell.trial),
-                    "rate": cell.trial.rate,
-                    "seed": cell.seed,
-                    "step": step,
-                    "validation_loss": plain(loss),
-                }
+                yield {**_names(cell, phase), "step": step, "validation_loss": plain(loss)}
+
+
+def _names(cell: Cell, phase: str) -> dict[str, Any]:
+    """Return the columns that say which cell a row is of."""
+    trial = cell.trial
+    return {"method": cell.method, "phase": phase, "trial": trial_name(trial), "rate": trial.rate, "seed": cell.seed}
+
+
+def _kept(cell: Cell) -> float | None:
+    """Return the bits per byte that a cell needs more than its base, the mean over passages; None if not measured."""
+    kept = read_kept([(cell.folder, None)]) if cell.measured else None
+    return kept.more.value if kept and kept.more else None
 
 
 def _cells(result: StudyResult) -> Iterator[tuple[str, Cell]]:

@@ -453,6 +453,7 @@ def test_only_stage_3_spreads_a_base(tmp_path: Path) -> None:
         evaluate_subjects([EvaluationSubject(ModelConfig(path="tiny"), config, tmp_path)])
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_two_killed_processes_go_on_where_they_were(tmp_path: Path) -> None:
     """SIGKILL at random while they score, three times; the last time one process alone goes on."""

@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -35,14 +34,13 @@ from subspace.adapters.serialization import load_adapter
 from subspace.common.paths import REPOSITORY
 from subspace.config import RunConfig
 from subspace.data.dataset import Data, open_data
-from subspace.distributed import launcher
 from subspace.distributed.deepspeed_config import compute_batch_layout, resolve_deepspeed_config
 from subspace.errors import UserError
 from subspace.models.config import ModelConfig
 from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model, open_tokenizer
 from subspace.training.compatibility import find_incompatibility, find_missing_requirement
-from tests.helpers.material import logged, make_material
+from tests.helpers.material import logged, make_material, worker_command
 
 Json = dict[str, Any]
 RECORD, TABLE = REPOSITORY / "tests/long/matrix.json", REPOSITORY / "tests/long/MATRIX.md"
@@ -232,23 +230,11 @@ def launch(jobs: Sequence[Any], root: Path, ranks: int) -> None:
         return
     (root / f"jobs{ranks}.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port())}
-    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     environment.setdefault("DS_ACCELERATOR", "cpu")  # also where there is one GPU, which two ranks cannot share
-    command = [
-        sys.executable,
-        str(REPOSITORY / "tests" / "workers" / "matrix_cells.py"),
-        str(root / f"jobs{ranks}.json"),
-    ]
+    command = worker_command(ranks, "matrix_cells", str(root / f"jobs{ranks}.json"))
     with (root / f"said{ranks}.txt").open("w") as said:
-        started = [
-            subprocess.Popen(
-                command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=said
-            )
-            for rank in range(ranks)
-        ]
-        statuses = [process.wait() for process in started]
-    assert statuses == [0] * ranks, (root / f"said{ranks}.txt").read_text()[-6000:]
+        status = subprocess.run(command, env=environment, stdout=said, stderr=said, check=False).returncode
+    assert status == 0, (root / f"said{ranks}.txt").read_text()[-6000:]
 
 
 class Judge:

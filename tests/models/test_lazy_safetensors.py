@@ -44,6 +44,7 @@ def open_by_two(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_zero_3_reads_each_tensor_once_for_all_processes(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "model")

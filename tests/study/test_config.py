@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -19,13 +20,6 @@ from tests.helpers.studies import STUDY, make_study
 
 CLAIMS = "claims"  # a list of claims, and no study
 SHIPPED = sorted(file for file in (REPOSITORY / "launch" / "studies").glob("*.yaml") if file.stem != CLAIMS)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    make_study(folder)
-    return folder
 
 
 def changed(root: Path, *changes: tuple[str, str]) -> Path:
@@ -164,6 +158,16 @@ def test_the_plan_says_what_a_study_costs(root: Path, capsys: pytest.CaptureFixt
     with pytest.raises(UserError, match="scores no items") as error:
         main_error(["study", "plan", file, "--difference", "0.5"])
     assert error.value.status == 2
+
+
+@pytest.mark.parametrize("form", ["markdown", "latex", "csv", "html"])
+def test_a_plan_has_two_forms(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    plan = ["study", "plan", str(make_study(root))]
+    assert main([*plan, "--format", form, "--output", str(tmp_path / "plan")]) == 2
+    assert f"study plan was asked for {form}, but it is printed for a terminal or as json" in capsys.readouterr().err
+    assert main([*plan, "--json", "--output", str(tmp_path / "plan.json")]) == 0
+    assert [*tmp_path.iterdir()] == [tmp_path / "plan.json"]
+    assert json.loads((tmp_path / "plan.json").read_text())
 
 
 def main_error(arguments: list[str]) -> None:

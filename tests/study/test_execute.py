@@ -34,13 +34,6 @@ def quadratic(label: str, rate: float, seed: int, step: int) -> float:
     return 1 + 0.01 * (math.log10(rate) - math.log10(OPTIMUM[label])) ** 2 + 1e-3 * math.sin(seed + step)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    make_study(folder)
-    return folder
-
-
 @pytest.fixture
 def unsealed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up trainings have no adapter to be compared with."""

@@ -61,6 +61,20 @@ def test_the_plan_before_a_pilot_keeps_its_promise(seeds: int, items: int, studi
     assert abs(found(np.random.default_rng(0), smallest, seeds, items, studies) - 0.8) < 0.03
 
 
+@pytest.mark.parametrize("known", [Spread(1.0, 0.02, 1.0), Spread(0.2, 0.5, 1.0), Spread(1.0, 0.0, 0.5)])
+@pytest.mark.parametrize(("seeds", "items"), [(2, 1000), (2, 100), (3, 300), (8, 50)])
+def test_a_promise_is_kept_whatever_dominates_the_spread(seeds: int, items: int, known: Spread) -> None:
+    """Two seeds too, of values that are normal: right and wrong answers cannot differ by as much as two seeds need."""
+    smallest = smallest_difference(known, [items], seeds)
+    assert smallest is not None
+    draw, found = np.random.default_rng(0), []
+    for _ in range(1500):
+        shapes = (items, (seeds, 1), (seeds, items))
+        parts = [math.sqrt(v) * draw.normal(0, 1, shape) for v, shape in zip(known, shapes, strict=True)]
+        found.append(paired_difference([np.zeros((seeds, items))], [smallest + sum(parts)]).p < 0.05)
+    assert abs(np.mean(found) - 0.8) < 0.03
+
+
 @pytest.mark.long
 def test_a_difference_of_a_point_takes_the_seeds_that_were_solved_for() -> None:
     items = 8000

@@ -20,7 +20,7 @@ from subspace.evaluation.retention import retention_file, write_retention
 from subspace.study import execute, record
 from subspace.study.config import read_study
 from subspace.study.execute import Executor
-from subspace.study.files import write_report
+from subspace.study.files import cell_rows, write_report
 from subspace.study.grid import Grid
 from subspace.study.report import report_grid, sentences
 from subspace.study.results import StudyResult, log_odds, read_results, right_answers
@@ -30,13 +30,6 @@ ITEMS, PASSAGES = 60, 30
 TEXT = STUDY.replace("outcome: {{primary: validation_loss}}\n", "").replace(
     "train.steps: 5,", "train.steps: 5, evaluate.protocol: answer-word, evaluate.tasks: openbookqa,"
 )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    make_study(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +207,12 @@ def test_what_finals_keep_of_the_base_is_measured_and_told(
     assert told["lora"] == "+0.000 [+0.000, +0.000]"
     assert told["ssb"].startswith("+0.0")
     assert float(told["ssb"].partition("[")[2].partition(",")[0]) > 0
+    finals = [row for row in cell_rows(result) if row["phase"] == "final"]
+    assert [row["kept"] for row in finals if row["method"] == "lora"] == [0, 0]
+    assert np.mean([row["kept"] for row in finals if row["method"] == "ssb"]) == pytest.approx(
+        float(told["ssb"].partition(" ")[0]), abs=1e-3
+    )
+    assert {row["kept"] for row in cell_rows(result) if row["phase"] == "search"} == {None}
     (note,) = [sentence for sentence in sentences(result) if sentence.startswith("kept")]
     assert "on 30 Wikipedia passages" in note
     retention_file(next((tmp_path / "with" / "toy" / "ssb").rglob("results.json")).parent).unlink()

@@ -29,13 +29,6 @@ from tests.helpers.studies import STUDY, here, made_up, make_study
 from tests.helpers.tiny_models import tiny_llama
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    make_study(folder)
-    return folder
-
-
 @pytest.fixture
 def own_methods() -> Iterator[None]:
     """Forget what a test registers."""

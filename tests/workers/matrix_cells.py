@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def main() -> None:
     init_distributed(minutes=10)
     for kind, file, overrides in json.loads(Path(sys.argv[1]).read_text()):
         (train_plainly if kind == "plain" else train_run)(config_module.read_config(file, overrides))
+        gc.freeze()  # what is imported by now, so that the engines' full collections are short
     shutdown()
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     init_distributed(minutes=5)
     for file, overrides, *resume in json.loads(Path(sys.argv[1]).read_text()):
         train_run(config_module.read_config(file, overrides), resume=any(resume))
-        gc.freeze()  # what is imported by now, so that the full collections of the engines to come are short
+        gc.freeze()  # what is imported by now, so that the engines' full collections are short
     shutdown()
 
 

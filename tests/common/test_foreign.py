@@ -139,6 +139,20 @@ def test_a_limit_inside_another_one_leaves_the_outer_one_its_time() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+def test_many_short_limits_do_not_keep_an_outer_one_from_its_end() -> None:
+    def parts(until: float) -> None:
+        with limited("all of it", seconds=0.2):
+            while time.monotonic() < until:
+                with limited("a part", seconds=5):
+                    pass
+
+    with pytest.raises(UserError, match=r"all of it took more than 0\.2 s"):
+        parts(time.monotonic() + 3)
+    with limited("afterwards"):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_another_thread_is_not_limited_and_not_disturbed() -> None:
     done = []
 

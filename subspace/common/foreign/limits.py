@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -27,11 +28,15 @@ def _expire(number: int, frame: FrameType | None) -> None:
     raise _Overtime
 
 
+#: The limit inside which the main thread is, the innermost.
+_innermost: limited | None = None
+
+
 class limited:  # noqa: N801  (a context manager, used like a function)
     """Context manager: end what is done inside with a UserError when it takes too long, or too much memory.
 
     Only the main thread can be interrupted. In another one nothing is limited in time. A limit inside another one ends
-    by itself and leaves the outer one as long as it had left.
+    by itself and leaves the outer one its end, also where many short ones follow one another.
 
     Args:
         what: what is done, for the message: ``the template 'x'``.
@@ -45,16 +50,24 @@ class limited:  # noqa: N801  (a context manager, used like a function)
         self._space: tuple[int, int] | None = None
 
     def __enter__(self) -> Self:
+        global _innermost
+        if self._timed:
+            self._around = _innermost
+            if self._around and time.monotonic() > self._around._end:
+                raise _Overtime  # of the outer one, whose timer short ones would start anew for ever
         if self.memory is not None:
             self._limit_memory(self.memory)
         if self._timed:
+            _innermost, self._end = self, time.monotonic() + self.seconds
             self._before = signal.signal(signal.SIGALRM, _expire)
             self._outer = signal.setitimer(signal.ITIMER_REAL, self.seconds)[0]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        global _innermost
         try:
             if self._timed:
+                _innermost = self._around
                 left = signal.setitimer(signal.ITIMER_REAL, 0)[0]
                 signal.signal(signal.SIGALRM, self._before)
                 if self._outer:

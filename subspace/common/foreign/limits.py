@@ -48,6 +48,8 @@ class limited:  # noqa: N801  (a context manager, used like a function)
         self.what, self.seconds, self.memory = what, seconds, memory
         self._timed = threading.current_thread() is threading.main_thread()
         self._space: tuple[int, int] | None = None
+        self._around: limited | None = None
+        self._end = 0.0
 
     def __enter__(self) -> Self:
         global _innermost

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from subspace.common import download, paths
 from subspace.common.files import build_dir_atomically, read_manifest
+from subspace.common.foreign.limits import one_timer
 from subspace.common.progress import Progress
 from subspace.data.items import ITEM_FIELDS, Item
 from subspace.data.tasks import Mixture, Task, find_mixture, find_task, list_mixtures, list_tasks
@@ -208,7 +209,7 @@ class TaskPreparer:
     ) -> tuple[dict[str, list[Item]], dict[str, SplitVerification]]:
         items: dict[str, list[Item]] = {}
         total, done = sum(task.splits[name].rows for name in read), 0
-        with self.progress(f"{task.title} from {source}", total, "rows") as at:
+        with self.progress(f"{task.title} from {source}", total, "rows") as at, one_timer():
             for name, records in read.items():
                 items[name] = []
                 for number, record in enumerate(records()):

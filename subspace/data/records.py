@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from subspace.common.foreign.limits import one_timer
 from subspace.common.foreign.templates import render
 from subspace.data.prepare import task_checksum, task_items
 from subspace.data.tasks import find_task
@@ -28,10 +29,11 @@ def task_rows(name: str, split: str, prompt: str) -> TextRows | None:
         return None
 
     def read() -> Texts:
-        return [
-            (render(prompt, {"instruction": declared.instruction(item), "input": ""}), declared.output(item))
-            for item in task_items(name, split).to_list()
-        ]
+        with one_timer():
+            return [
+                (render(prompt, {"instruction": declared.instruction(item), "input": ""}), declared.output(item))
+                for item in task_items(name, split).to_list()
+            ]
 
     texts = (declared.instruction_template, declared.answer_template, declared.output_template)
     return TextRows(f"{name}/{split}", (checksum, prompt, *texts), read)

@@ -14,7 +14,7 @@ from typing import NotRequired
 import pytest
 from typing_extensions import TypedDict
 
-from subspace.common.foreign.limits import limited
+from subspace.common.foreign.limits import limited, one_timer
 from subspace.common.foreign.templates import BadTemplate, evaluate, render
 from subspace.common.foreign.text import MOST_DEPTH, limited_lines, read_json, read_json_lines, read_text
 from subspace.common.foreign.yaml_files import MOST_VALUES, parse_value, parse_yaml
@@ -151,6 +151,36 @@ def test_many_short_limits_do_not_keep_an_outer_one_from_its_end() -> None:
     with limited("afterwards"):
         pass
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_limits_that_share_a_timer_end_as_others_do() -> None:
+    before = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
+    with one_timer():
+        for number in range(3):
+            with limited("quick", memory=64 << 20):
+                assert number + 1
+        with pytest.raises(UserError, match=r"the loop took more than 0\.05 s"):
+            work_for_ever()
+        with pytest.raises(UserError, match="the text wanted more than 64 MiB"), limited("the text", memory=64 << 20):
+            bytearray(1 << 33)
+        with limited("outside", seconds=0.4), limited("inside", seconds=0.01):
+            pass
+        time.sleep(0.5)  # nothing is limited between two limits
+    assert (signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_limit_inside_another_one_ends_with_it_and_leaves_the_memory_as_it_was() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def part_for_ever() -> None:
+        with limited("all of it", seconds=0.1), one_timer(), limited("a part", seconds=5, memory=64 << 20):
+            while True:
+                pass
+
+    with pytest.raises(UserError, match=r"all of it took more than 0\.1 s"):
+        part_for_ever()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_another_thread_is_not_limited_and_not_disturbed() -> None:

@@ -74,6 +74,7 @@ def test_settings_of_the_model_are_taken(run: Path) -> None:
         SubspaceLM(run=str(run), dtyp="bfloat16")
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_the_harness_s_command_takes_it(run: Path, tmp_path: Path) -> None:
     rows = [{"q": item["question"], "c": item["choices"], "a": item["label"]} for item in items("openbookqa", 8)]

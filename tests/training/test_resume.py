@@ -298,7 +298,10 @@ def test_a_finished_run_is_known(material: Path, whole: Path) -> None:
 
 #: Rows, rows of a step, epochs and those of the longer run: with whole steps or not, fewer rows than a step, and more
 #: than one block of steps that are grouped by length.
-LONGER = [(16, 8, 1, 2), (19, 8, 1, 2), (19, 8, 2, 3), (5, 8, 1, 2), (5, 8, 3, 4), (9, 2, 1, 1.5)]
+LONGER = [
+    *((16, 8, 1, 2), (19, 8, 1, 2), (5, 8, 1, 2), (9, 2, 1, 1.5)),
+    *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in ((19, 8, 2, 3), (5, 8, 3, 4))),
+]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])

@@ -7,7 +7,7 @@ is a :class:`BadTemplate`: of the syntax, of a field that the record lacks, of t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from functools import lru_cache
 from typing import Any
 
@@ -49,7 +49,13 @@ def _regex_replace(text: str, pattern: str, new: str) -> str:
     return re.sub(pattern, new, text)
 
 
-_JINJA = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+class _Sandbox(SandboxedEnvironment):
+    def make_globals(self, d: MutableMapping[str, Any] | None) -> MutableMapping[str, Any]:
+        """Return names as a dict: each call of a template copies them, and Jinja's ChainMap goes one by one."""
+        return {**self.globals, **(d or {})}
+
+
+_JINJA = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True)
 _JINJA.filters.update(regex_group=_regex_group, regex_replace=_regex_replace)
 
 

@@ -92,6 +92,28 @@ def test_mixed_runs_are_what_they_are_alone(material: Path, tmp_path: Path) -> N
         assert "together" not in json.loads((other.folder / "environment.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("base", "losses", "tensors"),
+    [("model.quantize=nf4", 1e-5, 1e-4), ("model.quantize=int8", 1e-5, 1e-4), ("model.dtype=bfloat16", 1e-2, 5e-3)],
+)
+def test_runs_share_a_base_of_fewer_bits(
+    material: Path, tmp_path: Path, base: str, losses: float, tensors: float
+) -> None:
+    """In bfloat16 a product over more rows may round otherwise."""
+    chosen = [(name, COVERING[name]) for name in ("lora", "seed", "dora", "prefix")]
+    together, alone = (
+        [configured(material, tmp_path / where, name, base, "train.steps=5", *own) for name, own in chosen]
+        for where in ("together", "alone")
+    )
+    train_runs(together)
+    for one, other in zip(together, alone, strict=True):
+        train_run(other)
+        assert logged(one.folder) == pytest.approx(logged(other.folder), rel=losses)
+        expected = saved_adapter(other.folder)
+        for name, tensor in saved_adapter(one.folder).items():
+            assert torch.allclose(tensor, expected[name], atol=tensors), name
+
+
 def test_runs_go_on_together_and_alone(material: Path, tmp_path: Path) -> None:
     chosen = {name: COVERING[name] for name in ("lora", "seed", "ssb")}
     # Their folders have the same name, as a study's have.

@@ -30,6 +30,7 @@ from subspace.common.patching import patched
 from subspace.data.collate import Batch, join_batches
 from subspace.kernels.low_rank_groups import lora_down_each, lora_up_add_each
 from subspace.models.base_record import note_copy
+from subspace.models.bitsandbytes_compat import make_int8_shareable
 from subspace.models.frozen_weights import layer_sizes
 from subspace.models.lm_head import SummedLoss
 
@@ -110,6 +111,7 @@ def batch_adapters(model: nn.Module, subjects: Sequence[AdaptersBySite]) -> Iter
 
 def share_weights(model: nn.Module) -> nn.Module:
     """Return a copy of a model whose modules are its own and whose tensors are the model's."""
+    make_int8_shareable(model)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     with patched(Tensor, "__deepcopy__", lambda tensor, memo: tensor):  # of tensors that are no part of a module
         twin = copy.deepcopy(model, shared)

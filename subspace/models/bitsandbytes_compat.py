@@ -7,6 +7,7 @@ Of layers, everything else asks :mod:`subspace.models.frozen_weights`. Each line
 | --- | --- | --- | --- |
 | `nn.Params4bit`, `quant_state` with `absmax code state2 shape` | 0.50.2 | reading 4-bit weights | no reader |
 | `nn.Int8Params`, `SCB CB`, `layer.state` with `SCB CB is_training` | 0.50.2 | reading int8 weights; ZeRO-3 | same |
+| `layer.init_8bit_state` | 0.50.2 | int8 in runs that share a base | as the first pass does |
 | `autograd._functions.matmul` | 0.50.2 | int8 under ZeRO-3 | a product with a given state |
 | `autograd._functions.MatMul8bitLt`, `MatMul8bitFp` | 0.50.2 | planning for int8 | what the meta device can run |
 | `functional.name2qmap`, `create_dynamic_map` | 0.50.2 | `double_quant` after a plan or check | kept without values |
@@ -36,7 +37,7 @@ BLOCK = 256
 
 def storage_format(layer: Any) -> str:
     """Return the storage format of the layer's weight: ``plain``, ``int8`` or ``4bit``."""
-    return weight_format(layer.weight)
+    return weight_format(getattr(layer, "weight", None))
 
 
 def weight_format(weight: Any) -> str:
@@ -89,6 +90,18 @@ def int8_tensors(holder: Any) -> Iterator[Tensor]:
             yield tensor
 
 
+def make_int8_shareable(model: nn.Module) -> None:
+    """Move the scales of int8 weights to their layers' states, as each layer's first forward pass would.
+
+    Of several layers that share a weight, the first pass of one takes the scales; the others find none and quantise the
+    int8 values once more, as if they were the weights, without a word.
+    """
+    layer: Any
+    for layer in model.modules():
+        if storage_format(layer) == "int8" and layer.weight.CB is not None:
+            layer.init_8bit_state()
+
+
 def keep_4bit_weights_intact(model: nn.Module) -> None:
     """Switch off a CPU fast path that destroys weights.
 
@@ -108,8 +121,8 @@ def make_int8_zero3_compatible(model: nn.Module) -> None:
     by a shard. Here no copy is retained: each pass reads the parameter, which DeepSpeed gathers for the layer.
     """
     for layer in model.modules():
-        weight: Any = getattr(layer, "weight", None)
-        if weight_format(weight) == "int8":
+        if storage_format(layer) == "int8":
+            weight: Any = layer.weight
             state: Any = layer.state
             state.SCB, state.CB = weight.SCB if weight.SCB is not None else state.SCB, None
             weight.CB = weight.SCB = None

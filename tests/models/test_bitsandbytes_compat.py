@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from subspace.adapters.multi_adapter import share_weights
 from subspace.models import bitsandbytes_compat as compat
 
 VERSION = f"bitsandbytes {bitsandbytes.__version__}"
@@ -66,6 +67,20 @@ def test_an_int8_weight_is_what_its_layer_multiplies_by_before_and_after_a_forwa
     assert torch.equal(compat.dequantize_int8(layer), before)
     assert (before - weight).norm() < 0.02 * weight.norm()
     assert len([*compat.int8_tensors(layer.state)]) == 2, f"{VERSION} changed CB or SCB of the layer's state"
+
+
+def test_int8_layers_that_share_a_weight_compute_the_same_whichever_is_first() -> None:
+    layer, _ = quantized_layer("int8")
+    values, x = compat.dequantize_int8(layer), torch.linspace(-1, 1, 3 * IN).view(3, IN)
+    compat.make_int8_shareable(layer)
+    assert layer.state.SCB is not None, f"{VERSION} changed init_8bit_state"
+    twin = share_weights(layer)
+    assert twin.weight is layer.weight
+    outputs = [each(x).detach() for each in (twin, layer, twin)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.allclose(outputs[0], x @ values.T, atol=0.05)
+    assert torch.equal(compat.dequantize_int8(twin), values)
 
 
 def test_an_int8_layer_made_zero_3_compatible_computes_the_same_and_retains_no_weight() -> None:

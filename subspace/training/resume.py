@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from subspace.adapters.inject import adapters
-from subspace.adapters.serialization import read_adapter, save_adapter
+from subspace.adapters.serialization import named_tensors, read_adapter, save_adapter
 from subspace.common.declarations import Amount, Count, Positive
 from subspace.common.files import PARTIAL, write_checked
 from subspace.common.foreign.text import read_json
@@ -257,7 +257,7 @@ def restore_checkpoint(engine: Any, saved: Checkpoint, seed: int) -> None:
 
     On another number of processes the random generators are re-seeded from ``seed``, the step and the rank.
     """
-    own = {f"{s}.{n}": t for s, adapter in adapters(engine.module).items() for n, t in adapter.own_tensors().items()}
+    own = named_tensors(engine.module)
     expected = {name: tensor.shape for name, tensor in saved.adapter.items()}
     if {name: full_shape(tensor) for name, tensor in own.items()} != expected:
         raise UserError(f"{saved.path} does not fit this model: its adapters have other names or shapes")

@@ -107,6 +107,17 @@ def test_a_model_in_sixteen_bits_goes_on(material: Path, tmp_path: Path) -> None
     assert_same(whole, folder)
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_model_whose_head_is_its_embedding_goes_on(material: Path, tmp_path: Path, stage: int) -> None:
+    tiny_llama(tmp_path / "model", tie_word_embeddings=True)
+    engine = material.parent / f"zero{stage}.json"
+    settings = [f"model.path={tmp_path / 'model'}", "method=full", "train.learning_rate=0.001", f"engine={engine}"]
+    whole = train(material, tmp_path, "whole", *settings)
+    folder = killed(whole, "killed", 4)
+    train(material, tmp_path, "killed", *settings, resume=True)
+    assert_same(whole, folder)
+
+
 @pytest.mark.parametrize("setting", ["train.schedule=linear", "train.schedule=constant", "data.packing=true"])
 def test_every_schedule_and_packing_goes_on(material: Path, tmp_path: Path, setting: str) -> None:
     settings = [setting, "train.warmup_steps=7", "method.dropout=0.1"]

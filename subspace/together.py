@@ -41,8 +41,9 @@ COMMON = (
     "train.keep_memory",
     "train.hang_minutes",
 )
-#: Of the rounds of passes, the one in which the runs have their own, and the last whose time is compared with it.
-MEASURED_ALONE, LAST_MEASURED = 2, 8
+#: Of the rounds of passes, the one in which the runs have their own, and the last whose time is compared with it. It is
+#: the first, before any checkpoint: a run that goes on from one has the same passes as one that nothing interrupted.
+MEASURED_ALONE, LAST_MEASURED = 1, 8
 
 
 def labels(configs: Sequence[RunConfig]) -> list[str]:
@@ -186,6 +187,8 @@ class Together:
             own = [name for name in self.runs if name not in able]
             if own and is_main():
                 logger.info(f"one pass for {', '.join(able) or 'none'}; passes of their own for {', '.join(own)}")
+            if self._round_alone and able:
+                self._warm_up(shared, able[0])
             while self._asked:
                 self._round += 1
                 joint = [name for name in able if name in self._asked]
@@ -211,6 +214,12 @@ class Together:
         if set(self._alone) != set(self.runs):
             return None
         return round(self._alone[name] / sum(self._alone.values()), 4)
+
+    def _warm_up(self, shared: OnePass, name: str) -> None:
+        """Run a pass for nothing, so that the first one that is measured is not the one that allocates."""
+        asked = self._asked[name]
+        with offload_activations() if asked.offload else nullcontext():
+            shared.gradients([0], [asked.batch], [asked.weight], asked.engine.device)
 
     def _run_alone(self, name: str) -> None:
         """Run the pass that a run asks for, and let it go on."""

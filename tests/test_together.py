@@ -94,7 +94,7 @@ def test_mixed_runs_are_what_they_are_alone(material: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("base", "losses", "tensors"),
-    [("model.quantize=nf4", 1e-5, 1e-4), ("model.quantize=int8", 1e-5, 1e-4), ("model.dtype=bfloat16", 1e-2, 5e-3)],
+    [("model.quantize=nf4", 1e-5, 1e-3), ("model.quantize=int8", 1e-5, 1e-3), ("model.dtype=bfloat16", 1e-2, 5e-2)],
 )
 def test_runs_share_a_base_of_fewer_bits(
     material: Path, tmp_path: Path, base: str, losses: float, tensors: float
@@ -111,7 +111,7 @@ def test_runs_share_a_base_of_fewer_bits(
         assert logged(one.folder) == pytest.approx(logged(other.folder), rel=losses)
         expected = saved_adapter(other.folder)
         for name, tensor in saved_adapter(one.folder).items():
-            assert torch.allclose(tensor, expected[name], atol=tensors), name
+            assert (tensor - expected[name]).norm() < tensors * expected[name].norm(), name
 
 
 def test_runs_go_on_together_and_alone(material: Path, tmp_path: Path) -> None:

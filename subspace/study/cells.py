@@ -58,7 +58,7 @@ class Cell:
             f"train.validate_every={first}",  # the rungs are multiples of the first
             "train.patience=0",
             "train.save_final=last",
-            "train.keep_checkpoints=1",
+            "train.keep_checkpoints=2",  # the one from which those that share a pass go on, while it ends
             f"runs={format_value(str(self.folder.parent))}",
             f"name={self.folder.name}",
         ]

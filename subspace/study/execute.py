@@ -29,6 +29,7 @@ from subspace.study.cells import CELL_FILE, FAILED_FILE, OUTPUT_FILE, Cell, fina
 from subspace.study.config import ANSWER_LOGPROB, RETENTION
 from subspace.study.grid import Grid
 from subspace.study.search import Outcome
+from subspace.study.shared_pass import begin_pass, end_pass, interrupted_pass, take_back
 from subspace.together import check_together
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,12 @@ class Executor:
         while True:
             outcome, _ = read_search(self.grid)
             self._confirm(outcome)
+            if begun := interrupted_pass(self.grid, self._all_cells(outcome)):
+                if self._out_of_time():
+                    return False
+                take_back(begun[0])
+                self._train_together(*begun, outcome)
+                continue
             tidy(self.grid, outcome)
             work = next_cells(self.grid, outcome, self.only)
             if not work:
@@ -91,7 +98,7 @@ class Executor:
 
     def _confirm(self, outcome: Outcome) -> None:
         """Raise UserError for a finished cell whose settings are not those of now, once for each."""
-        for cell in (*search_cells(self.grid, outcome), *final_cells(self.grid, outcome)):
+        for cell in self._all_cells(outcome):
             if cell.folder not in self.confirmed and cell.ended:
                 if not is_finished(cell.config()):
                     raise UserError(
@@ -99,6 +106,9 @@ class Executor:
                         f"give the study another name, or remove that folder to train it again"
                     )
                 self.confirmed.add(cell.folder)
+
+    def _all_cells(self, outcome: Outcome) -> list[Cell]:
+        return [*search_cells(self.grid, outcome), *final_cells(self.grid, outcome)]
 
     def _train(self, cell: Cell, until: int, outcome: Outcome) -> None:
         began, before = self.clock(), _trained_steps(cell)
@@ -144,6 +154,7 @@ class Executor:
             cell.folder.mkdir(parents=True, exist_ok=True)
             files.append(cell.folder / CELL_FILE)
             write_config(cell.config(), files[-1])
+        begin_pass(self.grid, group, until)
         output = self.grid.folder / OUTPUT_FILE
         pause = ["--until", str(until)] if until < self.grid.steps else []
         status = self.run(["train", *map(str, files), "--resume", *pause], output)
@@ -153,6 +164,7 @@ class Executor:
                 logger.info(f"{cell.folder} failed, and counts as the worst: {why}")
         if status and not all(until in cell.losses() for cell in group):
             raise _failure(self.grid.folder, status, output)
+        end_pass(self.grid)
         if gain := group[0].facts().get("gain"):
             logger.info(f"that was {gain:.1f} times as fast as one run after the other")
         self.seconds_of_steps.append((sum(map(_trained_steps, group)) - before, self.clock() - began))

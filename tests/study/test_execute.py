@@ -6,12 +6,14 @@ import csv
 import json
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from subspace.cli.main import main
+from subspace.common.files import remove_folder
 from subspace.common.locks import in_use
 from subspace.config import read_config
 from subspace.errors import RunStopped, UserError
@@ -23,7 +25,8 @@ from subspace.study.files import TIMES, write_report
 from subspace.study.grid import Grid
 from subspace.study.report import report_grid
 from subspace.study.results import read_results
-from subspace.training.checkpoint import checkpoints
+from subspace.study.shared_pass import begin_pass, interrupted_pass, take_back
+from subspace.training.checkpoint import checkpoints, step_of
 from tests.helpers.studies import STUDY, here, made_up, make_study, stopping_after
 
 OPTIMUM = {"lora": 1e-2, "ssb": 1.0}
@@ -103,6 +106,61 @@ def test_cells_that_are_due_are_trained_together(root: Path, tmp_path: Path, uns
         write_report(read_results(grid))
     assert cells_without_times(one.folder) == cells_without_times(several.folder)
     assert any(row["state"] == "failed" for row in cells_without_times(several.folder))
+
+
+def test_cells_that_shared_a_pass_when_it_was_stopped_share_it_again(
+    root: Path, tmp_path: Path, unsealed: None
+) -> None:
+    commands: list[list[str]] = []
+
+    def stopped(arguments: Sequence[str], output: Path) -> int:
+        """Only the first of three cells comes to the end."""
+        files = [word for word in arguments if word.endswith(".yaml")]
+        commands.append(files)
+        rest = [word for word in arguments if word not in files]
+        made_up(quadratic)([rest[0], files[0], *rest[1:]], output)
+        output.write_text("stopped\n")
+        return RunStopped.status
+
+    def whole(arguments: Sequence[str], output: Path) -> int:
+        commands.append([word for word in arguments if word.endswith(".yaml")])
+        if len(commands) == 2:
+            assert not (Path(commands[0][0]).parent / "log.jsonl").exists(), "the first was not taken back"
+        return made_up(quadratic)(arguments, output)
+
+    grid = opened(root, tmp_path)
+    with pytest.raises(RunStopped):
+        Executor(grid, stopped, together=3).execute()
+    assert Executor(grid, whole, together=2).execute()  # of what begins now
+    assert len(commands[0]) == 3
+    assert commands[1] == commands[0]
+    assert max(map(len, commands[2:])) == 2
+    assert not (grid.folder / "pass.json").exists()
+
+
+def test_cells_go_back_to_the_last_step_that_all_have(root: Path, tmp_path: Path) -> None:
+    grid = opened(root, tmp_path)
+    executor = Executor(grid, here, together=2)
+    outcome, _ = read_search(grid)
+    group = executor._group(next_cells(grid, outcome))
+    executor._train_together(group, 1, outcome)
+    executor._train_together(group, 2, outcome)
+    first, second = group
+    expected = [cell.losses() for cell in group]
+    remove_folder(checkpoints(second.folder)[-1])  # as if it had been killed as it saved
+    begin_pass(grid, group, 2)
+    begun = interrupted_pass(grid, group)
+    assert begun == (group, 2)
+    take_back(group)
+    assert [[step_of(path) for path in checkpoints(cell.folder)] for cell in group] == [[1], [1]]
+    executor._train_together(group, 2, outcome)
+    assert [cell.losses() for cell in group] == expected
+    begin_pass(grid, group, 2)
+    assert interrupted_pass(grid, group) is None
+    shutil.rmtree(first.folder)
+    begin_pass(grid, group, 2)
+    take_back(group)
+    assert not second.folder.exists()
 
 
 def test_cells_that_cannot_share_a_pass_are_trained_alone(root: Path, tmp_path: Path, unsealed: None) -> None:
@@ -224,7 +282,7 @@ def test_two_methods_of_a_seed_are_fed_the_same_rows(root: Path, tmp_path: Path)
         cell = Cell(grid, label, grid.contender(label).trials[0], seed)
         cell.folder.mkdir(parents=True)
         assert here(cell.train_arguments(2), cell.folder / "output.txt") == 0
-        (path,) = checkpoints(cell.folder)
+        path = checkpoints(cell.folder)[-1]
         fed[label, seed] = json.loads((path / "training.json").read_text())["fed"]
     assert fed["lora", 0] == fed["ssb", 0] != fed["lora", 1]
 

@@ -543,7 +543,8 @@ def test_ten_kills_at_random_change_nothing(tmp_path: Path) -> None:
     subprocess.run(command("undisturbed"), env=ENVIRONMENT, capture_output=True, check=True)
     draw, folder = random.Random(0), tmp_path / "killed" / "smollm2-135m"
     for kill in range(10):
-        assert kill_at_random(command("killed"), folder, draw.randrange(1, 20)), f"kill {kill} came too late"
+        share = (2 * 2 * 60 - items_kept(folder)) // (11 - kill)  # a busy machine kills late
+        assert kill_at_random(command("killed"), folder, draw.randrange(1, max(2, share))), f"kill {kill} came too late"
     subprocess.run(command("killed"), env=ENVIRONMENT, capture_output=True, check=True)
     names = [file.relative_to(folder) for file in folder.rglob("*.jsonl")]
     assert len(names) == 4

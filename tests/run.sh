@@ -7,7 +7,7 @@ usage() {
     cat <<'TEXT'
 usage: bash tests/run.sh [--help] [PYTEST_ARGUMENT ...]
 
-Needs Python 3.11 or newer; no GPU. Takes 11 to 13 minutes on 2 idle cores after installation.
+Needs Python 3.11 or newer; no GPU. Takes 10 to 12 minutes on 2 idle cores after installation.
 
   1. makes .venv and installs requirements.txt and tests/requirements.txt into it; as root on Debian, Chromium as well, in
      which pages of results are looked at (without it, those tests are left out)

@@ -75,7 +75,9 @@ class Executor:
             self._confirm(outcome)
             if begun := interrupted_pass(self.grid, self._all_cells(outcome)):
                 if self._out_of_time():
+                    logger.info(f"time is up: {self._remaining(outcome)}. The same command goes on")
                     return False
+                logger.info(f"{len(begun[0])} runs were interrupted in passes that they share, and go on together")
                 take_back(begun[0])
                 self._train_together(*begun, outcome)
                 continue

@@ -14,13 +14,14 @@ from torch import nn
 from subspace.adapters import registry
 from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.parameter_count import count_numbers
-from subspace.common.settings import current_names, declared_settings
+from subspace.common.paths import find_resource
+from subspace.common.settings import current_names, declared_settings, split_names
 from subspace.config import METHOD, SECTIONS, RunConfig
 from subspace.data.config import DataConfig
 from subspace.data.dataset import Data, Fed
 from subspace.data.sampler import StepPlan, draw_steps
 from subspace.data.sources.find import is_here, split_of
-from subspace.data.tasks import find_mixture, list_mixtures
+from subspace.data.tasks import find_mixture, is_declaration, list_mixtures
 from subspace.distributed.deepspeed_config import (
     BatchLayout,
     EngineConfig,
@@ -152,19 +153,25 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         mixture=_absolute_mixture(config.data.mixture),
         chat_template=_absolute(config.data.chat_template),
     )
-    evaluate = replace(config.evaluate, data=_absolute(config.evaluate.data), engine=_absolute(config.evaluate.engine))
+    tasks = [_absolute(task) if is_declaration(task) else task for task in split_names(config.evaluate.tasks)]
+    evaluate = replace(
+        config.evaluate, tasks=tasks, data=_absolute(config.evaluate.data), engine=_absolute(config.evaluate.engine)
+    )
     return replace(config, model=model, data=data, evaluate=evaluate)
 
 
 def _absolute(path: Any) -> Any:
-    there = path is not None and is_here(split_of(path)[0])
-    return str(Path(path).expanduser().absolute()) if there else path
+    if path is None or not is_here(name := split_of(path)[0]):
+        return path
+    if not Path(name).expanduser().exists() and find_resource(name):
+        return path  # a file of the project's own, which is found by this name from every folder
+    return str(Path(path).expanduser().absolute())
 
 
 def _absolute_mixture(wanted: str) -> str:
     if wanted in list_mixtures():
         return wanted
-    if wanted.endswith((".yaml", ".yml")):
+    if is_declaration(wanted):
         return str(_absolute(wanted))
     if is_here(wanted) and not find_mixture(wanted).parts[0].task:  # a path may have a comma in it
         return str(_absolute(wanted))

@@ -13,7 +13,7 @@ from subspace.data.config import TaskSelection
 from subspace.data.custom_tasks import custom_task, read_local_items, with_answer_words
 from subspace.data.items import Item
 from subspace.data.prepare import task_items
-from subspace.data.tasks import Task, find_task, list_tasks
+from subspace.data.tasks import Task, find_task, is_declaration, list_tasks
 from subspace.errors import UserError
 
 
@@ -38,7 +38,7 @@ def find_tasks(names: str | Sequence[str]) -> list[Task]:
     """
     found: dict[str, Task] = {}
     for name in split_names(names):
-        if name.endswith((".yaml", ".yml")):
+        if is_declaration(name):
             task = custom_task(Path(name))
             if found.setdefault(task.name, task) != task:
                 raise UserError(

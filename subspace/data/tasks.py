@@ -255,6 +255,11 @@ def list_mixtures() -> dict[str, Mixture]:
     return read_folder("mixtures", Mixture)
 
 
+def is_declaration(name: str) -> bool:
+    """Return True if the name of a task or a mixture is the path of a YAML file that declares it."""
+    return name.endswith((".yaml", ".yml"))
+
+
 def find_mixture(wanted: str) -> Mixture:
     """Return the mixture that ``data.mixture`` names.
 
@@ -267,7 +272,7 @@ def find_mixture(wanted: str) -> Mixture:
         UserError: it names no mixture, task or split, or a negative number of rows. Paths and names on the hub are
             looked up when they are read.
     """
-    if wanted.endswith((".yaml", ".yml")):
+    if is_declaration(wanted):
         mixture = build(Mixture, {"name": Path(wanted).stem, **read_yaml(Path(wanted))}, wanted)
         mixture = dataclasses.replace(mixture, parts=tuple(_beside(part, Path(wanted)) for part in mixture.parts))
     elif wanted in list_mixtures():

@@ -30,7 +30,7 @@ from subspace.study.record import open_grid
 PR_SET_CHILD_SUBREAPER = 36
 STUDY = """base: launch/studies/toy/run.yaml
 runs: {runs}
-settings: {{train.steps: {steps}, data.validation: 60}}
+settings: {{train.steps: {steps}, train.batch_size: 8, data.validation: 60}}
 budget: {{like: lora, r: 4}}
 methods: [lora, dora, ssb, bitfit]
 rates: [1.0e-3, 3.2e-3, 1.0e-2, 3.2e-2, 1.0e-1]

@@ -101,7 +101,9 @@ def test_every_method_has_the_size_that_its_run_will_have(root: Path) -> None:
 
 NULL = """base: launch/studies/toy/run.yaml
 runs: {runs}
-settings: {{train.steps: 6, train.warmup_steps: 1, data.validation: 16, evaluate.limit: 60, train.log_every: 6}}
+settings:
+  {{train.steps: 6, train.batch_size: 8, train.warmup_steps: 1, train.log_every: 6, data.validation: 16,
+  evaluate.limit: 60}}
 budget: {{like: lora, r: 4}}
 methods: [lora, lora-twin]
 rates: [1.0e-2]

@@ -19,7 +19,7 @@ from subspace.common.files import open_log
 from subspace.common.locks import in_use
 from subspace.distributed.watchdog import Watchdog
 from subspace.errors import UserError
-from subspace.evaluation.results import RESULTS
+from subspace.evaluation.results import RESULTS, read_results
 from subspace.resumption import is_finished
 from subspace.run import train_run
 from subspace.training.checkpoint import checkpoint_path, checkpoints, known_run_id, run_of
@@ -280,19 +280,25 @@ def test_a_name_that_is_too_long_is_one_message(
 # From another folder.
 
 
-def test_a_run_with_relative_paths_is_merged_from_another_folder(
+def test_a_run_with_relative_paths_is_merged_and_scored_from_another_folder(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(material.parent)
+    Path("own.yaml").write_text("file: own.jsonl\n")
+    Path("own.jsonl").write_text('{"question": "What is it?", "choices": ["This", "That"], "label": 1}\n')
     settings = [f"runs={tmp_path}", "name=run", *SETTINGS_OF_RUNS, "model.path=model", "data.mixture=data.jsonl"]
+    settings += ["evaluate.tasks=own.yaml"]
     config = config_module.read_config("run.yaml", settings)
     folder = train_run(config)
     assert is_finished(config)
     monkeypatch.chdir(tmp_path)
     assert main(["merge", str(folder), "--out", "merged"]) == 0
+    assert main(["evaluate", str(folder)]) == 0
+    assert [row.task for row in read_results(folder)] == ["own"]
     written = config_module.read_config(folder / "config.yaml")
     assert written.model.path == str(material.parent / "model")
     assert written.data.mixture == str(material.parent / "data.jsonl")
+    assert written.evaluate.tasks == [str(material.parent / "own.yaml")]
 
 
 @pytest.mark.parametrize(

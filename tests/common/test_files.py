@@ -198,6 +198,17 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
+def test_a_link_in_the_place_of_a_partial_file_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a file there overwritten: both could be another user's, in a shared folder."""
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "known")
+    partial = tmp_path / f".file.{files.this_process()}.known.partial"
+    partial.symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "file", "content")
+    assert not (tmp_path / "victim").exists()
+    assert not (tmp_path / "file").exists()
+
+
 def test_a_checksum_is_sha256(tmp_path: Path) -> None:
     write_file(tmp_path / "file", b"content")
     assert file_sha256(tmp_path / "file") == hashlib.sha256(b"content").hexdigest()

@@ -34,6 +34,7 @@ from subspace.common.files import (
     write_folder,
     write_json,
 )
+from subspace.common.locks import this_process
 from subspace.errors import UserError
 
 
@@ -200,8 +201,8 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
 
 def test_a_link_in_the_place_of_a_partial_file_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a file there overwritten: both could be another user's, in a shared folder."""
-    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "known")
-    partial = tmp_path / f".file.{files.this_process()}.known.partial"
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    partial = tmp_path / f".file.{this_process()}.known.partial"
     partial.symlink_to(tmp_path / "victim")
     with pytest.raises(FileExistsError):
         write_file(tmp_path / "file", "content")

@@ -65,12 +65,18 @@ def weight_changes(material: Path, folder: Path) -> dict[str, Tensor]:
 
 
 def assert_same(material: Path, one: Path, other: Path) -> None:
+    """Check that losses, and what is added to each weight, are equal but for rounding.
+
+    Tensors that are no change of a weight are compared by their norms: AdamW moves an entry whose gradient is about
+    zero by a whole step in either direction, as rounding has it.
+    """
     losses, others = logged(one), logged(other)
     assert len(losses) == len(others)
     assert losses == pytest.approx(others, rel=1e-5)
-    expected = weight_changes(material, other)
+    expected, weights = weight_changes(material, other), open_model(read_config(material).model).state_dict()
     for name, change in weight_changes(material, one).items():
-        assert torch.allclose(change, expected[name], atol=1e-4), name
+        apart = change - expected[name]
+        assert apart.abs().max() <= 1e-4 or (name not in weights and apart.norm() <= 1e-4 * expected[name].norm()), name
 
 
 def test_mixed_runs_are_what_they_are_alone(material: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from subspace.common.declarations import Declaration, build
 from subspace.common.foreign.yaml_files import read_yaml
 from subspace.common.paths import find_resource
 from subspace.errors import UserError, nearest
+from subspace.study.search import HIGHEST_RATE
 
 #: Outcomes by which methods are called better: of each item, the log-odds of the right answer; or the held-out loss.
 ANSWER_LOGPROB, VALIDATION_LOSS = "answer_logprob", "validation_loss"
@@ -199,7 +200,11 @@ def _check_numbers(study: Study, where: str) -> None:
     allowed = {
         "rates.ladder": (rates.ladder, rates.ladder >= 1, "at least 1"),
         "rates.step": (rates.step, rates.step > 1, "a factor above 1"),
-        "rates.list": (list(rates.list), all(rate > 0 for rate in rates.list), "rates above 0"),
+        "rates.list": (
+            list(rates.list),
+            all(0 < rate <= HIGHEST_RATE for rate in rates.list),
+            f"rates above 0, to {HIGHEST_RATE:g}",
+        ),
         "budget.within": (study.budget.within, study.budget.within >= 0, "a share from 0"),
         "budget.parameters": (study.budget.parameters, (study.budget.parameters or 1) > 0, "a number above 0"),
         "search.trials": (trials, trials is None or trials >= 1, "at least 1"),

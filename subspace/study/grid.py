@@ -25,7 +25,7 @@ from subspace.errors import UserError
 from subspace.models.loading import open_shape
 from subspace.study.centres import exponents, gradient_norms
 from subspace.study.config import ANSWER_LOGPROB, Budget, Method, Study
-from subspace.study.search import Rules, Trial, round_rate, rungs_of
+from subspace.study.search import HIGHEST_RATE, Rules, Trial, round_rate, rungs_of
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,11 @@ def _trials(study: Study, contender: Contender, base_rate: float, number: int) -
     within one. A method without the axes has as many trials, at as many rates over the same span.
     """
     rates = _ladder(study, contender.exponent, base_rate, study.rates.ladder)
+    if max(rates) > HIGHEST_RATE:
+        raise UserError(
+            f"the ladder of {contender.label} reaches {max(rates):.2g}, and train.learning_rate goes to "
+            f"{HIGHEST_RATE:g}. Set rates.step or rates.ladder lower"
+        )
     count = study.search.trials or len(rates)
     cls = resolve_method(contender.name)[0]
     known = cls.Config.__dataclass_fields__

@@ -13,6 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from subspace.training.config import TrainConfig
+
+#: The highest rate that a run takes.
+HIGHEST_RATE: float = TrainConfig.__dataclass_fields__["learning_rate"].metadata["max"]
 #: How often a ladder grows on a side, before a best rate at its end is only marked.
 EXTENSIONS = 2
 
@@ -87,6 +91,9 @@ def search(planned: Mapping[str, Sequence[Trial]], losses: Losses, rules: Rules)
         trials = {method: tuple(trial for group in groups for trial in group) for method, groups in rounds.items()}
         edges = {method: side for method, trial in best.items() if (side := _edge(trial, trials[method]))}
         sides = {side for side in edges.values() if grown[side] < EXTENSIONS}
+        top = max(trial.rate for tried in trials.values() for trial in tried)
+        if rules.step and round_rate(top * rules.step) > HIGHEST_RATE:
+            sides.discard("high")
         if due or not sides or rules.step is None:
             return Outcome(tuple(due), trials, best, edges if not due else {})
         for side in sorted(sides):

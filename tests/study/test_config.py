@@ -50,6 +50,7 @@ def test_the_short_forms_mean_the_long_ones(root: Path) -> None:
         ("validation_loss", "perplexity", "outcome.primary is 'perplexity'"),
         ("ladder: 3", "ladder: 0", "rates.ladder is 0"),
         ("3.1623", "1.0", "rates.step is 1.0"),
+        ("rates: {{ladder: 3, step: 3.1623}}", "rates: [1.0, 2.0e+6]", "rates above 0, to 1e+06"),
         ("first: 0.2", "first: 0", "search.halving"),
         ("search: {{", "search: {{trials: 4, ", "search.trials is 4"),
         ("search: {{", "search: {{on: test, ", "search.on is 'test'"),
@@ -77,6 +78,7 @@ def test_a_file_that_says_nonsense_is_refused(root: Path, before: str, after: st
         ("train.steps: 5", "train.stepz: 5", "Did you mean"),
         ("{{primary: validation_loss}}", "{{}}\nname: x", "llm-adapters does not give"),
         ("budget:", "axes: {{r: [2, 4]}}\nbudget:", "axes has r, which is the size"),
+        ("step: 3.1623", "step: 1.0e+9", "the ladder of lora reaches"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(root: Path, before: str, after: str, said: str) -> None:

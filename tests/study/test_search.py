@@ -11,6 +11,7 @@ from scipy import stats
 
 from subspace.study.search import (
     EXTENSIONS,
+    HIGHEST_RATE,
     Outcome,
     Rules,
     Trial,
@@ -70,6 +71,14 @@ def test_a_rate_just_beyond_the_ladder_is_found_and_not_marked() -> None:
     assert {name: trial.rate for name, trial in outcome.best.items()} == optimum
     assert outcome.edges == {}
     assert {len(tried) for tried in outcome.trials.values()} == {5}
+
+
+def test_no_ladder_grows_beyond_the_highest_rate_that_a_run_takes() -> None:
+    optimum = {"a": 1e9, "b": 1e4}
+    outcome, _ = played({name: ladder(1e5, 3) for name in optimum}, quadratic(optimum))
+    assert max(trial.rate for tried in outcome.trials.values() for trial in tried) == HIGHEST_RATE == 1e6
+    assert outcome.edges["a"] == "high"
+    assert {len(tried) for tried in outcome.trials.values()} == {3 + 1 + EXTENSIONS}  # once above, twice below
 
 
 def test_halving_keeps_the_better_half_and_finds_the_best() -> None:

@@ -210,11 +210,14 @@ def _read_defaults(name: str, key: str, value: str, overrides: Sequence[str]) ->
     return _compose(_override(values, overrides), Path())
 
 
+def portable(config: RunConfig) -> dict[str, Any]:
+    """Return a configuration's values, with a shipped engine file by the name that it has on every machine."""
+    return {**config.as_dict(), "engine": resource_name(Path(config.engine)) or config.engine}
+
+
 def write_config(config: RunConfig, file: Path) -> None:
     """Write a configuration and copies of its method files, so that :func:`read_config` restores it on any machine."""
-    plain = config.as_dict()
-    engine = Path(config.engine)
-    plain["engine"] = resource_name(engine) or str(engine)
+    plain = portable(config)
     registry.write_method_files(file.parent, [(e.file, e.sha256) for e in config.method if e.file and e.sha256])
     write_yaml(file, plain)
 

@@ -20,7 +20,7 @@ from subspace.adapters.parameter_count import count_trained, match_budget
 from subspace.adapters.registry import configure, resolve_method
 from subspace.common.foreign.yaml_files import format_value
 from subspace.common.progress import Progress, no_progress
-from subspace.config import RunConfig, read_config
+from subspace.config import RunConfig, portable, read_config
 from subspace.errors import UserError
 from subspace.models.loading import open_shape
 from subspace.study.centres import exponents, gradient_norms
@@ -136,7 +136,7 @@ def resolve(study: Study, progress: Progress = no_progress, *, centred: bool = T
     if rates.list:
         step = rates.list[-1] / rates.list[-2] if len(rates.list) > 1 else 0.0
     shared = {
-        key: value for key, value in config.as_dict().items() if key not in ("name", "runs", "method", "published")
+        key: value for key, value in portable(config).items() if key not in ("name", "runs", "method", "published")
     }
     grid = Grid(
         name=study.name,

@@ -63,8 +63,8 @@ def _read(grid: Grid) -> dict[str, Any] | None:
 
 
 def grid_hash(grid: Grid) -> str:
-    """Return the hash of all that decides the study's numbers."""
-    return hash_json(_plain(grid))
+    """Return the hash of all that decides the study's numbers; where its files lie does not."""
+    return hash_json({key: value for key, value in _plain(grid).items() if key not in ("base", "runs")})
 
 
 def _plain(grid: Grid) -> dict[str, Any]:

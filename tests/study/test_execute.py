@@ -264,6 +264,23 @@ def test_another_grid_than_that_of_the_runs_is_refused_with_a_way_out(
     opened(root, tmp_path, STUDY.replace("[0, 1]", "[0, 1, 2]"), "[lora, ssb, dora]")
 
 
+def test_a_study_goes_on_from_another_folder_and_another_place_of_the_project(
+    root: Path, tmp_path: Path, unsealed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = opened(root, tmp_path, STUDY.replace("train.steps: 5", "train.steps: 5, engine: ds_configs/zero0.json"))
+    Executor(grid, made_up(quadratic)).execute()
+    assert grid.shared["engine"] == "ds_configs/zero0.json"
+
+    def measured(*_: object) -> list[float]:
+        raise AssertionError("the ladders were centred anew")
+
+    monkeypatch.setattr("subspace.study.grid.gradient_norms", measured)
+    for folder in (root, root.parent):
+        monkeypatch.chdir(folder)
+        file = (root / "toy.yaml").relative_to(folder)
+        assert record.open_grid(read_study(file)).contenders == grid.contenders
+
+
 def test_a_finished_run_of_other_settings_is_refused(root: Path, tmp_path: Path) -> None:
     grid = opened(root, tmp_path)
     with pytest.MonkeyPatch.context() as patch:

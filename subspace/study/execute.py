@@ -1,7 +1,7 @@
 """The execution of a study: one cell after another, each by the command that would train it alone, or several at once.
 
 Cells of one seed that are due up to the same step are trained together, in passes that they share: the outcomes are
-those of one after the other, sooner.
+those of one after the other, sooner. Several commands may run at a time, each on a device of its own.
 
 Where a study stands is read from the folders of its cells before every step, so the same command goes on after a kill
 at any moment. A cell that fails by itself, as by a loss that is not finite, loses its place in the search; whatever
@@ -14,8 +14,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from subspace.common.files import remove_folder, write_file
@@ -29,7 +31,7 @@ from subspace.study.cells import CELL_FILE, FAILED_FILE, OUTPUT_FILE, Cell, fina
 from subspace.study.config import ANSWER_LOGPROB, RETENTION
 from subspace.study.grid import Grid
 from subspace.study.search import Outcome
-from subspace.study.shared_pass import begin_pass, end_pass, interrupted_pass, take_back
+from subspace.study.shared_pass import Pass, begin_pass, end_pass, interrupted_passes, take_back
 from subspace.together import check_together
 
 logger = logging.getLogger(__name__)
@@ -44,10 +46,12 @@ class Executor:
 
     Attributes:
         grid: the study's.
-        run: starts a command.
+        run: starts a command, and waits for its end.
         only: methods to which the cells are limited; empty for all.
         minutes: after so many no other cell is begun; None for no limit.
         together: how many cells are trained in one pass at most.
+        parallel: how many commands run at a time; ``run`` is called from as many threads.
+        stop: tells the commands that run to end.
         clock: seconds, for ``minutes`` and the progress line.
     """
 
@@ -56,13 +60,14 @@ class Executor:
     only: Sequence[str] = ()
     minutes: float | None = None
     together: int = 1
+    parallel: int = 1
+    stop: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
-    seconds_of_steps: list[tuple[int, float]] = field(default_factory=list)
     confirmed: set[Path] = field(default_factory=set)
     resolved: dict[Path, ResolvedRun] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.began = self.clock()
+        self.began, self.steps_before = self.clock(), 0
         known = [contender.label for contender in self.grid.contenders]
         for name in self.only:
             if name not in known:
@@ -70,33 +75,47 @@ class Executor:
 
     def execute(self) -> bool:
         """Do all that is due; return False if time ran out, or ``only`` leaves something to be done."""
+        self.steps_before = remaining_steps(self.grid, read_search(self.grid)[0])
         while True:
             outcome, _ = read_search(self.grid)
             self._confirm(outcome)
-            if begun := interrupted_pass(self.grid, self._all_cells(outcome)):
-                if self._out_of_time():
-                    logger.info(f"time is up: {self._remaining(outcome)}. The same command goes on")
-                    return False
-                logger.info(f"{len(begun[0])} runs were interrupted in passes that they share, and go on together")
-                take_back(begun[0])
-                self._train_together(*begun, outcome)
-                continue
-            tidy(self.grid, outcome)
-            work = next_cells(self.grid, outcome, self.only)
-            if not work:
+            passes = interrupted_passes(self.grid, self._all_cells(outcome))
+            if passes and not self._out_of_time():
+                for cells, _ in passes:
+                    logger.info(f"{len(cells)} runs were interrupted in passes that they share, and go on together")
+                    take_back(cells)
+            if not passes:
+                tidy(self.grid, outcome)
+                passes = self._passes(next_cells(self.grid, outcome, self.only))
+            if not passes:
                 break
-            if self._out_of_time():
-                logger.info(f"time is up: {self._remaining(outcome)}. The same command goes on")
+            if not self._run_all([partial(self._train_pass, one) for one in passes]):
+                logger.info(f"time is up: {self._remaining()}. The same command goes on")
                 return False
-            group = self._group(work)
-            if len(group) > 1:
-                self._train_together(group, work[0][1], outcome)
-            else:
-                self._train(*work[0], outcome)
         if not outcome.ended or (self.only and remaining_steps(self.grid, outcome)):
-            logger.info(f"nothing is left for {', '.join(self.only)}: {self._remaining(outcome)}")
+            logger.info(f"nothing is left for {', '.join(self.only)}: {self._remaining()}")
             return False
         return self._score(outcome)
+
+    def _run_all(self, jobs: Sequence[Callable[[], None]]) -> bool:
+        """Do jobs, ``parallel`` of them at a time; return False if time ran out before the last one began."""
+
+        def do(job: Callable[[], None]) -> bool:
+            if self._out_of_time():
+                return False
+            job()
+            return True
+
+        if self.parallel == 1:
+            return all(map(do, jobs))
+        with ThreadPoolExecutor(self.parallel) as pool:
+            try:
+                ended = as_completed([pool.submit(do, job) for job in jobs])
+                return min([future.result() for future in ended], default=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()
+                raise
 
     def _confirm(self, outcome: Outcome) -> None:
         """Raise UserError for a finished cell whose settings are not those of now, once for each."""
@@ -112,11 +131,43 @@ class Executor:
     def _all_cells(self, outcome: Outcome) -> list[Cell]:
         return [*search_cells(self.grid, outcome), *final_cells(self.grid, outcome)]
 
-    def _train(self, cell: Cell, until: int, outcome: Outcome) -> None:
-        began, before = self.clock(), _trained_steps(cell)
-        logger.info(
-            f"{cell.method}, rate {cell.trial.rate:g}, seed {cell.seed}: to step {until}. {self._remaining(outcome)}"
-        )
+    def _passes(self, due: Sequence[tuple[Cell, int]]) -> list[Pass]:
+        """Return the passes that are next: of all cells that are due up to the earliest step.
+
+        Later ones wait, so that which cells share a pass does not depend on which of the others has ended first.
+        """
+        until = min((step for _, step in due), default=0)
+        waiting = [cell for cell, step in due if step == until]
+        passes = []
+        while waiting:
+            passes.append(Pass(self._group(waiting), until))
+            taken = {cell.folder for cell in passes[-1].cells}
+            waiting = [cell for cell in waiting if cell.folder not in taken]
+        return passes
+
+    def _group(self, waiting: Sequence[Cell]) -> list[Cell]:
+        """Return the first of these cells, and those that can be trained in one pass with it."""
+        group = [first := waiting[0]]
+        for cell in waiting[1:]:
+            if len(group) < self.together and cell.seed == first.seed:
+                with suppress(UserError):
+                    check_together([self._resolved(first), self._resolved(cell)])
+                    group.append(cell)
+        return group
+
+    def _resolved(self, cell: Cell) -> ResolvedRun:
+        if cell.folder not in self.resolved:
+            self.resolved[cell.folder] = resolve_run(cell.config(), 1, device())
+        return self.resolved[cell.folder]
+
+    def _train_pass(self, one: Pass) -> None:
+        if len(one.cells) > 1:
+            self._train_together(one)
+        else:
+            self._train(one.cells[0], one.until)
+
+    def _train(self, cell: Cell, until: int) -> None:
+        logger.info(f"{cell.method}, rate {cell.trial.rate:g}, seed {cell.seed}: to step {until}. {self._remaining()}")
         output = cell.folder / OUTPUT_FILE
         output.parent.mkdir(parents=True, exist_ok=True)
         status = self.run(cell.train_arguments(until), output)
@@ -128,48 +179,30 @@ class Executor:
             raise _failure(cell.folder, status, output)
         if until not in cell.losses():
             raise UserError(f"{cell.folder} was trained to step {until}, but its log has no held-out loss of it")
-        self.seconds_of_steps.append((until - before, self.clock() - began))
 
-    def _group(self, work: Sequence[tuple[Cell, int]]) -> list[Cell]:
-        """Return the first of the cells that are due, and those that can be trained in one pass with it."""
-        first, until = work[0]
-        group = [first]
-        for cell, step in work[1:]:
-            if len(group) < self.together and (step, cell.seed) == (until, first.seed):
-                with suppress(UserError):
-                    check_together([self._resolved(first), self._resolved(cell)])
-                    group.append(cell)
-        return group
-
-    def _resolved(self, cell: Cell) -> ResolvedRun:
-        if cell.folder not in self.resolved:
-            self.resolved[cell.folder] = resolve_run(cell.config(), 1, device())
-        return self.resolved[cell.folder]
-
-    def _train_together(self, group: Sequence[Cell], until: int, outcome: Outcome) -> None:
+    def _train_together(self, one: Pass) -> None:
         """Train cells in one pass up to a step. One that fails by itself does not end the others."""
-        began, before = self.clock(), sum(map(_trained_steps, group))
-        names = ", ".join(f"{cell.method} {cell.trial.rate:g}" for cell in group)
-        logger.info(f"{names}, seed {group[0].seed}, in one pass: to step {until}. {self._remaining(outcome)}")
+        names = ", ".join(f"{cell.method} {cell.trial.rate:g}" for cell in one.cells)
+        first, until = one.cells[0], one.until
+        logger.info(f"{names}, seed {first.seed}, in one pass: to step {until}. {self._remaining()}")
         files = []
-        for cell in group:
+        for cell in one.cells:
             cell.folder.mkdir(parents=True, exist_ok=True)
             files.append(cell.folder / CELL_FILE)
             write_config(cell.config(), files[-1])
-        begin_pass(self.grid, group, until)
-        output = self.grid.folder / OUTPUT_FILE
+        begin_pass(one)
+        output = first.folder / OUTPUT_FILE
         pause = ["--until", str(until)] if until < self.grid.steps else []
         status = self.run(["train", *map(str, files), "--resume", *pause], output)
-        for cell in group:
+        for cell in one.cells:
             if until not in cell.losses() and (why := cell.facts().get("failure")):
                 write_file(cell.folder / FAILED_FILE, f"{why}\n")
                 logger.info(f"{cell.folder} failed, and counts as the worst: {why}")
-        if status and not all(until in cell.losses() for cell in group):
-            raise _failure(self.grid.folder, status, output)
-        end_pass(self.grid)
-        if gain := group[0].facts().get("gain"):
+        if status and not all(until in cell.losses() for cell in one.cells):
+            raise _failure(first.folder, status, output)
+        end_pass(one)
+        if gain := first.facts().get("gain"):
             logger.info(f"that was {gain:.1f} times as fast as one run after the other")
-        self.seconds_of_steps.append((sum(map(_trained_steps, group)) - before, self.clock() - began))
 
     def _score(self, outcome: Outcome) -> bool:
         """Score all finals by one command, those of one base in shared batches."""
@@ -183,29 +216,29 @@ class Executor:
             logger.info("time is up: the finals are to be scored. The same command goes on")
             return False
         logger.info(f"score {len(cells)} finals")
-        output = self.grid.folder / OUTPUT_FILE
-        folders = [str(cell.folder) for cell in cells]
         settings = ["evaluate.batch_adapters=true"]
         if measure:
             settings.append("evaluate.retention=wikipedia")
             settings += [f"evaluate.retention_limit={self.grid.passages}"] if self.grid.passages else []
         elif trouble:
             logger.info(f"what is kept of the base is not measured: {trouble}")
-        status = self.run(["evaluate", *folders, *settings], output)
-        if status:
+        shares = [share for number in range(self.parallel) if (share := cells[number :: self.parallel])]
+        return self._run_all([partial(self._score_all, share, settings) for share in shares])
+
+    def _score_all(self, cells: Sequence[Cell], settings: Sequence[str]) -> None:
+        """Score cells by one command."""
+        output = cells[0].folder / OUTPUT_FILE
+        if status := self.run(["evaluate", *(str(cell.folder) for cell in cells), *settings], output):
             raise _failure(self.grid.folder, status, output)
-        return True
 
     def _out_of_time(self) -> bool:
         return self.minutes is not None and self.clock() - self.began >= 60 * self.minutes
 
-    def _remaining(self, outcome: Outcome) -> str:
+    def _remaining(self) -> str:
         """Return what remains in words, with the time by the steps so far."""
-        left = remaining_steps(self.grid, outcome)
-        taken, seconds = (
-            (sum(column) for column in zip(*self.seconds_of_steps, strict=True)) if self.seconds_of_steps else (0, 0)
-        )
-        when = f", about {left * seconds / taken / 60:.0f} min" if taken else ""
+        left = remaining_steps(self.grid, read_search(self.grid)[0])
+        taken, seconds = self.steps_before - left, self.clock() - self.began
+        when = f", about {left * seconds / taken / 60:.0f} min" if taken > 0 else ""
         return f"{left:,} steps remain{when}"
 
 

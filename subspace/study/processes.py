@@ -16,10 +16,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
+
+import torch
 
 from subspace.distributed.device import on_gpu
+from subspace.distributed.launcher import visible_devices
+from subspace.errors import UserError
 
 #: What a training and a scoring import; none of it starts threads.
 PRELOADED = [
@@ -33,37 +39,98 @@ PRELOADED = [
 ]
 
 
-def run_command(arguments: Sequence[str], output: Path) -> int:
-    """Run ``subspace ARGUMENTS``, append what it prints to a file, and return its status; negative: ended by a signal.
+class Commands:
+    """Runs ``subspace`` with arguments, so many commands at a time, each on its share of this machine.
 
-    A signal that ends this process's wait is passed on, and waited for: a training saves a checkpoint.
+    Args:
+        parallel: how many may run at a time.
+        processes: how many processes each has that trains; None: one.
+
+    Raises:
+        UserError: there are fewer GPUs than these need.
     """
-    if on_gpu():
-        return _run_process(arguments, output)
+
+    def __init__(self, parallel: int = 1, processes: int | None = None) -> None:
+        self.more = ["--processes", str(processes)] if processes else []
+        self.shares: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for share in _shares(parallel, processes or 1):
+            self.shares.put(share)
+        self.running: set[BaseProcess | subprocess.Popen[bytes]] = set()
+        self.stopped = False
+
+    def __call__(self, arguments: Sequence[str], output: Path) -> int:
+        """Run a command, append what it prints to a file, and return its status; negative: ended by a signal.
+
+        A signal that ends this thread's wait is passed on, and waited for: a training saves a checkpoint.
+        """
+        share = self.shares.get()
+        try:
+            start = _start_process if on_gpu() else _fork_process
+            process, wait = start([*arguments, *self.more], output, {**os.environ, **share})
+            self.running.add(process)
+            try:
+                if self.stopped:
+                    process.terminate()
+                return wait()
+            except BaseException:
+                process.terminate()
+                wait()
+                raise
+            finally:
+                self.running.discard(process)
+        finally:
+            self.shares.put(share)
+
+    def stop(self) -> None:
+        """Tell all commands to end, those too that are about to start."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+
+
+def _shares(parallel: int, processes: int) -> list[dict[str, str]]:
+    """Return the environment of each of so many commands at a time: its GPUs, or how many threads it has."""
+    if parallel == 1:
+        return [{}]
+    devices, cores = visible_devices(), len(os.sched_getaffinity(0))
+    if parallel * processes > len(devices or range(cores)):
+        here = f"{len(devices)} GPUs" if devices else f"{cores} cores and no GPU"
+        most = max(1, (len(devices) or cores) // processes)
+        raise UserError(
+            f"--parallel {parallel} was asked for with {processes} to a training, but this machine has {here}. "
+            f"Use --parallel {most}"
+        )
+    if devices:
+        own = [devices[number * processes : (number + 1) * processes] for number in range(parallel)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in own]
+    threads = cores // (parallel * processes)
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * parallel
+
+
+Started = tuple[BaseProcess | subprocess.Popen[bytes], Callable[[], int]]
+
+
+def _fork_process(arguments: Sequence[str], output: Path, environment: Mapping[str, str]) -> Started:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported by the server, looks for others otherwise
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    where = str(output.resolve()), dict(os.environ), str(Path.cwd())
+    where = str(output.resolve()), dict(environment), str(Path.cwd())
     process = context.Process(target=_command, args=(list(arguments), *where))
     process.start()
-    try:
+
+    def wait() -> int:
         process.join()
-    except BaseException:
-        process.terminate()
-        process.join()
-        raise
-    return process.exitcode or 0
+        return process.exitcode or 0
+
+    return process, wait
 
 
-def _run_process(arguments: Sequence[str], output: Path) -> int:
+def _start_process(arguments: Sequence[str], output: Path, environment: Mapping[str, str]) -> Started:
     with output.open("ab") as opened:
-        process = subprocess.Popen([sys.executable, "-m", "subspace", *arguments], stdout=opened, stderr=opened)
-        try:
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+        process = subprocess.Popen(
+            [sys.executable, "-m", "subspace", *arguments], stdout=opened, stderr=opened, env=environment
+        )
+    return process, process.wait
 
 
 def _command(arguments: list[str], output: str, environment: dict[str, str], folder: str) -> None:
@@ -72,6 +139,8 @@ def _command(arguments: list[str], output: str, environment: dict[str, str], fol
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)  # as of now: the server has that of its start
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # OpenMP read it as the server started
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server ignores
     with Path(output).open("ab", buffering=0) as opened:

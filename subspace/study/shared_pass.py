@@ -1,4 +1,4 @@
-"""Cells that are trained in one pass, as a file while they are: after a kill they go on together.
+"""Cells that are trained in one pass, as a file each pass while they are: after a kill they go on together.
 
 What a run computes depends, in its last digits, on which others share its passes. So a training that a kill interrupts
 goes on with all the cells that it began with, from the last step of which each has a checkpoint; those that had come
@@ -8,6 +8,8 @@ further are taken back to it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from typing_extensions import TypedDict
 
@@ -19,7 +21,21 @@ from subspace.study.cells import FAILED_FILE, Cell
 from subspace.study.grid import Grid
 from subspace.training.checkpoint import ADAPTER, ENVIRONMENT_FILE, checkpoint_path, checkpoints, step_of
 
-PASS_FILE = "pass.json"
+#: In a study's folder, with a file for each pass.
+PASSES = ".passes"
+
+
+class Pass(NamedTuple):
+    """Cells that are trained together, or one alone, up to a step."""
+
+    cells: list[Cell]
+    until: int
+
+    @property
+    def file(self) -> Path:
+        """The file that is there while its cells are trained."""
+        first = self.cells[0]
+        return first.grid.folder / PASSES / f"{'_'.join(_place(first).split('/'))}.json"
 
 
 class _Record(TypedDict):
@@ -29,37 +45,40 @@ class _Record(TypedDict):
     cells: list[str]
 
 
-def begin_pass(grid: Grid, cells: Sequence[Cell], until: int) -> None:
+def begin_pass(begun: Pass) -> None:
     """Record that these cells are trained together up to a step."""
-    names = [cell.folder.relative_to(grid.folder).as_posix() for cell in cells]
-    write_json(grid.folder / PASS_FILE, _Record(until=until, cells=names))
+    write_json(begun.file, _Record(until=begun.until, cells=[_place(cell) for cell in begun.cells]))
 
 
-def end_pass(grid: Grid) -> None:
-    """Record that no cells are."""
-    (grid.folder / PASS_FILE).unlink(missing_ok=True)
+def end_pass(ended: Pass) -> None:
+    """Record that they are no longer."""
+    ended.file.unlink(missing_ok=True)
 
 
-def interrupted_pass(grid: Grid, cells: Iterable[Cell]) -> tuple[list[Cell], int] | None:
-    """Return the cells of a training that has not reached its end, and up to which step they are due; None without one.
+def interrupted_passes(grid: Grid, cells: Iterable[Cell]) -> list[Pass]:
+    """Return the passes that have not reached their end.
 
     Args:
         grid: the study's.
-        cells: all that it has now. A training of others, as before a change of the study, is forgotten.
+        cells: all that it has now. A pass with others, as before a change of the study, is forgotten.
     """
-    file = grid.folder / PASS_FILE
-    if not file.exists():
-        return None
-    known = {cell.folder: cell for cell in cells}
-    try:
-        record: _Record = read_json(file, _Record)
-    except UserError:  # of another version
-        record = _Record(until=0, cells=[])
-    found = [known[grid.folder / name] for name in record["cells"] if grid.folder / name in known]
-    if len(found) < len(record["cells"]) or all(_has_reached(cell, record["until"]) for cell in found):
-        end_pass(grid)
-        return None
-    return found, record["until"]
+    known = {_place(cell): cell for cell in cells}
+    found = []
+    for file in sorted((grid.folder / PASSES).glob("*.json")):
+        try:
+            record: _Record = read_json(file, _Record)
+        except UserError:  # of another version
+            record = _Record(until=0, cells=[])
+        own = [known[name] for name in record["cells"] if name in known]
+        if len(own) < len(record["cells"]) or all(_has_reached(cell, record["until"]) for cell in own):
+            file.unlink()
+        else:
+            found.append(Pass(own, record["until"]))
+    return found
+
+
+def _place(cell: Cell) -> str:
+    return cell.folder.relative_to(cell.grid.folder).as_posix()
 
 
 def take_back(cells: Sequence[Cell]) -> None:

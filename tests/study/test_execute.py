@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import shutil
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from subspace.study.files import TIMES, write_report
 from subspace.study.grid import Grid
 from subspace.study.report import report_grid
 from subspace.study.results import read_results
-from subspace.study.shared_pass import begin_pass, interrupted_pass, take_back
+from subspace.study.shared_pass import Pass, begin_pass, interrupted_passes, take_back
 from subspace.training.checkpoint import checkpoints, step_of
 from tests.helpers.studies import STUDY, here, made_up, make_study, stopping_after
 
@@ -135,30 +137,29 @@ def test_cells_that_shared_a_pass_when_it_was_stopped_share_it_again(
     assert len(commands[0]) == 3
     assert commands[1] == commands[0]
     assert max(map(len, commands[2:])) == 2
-    assert not (grid.folder / "pass.json").exists()
+    assert not list((grid.folder / ".passes").iterdir())
 
 
 def test_cells_go_back_to_the_last_step_that_all_have(root: Path, tmp_path: Path) -> None:
     grid = opened(root, tmp_path)
     executor = Executor(grid, here, together=2)
     outcome, _ = read_search(grid)
-    group = executor._group(next_cells(grid, outcome))
-    executor._train_together(group, 1, outcome)
-    executor._train_together(group, 2, outcome)
+    group = executor._group([cell for cell, _ in next_cells(grid, outcome)])
+    executor._train_together(Pass(group, 1))
+    executor._train_together(Pass(group, 2))
     first, second = group
     expected = [cell.losses() for cell in group]
     remove_folder(checkpoints(second.folder)[-1])  # as if it had been killed as it saved
-    begin_pass(grid, group, 2)
-    begun = interrupted_pass(grid, group)
-    assert begun == (group, 2)
+    begin_pass(Pass(group, 2))
+    assert interrupted_passes(grid, group) == [(group, 2)]
     take_back(group)
     assert [[step_of(path) for path in checkpoints(cell.folder)] for cell in group] == [[1], [1]]
-    executor._train_together(group, 2, outcome)
+    executor._train_together(Pass(group, 2))
     assert [cell.losses() for cell in group] == expected
-    begin_pass(grid, group, 2)
-    assert interrupted_pass(grid, group) is None
+    begin_pass(Pass(group, 2))
+    assert interrupted_passes(grid, group) == []
     shutil.rmtree(first.folder)
-    begin_pass(grid, group, 2)
+    begin_pass(Pass(group, 2))
     take_back(group)
     assert not second.folder.exists()
 
@@ -167,7 +168,56 @@ def test_cells_that_cannot_share_a_pass_are_trained_alone(root: Path, tmp_path: 
     text = STUDY.replace("settings: {{", "settings: {{train.compile: true, ")
     grid = opened(root, tmp_path, text)
     executor = Executor(grid, made_up(quadratic), together=4)
-    assert len(executor._group(next_cells(grid, read_search(grid)[0]))) == 1
+    assert len(executor._group([cell for cell, _ in next_cells(grid, read_search(grid)[0])])) == 1
+
+
+class Counting:
+    """A runner that notes what it is asked, and how many run at a time."""
+
+    def __init__(self) -> None:
+        self.running = self.most = 0
+        self.asked: list[tuple[str, int]] = []
+        self.lock = threading.Lock()
+
+    def __call__(self, arguments: Sequence[str], output: Path) -> int:
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            first, shared = "/".join(output.parts[-4:-1]), sum(word.endswith(".yaml") for word in arguments)
+            self.asked.append((first, shared))
+        time.sleep(0.05)
+        status = made_up(quadratic)(arguments, output)
+        with self.lock:
+            self.running -= 1
+        return status
+
+
+def test_commands_that_run_at_a_time_share_passes_as_one_after_another(
+    root: Path, tmp_path: Path, unsealed: None
+) -> None:
+    runs, found = [Counting(), Counting()], []
+    for parallel, run in zip((1, 3), runs, strict=True):
+        grid = opened(root, tmp_path / str(parallel))
+        assert Executor(grid, run, together=2, parallel=parallel).execute()
+        assert run.most == parallel
+        write_report(read_results(grid))
+        found.append(cells_without_times(grid.folder))
+    assert sorted(runs[0].asked) == sorted(runs[1].asked)
+    assert found[0] == found[1]
+
+
+def test_a_command_that_fails_ends_those_beside_it(root: Path, tmp_path: Path, unsealed: None) -> None:
+    stopped, of_first = threading.Event(), iter([-9])
+
+    def run(arguments: Sequence[str], output: Path) -> int:
+        if status := next(of_first, 0):
+            return status
+        assert stopped.wait(60), "it was not told to end"
+        return RunStopped.status
+
+    grid = opened(root, tmp_path)
+    with pytest.raises(UserError, match="signal 9"):
+        Executor(grid, run, parallel=2, stop=stopped.set).execute()
 
 
 @pytest.mark.long

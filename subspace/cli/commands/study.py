@@ -7,7 +7,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         default=TOGETHER,
         help=f"train so many runs in one pass at most, default {TOGETHER}; 1: one after another",
+    )
+    run.add_argument(
+        "--parallel",
+        type=count,
+        metavar="N",
+        default=1,
+        help="run so many commands at a time, each on GPUs of its own, or its share of the cores; default: 1",
     )
     run.add_argument("--resume", action="store_true", help="go on, as it does in any case")
     run.add_argument("--dry-run", action="store_true", help="print the commands that are due instead of running them")
@@ -82,22 +89,19 @@ def _execute(study: Study, options: argparse.Namespace) -> int:
     from subspace.common.locks import in_use
     from subspace.common.progress import show_progress
     from subspace.study.execute import Executor, next_cells
-    from subspace.study.processes import run_command
+    from subspace.study.processes import Commands
     from subspace.study.record import open_grid
 
     only = [name.strip() for name in (options.only or "").split(",") if name.strip()]
-    more = ["--processes", str(options.processes)] if options.processes else []
-
-    def run(arguments: Sequence[str], output: Path) -> int:
-        return run_command([*arguments, *more], output)
-
+    commands = Commands(options.parallel, options.processes)
     grid = open_grid(study, show_progress, write=not options.dry_run)
-    executor = Executor(grid, run, only, options.minutes, _fitting(grid, options))
+    together = _fitting(grid, options)
+    executor = Executor(grid, commands, only, options.minutes, together, options.parallel, commands.stop)
     if options.dry_run:
         from subspace.study.cells import read_search
 
         for cell, until in next_cells(grid, read_search(grid)[0], only):
-            print(shlex.join([sys.executable, "-m", "subspace", *cell.train_arguments(until), *more]))
+            print(shlex.join([sys.executable, "-m", "subspace", *cell.train_arguments(until), *commands.more]))
         return 0
     with in_use(grid.folder), _stopping():
         done = executor.execute()
@@ -107,12 +111,14 @@ def _execute(study: Study, options: argparse.Namespace) -> int:
 def _fitting(grid: Grid, options: argparse.Namespace) -> int:
     """Return how many runs are to share a pass: as many as asked for, if they fit into memory."""
     from subspace.config import read_config
+    from subspace.distributed.device import on_gpu
     from subspace.planning.plan import room_for_runs
 
     if options.together == 1 or options.dry_run:
         return 1
     example = read_config(grid.base, [*grid.overrides, *grid.contender(grid.reference).overrides()])
-    return min(int(options.together), room_for_runs(example))
+    sharing = 1 if on_gpu() else options.parallel  # each GPU has memory of its own
+    return max(1, min(int(options.together), room_for_runs(example) // sharing))
 
 
 def _report(study: Study, options: argparse.Namespace) -> int:
@@ -169,6 +175,7 @@ COMMAND = Command(
   subspace study plan launch/studies/methods.yaml --power 0.8 --difference 0.5
   subspace study run launch/studies/quick.yaml             killed at any moment, the same command goes on
   subspace study run launch/studies/methods.yaml --only lora,ssb --minutes 120
+  subspace study run launch/studies/methods.yaml --parallel 8     eight trainings at a time, each on a GPU of its own
   subspace study report launch/studies/quick.yaml          the table, and a page with charts: report.html
   subspace study report launch/studies/quick.yaml --output table.tex
   subspace study claims launch/studies/claims.yaml         what the studies run here say of published claims""",

@@ -211,15 +211,14 @@ def _read_defaults(name: str, key: str, value: str, overrides: Sequence[str]) ->
 
 
 def portable(config: RunConfig) -> dict[str, Any]:
-    """Return a configuration's values, with a shipped engine file by the name that it has on every machine."""
-    return {**config.as_dict(), "engine": resource_name(Path(config.engine)) or config.engine}
+    """Return a configuration's values, with a shipped engine file by its name on every machine."""
+    return config.as_dict() | {"engine": resource_name(Path(config.engine)) or config.engine}
 
 
 def write_config(config: RunConfig, file: Path) -> None:
     """Write a configuration and copies of its method files, so that :func:`read_config` restores it on any machine."""
-    plain = portable(config)
     registry.write_method_files(file.parent, [(e.file, e.sha256) for e in config.method if e.file and e.sha256])
-    write_yaml(file, plain)
+    write_yaml(file, portable(config))
 
 
 def _override(values: Layer, overrides: Sequence[str]) -> Layer:

@@ -379,8 +379,8 @@ def test_the_quick_study_runs_as_it_is_shipped(
     found = json.loads(capsys.readouterr().out)
     assert found["ended"]
     assert {method["method"] for method in found["methods"]} == {"lora", "dora", "ssb", "bitfit"}
-    assert all(len(method["seeds"]) == 3 and not method["failed"] for method in found["methods"])
-    assert max(method["accuracy"]["value"] for method in found["methods"]) > 0.4  # of four choices
+    assert all(len(method["seeds"]) == 2 and not method["failed"] for method in found["methods"])
+    assert max(method["accuracy"]["value"] for method in found["methods"]) > 0.3  # of four choices
 
     grid = record.open_grid(read_study(file))
     assert {row["state"] for row in cells_without_times(grid.folder)} == {"finished", "paused"}
@@ -391,8 +391,8 @@ def test_the_quick_study_runs_as_it_is_shipped(
     best = Cell(grid, "lora", outcome.best["lora"], 100)
     log = best.log()
     steps = [line["step"] for line in log if "loss" in line]
-    assert steps == [1, *range(16, 129, 16)]  # once, over three commands
-    assert [line["step"] for line in log if "validation_loss" in line] == [32, 64, 96, 128]
+    assert steps == [1, *range(12, 97, 12)]  # once, over three commands
+    assert [line["step"] for line in log if "validation_loss" in line] == [24, 48, 72, 96]
     assert checkpoints(best.folder) == []
     before = (grid.folder / "cells.csv").read_bytes()
     assert Executor(grid, stopping_after(here, 0)).execute()  # nothing is left to run

@@ -48,14 +48,16 @@ class Cell:
     def overrides(self) -> list[str]:
         """Return the run's settings in place of the base's, as ``key=value``."""
         axes = [f"{axis_key(name)}={format_value(value)}" for name, value in self.trial.axes]
-        first = self.grid.rules.rungs[0]
+        rungs = self.grid.rules.rungs
+        # Rungs are multiples of the first. Finals are judged at their end; a loss on the way is for the curves.
+        every = rungs[0] if self.seed in self.grid.search_seeds else -(-rungs[-1] // 2)
         return [
             *self.grid.overrides,
             *self.grid.contender(self.method).overrides(),
             *axes,
             f"train.learning_rate={self.trial.rate!r}",
             f"train.seed={self.seed}",
-            f"train.validate_every={first}",  # the rungs are multiples of the first
+            f"train.validate_every={every}",
             "train.patience=0",
             "train.save_final=last",
             "train.keep_checkpoints=2",  # the one from which those that share a pass go on, while it ends

@@ -2,12 +2,13 @@
 
 A claim names what would show it: methods that are better than others in a study's finals, a best rate that lies below
 another, two methods that compute the same, or an order that one rate for all would have found. :func:`judge` turns
-differences into a verdict. A claim whose study has not been run gets none.
+differences into a verdict. A claim whose study has not been run gets none, unless an earlier table has one.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from subspace.adapters.registry import configure, resolve_method
 from subspace.common.declarations import Declaration, build
 from subspace.common.files import write_file
+from subspace.common.foreign.text import MOST_RESULT_BYTES, read_text
 from subspace.common.foreign.yaml_files import read_yaml
 from subspace.common.paths import find_resource, resource_name
 from subspace.common.random_state import seeded
@@ -288,29 +290,49 @@ def _finding(result: StudyResult, found: Sequence[Evidence], *, searched: bool) 
     return Finding(verdict, f"{ours} {unit}", note, found)
 
 
-def report_claims(file: Path) -> Table:
-    """Return the table of a file's claims with their verdicts."""
+def report_claims(file: Path, earlier: Path | None = None) -> Table:
+    """Return the table of a file's claims with their verdicts.
+
+    Args:
+        file: the claims.
+        earlier: a table that was written before, as on another machine. What it says of a claim in the same words
+            stands where the study of that claim has not been run here.
+    """
     if not file.is_file():
         file = find_resource(file) or file
     if not file.is_file():
         raise UserError(f"there is no file of claims '{file}'. launch/studies/claims.yaml is one")
-    rows = []
+    rows, known, kept = [], _read_rows(earlier), []
     for name, claim in read_claims(file).items():
         finding = settle(claim, file.parent)
-        rows.append((name, claim.claim, claim.published, finding.ours or "-", finding.words))
-    notes = (
+        said = (name, claim.claim, claim.published)
+        if finding.verdict == NOT_RUN and said in known:
+            kept.append(name)
+        rows.append(known[said] if name in kept else (*said, finding.ours or "-", finding.words))
+    notes = [
         "confirmed and refuted: p < .05 after Holm over the differences of the claim, accuracy not in the other "
         "direction; with other models and data than the published ones, so of the claim as a general one",
         "not resolvable: the difference may lie on either side of 0; needs: the seeds that would show a true one of "
         "the size observed, with power 80 %",
-    )
-    return Table("claims and what studies here say of them", HEAD, tuple(rows), notes, left=len(HEAD), marked=True)
+    ]
+    if kept:
+        notes.append(f"{', '.join(kept)}: as an earlier table says, whose runs are not on this machine")
+    return Table("claims and what studies here say of them", HEAD, tuple(rows), tuple(notes), len(HEAD), marked=True)
+
+
+def _read_rows(file: Path | None) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Return the rows of a table in Markdown that have a verdict, by their cells that say which claim it is of."""
+    if file is None or not file.is_file():
+        return {}
+    lines = [line for line in read_text(file, most=MOST_RESULT_BYTES).splitlines() if line.startswith("| ")]
+    rows = [tuple(cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]) for line in lines]
+    return {row[:3]: row for row in rows if len(row) == len(HEAD) and not row[-1].startswith(NOT_RUN)}
 
 
 def write_claims(file: Path) -> tuple[Path, Table]:
     """Write ``CLAIMS.md`` beside a file of claims, and return it with its table."""
-    table = report_claims(file)
     out = (file if file.is_file() else Path.cwd() / file.name).with_name("CLAIMS.md")
+    table = report_claims(file, out)
     lines = [
         f"# {table.title[:1].upper()}{table.title[1:]}",
         "",

@@ -192,6 +192,32 @@ def test_a_claim_without_its_study_has_no_verdict(studied: Path, capsys: pytest.
     assert main(["study", "claims", str(root / "none.yaml")]) == 2
 
 
+def test_an_earlier_verdict_stands_where_the_study_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it was written on another machine, a claim of other words not; the table says which ones they are."""
+    study = STUDY.replace("{runs}", str(tmp_path / "runs"))
+    make_study(tmp_path, "[lora, dora]", study, name="unrun")
+    file, out = tmp_path / "claims.yaml", tmp_path / "CLAIMS.md"
+    lines = [
+        f"{name}: {{claim: '{name} | first', published: '1', study: unrun.yaml, better: [[dora, lora]], hours: 2}}\n"
+        for name in ("A", "B")
+    ]
+    file.write_text("".join(lines))
+    assert main(["study", "claims", str(file)]) == 0
+    first, second = (line for line in out.read_text().splitlines() if line.startswith(("| A", "| B")))
+    settled = f"| A | A \\| first | 1 | dora - lora: +0.100 [+0.050, +0.150] log-odds | {CONFIRMED} |"
+    assert first.startswith(settled[:20])
+    out.write_text(
+        out.read_text().replace(first, settled).replace(second, settled.replace("A", "B").replace(" 1 ", " 2 "))
+    )
+    for _ in range(2):
+        assert main(["study", "claims", str(file)]) == 0
+        found = out.read_text()
+        assert settled in found.splitlines()
+        assert second in found.splitlines()
+        assert "- A: as an earlier table says" in found
+    capsys.readouterr()
+
+
 def test_the_shipped_claims_are_of_studies_that_are_there() -> None:
     """Their labels are compared, their studies shipped, and what was written says what the list says."""
     written = (FILE.with_name("CLAIMS.md")).read_text()

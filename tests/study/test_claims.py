@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from subspace.reporting.continuous import MeanDifference, paired_over_seeds
 from subspace.study import claims, execute
 from subspace.study.claims import (
     CONFIRMED,
+    HEAD,
     NOT_RUN,
     OPEN,
     REFUTED,
@@ -190,6 +193,31 @@ def test_a_claim_without_its_study_has_no_verdict(studied: Path, capsys: pytest.
         (folder / "environment.json").unlink()
     assert "to the end, " in settle(read_claims(file)["B"], root).words
     assert main(["study", "claims", str(root / "none.yaml")]) == 2
+
+
+def test_claims_are_written_in_the_form_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, text = tmp_path / "claims.yaml", "A: {claim: first, published: '1 < 2', untested: nothing is there}\n"
+    file.write_text(text)
+    row = {
+        "claim": "A",
+        "what it says": "first",
+        "published": "1 < 2",
+        HEAD[3]: "-",
+        "verdict": "not run: nothing is there",
+    }
+    assert main(["study", "claims", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [row]
+    assert main(["study", "claims", str(file), "--markdown"]) == 0
+    assert f"| {' | '.join(row.values())} |" in capsys.readouterr().out.splitlines()
+    assert main(["study", "claims", str(file), "--output", str(tmp_path / "claims.csv")]) == 0
+    written = csv.DictReader((tmp_path / "claims.csv").read_text().splitlines())
+    assert list(written) == [row | {HEAD[3]: "'-"}]  # not a formula
+    assert main(["study", "claims", str(file), "--format", "latex"]) == 0
+    assert r"\begin{tabular}" in capsys.readouterr().out
+    (tmp_path / "CLAIMS.md").unlink()
+    assert main(["study", "claims", str(file), "--format", "html"]) == 2
+    assert "writes no HTML" in capsys.readouterr().err
+    assert not (tmp_path / "CLAIMS.md").exists()
 
 
 def test_an_earlier_verdict_stands_where_the_study_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,11 +141,24 @@ def _report(study: Study, options: argparse.Namespace) -> int:
 
 
 def _claims(options: argparse.Namespace) -> int:
-    from subspace.common.tables import print_grid
+    from subspace.common.tables import csv_text, print_grid
     from subspace.study.claims import write_claims
 
+    form = chosen_format(options)
+    if form == "html":
+        raise UserError("subspace study claims writes no HTML. Give --format markdown, latex, csv or json")
     file, table = write_claims(Path(options.study))
-    print_grid(table)
+    rows = [dict(zip(table.head, row, strict=True)) for row in table.rows]
+    if form == "terminal":
+        print_grid(table)
+    else:
+        written: dict[str, Callable[[], str]] = {
+            "markdown": table.markdown,
+            "latex": table.latex,
+            "csv": lambda: csv_text(rows),
+            "json": lambda: json.dumps(rows, indent=2, ensure_ascii=False),
+        }
+        deliver(written[form](), options)
     say(f"written: {file}", file=sys.stderr)
     return 0
 

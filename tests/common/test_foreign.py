@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NotRequired
 import pytest
 from typing_extensions import TypedDict
 
+from subspace.common.foreign import limits
 from subspace.common.foreign.limits import limited, one_timer
 from subspace.common.foreign.templates import BadTemplate, evaluate, render
 from subspace.common.foreign.text import MOST_DEPTH, limited_lines, read_json, read_json_lines, read_text
@@ -150,6 +152,27 @@ def test_many_short_limits_do_not_keep_an_outer_one_from_its_end() -> None:
         parts(time.monotonic() + 3)
     with limited("afterwards"):
         pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_look_while_limits_are_left_does_not_keep_them() -> None:
+    """Interrupted at the entry of its ``__exit__``, an inner limit stayed the innermost for ever, and ended others."""
+    looks = []
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        if frame.f_code in (limited.__exit__.__code__, limited._leave.__code__):
+            looks.append(event)
+            limits._look(signal.SIGALRM, frame)
+
+    before = sys.gettrace()
+    try:
+        with limited("outside") as outer, limited("inside") as inner:
+            outer.end = inner.end = 0.0  # over
+            sys.settrace(look)
+    finally:
+        sys.settrace(before)
+    assert looks == ["call"] * 4
+    assert limits._innermost is None
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 

@@ -60,7 +60,10 @@ def hold(cell: Cell, outcome: dict[str, Any]) -> None:
     if "refused" in outcome:
         assert outcome["refused"] == refused(cell, find_missing_requirement), cell.name
         return
-    assert beyond_tolerance(cell, outcome) is None, cell.name
+    # 4-bit products may round otherwise for another number of rows, as the CPU has it: 4.1e-5 was seen with DoRA on two
+    # ranks and AVX-512, where the losses move by 0.5.
+    slack = 10.0 if cell.base in ("nf4", "fp4") else 1.0
+    assert beyond_tolerance(cell, outcome, slack) is None, cell.name
     assert len(outcome["held"]) == cell.ranks, cell.name
 
 

@@ -4,6 +4,9 @@ W, ``(out, in)``, is :math:`U\,\mathrm{diag}(\sigma)\,V^T` with :math:`\sigma` f
 ``(k, in)``. Signs are fixed, so that a decomposition that is computed again is the same one: the largest entry of each
 column of U is positive.
 
+On a GPU the exact decomposition comes from the eigenvectors of :math:`W^T W` in float64: with cuSOLVER's Jacobi method,
+which torch takes there, U of a 4096 x 4096 weight is orthonormal to 2e-3 only (``tests/bench/RESULTS.md``).
+
 The largest directions of a large W come from a randomised range finder (Halko, Martinsson, Tropp, arXiv:0909.4061,
 algorithm 4.4 with 12 power iterations); the smallest need the exact decomposition.
 """
@@ -54,7 +57,25 @@ def _some(tensor: Tensor, position: int, k: int) -> Tensor:
 
 
 def _exact(W: Tensor) -> SVD:
-    return _signed(*torch.linalg.svd(W, full_matrices=False))
+    return _signed(*(_by_eigenvectors(W) if W.is_cuda else torch.linalg.svd(W, full_matrices=False)))
+
+
+def _by_eigenvectors(W: Tensor) -> SVD:
+    """Return all singular triplets of W, ``(out, in)``, float32, as exact as its numbers are.
+
+    The squares that this decomposes hold values below 1e-8 of the largest as noise, which is less than what float32
+    keeps of W. QR makes U orthonormal also where such values leave a direction of W V to chance.
+    """
+    if W.shape[0] < W.shape[1]:
+        turned = _by_eigenvectors(W.T)
+        return SVD(turned.Vt.T, turned.sigma, turned.U.T)
+    exact = W.double()
+    V = torch.linalg.eigh(exact.T @ exact).eigenvectors.flip(1)
+    U, R = torch.linalg.qr(exact @ V)
+    sigma = R.diagonal()
+    order = sigma.abs().argsort(descending=True, stable=True)  # the smallest may have changed places
+    U = U * torch.where(sigma < 0, -1.0, 1.0)
+    return SVD(U[:, order].to(W.dtype), sigma[order].abs().to(W.dtype), V[:, order].T.to(W.dtype))
 
 
 def _largest(W: Tensor, k: int) -> SVD:

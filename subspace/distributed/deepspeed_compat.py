@@ -298,8 +298,7 @@ def _clip_gradients(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     if ranks > 1:
         torch.distributed.all_reduce(norm)
     scale = (torch.full_like(norm, max_norm) / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale)
+    torch._foreach_mul_(gradients, scale)
     return norm
 
 

@@ -1,7 +1,7 @@
 """Tensor-by-tensor reading of safetensors checkpoints, with bounded host memory.
 
-transformers maps files into memory: every page that was touched stays resident until the last tensor is loaded, so a
-quantised model needs the memory of the unquantised one while it loads. And under ZeRO-3 it reads all tensors of a
+transformers maps files into memory: every page that was touched stays resident until the last tensor is loaded, so on a
+CPU a quantised model needs the memory of the unquantised one while it loads. And under ZeRO-3 it reads all tensors of a
 checkpoint before it shards the first. Tensors that stay as they are stored are left mapped: processes of
 one machine share them, and the system may drop them.
 """

@@ -11,6 +11,7 @@ Nothing is downloaded: several processes may load the same model at once, and on
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,11 @@ def _load_weights(
     # Weights that are sharded as they load take their dtype from the engine's bf16 section; without it, float32.
     engine = {**zero3, "bf16": {"enabled": config.dtype == "bfloat16"}} if zero3 is not None and sharding else None
     loading = zero3_loading(engine)
-    reading = streaming_safetensors(files.folder, mmap_dtype=None if sharding or whole else dtype, lazy=sharding)
+    reading: contextlib.AbstractContextManager[None]
+    if sharding or where.type == "cpu":
+        reading = streaming_safetensors(files.folder, mmap_dtype=None if sharding or whole else dtype, lazy=sharding)
+    else:  # each tensor is copied to the device from the mapped file, whose pages the system may drop
+        reading = contextlib.nullcontext()
     with as_user_error(f"cannot open model {config.path!r} with {config}"), suppress_library_logs(), reading:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder,

@@ -22,7 +22,7 @@ import torch
 from subspace.adapters.inject import remove_adapters, trained_parameters
 from subspace.common.progress import Progress, no_progress
 from subspace.config import RunConfig
-from subspace.distributed.device import device
+from subspace.distributed.device import device, on_gpu
 from subspace.models.lm_head import summed_loss
 from subspace.models.loading import open_model
 from subspace.resolve import resolve_run
@@ -57,6 +57,9 @@ def gradient_norms(configs: Sequence[RunConfig], progress: Progress = no_progres
             remove_adapters(model)
             model.requires_grad_(False)
             at(len(norms))
+    del model
+    if on_gpu():
+        torch.cuda.empty_cache()  # this process waits for trainings from here on, which need the memory
     return norms
 
 

@@ -1,9 +1,9 @@
-"""Start of a study's commands, on a CPU in processes that share their imports.
+"""Start of a study's commands, in processes that share their imports.
 
 Importing the libraries of a training takes seconds, and a study has hundreds of short runs. A server process imports
 them once, and every command is a fork of it that runs ``python -m subspace ...`` as a shell would, in a process of its
-own: whatever it does or dies of ends with it. Where there is a GPU, which a fork could not use if the server had
-touched it, every command is an ordinary process. If the study's process is killed, so is its command.
+own: whatever it does or dies of ends with it. A fork can use a GPU as long as the server has not touched it; if one of
+the imports has, every command starts anew. If the study's process is killed, so is its fork.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
-from subspace.distributed.device import on_gpu
+from subspace.distributed.device import device
 from subspace.distributed.launcher import visible_devices
 from subspace.errors import UserError
 
@@ -55,7 +54,7 @@ class Commands:
         self.shares: SimpleQueue[dict[str, str]] = SimpleQueue()
         for share in _shares(parallel, processes or 1):
             self.shares.put(share)
-        self.running: set[BaseProcess | subprocess.Popen[bytes]] = set()
+        self.running: set[BaseProcess] = set()
         self.stopped = False
 
     def __call__(self, arguments: Sequence[str], output: Path) -> int:
@@ -65,16 +64,16 @@ class Commands:
         """
         share = self.shares.get()
         try:
-            start = _start_process if on_gpu() else _fork_process
-            process, wait = start([*arguments, *self.more], output, {**os.environ, **share})
+            process = _fork([*arguments, *self.more], output, {**os.environ, **share})
             self.running.add(process)
             try:
                 if self.stopped:
                     process.terminate()
-                return wait()
+                process.join()
+                return process.exitcode or 0
             except BaseException:
                 process.terminate()
-                wait()
+                process.join()
                 raise
             finally:
                 self.running.discard(process)
@@ -107,30 +106,16 @@ def _shares(parallel: int, processes: int) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * parallel
 
 
-Started = tuple[BaseProcess | subprocess.Popen[bytes], Callable[[], int]]
-
-
-def _fork_process(arguments: Sequence[str], output: Path, environment: Mapping[str, str]) -> Started:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, imported by the server, looks for others otherwise
+def _fork(arguments: Sequence[str], output: Path, environment: Mapping[str, str]) -> BaseProcess:
+    """Start a command in a fork of the server; the first one starts the server."""
+    os.environ.setdefault("DS_ACCELERATOR", device().type)  # DeepSpeed looks for others as it is imported, otherwise
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch asks the driver's library what GPUs there are
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     where = str(output.resolve()), dict(environment), str(Path.cwd())
     process = context.Process(target=_command, args=(list(arguments), *where))
     process.start()
-
-    def wait() -> int:
-        process.join()
-        return process.exitcode or 0
-
-    return process, wait
-
-
-def _start_process(arguments: Sequence[str], output: Path, environment: Mapping[str, str]) -> Started:
-    with output.open("ab") as opened:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "subspace", *arguments], stdout=opened, stderr=opened, env=environment
-        )
-    return process, process.wait
+    return process
 
 
 def _command(arguments: list[str], output: str, environment: dict[str, str], folder: str) -> None:
@@ -146,6 +131,8 @@ def _command(arguments: list[str], output: str, environment: dict[str, str], fol
     with Path(output).open("ab", buffering=0) as opened:
         for stream in (1, 2):
             os.dup2(opened.fileno(), stream)
+    if torch.cuda._is_in_bad_fork():  # CUDA was started in the server
+        os.execve(sys.executable, [sys.executable, "-m", "subspace", *arguments], environment)
     sys.argv = ["subspace", *arguments]
     runpy.run_module("subspace", run_name="__main__", alter_sys=True)
 

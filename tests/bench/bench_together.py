@@ -5,8 +5,9 @@
     python -m tests.bench.bench_together --methods lora dora ssb prefix
 
 All train on SmolLM2-135M in float32, r 8, answers of six tokens, in one process. Of each number of runs N, rounds
-alternate a step of all N together with a step of each alone. Printed are the processor's seconds of a step, the median
-of the rounds and the least, the ratio round by round, and the resident memory that all of them take.
+alternate a step of all N together with a step of each alone. Printed are the seconds of a step (the processor's; on a
+GPU, those of the clock), the median of the rounds and the least, the ratio round by round, and the memory that all of
+them take (resident; on a GPU, the most that was allocated).
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import torch
 
 from subspace.adapters.inject import inject, trained_parameters
 from subspace.adapters.multi_adapter import OnePass, can_batch, share_weights
-from subspace.common.host_memory import manage_malloc, resident_memory, set_malloc_trim
+from subspace.common.host_memory import manage_malloc, set_malloc_trim
 from subspace.data.collate import IGNORE_INDEX, Batch
+from subspace.distributed.device import device, on_gpu
 from subspace.models.config import ModelConfig
 from subspace.models.lm_head import SummedLoss
 from subspace.models.loading import open_model
+from tests.bench.bench_7b import forget_most, held
 
 ANSWER = 6
 SETTINGS = {"lora": {"r": 8}, "dora": {"r": 8}, "pissa": {"r": 8}}
@@ -43,7 +46,7 @@ class Run:
 
     def step(self, batch: Batch) -> None:
         """Train a step alone."""
-        (self.loss(batch) / batch.num_labelled).backward()  # type: ignore[no-untyped-call]
+        (self.loss(batch.to(device())) / batch.num_labelled).backward()  # type: ignore[no-untyped-call]
         self.update()
 
     def update(self) -> None:
@@ -58,7 +61,7 @@ def step_together(runs: Sequence[Run], shared: OnePass, batches: Sequence[Batch]
     able = [number for number, run in enumerate(runs) if can_batch(run.model)]
     chosen = [batches[number] for number in able]
     weights = [1 / batch.num_labelled for batch in chosen]
-    found = shared.gradients(range(len(able)), chosen, weights, torch.device("cpu"))
+    found = shared.gradients(range(len(able)), chosen, weights, device())
     for number, (_, gradients) in zip(able, found, strict=True):
         for parameter, gradient in zip(runs[number].trained, gradients, strict=True):
             parameter.grad = gradient
@@ -75,25 +78,39 @@ def make_batch(rows: int, tokens: int, vocabulary: int) -> Batch:
     return Batch.from_labels({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
 
 
-def measure(base: Any, methods: Sequence[str], rounds: int, shape: tuple[int, int]) -> str:
-    """Return a row of the table, for a run of each method."""
+def clock() -> float:
+    """Return seconds: the processor's, or on a GPU the clock's as soon as it has ended its work."""
+    if not on_gpu():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(base: Any, methods: Sequence[str], rounds: int, shape: tuple[int, int]) -> dict[str, float]:
+    """Return the seconds of a step of a run of each method, together and alone, and the gain."""
+    forget_most()
     runs = [Run(base, method, number) for number, method in enumerate(methods)]
     shared = OnePass(share_weights(base), [run.model for run in runs if can_batch(run.model)])
     batches = [make_batch(*shape, base.config.vocab_size) for _ in runs]
     together, alone = list[float](), list[float]()
     for number in range(rounds + 1):
-        began = time.process_time()
+        began = clock()
         step_together(runs, shared, batches)
-        between = time.process_time()
+        between = clock()
         for run, batch in zip(runs, batches, strict=True):
             run.step(batch)
         if number:
             together.append(between - began)
-            alone.append(time.process_time() - between)
-    gain = statistics.median(b / a for a, b in zip(together, alone, strict=True))
-    figures = [f"{statistics.median(times):.2f} ({min(times):.2f})" for times in (together, alone)]
-    memory = (resident_memory("VmRSS") or 0) / 1e6
-    return f"| {len(runs)} | {' | '.join(figures)} | {gain:.2f} | {memory:,.0f} |"
+            alone.append(clock() - between)
+    return {
+        "runs": len(runs),
+        "together, s a step": statistics.median(together),
+        "least, together": min(together),
+        "alone, s a step": statistics.median(alone),
+        "least, alone": min(alone),
+        "times as fast": statistics.median(b / a for a, b in zip(together, alone, strict=True)),
+        "MB": held(most=on_gpu()) / 1e6,
+    }
 
 
 def main() -> None:
@@ -108,11 +125,12 @@ def main() -> None:
     manage_malloc()
     set_malloc_trim(False)
     base: Any = open_model(ModelConfig(path="smollm2-135m", dtype="float32"))
-    print("| runs | together, s a step | alone, s a step | times as fast | resident, MB |")
+    print("| runs | together, s a step (least) | alone, s a step (least) | times as fast | MB |")
     print("| ---: | ---: | ---: | ---: | ---: |")
     for count in options.runs:
         methods = [options.methods[number % len(options.methods)] for number in range(count)]
-        print(measure(base, methods, options.rounds, (options.rows, options.tokens)), flush=True)
+        found = measure(base, methods, options.rounds, (options.rows, options.tokens))
+        print("| {:.0f} | {:.3f} ({:.3f}) | {:.3f} ({:.3f}) | {:.2f} | {:,.0f} |".format(*found.values()), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,7 @@ def engines(check: Check) -> None:
         check.case(f"{base} by a plain loop", _plain, check.root, reference)
         for stage in ("0", "1", "2", "3"):
             cell = matrix.Cell(base, stage, 1, "lora")
-            # Attention adds up its gradients in another order each time on a GPU, which 16 bits hide.
-            slack = 10.0 if check.on_gpu and matrix.TOLERANCE[base] < 1e-3 else 1.0
-            check.case(f"{base} ZeRO {stage}", _cell, judge, cell, slack)
+            check.case(f"{base} ZeRO {stage}", _cell, judge, cell)
 
 
 def _plain(root: Path, cell: matrix.Cell) -> Figures:
@@ -55,7 +53,7 @@ def _plain(root: Path, cell: matrix.Cell) -> Figures:
     return {"first loss": losses[0], "last loss": losses[-1]}
 
 
-def _cell(judge: matrix.Judge, cell: matrix.Cell, slack: float) -> Figures:
+def _cell(judge: matrix.Judge, cell: matrix.Cell) -> Figures:
     if why := matrix.refused(cell) or matrix.refused(cell, find_missing_requirement):
         raise LeftOut(why)
     run_module.train_run(matrix.run_config(judge.root, cell, cell.name))
@@ -63,7 +61,7 @@ def _cell(judge: matrix.Judge, cell: matrix.Cell, slack: float) -> Figures:
         outcome = judge(cell)
     figures = {"loss off": outcome["loss"], "moved": outcome["moved"], "reloaded off": outcome["reloaded"]}
     figures |= {"merged off": outcome["merged"], "kB held": max(outcome["held"]) / 1000}
-    if wrong := matrix.beyond_tolerance(cell, outcome, slack):
+    if wrong := matrix.beyond_tolerance(cell, outcome):
         raise Missed(wrong, **figures)
     return figures
 
@@ -83,18 +81,19 @@ def _resume(check: Check, name: str, settings: list[str], *, exact: bool) -> Fig
     tiny_material(check)
     common = ["model.dtype=bfloat16", "method.dropout=0.1", "train.save_every=1", f"train.steps={STEPS}", *settings]
     _life(check, f"{name}-whole", common)
-    _life(check, f"{name}-again", common)
     _life(check, f"{name}-killed", common, dies_at=6)
     _life(check, f"{name}-killed", common, "--resume")
-    whole, again, killed = (check.root / f"{name}-{kind}" for kind in ("whole", "again", "killed"))
+    whole, killed = (check.root / f"{name}-{kind}" for kind in ("whole", "killed"))
     about = json.loads((killed / "environment.json").read_text())
     figures = {
         "resumed after": about.get("resumed_after"),
         "same adapter": (whole / "adapter" / TENSORS).read_bytes() == (killed / "adapter" / TENSORS).read_bytes(),
         "largest difference": difference(whole, killed),
-        "that of two whole runs": difference(whole, again),
         "losses off": max(abs(a - b) for a, b in zip(logged(whole), logged(killed), strict=True)),
     }
+    if not exact:
+        _life(check, f"{name}-again", common)
+        figures["that of two whole runs"] = difference(whole, check.root / f"{name}-again")
     if figures["resumed after"] != 5:
         raise Missed("it was not resumed after step 5", **figures)
     if exact and not figures["same adapter"]:
@@ -134,7 +133,8 @@ def optimizers(check: Check) -> None:
 def _optimizer(check: Check, name: str) -> Figures:
     # Of less than 4,096 values bitsandbytes keeps the state in 32 bits, and of less than 100,000 it pages none. ZeRO-1
     # has all values in one tensor.
-    wide = ["method.r=256", "train.save_every=5", "model.dtype=bfloat16", f"train.optimizer={name}"]
+    every = "targets=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
+    wide = ["method.r=64", every, "train.save_every=5", "model.dtype=bfloat16", f"train.optimizer={name}"]
     with _engines() as made:
         try:
             whole = train_tiny(check, f"{name}-whole", *wide, f"train.steps={STEPS}", stage=1)
@@ -203,6 +203,7 @@ def memory(check: Check) -> None:
     (check.root / "zero2+cpu.json").write_text(json.dumps(offload))
     check.case("plain", _option, check, material, "plain", [])
     options = {
+        "once-more": [],  # how far two runs of the same are apart, whose gradients are added up in another order
         "offload_optimizer": [f"engine={check.root}/zero2+cpu.json"],
         "offload_activations": ["train.offload_activations=true"],
         "gradient_checkpointing": ["model.gradient_checkpointing=true"],
@@ -217,6 +218,10 @@ def memory(check: Check) -> None:
 
 
 def _option(check: Check, material: Path, name: str, settings: list[str]) -> Figures:
+    # Adam takes a whole step also with a number whose gradient is rounding alone. In this run there is one, of
+    # layers.0.self_attn.v_proj.A; where packing or compiling round otherwise, the losses are 1.3e-3 apart in step 5
+    # and 4e-6 in step 8. Flash attention takes 16 bits alone.
+    limit = 5e-2 if name == "flash_attention_2" else 5e-3
     from subspace.config import read_config
 
     common = [f"runs={check.root}", f"name={name.replace(', ', '-')}", "train.steps=8"]
@@ -231,7 +236,8 @@ def _option(check: Check, material: Path, name: str, settings: list[str]) -> Fig
     figures: Figures = {"last loss": losses[-1], "seconds of the last 4 steps": times[-1] - times[3]}
     figures["peak MB"] = logged(folder, "peak_memory")[-1] / 1e6
     if name != "plain":
-        figures["losses off"] = max(abs(a - b) for a, b in zip(losses, logged(check.root / "plain"), strict=True))
-        if figures["losses off"] > (5e-2 if name == "flash_attention_2" else 1e-3):  # which takes 16 bits alone
+        apart = [abs(a - b) for a, b in zip(losses, logged(check.root / "plain"), strict=True)]
+        figures |= {"losses off": max(apart), "step by step": " ".join(f"{one:.1e}" for one in apart)}
+        if figures["losses off"] > limit:
             raise Missed("the losses are not those of the plain run", **figures)
     return figures

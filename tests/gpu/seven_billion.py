@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from subspace.distributed.engine import init_distributed
+from subspace.training.acceleration import compile_layers
 from tests.bench import bench_7b
 from tests.bench.bench_7b import Rows, Step
 from tests.bench.random_model import write_random
@@ -97,6 +98,14 @@ def _ours(check: Check, quantize: str) -> None:
     check.case("frozen: forward, input gradient", frozen)
     check.case("subspace", lambda: steps(check, started()))
     check.case("subspace, profile", lambda: profile(check, started(), _batch(check)))
+
+    def compiled() -> Figures:
+        compile_layers(opened()[0])
+        began = time.perf_counter()
+        float(started()(_batch(check)))
+        return {"seconds of the first step": time.perf_counter() - began, **steps(check, started())}
+
+    check.case("subspace, compiled", compiled)
 
 
 def _theirs(check: Check, quantize: str) -> None:

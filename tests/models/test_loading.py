@@ -13,6 +13,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sentencepiece
@@ -27,6 +28,7 @@ from subspace.adapters.penalties import with_penalties
 from subspace.adapters.registry import list_methods, resolve_method
 from subspace.errors import UserError
 from subspace.kernels.attention import ATTENTION_NAME
+from subspace.models import loading
 from subspace.models.bitsandbytes_compat import storage_format
 from subspace.models.config import ModelConfig
 from subspace.models.frozen_weights import gather_weight_fp32
@@ -493,3 +495,12 @@ def test_a_missing_kernel_names_one_that_works(llama: Path) -> None:
 def test_an_attention_that_an_architecture_lacks_names_one_that_works(saved: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match="`attention: eager` works"):
         open_model(config(saved("gemma2"), attention="sdpa"))
+
+
+def test_on_another_device_the_file_is_mapped(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading each tensor into memory first, which keeps a CPU's memory low, takes seven times as long."""
+    monkeypatch.setattr(loading, "streaming_safetensors", Mock(side_effect=AssertionError("read tensor by tensor")))
+    with pytest.raises(AssertionError, match="tensor by tensor"):
+        open_model(ModelConfig(path=str(llama)))
+    model = open_model(ModelConfig(path=str(llama)), where=torch.device("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,26 @@ def test_a_forked_command_has_as_many_threads_as_its_share_says(threads: int, tm
     (tmp_path / "threads.py").write_text("import torch\nraise RuntimeError(f'{torch.get_num_threads()} threads')\n")
     assert commands(["methods", str(tmp_path / "threads.py")], tmp_path / "output.txt") != 0
     assert f"{threads} threads" in (tmp_path / "output.txt").read_text()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_command_starts_anew_where_the_server_has_touched_the_gpu(bad: bool, tmp_path: Path) -> None:
+    method = tmp_path / "fork.py"
+    method.write_text("import multiprocessing\nraise RuntimeError(f'fork: {multiprocessing.parent_process()}')\n")
+    touched = f"torch.cuda._is_in_bad_fork = lambda: {bad}"
+    code = (
+        f"import torch; {touched}; from subspace.study.processes import _command; import os; "
+        f"_command(['methods', {str(method)!r}], {str(tmp_path / 'output.txt')!r}, dict(os.environ), '.')"
+    )
+    spawn = (
+        f"import multiprocessing; p = multiprocessing.get_context('fork').Process(target=exec, args=({code!r},)); "
+        "p.start(); p.join(); exit(p.exitcode)"
+    )
+    done = subprocess.run([sys.executable, "-c", spawn], capture_output=True, text=True, check=False)
+    said = (tmp_path / "output.txt").read_text()
+    assert done.returncode > 0, done.stderr
+    assert ("fork: None" in said) == bad, said
 
 
 def test_too_many_at_a_time_are_refused_before_anything_is_measured(

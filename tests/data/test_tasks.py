@@ -139,7 +139,7 @@ def test_a_task_is_found_by_its_aliases(name: str) -> None:
 
 def test_an_unknown_task_is_answered_with_the_nearest() -> None:
     with pytest.raises(
-        UserError, match=r"no task is called 'bolq'\. Did you mean 'boolq'\? There are 16, the nearest boolq, "
+        UserError, match=r"no task is called 'bolq'\. Did you mean 'boolq'\? There are 19, the nearest boolq, "
     ):
         find_task("bolq")
 

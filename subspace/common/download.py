@@ -157,11 +157,8 @@ def wheel_records(wheel: Path, file: str) -> Iterable[dict[str, Any]]:
         if file.endswith(".arrow"):
             import pyarrow
 
-            names = sorted(fnmatch.filter(archive.namelist(), file))
-            if not names:
-                raise KeyError(f"there is no {file} in the archive")
-            tables = [pyarrow.ipc.open_stream(archive.read(name)).read_all() for name in names]
-            return [record for table in tables for record in table.to_pylist()]
+            names = sorted(fnmatch.filter(archive.namelist(), file)) or [file]  # which is then missed
+            return [row for name in names for row in pyarrow.ipc.open_stream(archive.read(name)).read_all().to_pylist()]
         with archive.open(file) as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
             return list(_questions(lines))
 

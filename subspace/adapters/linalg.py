@@ -84,7 +84,15 @@ def _largest(W: Tensor, k: int) -> SVD:
         return SVD(U[:, :k], sigma[:k], Vt[:k])
     with seeded(0, W.device):
         U, sigma, V = torch.svd_lowrank(W, q=min(2 * k + 32, *W.shape), niter=12)
-    return _signed(U[:, :k], sigma[:k], V.T[:k])
+    found = _within(W, U) if W.is_cuda else SVD(U, sigma, V.T)  # its last step is a decomposition of torch's, too
+    return _signed(found.U[:, :k], found.sigma[:k], found.Vt[:k])
+
+
+def _within(W: Tensor, basis: Tensor) -> SVD:
+    """Return the singular triplets of W, ``(out, in)``, in the span of a basis, ``(out, q)``, its projection's."""
+    Q = torch.linalg.qr(basis).Q
+    U, sigma, Vt = _by_eigenvectors(Q.T @ W)
+    return SVD(Q @ U, sigma, Vt)
 
 
 def _signed(U: Tensor, sigma: Tensor, Vt: Tensor) -> SVD:

@@ -32,6 +32,17 @@ def test_eigenvectors_give_every_singular_triplet(out: int, width: int, rank: in
     assert {U.dtype, sigma.dtype, Vt.dtype} == {torch.float32}
 
 
+def test_triplets_within_a_basis_are_those_of_the_projection() -> None:
+    W = weight(96, 64, 64)
+    basis = torch.linalg.svd(W.double()).U[:, :16].float()
+    spoilt = basis @ (torch.eye(16) + 1e-2 * torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))
+    U, sigma, Vt = linalg._within(W, spoilt)  # spans the same, and is not orthonormal
+    torch.testing.assert_close(sigma.double(), torch.linalg.svdvals(W.double())[:16], rtol=1e-5, atol=1e-7)
+    for factor in (U.T, Vt):
+        torch.testing.assert_close(factor @ factor.T, torch.eye(16), rtol=0, atol=2e-6)
+    torch.testing.assert_close(U * sigma @ Vt, U @ (U.T @ W), rtol=0, atol=1e-6)
+
+
 def test_a_matrix_of_zeros_has_orthonormal_directions() -> None:
     U, sigma, Vt = linalg._by_eigenvectors(torch.zeros(5, 4))
     assert not sigma.any()

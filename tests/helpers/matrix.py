@@ -54,13 +54,15 @@ BASES: dict[str, Json] = {
     "int8": {"dtype": "float32", "quantize": "int8"},
     "nf4-double": {"dtype": "bfloat16", "quantize": "nf4", "double_quant": True},  # as QLoRA has it
 }
-#: How far a loss may lie from the reference's. 32 bits: Adam takes a whole step, to either side, with a number
-#: whose gradient is rounding alone: of two ranks' DoRA on NF4 one of 2,048, and a loss lay 4.1e-5 off. 16 bits round
-#: differently in another order of sums, and on a GPU int8 rounds what enters a layer.
-TOLERANCE = {"fp32": 1e-4, "nf4": 1e-4, "fp4": 1e-4, "int8": 5e-4, "bf16": 1e-2, "nf4-double": 1e-2, "fp16": 2e-2}
+#: How far a loss may lie from the reference's: 16 bits round differently in another order of sums, and on a GPU int8
+#: rounds what enters a layer, of which some falls on the other side.
+TOLERANCE = {"fp32": 1e-5, "nf4": 1e-5, "fp4": 1e-5, "int8": 5e-4, "bf16": 1e-2, "nf4-double": 1e-2, "fp16": 2e-2}
+#: In its place, of a base, a method and a number of ranks. Adam takes a whole step, to either side, also with a number
+#: whose gradient is rounding alone: here one of 2,048, of layers.0.mlp.down_proj.A, on CPUs without AMX (4.1e-5).
+BY_CHANCE = {("nf4", "dora", 2): 1e-4}
 #: The same for the held-out loss of an adapter that was read back. In evaluation int8 rounds on a CPU too, and leaves
 #: out columns that are large somewhere in a batch, so that the batch matters.
-RELOADED = {**TOLERANCE, "fp32": 1e-5, "nf4": 1e-5, "fp4": 1e-5, "int8": 1e-2}
+RELOADED = {**TOLERANCE, "int8": 1e-2}
 #: How far a logit of the merged model may lie from the unmerged one's, as a share of the largest; both in float32.
 MERGED = 1e-4
 
@@ -208,7 +210,7 @@ def run_config(root: Path, cell: Cell, name: str) -> RunConfig:
 
 def beyond_tolerance(cell: Cell, outcome: Json) -> str | None:
     """Return what is wrong with a trained cell: with its losses, its file or its merged model; None if nothing is."""
-    tolerance = TOLERANCE[cell.base]
+    tolerance = BY_CHANCE.get((cell.base, cell.method, cell.ranks), TOLERANCE[cell.base])
     if not outcome["loss"] < tolerance:
         return f"a loss is {outcome['loss']:.1e} off the reference's, more than {tolerance:.0e}"
     if not outcome["moved"] > 2 * tolerance:  # so there is something to agree on

@@ -41,24 +41,23 @@ make_environment() { # FILE ...
 # Run a command such that Ctrl-C, SIGTERM and SIGHUP to this script end it and all its child processes.
 supervise() { # COMMAND ...
     "$@" < /dev/null &
-    child=$!
     local status=0
-    wait "$child" || status=$?
-    child=
+    wait $! || status=$?
     return "$status" # also where a caller goes on after a failure
 }
 
 _stop() { # STATUS
     trap '' INT TERM HUP
-    if [ -n "$child" ]; then
-        kill -TERM -- "-$child" 2> /dev/null || true
-        wait "$child" 2> /dev/null || true
-    fi
+    # bash's own list: a signal may come between the start of a command and the next line, which would note its number.
+    local group
+    for group in $(jobs -pr); do
+        kill -TERM -- "-$group" 2> /dev/null || true
+    done
+    wait 2> /dev/null || true
     echo "stopped" >&2
     exit "$1"
 }
 
-child=
 set -m # a process group for every command that is supervised
 trap '_stop 130' INT
 trap '_stop 143' TERM

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,34 +132,66 @@ def test_slurm_tells_every_rank_who_it_is(tmp_path: Path) -> None:
 SUPERVISES = """
 set -euo pipefail
 . launch/environment.sh
+{before}
 supervise bash -c 'sleep 60 & echo $!; wait'
 echo not reached
 """
 
+# Signals this script once its command runs and before it does anything else: the instant in which it knows no number.
+AT_ONCE = """
+set -T
+trap 'case "$BASH_COMMAND" in
+    "\\"\\$@\\""*) begun=1 ;;
+    *) if [ -n "${begun:-}" ]; then begun=; sleep 0.3; kill -TERM $$; fi ;;
+esac' DEBUG
+"""
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_signal_to_a_script_ends_all(number: signal.Signals) -> None:
+
+@pytest.fixture
+def supervised(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Yield a script that supervises a command, and its grandchild; end both after the test, whatever it found."""
+
     def heed_signals() -> None:
         # In the background signals are ignored; a child inherits that, and bash cannot trap what it inherits so.
         for each in (signal.SIGINT, signal.SIGHUP):
             signal.signal(each, signal.SIG_DFL)
 
-    script = subprocess.Popen(
-        ["bash", "-c", SUPERVISES],
+    with subprocess.Popen(
+        ["bash", "-c", SUPERVISES.replace("{before}", getattr(request, "param", ""))],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=heed_signals,
-    )
-    assert script.stdout
-    sleeper = int(script.stdout.readline())
-    script.send_signal(number)
+    ) as script:
+        assert script.stdout
+        sleeper = int(script.stdout.readline())
+        try:
+            yield script, sleeper
+        finally:
+            script.kill()
+            with suppress(ProcessLookupError):
+                os.kill(sleeper, signal.SIGKILL)
+
+
+def expect_the_end_of(supervised: tuple[subprocess.Popen[str], int], number: signal.Signals) -> None:
+    script, sleeper = supervised
     rest, said = script.communicate(timeout=20)
     assert (script.returncode, rest, said) == (128 + number, "", "stopped\n")
     end = time.monotonic() + 5
     while time.monotonic() < end and psutil.pid_exists(sleeper):
         time.sleep(0.05)
     assert not psutil.pid_exists(sleeper) or psutil.Process(sleeper).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_to_a_script_ends_all(supervised: tuple[subprocess.Popen[str], int], number: signal.Signals) -> None:
+    supervised[0].send_signal(number)
+    expect_the_end_of(supervised, number)
+
+
+@pytest.mark.parametrize("supervised", [pytest.param(AT_ONCE, id="SIGTERM")], indirect=True)
+def test_a_signal_as_its_command_starts_ends_it(supervised: tuple[subprocess.Popen[str], int]) -> None:
+    expect_the_end_of(supervised, signal.SIGTERM)
 
 
 def test_a_failure_ends_a_script() -> None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from subspace.api import train as train
     from subspace.config import RunConfig as RunConfig
     from subspace.errors import UserError as UserError
+    from subspace.integrations.peft.reading import load_peft as load_peft
+    from subspace.integrations.peft.writing import export_peft as export_peft
     from subspace.integrations.schedules import follow_schedules as follow_schedules
 
 __version__ = "0.1.0"
@@ -47,6 +49,8 @@ _PUBLIC = {
     "unmerge": "subspace.adapters.merging",
     "save_adapter": "subspace.adapters.serialization",
     "load_adapter": "subspace.adapters.serialization",
+    "export_peft": "subspace.integrations.peft.writing",
+    "load_peft": "subspace.integrations.peft.reading",
     "list_methods": "subspace.adapters.registry",
     "load_method_file": "subspace.adapters.registry",
     "match_budget": "subspace.adapters.parameter_count",

@@ -169,7 +169,7 @@ def read_data_config(what: str, overrides: Sequence[str] = ()) -> RunConfig:
     is_yaml = Path(what).suffix in (".yaml", ".yml")
     if is_yaml and not (Path(what).exists() and "parts" in read_yaml(Path(what))):
         return read_config(what, overrides)
-    return _read_defaults("data", "data.mixture", what, overrides)
+    return read_defaults("data", "data.mixture", what, overrides)
 
 
 def read_run_subject(folder: Path, overrides: Sequence[str] = ()) -> EvaluationSubject:
@@ -193,7 +193,7 @@ def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
     if Path(what).suffix in (".yaml", ".yml"):
         config = read_config(what, overrides)
     else:
-        config = _read_defaults("base", "model.path", what, overrides)
+        config = read_defaults("base", "model.path", what, overrides)
     given = "-".join(filter(None, (config.model.path, config.model.revision)))
     name = re.sub(r"[^\w.+-]+", "-", given).strip("-")
     if not name.strip("."):  # the folder that the command is given in, or one above it
@@ -204,7 +204,7 @@ def read_subject(what: str, overrides: Sequence[str] = ()) -> EvaluationSubject:
     )  # fmt: skip
 
 
-def _read_defaults(name: str, key: str, value: str, overrides: Sequence[str]) -> RunConfig:
+def read_defaults(name: str, key: str, value: str, overrides: Sequence[str]) -> RunConfig:
     """Return a configuration of defaults, one given setting, and overrides."""
     values = {"name": Given(name, COMMAND_LINE), key: Given(value, COMMAND_LINE)}
     return _compose(_override(values, overrides), Path())

@@ -116,6 +116,16 @@ def load_adapter(
             ) from None
     parts = enumerate(description["adapters"])
     assign_groups(model, {site: part.get("group", number) for number, part in parts for site in part["sites"]})
+    fill_adapters(model, tensors, folder, trained=trained)
+    return description
+
+
+def fill_adapters(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, *, trained: bool = False) -> None:
+    """Give a model's adapters the values of all of these tensors, by :func:`named_tensors`; freeze or train them.
+
+    Raises:
+        UserError: they are not the adapters' own, in names or shapes; ``folder`` is where they are from.
+    """
     own = named_tensors(model)
     misfits = [f"{name} is missing from the file" for name in own.keys() - tensors.keys()]
     misfits += [f"{name} has no place in the model" for name in tensors.keys() - own.keys()]
@@ -131,7 +141,6 @@ def load_adapter(
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
             tensor.requires_grad_(trained and isinstance(tensor, nn.Parameter))
-    return description
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

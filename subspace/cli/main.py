@@ -19,6 +19,8 @@ from subspace.cli.commands import (
     data,
     doctor,
     evaluate,
+    export,
+    import_adapter,
     merge,
     methods,
     plan,
@@ -45,6 +47,8 @@ COMMANDS = [
     compare.COMMAND,
     study.COMMAND,
     merge.COMMAND,
+    export.COMMAND,
+    import_adapter.COMMAND,
     methods.COMMAND,
 ]
 USER_ERROR, INTERRUPTED = 2, 130

@@ -277,8 +277,12 @@ def check_contamination(
 ) -> None:
     """Raise UserError if a run was trained on more than ``MAX_OVERLAP`` of a task's items; log a note if on fewer.
 
-    With ``evaluate.on_contamination=warn`` a note is logged in either case.
+    With ``evaluate.on_contamination=warn`` a note is logged in either case; so is one where nobody knows.
     """
+    if subject.adapter and not subject.mixture and is_main():
+        logger.warning(
+            "note: what %s was trained on is not known, so whether it saw the items is not either", subject.folder
+        )
     try:
         overlap = find_overlap(subject.mixture, samples, subject.columns, texts)
     except UserError as error:  # files that were moved, say

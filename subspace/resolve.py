@@ -32,6 +32,7 @@ from subspace.distributed.deepspeed_config import (
 )
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
+from subspace.models.base_record import BaseRecord
 from subspace.models.config import ModelConfig
 from subspace.models.inspection import inspect_model
 from subspace.models.loading import open_shape
@@ -41,6 +42,7 @@ from subspace.training.compatibility import check_compatibility, check_packing
 from subspace.training.config import TrainConfig
 from subspace.training.logging import check_trackers
 from subspace.training.optimizers import check_optimizer
+from subspace.training.warm_start import start_adapters
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,13 @@ def check_shape(run: ResolvedRun) -> None:
         shape_with_adapters(run)
 
 
+def check_start(run: ResolvedRun, base: BaseRecord) -> None:
+    """Raise UserError for adapters to begin with that do not fit, before the model's weights are opened."""
+    config = run.config
+    if config.train.start_from and not config.model.trust_remote_code:
+        start_adapters(shape_with_adapters(run)[0], config.train.start_from, base)
+
+
 def _with_data_defaults(config: RunConfig) -> RunConfig:
     """Return the configuration with what null stands for in the settings of the data, where that is known."""
     if any(part.data for part in find_mixture(config.data.mixture).parts):
@@ -157,7 +166,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     evaluate = replace(
         config.evaluate, tasks=tasks, data=_absolute(config.evaluate.data), engine=_absolute(config.evaluate.engine)
     )
-    return replace(config, model=model, data=data, evaluate=evaluate)
+    train = replace(config.train, start_from=_absolute(config.train.start_from))
+    return replace(config, model=model, data=data, train=train, evaluate=evaluate)
 
 
 def _absolute(path: Any) -> Any:

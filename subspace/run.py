@@ -37,12 +37,12 @@ from subspace.distributed.engine import init_distributed, init_engine
 from subspace.distributed.launcher import launched_rank, launched_world_size
 from subspace.distributed.signals import SignalHandler
 from subspace.distributed.watchdog import LOADING_PATIENCE, Watchdog
-from subspace.errors import RunStopped, UserError, file_trouble
+from subspace.errors import UserError, file_trouble
 from subspace.models.base_record import BaseRecord, base_record, identify
 from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.liger_compat import apply_liger
 from subspace.models.loading import ModelSummary, open_model, summarize_model
-from subspace.resolve import ResolvedRun, check_shape, resolve_run, schedule_notices, with_absolute_paths
+from subspace.resolve import ResolvedRun, check_shape, check_start, resolve_run, schedule_notices, with_absolute_paths
 from subspace.resumption import (
     Material,
     check_resume_settings,
@@ -62,6 +62,7 @@ from subspace.training.loop import is_paused, train
 from subspace.training.optimizers import ineffective_settings, lr_factor, make_optimizer, parameter_groups
 from subspace.training.resume import Checkpoint
 from subspace.training.steps import Passes, run_passes
+from subspace.training.warm_start import start_adapters
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,8 @@ def _train_alone(configs: Sequence[RunConfig], *, resume: bool, until: int | Non
         check_shape(run)
     materials = [open_run_data(run) for run in runs]
     base = identify(runs[0].config.model)  # here for the same reason: the first time, every byte is read
+    for run in () if resume else runs:
+        check_start(run, base)
 
     hang_seconds = 60 * config.train.hang_minutes
     # The watchdog reports a hang; the timeout of collectives must be longer than its own.
@@ -189,7 +192,7 @@ def _train_on_rows(opened: Sequence[OpenedRun], base: BaseRecord, until: int | N
     barrier()
     if is_main():
         for name, one in zip(names, opened, strict=True):
-            _note_company(one.run.config.folder, name, together)
+            together.write_facts(one.run.config.folder, name)
     barrier()
     raise_failures(together.outcomes)
 
@@ -211,12 +214,14 @@ def _start(
     """
     run, data, plan, resumed, notices = opened.run, opened.data, opened.plan, opened.resumed, opened.notices
     config = run.config
-    methods = inject_methods(model, config, initialize=resumed is None)
+    start = None if resumed else config.train.start_from
+    methods = inject_methods(model, config, initialize=not (resumed or start))
+    begun = start_adapters(model, start, base) if start else []
     watchdog.beat("the start of the engine", LOADING_PATIENCE)
     run = run.with_adapters(model)
     if resumed:
         notices = [*notices, *describe_resume(resumed, run, plan)]
-    notices = [*notices, *run.engine.notices, *data.notices, *schedule_notices(config, data, plan)]
+    notices = [*begun, *notices, *run.engine.notices, *data.notices, *schedule_notices(config, data, plan)]
     notices += ineffective_settings(model, config.train)
     notices += opened.seen
     report = {**data.report, "seen": opened.seen}
@@ -263,17 +268,6 @@ def _start(
         return state
 
     return training()
-
-
-def _note_company(folder: Path, name: str, together: Together) -> None:
-    """Add to ``environment.json`` what the runs that were trained together gained, and why this one failed, if so."""
-    file, outcome = folder / ENVIRONMENT_FILE, together.outcomes[name]
-    about = read_environment(folder)
-    measured = {"gain": together.gain, "share": together.share(name)}
-    about |= {key: value for key, value in measured.items() if value is not None}
-    if isinstance(outcome, UserError) and not isinstance(outcome, RunStopped):
-        about["failure"] = str(outcome)
-    write_json(file, about)
 
 
 def check_same_base(base: BaseRecord) -> None:

@@ -14,17 +14,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from subspace.adapters.multi_adapter import OnePass, can_batch
+from subspace.common.files import write_json
 from subspace.common.progress import Progress, ProgressCallback
 from subspace.config import RunConfig
 from subspace.distributed.collectives import is_main
 from subspace.errors import RunFailed, RunStopped, UserError
 from subspace.resolve import ResolvedRun
 from subspace.training.acceleration import offload_activations
+from subspace.training.checkpoint import ENVIRONMENT_FILE, read_environment
 from subspace.training.checkpointer import TrainState
 from subspace.training.steps import Pass, Passes
 
@@ -208,6 +211,15 @@ class Together:
             return None
         alone = statistics.mean(self._alone[name] for name in self._sharing)
         return round(alone / statistics.median(self._joint), 2)
+
+    def write_facts(self, folder: Path, name: str) -> None:
+        """Add to a run's ``environment.json`` what training together gained, and why this one failed, if so."""
+        about, outcome = read_environment(folder), self.outcomes[name]
+        measured = {"gain": self.gain, "share": self.share(name)}
+        about |= {key: value for key, value in measured.items() if value is not None}
+        if isinstance(outcome, UserError) and not isinstance(outcome, RunStopped):
+            about["failure"] = str(outcome)
+        write_json(folder / ENVIRONMENT_FILE, about)
 
     def share(self, name: str) -> float | None:
         """Return the share of the time that a run would take of all that they would take alone; None if not known."""

@@ -44,6 +44,7 @@ logger = logging.getLogger("subspace")
 
 TENSORS = "adapter.safetensors"
 SETTINGS = "adapter.json"
+KEPT_IN = f"A run keeps its adapter in runs/NAME/adapter ({SETTINGS} and {TENSORS})"
 FORMAT = 2
 #: The first format whose ``adapter.json`` has checksums.
 SEALED = 2
@@ -218,9 +219,10 @@ def _damage_errors(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
+        theirs = (folder / "adapter_config.json").is_file()
+        cure = f"It is HF PEFT's: `subspace import {folder}`, subspace.load_peft" if theirs else KEPT_IN
         raise UserError(
-            f"no adapter in {folder}: {Path(str(error.filename or TENSORS)).name} is not there. "
-            f"A run keeps its adapter in runs/NAME/adapter ({SETTINGS} and {TENSORS})"
+            f"no adapter in {folder}: {Path(str(error.filename or TENSORS)).name} is not there. {cure}"
         ) from None
     except (_Damage, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         if trouble := file_trouble(error):

@@ -83,6 +83,8 @@ SETTINGS: Mapping[str, str] = {
     "torch_compile": "train.compile",
     "use_liger_kernel": "train.liger",
     "activation_offloading": "train.offload_activations",
+    "adapter_name_or_path": "train.start_from",
+    "lora_model_dir": "train.start_from",
     "resume_from_checkpoint": "--resume: on the command line",
     "deepspeed": "engine",
     "fsdp": "engine=ds_configs/zero3.json: which shards the model over the processes",

@@ -36,7 +36,7 @@ WORKING = "LLaMA, Mistral, Qwen2, Qwen3, Gemma and Phi-3 checkpoints work"
 NOT_A_MODEL = {
     "adapter.json": "it holds an adapter. Give the model that it was trained on",
     # transformers would silently load this adapter's base, and the adapter into it
-    "adapter_config.json": "it holds another library's adapter. Give the model that it was trained on",
+    "adapter_config.json": "it holds an adapter of HF PEFT. Make a run of it: subspace import FOLDER",
     "config.yaml": "it is the folder of a run. Its config.yaml names the model",
 }
 

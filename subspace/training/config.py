@@ -88,6 +88,9 @@ class TrainConfig(Settings):
     hang_minutes: float = setting(
         30.0, "minutes without progress after which the run is ended; 0 disables the watchdog", min=0, max=1e6
     )
+    start_from: str | None = setting(
+        None, "a run's or adapter's folder whose values the adapters begin with; null for their method's own start"
+    )
     save_final: str = setting("last", "the adapter to save at the end", choices=("last", "best"), formerly="keep")
     trackers: list[str] = setting(
         ["tensorboard"], "trackers to log to besides log.jsonl; [] for none", choices=("tensorboard", "wandb")

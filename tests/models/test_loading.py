@@ -441,7 +441,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
         (make_encoder, ["is an encoder (bert)", "LLaMA, Mistral"]),
         (make_encoder_decoder, ["is an encoder-decoder (t5)", "LLaMA, Mistral"]),
         (make_adapter, ["it holds an adapter", "the model that it was trained on"]),
-        (make_foreign_adapter, ["another library's adapter"]),
+        (make_foreign_adapter, ["an adapter of HF PEFT", "subspace import"]),
         (make_run, ["the folder of a run"]),
         (make_two_ggufs, ["several GGUF files", "a.gguf, b.gguf"]),
     ],

@@ -31,6 +31,7 @@ COMMAND = Command(
   subspace import someone/their-adapter@main name=theirs
   subspace import peft-folder model.path=smollm2-135m data.mixture=commonsense    what it was trained on, if you know
   subspace evaluate runs/peft-folder
+  subspace train mine.yaml train.start_from=runs/peft-folder    further, with its method, sizes and targets
 
 Types LORA (rsLoRA, DoRA, patterns of ranks too), ADALORA, IA3, PROMPT_TUNING, P_TUNING, and the DoRA authors' own.""",
     _arguments,

@@ -248,6 +248,14 @@ def test_settings_without_an_equal_are_refused(saved: Path, changed: dict[str, A
         load_peft(tiny_llama(), saved)
 
 
+def test_settings_that_change_nothing_are_passed_by(saved: Path) -> None:
+    """As of a start that was converted, and of versions that wrote more or less."""
+    config = json.loads((saved / CONFIG).read_text())
+    idle = {"init_lora_weights": None, "corda_config": {"x": 1}, "runtime_config": {"ephemeral_gpu_offload": True}}
+    (saved / CONFIG).write_text(json.dumps({**config, **idle, "peft_version": "0.3.0", "lora_dropout": None}))
+    assert load_peft(tiny_llama(), saved)
+
+
 def test_tensors_without_a_place_are_refused(saved: Path) -> None:
     tensors = load_file(saved / TENSORS)
     broken: list[tuple[dict[str, torch.Tensor], str]] = [

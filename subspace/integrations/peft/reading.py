@@ -190,6 +190,7 @@ IDLE = frozenset(
         "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
         "peft_version", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
         "ensure_weight_tying", "megatron_core", "loftq_config", "eva_config", "qalora_group_size", "merge_weights",
+        "corda_config", "lora_ga_config", "runtime_config",
     }
 )  # fmt: skip
 #: Starts after which the base's weights are as they were; others change them.
@@ -205,8 +206,8 @@ class Kind(NamedTuple):
 
 def _check_settings(content: Mapping[str, Any], kind: Kind, folder: Path) -> None:
     """Raise UserError for a setting that changes what an adapter does and has no equal here."""
-    start = content.get("init_lora_weights", True)
-    if start not in PLAIN_STARTS:
+    start = content.get("init_lora_weights")
+    if start not in (None, *PLAIN_STARTS):
         raise UserError(
             f"the adapter in {folder} was begun with init_lora_weights={start!r}, which changes the base too. "
             "Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"

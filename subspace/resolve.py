@@ -32,7 +32,6 @@ from subspace.distributed.deepspeed_config import (
 )
 from subspace.distributed.zero import full_shape
 from subspace.errors import UserError
-from subspace.models.base_record import BaseRecord
 from subspace.models.config import ModelConfig
 from subspace.models.inspection import inspect_model
 from subspace.models.loading import open_shape
@@ -42,7 +41,6 @@ from subspace.training.compatibility import check_compatibility, check_packing
 from subspace.training.config import TrainConfig
 from subspace.training.logging import check_trackers
 from subspace.training.optimizers import check_optimizer
-from subspace.training.warm_start import start_adapters
 
 
 @dataclass(frozen=True)
@@ -129,13 +127,6 @@ def check_shape(run: ResolvedRun) -> None:
     """Raise UserError for targets, patterns and sizes that do not fit the model, before its weights are opened."""
     if not run.config.model.trust_remote_code:  # foreign code may not bear a model without values
         shape_with_adapters(run)
-
-
-def check_start(run: ResolvedRun, base: BaseRecord) -> None:
-    """Raise UserError for adapters to begin with that do not fit, before the model's weights are opened."""
-    config = run.config
-    if config.train.start_from and not config.model.trust_remote_code:
-        start_adapters(shape_with_adapters(run)[0], config.train.start_from, base)
 
 
 def _with_data_defaults(config: RunConfig) -> RunConfig:

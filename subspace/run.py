@@ -42,15 +42,17 @@ from subspace.models.base_record import BaseRecord, base_record, identify
 from subspace.models.frozen_weights import weight_memory_bytes
 from subspace.models.liger_compat import apply_liger
 from subspace.models.loading import ModelSummary, open_model, summarize_model
-from subspace.resolve import ResolvedRun, check_shape, check_start, resolve_run, schedule_notices, with_absolute_paths
+from subspace.resolve import ResolvedRun, check_shape, resolve_run, schedule_notices, with_absolute_paths
 from subspace.resumption import (
     Material,
     check_resume_settings,
+    check_start,
     describe_resume,
     ensure_new_run_dir,
     find_resume_point,
     new_run_id,
     open_run_data,
+    start_adapters,
 )
 from subspace.together import OneDisplay, Together, check_draws_nothing, check_together, labels, raise_failures
 from subspace.training.acceleration import compile_layers
@@ -62,7 +64,6 @@ from subspace.training.loop import is_paused, train
 from subspace.training.optimizers import ineffective_settings, lr_factor, make_optimizer, parameter_groups
 from subspace.training.resume import Checkpoint
 from subspace.training.steps import Passes, run_passes
-from subspace.training.warm_start import start_adapters
 
 log = logging.getLogger(__name__)
 

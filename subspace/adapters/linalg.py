@@ -39,24 +39,27 @@ class SVD(NamedTuple):
 
 def top_singular_triplets(W: Tensor, k: int) -> SVD:
     """Return the k largest singular triplets of W, ``(out, in)``, float32."""
-    return _cached(W, f"largest-{min(k, *W.shape)}", lambda: _largest(W, min(k, *W.shape)))
+    return _cached(W, f"largest-{min(k, *W.shape)}", lambda: largest_triplets(W, min(k, *W.shape)))
 
 
 def bottom_singular_triplets(W: Tensor, k: int) -> SVD:
     """Return the k smallest singular triplets of W, ``(out, in)``, float32, from an exact decomposition."""
-    return _cached(W, f"smallest-{min(k, *W.shape)}", lambda: SVD(*(_some(t, i, k) for i, t in enumerate(_exact(W)))))
+    return _cached(
+        W, f"smallest-{min(k, *W.shape)}", lambda: SVD(*(_some(t, i, k) for i, t in enumerate(exact_svd(W))))
+    )
 
 
 def full_svd(W: Tensor) -> SVD:
     """Return all min(out, in) singular triplets of W, ``(out, in)``, float32."""
-    return _cached(W, "whole", lambda: _exact(W))
+    return _cached(W, "whole", lambda: exact_svd(W))
 
 
 def _some(tensor: Tensor, position: int, k: int) -> Tensor:
     return tensor[:, -k:] if position == 0 else tensor[-k:]
 
 
-def _exact(W: Tensor) -> SVD:
+def exact_svd(W: Tensor) -> SVD:
+    """Return all singular triplets of W, ``(out, in)``, float32, as :func:`full_svd`, without its cache."""
     return _signed(*(_by_eigenvectors(W) if W.is_cuda else torch.linalg.svd(W, full_matrices=False)))
 
 
@@ -78,9 +81,10 @@ def _by_eigenvectors(W: Tensor) -> SVD:
     return SVD(U[:, order].to(W.dtype), sigma[order].abs().to(W.dtype), V[:, order].T.to(W.dtype))
 
 
-def _largest(W: Tensor, k: int) -> SVD:
+def largest_triplets(W: Tensor, k: int) -> SVD:
+    """Return the k largest singular triplets of W, ``(out, in)``, float32, without a cache."""
     if min(W.shape) <= SMALL:
-        U, sigma, Vt = _exact(W)
+        U, sigma, Vt = exact_svd(W)
         return SVD(U[:, :k], sigma[:k], Vt[:k])
     with seeded(0, W.device):
         U, sigma, V = torch.svd_lowrank(W, q=min(2 * k + 32, *W.shape), niter=12)

@@ -21,6 +21,7 @@ from subspace.cli.commands import (
     evaluate,
     export,
     import_adapter,
+    inspect,
     merge,
     methods,
     plan,
@@ -49,6 +50,7 @@ COMMANDS = [
     merge.COMMAND,
     export.COMMAND,
     import_adapter.COMMAND,
+    inspect.COMMAND,
     methods.COMMAND,
 ]
 USER_ERROR, INTERRUPTED = 2, 130

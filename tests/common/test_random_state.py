@@ -53,7 +53,7 @@ def put_adapters_in(model: nn.Module) -> None:
 
 
 def decompose(model: nn.Module) -> None:
-    linalg._largest(torch.rand(20, 16, generator=torch.Generator().manual_seed(0)), 2)
+    linalg.largest_triplets(torch.rand(20, 16, generator=torch.Generator().manual_seed(0)), 2)
 
 
 def score_with_dropout(model: nn.Module) -> None:

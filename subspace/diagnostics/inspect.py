@@ -48,6 +48,7 @@ class Subject(NamedTuple):
     """An adapter to inspect: a run's, or that of one of its checkpoints."""
 
     run: Path
+    name: str  # of the run, among those that are inspected
     adapter: Path
     step: int | None
     final: bool
@@ -73,7 +74,7 @@ class Inspected:
     @property
     def label(self) -> str:
         """The run's name, with the step if the adapter is that of a checkpoint."""
-        return self.subject.run.name if self.subject.final else f"{self.subject.run.name} at step {self.subject.step}"
+        return self.subject.name if self.subject.final else f"{self.subject.name} at step {self.subject.step}"
 
 
 class Inspection(NamedTuple):
@@ -128,7 +129,12 @@ def inspect_runs(
     for run, base in zip(runs, bases, strict=True):
         if base.weights != bases[0].weights:
             raise UserError(f"{run} and {runs[0]} are of different bases, whose directions cannot be compared")
-    chosen = [each for run in runs for each in _subjects(run, over_steps=over_steps)]
+    names = [run.name for run in runs]
+    chosen: list[Subject] = []
+    for run, subject in zip(runs, subjects, strict=True):
+        name = run.name if names.count(run.name) == 1 else str(run)
+        assert subject.adapter
+        chosen += _subjects(run, name, subject.adapter, over_steps=over_steps)
     for each in chosen:
         check_adapter_base(each.adapter, base=bases[0])
     with ExitStack() as held, torch.no_grad():
@@ -149,13 +155,11 @@ def inspect_runs(
     return inspection
 
 
-def _subjects(run: Path, *, over_steps: bool) -> list[Subject]:
+def _subjects(run: Path, name: str, adapter: Path, *, over_steps: bool) -> list[Subject]:
     """Return a run's adapters, that of its end the last."""
-    subject = read_run_subject(run)
-    assert subject.adapter
-    about = read_description(subject.adapter).get("about") or {}
+    about = read_description(adapter).get("about") or {}
     step = about.get("step") if isinstance(about, dict) else None
-    found = [Subject(run, subject.adapter, step if isinstance(step, int) else None, final=True)]
+    found = [Subject(run, name, adapter, step if isinstance(step, int) else None, final=True)]
     if not over_steps:
         return found
     earlier = [each for each in checkpoints(run) if step_of(each) != step and find_corruption(each) is None]
@@ -164,7 +168,7 @@ def _subjects(run: Path, *, over_steps: bool) -> list[Subject]:
             f"{run} has no checkpoint before its end, so nothing shows how it got there. Train with "
             "train.save_every=STEPS train.keep_checkpoints=COUNT"
         )
-    return [*(Subject(run, each / ADAPTER, step_of(each), final=False) for each in earlier), *found]
+    return [*(Subject(run, name, each / ADAPTER, step_of(each), final=False) for each in earlier), *found]
 
 
 def _inspect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,13 @@ def test_steps_come_to_the_end(runs: Path) -> None:
         inspect_runs([runs / "dora"], over_steps=True)
 
 
+def test_runs_of_one_name_are_told_apart(runs: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(runs / "lora", tmp_path / "lora")
+    found = inspect_runs([runs / "lora", again])
+    assert list(found.pairs) == [(str(runs / "lora"), str(again))]
+    assert all(overlap == pytest.approx(1) for overlap in found.pairs[str(runs / "lora"), str(again)].values())
+
+
 def test_what_updates_no_weight_is_counted(runs: Path) -> None:
     with pytest.raises(UserError, match="prefix adds nothing to a weight"):
         inspect_runs([runs / "prefix"])
@@ -101,7 +109,7 @@ def test_the_command(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def found_with(*sites: Site) -> Inspected:
-    subject = Subject(Path("runs/x"), Path("runs/x/adapter"), 3, final=True)
+    subject = Subject(Path("runs/x"), "x", Path("runs/x/adapter"), 3, final=True)
     return Inspected(subject, "", {f"layers.{number}.q_proj": site for number, site in enumerate(sites)})
 
 

@@ -121,19 +121,18 @@ def _settling(found: Sequence[Inspected]) -> Grid:
     rows = []
     for each in found:
         spaces, tasks = zip(*each.settled.values(), strict=True)
-        chances = [COMPARED / min(s.out_features, s.in_features) for s in each.sites.values()]
         rows.append(
             (
                 each.label,
                 _said(_mean(spaces), ".2f"),
-                _beside(_mean(tasks), _mean(chances), ".2f"),
+                _beside(_mean(tasks), _mean(s.task_chance for s in each.sites.values()), ".2f"),
                 _said(_mean(s.relative for s in each.sites.values()), ".1e"),
             )
         )
     head = ("step", "subspace", "task directions", "‖ΔW‖/‖W‖")
     return Grid("over steps", head, tuple(rows), (
         f"subspace: overlap of ΔW's first {COMPARED} directions with those at the end; task directions: the share of "
-        "those at the end that are chosen already (by chance)",
+        "those at the end that are chosen already (that random updates choose: small directions change easily)",
     ))  # fmt: skip
 
 

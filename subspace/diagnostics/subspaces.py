@@ -10,6 +10,7 @@ section 7.3), intruder dimensions those of arXiv:2410.21228.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -85,6 +86,7 @@ class Site:
         out_chance, in_chance: of both.
         energy: shares of dW's squared norm in ten equal parts of W's left singular vectors, the largest first.
         task_directions: the eight directions of W with the largest change rate.
+        task_chance: the share of them that random updates change most too: those of small singular values, mostly.
         smallest_decile: the share of them in W's smallest tenth; ``smallest_chance`` for random updates.
         amplification: the norm of dW over that of W in dW's own first directions; None if nothing of W lies there.
         intruders: of the first ten left singular vectors of W + dW, those that none of W's is near.
@@ -111,6 +113,7 @@ class Site:
     in_chance: float | None = None
     energy: tuple[float, ...] = field(default=())
     task_directions: tuple[int, ...] = field(default=())
+    task_chance: float | None = None
     smallest_decile: float | None = None
     smallest_chance: float | None = None
     amplification: float | None = None
@@ -147,6 +150,7 @@ def measure(frozen: Frozen, update: Update, seed: int = 0) -> Site:
     amplified = inside.amplification(near)
     by_chance = [one for draw in draws if (one := draw.amplification(near)) is not None]
     intruders, changed = _of_sum(frozen, update)
+    tasks, by_draw = inside.task_directions(), [draw.task_directions() for draw in draws]
     energy = (inside.L * s).square().sum(1) / norm2
     return Site(
         out, into, q,
@@ -163,9 +167,10 @@ def measure(frozen: Frozen, update: Update, seed: int = 0) -> Site:
         bottom_out=_overlap(inside.L[-near:], near), bottom_in=_overlap(inside.R[-near:], near),
         out_chance=near / out, in_chance=near / into,
         energy=tuple(float(part.sum()) for part in torch.tensor_split(energy, 10)),
-        task_directions=tuple(inside.task_directions()),
-        smallest_decile=_in_smallest(inside.task_directions(), k),
-        smallest_chance=_mean([_in_smallest(draw.task_directions(), k) for draw in draws]),
+        task_directions=tuple(tasks),
+        task_chance=_mean([_in_common(tasks, other) for other in by_draw]),
+        smallest_decile=_in_smallest(tasks, k),
+        smallest_chance=_mean([_in_smallest(other, k) for other in by_draw]),
         amplification=amplified,
         amplification_chance=sorted(by_chance)[len(by_chance) // 2] if by_chance else None,
         intruders=intruders, spectrum_change=changed,
@@ -218,6 +223,10 @@ def _in_smallest(directions: list[int], k: int) -> float:
     return sum(i >= k - max(1, k // 10) for i in directions) / max(1, len(directions))
 
 
+def _in_common(own: Sequence[int], other: Sequence[int]) -> float:
+    return len(set(own) & set(other)) / max(1, len(own))
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -260,5 +269,5 @@ def between(one: Update, other: Update) -> float | None:
 
 def same_task_directions(one: Site, other: Site) -> float | None:
     """Return the share of one's task directions that are the other's too; None without one."""
-    own = set(one.task_directions)
-    return len(own & set(other.task_directions)) / len(own) if own and other.task_directions else None
+    own, others = one.task_directions, other.task_directions
+    return _in_common(own, others) if own and others else None

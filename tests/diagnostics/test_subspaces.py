@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,6 +86,9 @@ def test_chance_is_what_random_updates_have(frozen: Frozen) -> None:
     assert mean("top_out") == pytest.approx(sites[0].out_chance, rel=0.2)
     assert mean("bottom_in") == pytest.approx(sites[0].in_chance, rel=0.2)
     assert mean("smallest_decile") == pytest.approx(mean("smallest_chance"), rel=0.2)
+    shared = [same_task_directions(one, other) or 0.0 for one, other in itertools.pairwise(sites)]
+    assert mean("task_chance") == pytest.approx(sum(shared) / len(shared), rel=0.15)
+    assert mean("task_chance") > 2 * 8 / IN  # small directions are the same for all
     assert mean("span") == pytest.approx(IN / OUT, rel=0.1)
 
 

@@ -50,7 +50,7 @@ _stop() { # STATUS
     trap '' INT TERM HUP
     # bash's own list: a signal may come between the start of a command and the next line, which would note its number.
     local group
-    for group in $(jobs -pr); do
+    for group in $(jobs -p); do
         kill -TERM -- "-$group" 2> /dev/null || true
     done
     wait 2> /dev/null || true

@@ -324,8 +324,8 @@ def start_adapters(model: nn.Module, path: str | os.PathLike[str], base: BaseRec
             raise UserError(f"{asked}: at {site} its method is {part['method']}, and this run's {adapter.name}")
         if adapter.delayed_grad_params:
             raise UserError(
-                f"{asked}: {adapter.name} has launched there, and would choose its directions anew. Merge that run, "
-                "and train on the merged model"
+                f"{asked}: {adapter.name} chooses its directions at a step of its run, and would replace those of that "
+                "one. Merge that run, and train on the merged model"
             )
         method = resolve_recorded_method(part["method"], part.get("origin", {}))
         now, before = asdict(adapter.config), {**asdict(method.Config()), **method.settings_of_file(part["settings"])}
@@ -339,6 +339,8 @@ def start_adapters(model: nn.Module, path: str | os.PathLike[str], base: BaseRec
         f"begins with the adapter in {folder} (SHA-256 {file_sha256(folder / TENSORS)[:12]}); what that was trained on "
         "is not compared with the suites"
     ]
+    if scheduled := sorted({adapter.name for adapter in own.values() if has_schedule(adapter.method_class)}):
+        notices.append(f"the schedule of {', '.join(scheduled)} begins anew")
     if changed:
         notices.append(f"other settings than that adapter was trained with: {'; '.join(changed.values())}")
     return notices

@@ -1,12 +1,13 @@
 """Inspection of runs: each site's update beside its frozen weight, over runs and over the steps of a run.
 
-A weight is decomposed once, for all adapters that are inspected. What has no update of a weight, as a prompt or a
-bottleneck, is left out and counted.
+A weight is decomposed once, for all adapters that are inspected. What is no update of one linear layer's weight, as a
+prompt, a bottleneck or a bias, is left out and counted.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -40,6 +41,8 @@ from subspace.models.frozen_weights import gather_weight_fp32
 from subspace.models.loading import open_model
 from subspace.training.checkpoint import ADAPTER, checkpoints, find_corruption, step_of
 
+logger = logging.getLogger(__name__)
+
 SCHEMA = 1
 FOLDER = "inspect"
 
@@ -60,7 +63,7 @@ class Inspected:
 
     Attributes:
         sites: by name.
-        left_out: by the name of a method, its sites that update no weight.
+        left_out: by the name of a method, its sites that update no linear layer's weight.
         settled: by site, of an earlier step: the overlap of its directions with the last ones, and the share of its
             task directions that are the last ones too.
     """
@@ -129,6 +132,8 @@ def inspect_runs(
     for run, base in zip(runs, bases, strict=True):
         if base.weights != bases[0].weights:
             raise UserError(f"{run} and {runs[0]} are of different bases, whose directions cannot be compared")
+    if len({subject.model.quantize for subject in subjects}) > 1:
+        logger.warning("note: the runs quantise their base differently; all are compared with that of %s", runs[0])
     names = [run.name for run in runs]
     chosen: list[Subject] = []
     for run, subject in zip(runs, subjects, strict=True):
@@ -162,7 +167,11 @@ def _subjects(run: Path, name: str, adapter: Path, *, over_steps: bool) -> list[
     found = [Subject(run, name, adapter, step if isinstance(step, int) else None, final=True)]
     if not over_steps:
         return found
-    earlier = [each for each in checkpoints(run) if step_of(each) != step and find_corruption(each) is None]
+    earlier = [each for each in checkpoints(run) if step_of(each) != step]
+    for each in list(earlier):
+        if damage := find_corruption(each):
+            logger.warning("note: %s is left out: %s", each, damage)
+            earlier.remove(each)
     if not earlier:
         raise UserError(
             f"{run} has no checkpoint before its end, so nothing shows how it got there. Train with "
@@ -195,7 +204,8 @@ def _inspect(
     if not any(each.sites for each in found):
         left = {name: count for each in found for name, count in each.left_out.items()}
         raise UserError(
-            f"nothing to inspect: {', '.join(left)} adds nothing to a weight, and the inspection is of such updates"
+            f"nothing to inspect: what is looked at are updates of linear layers' weights, and {', '.join(left)} has "
+            "none"
         )
     return Inspection(base, found, pairs)
 
@@ -208,7 +218,8 @@ def _measure_site(site: str, found: Sequence[Inspected], loaded: Sequence[dict[s
         adapter: Any = by_site.get(site)
         if adapter is None:
             continue
-        if not (isinstance(adapter, LinearAdapter) and adapter.mergeable):
+        of_weight = isinstance(adapter, LinearAdapter) and adapter.mergeable and set(adapter.roles.values()) != {"bias"}
+        if not of_weight:
             found[number].left_out[adapter.name] = found[number].left_out.get(adapter.name, 0) + 1
             continue
         W = gather_weight_fp32(adapter.base)

@@ -47,7 +47,10 @@ def _grid(found: Inspected, *, layers: bool) -> Grid:
     rows = [_row(name, sites) for name, sites in groups.items()]
     if len(rows) > 1:
         rows.append(_row("all", list(found.sites.values())))
-    left = [f"{count} sites of {name} update no weight, and are left out" for name, count in found.left_out.items()]
+    left = [
+        f"{count} sites of {name} are left out: no linear layer's weight is updated"
+        for name, count in found.left_out.items()
+    ]
     return Grid(found.label, HEAD, tuple(rows), (*findings(found), *left), last=int(len(rows) > 1))
 
 

@@ -24,10 +24,10 @@ from tests.helpers.tiny_models import tiny_llama
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs ``lora``, with checkpoints, ``dora`` and ``prefix``, of six steps each."""
+    """The runs ``lora``, with checkpoints, ``dora``, ``prefix`` and ``bitfit``, of six steps each."""
     folder = tmp_path_factory.mktemp("inspect")
     recipe = make_material(folder)
-    for method, saved in (("lora", 2), ("dora", 0), ("prefix", 0)):
+    for method, saved in (("lora", 2), ("dora", 0), ("prefix", 0), ("bitfit", 0)):
         given = [f"runs={folder / 'runs'}", f"name={method}", f"method={method}", f"train.save_every={saved}"]
         train_run(config_module.read_config(recipe, [*given, "train.keep_checkpoints=3"]))
     return folder / "runs"
@@ -69,6 +69,18 @@ def test_steps_come_to_the_end(runs: Path) -> None:
         inspect_runs([runs / "dora"], over_steps=True)
 
 
+def test_a_damaged_checkpoint_is_left_out_and_told_of(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = shutil.copytree(runs / "lora", tmp_path / "lora")
+    (again / "checkpoints" / "step-000002" / "adapter" / "adapter.json").write_text("{}")
+    assert main(["inspect", str(again), "--over-steps"]) == 0
+    captured = capsys.readouterr()
+    assert "lora at step 2" not in captured.out
+    assert "lora at step 4" in captured.out
+    assert "step-000002 is left out" in captured.err
+
+
 def test_runs_of_one_name_are_told_apart(runs: Path, tmp_path: Path) -> None:
     again = shutil.copytree(runs / "lora", tmp_path / "lora")
     found = inspect_runs([runs / "lora", again])
@@ -77,8 +89,10 @@ def test_runs_of_one_name_are_told_apart(runs: Path, tmp_path: Path) -> None:
 
 
 def test_what_updates_no_weight_is_counted(runs: Path) -> None:
-    with pytest.raises(UserError, match="prefix adds nothing to a weight"):
+    with pytest.raises(UserError, match="weights, and prefix has none"):
         inspect_runs([runs / "prefix"])
+    with pytest.raises(UserError, match="weights, and bitfit has none"):
+        inspect_runs([runs / "bitfit"])
     found = inspect_runs([runs / "lora", runs / "prefix"])
     assert found.found[1].left_out == {"prefix": 2}
     assert [grid.title for grid in grids(found)] == ["lora"]

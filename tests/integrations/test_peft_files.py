@@ -268,6 +268,24 @@ def test_tensors_without_a_place_are_refused(saved: Path) -> None:
         save_file({**tensors, **more}, saved / TENSORS)
         with pytest.raises(UserError, match=said):
             load_peft(tiny_llama(), saved)
+    config = json.loads((saved / CONFIG).read_text())
+    first = next(iter(tensors)).rpartition(".lora_")[0]
+    others: list[tuple[dict[str, Any], dict[str, torch.Tensor], str]] = [
+        ({"use_dora": True}, {}, "takes lora_A, lora_B, lora_magnitude_vector"),
+        ({}, {f"{first}.lora_magnitude_vector": torch.ones(64)}, "takes lora_A, lora_B$"),
+        ({}, {f"{first}.lora_E": torch.ones(4, 1)}, "takes lora_A, lora_B$"),
+        ({"peft_type": "IA3"}, {}, "takes ia3_l"),
+        ({"peft_type": "PROMPT_TUNING"}, {}, "takes prompt_embeddings"),
+        ({"peft_type": "ADALORA"}, {}, "takes lora_A, lora_B, lora_E"),
+        ({}, {f"{first}.lora_A.weight": torch.tensor(1.0)}, "no matrix's"),
+    ]
+    for changed, more, said in others:
+        alone = changed.get("peft_type") in ("IA3", "PROMPT_TUNING")  # which take none of LoRA's settings
+        (saved / CONFIG).write_text(json.dumps(changed if alone else {**config, **changed}))
+        save_file({**tensors, **more}, saved / TENSORS)
+        with pytest.raises(UserError, match=said):
+            load_peft(tiny_llama(), saved)
+    (saved / CONFIG).write_text(json.dumps(config))
     save_file({name: t[..., :3].contiguous() for name, t in tensors.items()}, saved / TENSORS)
     with pytest.raises(UserError, match="does not fit this model in 12 tensors"):
         load_peft(tiny_llama(), saved)
@@ -331,6 +349,14 @@ def test_a_folder_with_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it exists"):
         export_peft(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_tensors_that_zero3_holds_in_parts_are_not_exported(tmp_path: Path) -> None:
+    model = tiny_llama()
+    inject(model, "lora")
+    next(iter(trained_parameters(model).values())).ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="ZeRO-3 holds them in parts.*subspace.save_adapter"):
+        export_peft(model, tmp_path / "peft")
 
 
 def test_experts_are_not_exported(tmp_path: Path) -> None:

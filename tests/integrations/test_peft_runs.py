@@ -129,6 +129,8 @@ def test_a_base_under_another_name(theirs: Any) -> None:
         ("base", [], f"{CONFIG} is not there"),
         ("theirs", ["model.path=small"], "does not fit"),
         ("theirs", ["name=../x"], "names a folder"),
+        ("theirs", ["method.r=8"], "an import takes name"),
+        ("theirs", ["train.steps=8"], "an import takes name"),
         ("theirs", ["model.pth=base"], "has no setting 'pth'"),
     ],
 )

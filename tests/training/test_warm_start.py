@@ -102,10 +102,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_schedule_begins_anew_and_says_so(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [f"runs={tmp_path}", "method=adalora", "train.steps=2"]
+    first = train(world, "first", *made)
+    capsys.readouterr()
+    train(world, "second", *made, f"train.start_from={first}")
+    assert "the schedule of adalora begins anew" in "".join(capsys.readouterr())
+
+
 def test_a_method_that_has_launched_is_refused(world: Path, tmp_path: Path) -> None:
     dash = ["method=lora-dash", "method.r=4", "method.launch=1", f"runs={tmp_path}", "train.steps=2"]
     first = train(world, "first", *dash)
-    with pytest.raises(UserError, match="has launched there"):
+    with pytest.raises(UserError, match="chooses its directions at a step"):
         train(world, "second", *dash, f"train.start_from={first}")
 
 

@@ -52,6 +52,7 @@ class PeftConfig(TypedDict, total=False):
     alpha_pattern: dict[str, float] | None
     dora_simple: bool
     init_r: int
+    num_virtual_tokens: int
 
 
 @dataclass
@@ -232,27 +233,42 @@ def _gathered(found: Iterable[tuple[str, dict[str, Any], str, Tensors]]) -> list
     return parts
 
 
+def _expect(site: str, tensors: Tensors, *allowed: set[str]) -> None:
+    """Raise UserError unless a site has exactly one of these sets of tensors, all of them matrices."""
+    if tensors.keys() not in allowed:
+        wanted = " or ".join(", ".join(sorted(names)) for names in allowed)
+        raise UserError(
+            f"{site or 'the adapter'} lacks one of its tensors, or has others than its type: it has "
+            f"{', '.join(sorted(tensors))}, and takes {wanted}"
+        )
+    if odd := [name for name, tensor in tensors.items() if tensor.ndim != 2 and name != "lora_magnitude_vector"]:
+        raise UserError(f"{site or 'the adapter'}: {odd[0]} has the shape {tuple(tensors[odd[0]].shape)}, no matrix's")
+
+
 def _lora(config: PeftConfig, by_site: dict[str, Tensors]) -> list[Part]:
     return _gathered(_lora_site(config, site, tensors) for site, tensors in by_site.items())
 
 
 def _lora_site(config: PeftConfig, site: str, tensors: Tensors) -> tuple[str, dict[str, Any], str, Tensors]:
-    m = tensors.get("lora_magnitude_vector", tensors.get("weight_m_wdecomp"))
+    factors, m = {"lora_A", "lora_B"}, None
+    if config.get("peft_type") == "DORA":  # the authors' fork: some layers may train their lengths alone
+        _expect(site, tensors, {*factors, "weight_m_wdecomp"}, {"weight_m_wdecomp"})
+        m = tensors["weight_m_wdecomp"]
+    elif config.get("use_dora"):
+        _expect(site, tensors, {*factors, "lora_magnitude_vector"})
+        m = tensors["lora_magnitude_vector"]
+    else:
+        _expect(site, tensors, factors)
     settings: dict[str, Any] = {
         "alpha": _alpha(config, site), "rslora": bool(config.get("use_rslora", False)),
         "dropout": config.get("lora_dropout", 0.0),
     }  # fmt: skip
     own = {name: tensors[f"lora_{name}"] for name in "AB" if f"lora_{name}" in tensors}
-    if len(own) == 2:
-        settings["r"] = len(own["A"])
-    elif own or m is None:
-        raise UserError(f"{site} lacks one of its tensors lora_A and lora_B")
+    settings |= {"r": len(own["A"])} if own else {"direction": False}
     if m is None:
         return "lora", settings, site, own
-    if not own:
-        settings |= {"direction": False}
-    if "dora_simple" in config:  # the authors' fork, which drops the frozen product's input too
-        settings |= {"simple": config["dora_simple"], "dropout_form": "official"}
+    # Both drop the input of the frozen product too.
+    settings |= {"simple": config.get("dora_simple", True), "dropout_form": "official"}
     return "dora", settings, site, {**own, "m": m.flatten()}
 
 
@@ -270,12 +286,11 @@ def _alpha(config: PeftConfig, site: str) -> float:
 def _adalora(config: PeftConfig, by_site: dict[str, Tensors]) -> list[Part]:
     found = []
     for site, tensors in by_site.items():
-        if missing := {"lora_A", "lora_B", "lora_E"} - tensors.keys():
-            raise UserError(f"{site} lacks its tensor {sorted(missing)[0]}")
+        _expect(site, tensors, {"lora_A", "lora_B", "lora_E"})
         A, B, E = (tensors[f"lora_{name}"] for name in "ABE")
         if not len(A):  # nothing is left of its update
             continue
-        r, first = len(A), config.get("init_r", 12)
+        r, first = len(A), max(1, config.get("init_r", 12))
         alpha = config.get("lora_alpha", 8) or first  # as PEFT takes an alpha of 0
         settings = {
             "r": r, "target_r": r, "alpha": alpha * r / first, "dropout": config.get("lora_dropout", 0.0),
@@ -285,6 +300,8 @@ def _adalora(config: PeftConfig, by_site: dict[str, Tensors]) -> list[Part]:
 
 
 def _ia3(config: PeftConfig, by_site: dict[str, Tensors]) -> list[Part]:
+    for site, tensors in by_site.items():
+        _expect(site, tensors, {"ia3_l"})
     # (1, in) multiplies what enters the layer, (out, 1) what leaves it.
     sides = ((site, tensors["ia3_l"]) for site, tensors in by_site.items())
     return _gathered(
@@ -293,7 +310,11 @@ def _ia3(config: PeftConfig, by_site: dict[str, Tensors]) -> list[Part]:
 
 
 def _prompt(config: PeftConfig, by_site: dict[str, Tensors]) -> list[Part]:
+    for site, tensors in by_site.items():
+        _expect(site, tensors, {"prompt_embeddings"})
     P = by_site[ANYWHERE]["prompt_embeddings"]
+    if len(P) != (n := config.get("num_virtual_tokens", len(P))):
+        raise UserError(f"the adapter has {len(P)} vectors, and num_virtual_tokens={n}")
     return [Part("prompt", {"n": len(P)}, {ANYWHERE: {"P": P}})]
 
 

@@ -39,6 +39,10 @@ from subspace.training.checkpoint import ADAPTER, ENVIRONMENT_FILE
 logger = logging.getLogger(__name__)
 
 
+#: How the settings begin that an import takes.
+OWN_SETTINGS = ("name=", "runs=", "model.", "data.", "evaluate.")
+
+
 class Imported(NamedTuple):
     """What was made of an adapter of PEFT's."""
 
@@ -103,7 +107,13 @@ def _find(source: str) -> Path:
 
 
 def _run_config(read: PeftAdapter, source: str, overrides: Sequence[str]) -> RunConfig:
-    name = Path(source.partition("@")[0]).expanduser().resolve().name if Path(source).exists() else source
+    for override in overrides:
+        if not override.startswith(OWN_SETTINGS):
+            raise UserError(
+                f"'{override}': an import takes name, runs, model, data and evaluate; the adapter has the rest"
+            )
+    path = Path(source).expanduser()
+    name = path.resolve().name if path.exists() else source
     name = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "imported"
     if read.base is None and not any(override.startswith("model.path=") for override in overrides):
         raise UserError(f"{read.folder / CONFIG} names no base model. Say which it is: model.path=NAME")

@@ -21,12 +21,11 @@ from subspace.adapters.base import Adapter, LinearAdapter
 from subspace.adapters.inject import adapters
 from subspace.adapters.virtual_tokens import PromptAdapter
 from subspace.common.files import write_folder, write_json
+from subspace.distributed.zero import is_sharded
 from subspace.errors import UserError
 from subspace.integrations.peft.reading import CONFIG, TENSORS
 
 PREFIX = "base_model.model."
-#: Methods whose own factors and scale are LoRA's.
-OWN_FACTORS = ("lora", "dora")
 
 
 class Written(NamedTuple):
@@ -79,6 +78,11 @@ def peft_files(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     by_site = adapters(model)
     if not by_site:
         raise UserError("the model has no adapters to export")
+    if any(is_sharded(tensor) for adapter in by_site.values() for tensor in adapter.own_tensors().values()):
+        raise UserError(
+            "the adapters cannot be exported: ZeRO-3 holds them in parts. Save them (subspace.save_adapter, on all "
+            "processes), and export what was saved"
+        )
     with torch.no_grad():
         sites = {site: _written(site, adapter) for site, adapter in by_site.items()}
     kinds = {each.kind for each in sites.values()}
@@ -114,7 +118,7 @@ def _written(site: str, adapter: Any) -> Written:
             f"method {name} at {site} has no equal in PEFT, whose readers would compute something else. Merge it into "
             "an ordinary model: `subspace merge`"
         )
-    if name in OWN_FACTORS:
+    if name == "lora":  # its own tensors, to the bit
         A, B, r = adapter.A, adapter.B, len(adapter.A)
         return Written("LoRA", _factors(A, B), r, scale * adapter.scale * r)
     A, B = factors

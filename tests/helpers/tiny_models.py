@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from subspace.models.transformers_compat import unsharded_loading
+
 VOCABULARY = 384
 
 #: Settings with which a method's schedule acts within 20 steps.
@@ -84,7 +86,8 @@ def tiny(architecture: str, folder: Path | None = None, *, seed: int = 0, **over
     config = AutoConfig.for_model(architecture, **{**SIZES, **own, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+        with unsharded_loading():  # whatever a training at ZeRO-3 in this process has left set
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms start as the identity and biases at zero, which would hide mistakes
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1 if "norm" in name else 0.3)

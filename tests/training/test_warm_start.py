@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from subspace import config as config_module
 from subspace.adapters.serialization import TENSORS
 from subspace.errors import UserError
+from subspace.models.transformers_compat import unsharded_loading
 from subspace.run import train_run
 from tests.helpers.material import logged, make_material, saved_adapter
 from tests.helpers.tiny_models import tiny_llama
@@ -125,7 +126,8 @@ def test_an_adapter_of_peft(world: Path, tmp_path: Path, monkeypatch: pytest.Mon
         from transformers import AutoModelForCausalLM
 
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-        theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+        with unsharded_loading():
+            theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
         for name, parameter in theirs.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
